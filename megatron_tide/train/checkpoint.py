@@ -1,0 +1,207 @@
+"""Checkpoints that do not know the topology: whole fp32 tensors by parameter name, safetensors and JSON, no pickle.
+
+    runs/NAME/run.json                  what the run is (config, strategy, fingerprints)
+    runs/NAME/step-00000020/
+        model.safetensors               fp32 master weights
+        exp_avg.safetensors exp_avg_sq.safetensors
+        trainer.json                    TrainState, and run.json again: a checkpoint describes itself
+        checksums.json                  sha256 of every file above; its presence makes the checkpoint whole
+
+A checkpoint is written under a temporary name, flushed to disk, checksummed and renamed: a run that dies at any moment
+leaves the earlier ones as they were. Any ZeRO stage, offload and world size reads what any other wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
+from megatron_tide.train.world import World
+
+WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
+PREFIX, TEMPORARY = "step-", ".saving-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that a run needs to go on beside its tensors; data order and noise are pure functions of ``step``."""
+
+    step: int  # optimizer steps taken
+    total_steps: int
+    samples_seen: int = 0
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / f"{PREFIX}{step:08d}"
+
+
+def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], world: World, keep: int) -> Path:
+    """Write one checkpoint (a collective), then remove all but the newest ``keep``.
+
+    Raises:
+        OSError: on every rank, when rank 0 could not write; the earlier checkpoints stay whole.
+    """
+    final = checkpoint_folder(run_folder, state.step)
+    draft = run_folder / f"{TEMPORARY}{final.name}"
+    error: OSError | None = None
+    if world.is_main:
+        error = _attempt(lambda: _fresh(draft))
+    for file, tensors in _gathered(engine, world):
+        if world.is_main and error is None:
+            error = _attempt(lambda f=file, t=tensors: _write_tensors(draft / f, t))
+        del tensors
+    if world.is_main and error is None:
+        described = {"state": asdict(state), "run": run}
+        error = _attempt(lambda: _seal(draft, final, described))
+    told = world.share_from_main(None if error is None else str(error))
+    if told is not None:
+        if world.is_main:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(
+            f"could not save {final}: {told}; free some space and start again: --resume auto goes on "
+            f"from the newest whole checkpoint"
+        )
+    if world.is_main:
+        _prune(run_folder, keep)
+    return final
+
+
+def restore(folder: Path, engine: Any) -> TrainState:
+    """Put a whole checkpoint into the engine's partitions; each rank reads for itself.
+
+    Raises:
+        ValueError: when its parameters are not this model's.
+    """
+    description = json.loads((folder / STATE).read_text())
+    state = TrainState(**description["state"])
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        stored = set(weights.keys())
+    wanted = {name for name, _ in trained_parameters(engine)}
+    if stored != wanted:
+        odd = sorted(stored ^ wanted)[0]
+        raise ValueError(f"{folder / WEIGHTS}: holds another model's parameters (first difference: {odd}); check --student")
+    restore_state(engine, _Lazy(folder / WEIGHTS), {m: _Lazy(folder / f"{m}.safetensors") for m in MOMENTS}, state.step)
+    return state
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """``{"state": ..., "run": ...}`` of a checkpoint."""
+    return json.loads((folder / STATE).read_text())
+
+
+def newest_whole(run_folder: Path) -> Path | None:
+    """The newest checkpoint whose checksums hold; a damaged one is named in a warning and passed over."""
+    for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
+        try:
+            verify(folder)
+        except ValueError as error:
+            warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=2)
+            continue
+        return folder
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its checksum.
+
+    Raises:
+        ValueError: naming the first file that is missing or damaged.
+    """
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so this is not a whole checkpoint") from None
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing from the checkpoint")
+        if _sha256(path) != expected:
+            raise ValueError(f"{path}: damaged (its checksum differs)")
+
+
+class _Lazy:
+    """Tensors of one safetensors file, read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._file.get_tensor(name)
+
+
+def _gathered(engine: Any, world: World) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """(file, tensors) one file at a time; all ranks take part, only rank 0 keeps the tensors."""
+    yield WEIGHTS, _collect(engine, world, full_master_weight)
+    for moment in MOMENTS:
+        yield f"{moment}.safetensors", _collect(engine, world, lambda p, m=moment: full_moment(p, m))
+
+
+def _collect(engine: Any, world: World, gather: Any) -> dict[str, torch.Tensor]:
+    kept = {}
+    for name, parameter in trained_parameters(engine):
+        whole = gather(parameter)
+        if world.is_main:
+            kept[name] = whole.detach().to("cpu", torch.float32).contiguous()
+    return kept
+
+
+def _attempt(write: Any) -> OSError | None:
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        return OSError(str(error))
+    return None
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    _flush(path)
+
+
+def _seal(draft: Path, final: Path, description: dict[str, Any]) -> None:
+    (draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
+    _flush(draft / STATE)
+    sums = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+    (draft / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    _flush(draft / CHECKSUMS)
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(run_folder: Path, keep: int) -> None:
+    for old in sorted(run_folder.glob(f"{PREFIX}*"))[:-keep]:
+        shutil.rmtree(old)
+    for draft in run_folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(draft)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,138 @@
+"""The DeepSpeed engine of the student: ds_configs JSON + the run's knobs -> engine; ZeRO state by parameter name.
+
+ds_configs hold how memory and communication are arranged. Batch sizes, learning rate and precision belong to the run
+and are filled in here, so that they exist once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_tide.config import DistillConfig
+from megatron_tide.train.world import World
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+         "gradient_clipping", "bf16", "fp16")  # fmt: skip
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """A ds_configs file, looked up from the working folder and then from the repository.
+
+    Raises:
+        ValueError: missing, not JSON, a key that the run's own knobs decide, or a ZeRO stage the student cannot use.
+    """
+    found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
+    if found is None:
+        raise ValueError(f"--deepspeed {path}: no such file; ds_configs/ holds the ones that come with the project")
+    try:
+        settings = json.loads(found.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--deepspeed {path}: not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--deepspeed {path}: must hold one JSON object")
+    owned = [key for key in OWNED if key in settings]
+    if owned:
+        raise ValueError(f"--deepspeed {path}: remove {owned[0]!r}; the run's own knobs decide it (see --help)")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage}; the student takes 1 or 2")
+    return settings
+
+
+def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of the student."""
+    train = config.train
+    settings = read_deepspeed_json(train.deepspeed)
+    settings |= {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "optimizer": {
+            "type": "AdamW",
+            # torch's own AdamW: no op to compile. With offload DeepSpeed takes its CPU Adam instead.
+            "params": {"lr": train.lr, "betas": [train.beta1, train.beta2], "eps": train.adam_eps, "torch_adam": True},
+        },
+        "steps_per_print": 10**12,
+    }
+    if train.precision == "fp32":  # the fp32 path has no separate accumulation type
+        settings.pop("data_types", None)
+        settings.pop("communication_data_type", None)
+    return settings
+
+
+def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
+    """A DeepSpeed engine over ``model`` (fp32 on entry; master weights stay fp32)."""
+    import deepspeed
+
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=[g for g in groups if g["params"]], config=engine_settings(config, world.size)
+    )
+    return engine
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """The schedule is a pure function of the step, so there is no scheduler state to save."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+# --- ZeRO's partitioned state, by parameter name: what a checkpoint holds, at any world size and stage ---
+
+
+def trained_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters in the model's own order; a tied weight comes once."""
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def full_master_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole fp32 weight, gathered from all ranks (a collective)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def full_moment(parameter: nn.Parameter, moment: str) -> torch.Tensor:
+    """The whole fp32 Adam moment, gathered from all ranks (a collective)."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    return safe_get_full_optimizer_state(parameter, moment)
+
+
+def restore_state(engine: Any, weights: Any, moments: dict[str, Any], steps_taken: int) -> None:
+    """Put a checkpoint's tensors back into this rank's partitions; ``weights[name]`` yields a whole fp32 tensor."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    _make_moments(engine, steps_taken)
+    for name, parameter in trained_parameters(engine):
+        value = weights[name].to(parameter.device)
+        safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+        for moment, stored in moments.items():
+            safe_set_full_optimizer_state(parameter, stored[name].to(parameter.device), moment)
+
+
+def _make_moments(engine: Any, steps_taken: int) -> None:
+    """Adam makes its moments at its first step; a restored run needs them, and its step count, before that."""
+    adam = engine.optimizer.optimizer
+    for group in adam.param_groups:
+        for flat in group["params"]:
+            counts_in_tensor = isinstance(adam, torch.optim.Optimizer) and type(adam).__module__.startswith("torch.")
+            step = torch.tensor(float(steps_taken)) if counts_in_tensor else steps_taken
+            adam.state[flat] = {"step": step, **{moment: torch.zeros_like(flat.data) for moment in MOMENTS}}
+    engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,0 +1,160 @@
+"""What a run reports: sums that stay on the device until a log line is due, a clock, and where the numbers go."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tide.train.world import World
+
+TIMESTEP_BINS = 10
+Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
+
+
+class Sums:
+    """Named (sum, count) pairs. A loss is already a local sum over a global count: its count is one per step."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, Metric] = {}
+        self.losses: dict[str, torch.Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        for name, (total, count) in metrics.items():
+            old = self.means.get(name)
+            self.means[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+
+    def add_loss(self, name: str, loss: torch.Tensor) -> None:
+        old = self.losses.get(name)
+        self.losses[name] = loss.detach().double() if old is None else old + loss.detach()
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """Global values: one collective, one synchronisation. Means without a count are left out."""
+        names, losses = sorted(self.means), sorted(self.losses)
+        parts = [*(self.losses[n] for n in losses), *(x for n in names for x in self.means[n])]
+        flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in parts])
+        values = world.sum_tensor_(flat).tolist()
+        result = dict(zip(losses, values))
+        pairs = iter(values[len(losses) :])
+        for name, total, count in zip(names, pairs, pairs):
+            if count:
+                result[name] = total / count
+        return result
+
+
+def denoise_metrics(gold_logp_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, Metric]:
+    """Mean -log p of masked tokens, over all and by timestep bin (nats a token)."""
+    bins = (t_M * TIMESTEP_BINS).long().clamp_(0, TIMESTEP_BINS - 1)
+    zeros = gold_logp_M.new_zeros(TIMESTEP_BINS, dtype=torch.float64)
+    sums = zeros.index_add(0, bins, -gold_logp_M.double())
+    counts = zeros.index_add(0, bins, torch.ones_like(gold_logp_M, dtype=torch.float64))
+    by_bin = {f"denoise_by_timestep/{i / TIMESTEP_BINS:.1f}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
+    return {"denoise/nats_per_masked_token": (sums.sum(), counts.sum()), **by_bin}
+
+
+class Clock:
+    """Seconds spent in named parts of the step. On a GPU by events, read when a log line is due: no sync in the step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((part, start, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part since the last call."""
+        seconds: dict[str, float] = {}
+        for part, start, end in self._spans:
+            spent = start.elapsed_time(end) / 1e3 if self._cuda else end - start
+            seconds[part] = seconds.get(part, 0.0) + spent
+        self._spans.clear()
+        return seconds
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Peak bytes: of this process on the host, and on its GPU if it has one."""
+    peaks = {"memory/host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    if device.type == "cuda":
+        peaks["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
+    return peaks
+
+
+class Journal:
+    """Rank 0's record of a run: metrics.jsonl, TensorBoard, and one line on the terminal. Silent on other ranks.
+
+    A resumed run drops the lines of steps that it will take again, so that each step stands once.
+    """
+
+    def __init__(self, folder: Path, world: World, total_steps: int, first_step: int) -> None:
+        self._main = world.is_main
+        self._total, self._first, self._started = total_steps, first_step, time.monotonic()
+        if not self._main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if not self._main:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def say(self, step: int, values: dict[str, float]) -> None:
+        """The progress line: where we are, how it goes, how long it takes."""
+        if not self._main:
+            return
+        done = max(1, step - self._first)
+        left = (time.monotonic() - self._started) / done * (self._total - step)
+        text = (
+            f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['loss/total']:.4f}"
+            f"  denoise {values['loss/denoise']:.4f}  distill {values['loss/distill']:.4f}  lr {values['train/lr']:.2e}"
+            f"  {values['speed/tokens_per_s']:,.0f} tok/s  teacher {values['time/teacher_share']:.0%}  left {clock_text(left)}"
+        )
+        print(("\r\033[K" + text) if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def close(self) -> None:
+        if self._main:
+            if sys.stdout.isatty():
+                print()
+            self._file.close()
+            self._board.close()
+
+
+def clock_text(seconds: float) -> str:
+    """1:02:03 or 02:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes:02d}:{secs:02d}"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return float("inf")

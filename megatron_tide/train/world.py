@@ -1,0 +1,101 @@
+"""The ranks of a run: who am I, what device is mine, and the few collectives that training needs beside DeepSpeed's.
+
+Numbers that every rank already holds on the host (counts, a stop request) travel over a gloo group, so that they
+cost no device synchronisation.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of the run. ``host_group`` is a gloo group over all ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: Any
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks (float64, on the host)."""
+        total = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def sum_tensor_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a small device tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share_from_main(self, value: Any) -> Any:
+        """What rank 0 passes, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank if any rank failed, so that none waits for the others in a collective.
+
+        Raises:
+            Exception: this rank's own error, or a ValueError with the first other rank's message.
+        """
+        if self.size > 1:
+            failures: list[str | None] = [None] * self.size
+            dist.all_gather_object(failures, None if error is None else str(error), group=self.host_group)
+            told = next((message for message in failures if message is not None), None)
+            if error is None and told is not None:
+                raise ValueError(told)
+        if error is not None:
+            raise error
+
+
+def join_world() -> World:
+    """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does."""
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
+    import deepspeed
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, host_group=dist.new_group(backend="gloo"))
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
