@@ -1,0 +1,226 @@
+"""A corpus that every machine has: docstring -> code pairs of the running interpreter's own standard library.
+
+    files of the library -> functions and methods with a docstring and a body -> chat messages -> splits by file
+
+The user's message is the ``def`` lines and the docstring as they stand in the source, under one line of instruction;
+the assistant's is the rest of the body, dedented. A file's pairs all go to one split, so that nothing of a test file
+was seen in training. Rows stand in the order of a hash of their id: any first part of a file is a fair sample of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import platform
+import sys
+import sysconfig
+import textwrap
+import tokenize
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tide import cli
+from megatron_tide.data.files import atomic_write, sha256_file, write_json
+
+SPLITS = ("train", "validation", "test")
+TENTH = "train_tenth"
+MANIFEST = "manifest.json"
+_HELD_OUT = 0.05  # the share of all pairs that validation and test each get
+_OVERSHOOT = 1.1  # a file that would push a held-out split above this multiple of its share goes to train
+_FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
+_TESTS = frozenset({"test", "tests", "idle_test"})  # assertions, not code that does what a docstring says
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One docstring -> code pair. ``file`` is relative to the library; ``id`` is ``file:line:qualified name``."""
+
+    id: str
+    file: str
+    instruction: str
+    body: str
+
+    def row(self) -> str:
+        """The pair as one line of a ``messages`` data set."""
+        messages = [{"role": "user", "content": self.instruction}, {"role": "assistant", "content": self.body}]
+        return json.dumps({"id": self.id, "file": self.file, "messages": messages}, ensure_ascii=False) + "\n"
+
+
+def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
+    """All pairs of the Python files under ``library``, and how many functions were left out for which reason.
+
+    The same code (aliases, copied modules, stubs) counts once, wherever it stands: it must not be in two splits.
+    """
+    pairs: list[Pair] = []
+    left_out: Counter[str] = Counter()
+    seen: set[str] = set()
+    for path in sorted(library.rglob("*.py")):
+        relative = path.relative_to(library)
+        if (_FOREIGN | _TESTS) & set(relative.parts):
+            continue
+        for pair in _pairs_of_file(path, relative.as_posix(), left_out):
+            if pair.body in seen:
+                left_out["duplicate"] += 1
+                continue
+            seen.add(pair.body)
+            pairs.append(pair)
+    return pairs, left_out
+
+
+def split_by_file(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    """Deal whole files to the splits in the order of a hash of their paths: test, then validation, then train."""
+    sizes = Counter(pair.file for pair in pairs)
+    share = _HELD_OUT * len(pairs)
+    split_of: dict[str, str] = {}
+    filled = dict.fromkeys(SPLITS, 0)
+    for file in sorted(sizes, key=_hash):
+        fits = (name for name in ("test", "validation") if filled[name] < share)
+        name = next((name for name in fits if filled[name] + sizes[file] <= _OVERSHOOT * share), "train")
+        split_of[file] = name
+        filled[name] += sizes[file]
+    splits: dict[str, list[Pair]] = {name: [] for name in SPLITS}
+    for pair in sorted(pairs, key=lambda pair: _hash(pair.id)):
+        splits[split_of[pair.file]].append(pair)
+    return splits
+
+
+def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, object]:
+    """Write the corpus of ``library`` to the folder ``out`` and return its manifest. A corpus that is there is kept.
+
+    ValueError when ``out`` holds the corpus of another interpreter, or one that was changed, unless ``fresh``.
+    """
+    manifest_path = out / MANIFEST
+    if manifest_path.exists() and not fresh:
+        return _existing(manifest_path)
+    pairs, left_out = collect(library)
+    if not pairs:
+        raise ValueError(f"{library}: no function with a docstring found; this Python has no standard library sources")
+    splits = split_by_file(pairs)
+    splits[TENTH] = splits["train"][: -(-len(splits["train"]) // 10)]
+    out.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name, members in splits.items():
+        path = out / f"{name}.jsonl"
+        atomic_write(path, "".join(pair.row() for pair in members).encode())
+        files[path.name] = {
+            "pairs": len(members),
+            "source_files": len({pair.file for pair in members}),
+            "body_bytes": sum(len(pair.body.encode()) for pair in members),
+            "sha256": sha256_file(path),
+        }
+    manifest = {"python": platform.python_version(), "pairs": len(pairs), "left_out": left_out, "files": files}
+    write_json(manifest_path, manifest)
+    return manifest
+
+
+def _existing(path: Path) -> dict[str, object]:
+    mend = "give --fresh to make it again, or another --out"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        python, files = manifest["python"], manifest["files"]
+        damaged = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not the manifest of a corpus; {mend}") from None
+    if python != platform.python_version():
+        raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {mend}")
+    if damaged:
+        raise ValueError(f"{path.with_name(damaged[0])}: missing or changed since it was written; {mend}")
+    return dict(manifest)
+
+
+def _is(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_file(path) == sha256
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _pairs_of_file(path: Path, name: str, left_out: Counter[str]) -> Iterator[Pair]:
+    try:
+        with tokenize.open(path) as file:  # honours the coding line
+            source = file.read()
+        tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        left_out["unreadable file"] += 1  # templates and deliberately broken sources
+        return
+    lines = source.split("\n")  # not splitlines: the parser counts no form feeds
+    for function, scope, owner in _functions(tree, (), None):
+        pair = _pair(function, name, scope, owner, lines)
+        if isinstance(pair, str):
+            left_out[pair] += 1
+        else:
+            yield pair
+
+
+def _functions(
+    node: ast.AST, scope: tuple[str, ...], owner: str | None
+) -> Iterator[tuple[_Function, tuple[str, ...], str | None]]:
+    """All functions below ``node`` with their qualified name and the class that owns them (None: a plain function)."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, _Function):
+            yield child, (*scope, child.name), owner
+            yield from _functions(child, (*scope, child.name), None)
+        elif isinstance(child, ast.ClassDef):
+            yield from _functions(child, (*scope, child.name), child.name)
+        else:
+            yield from _functions(child, scope, owner)
+
+
+def _pair(function: _Function, file: str, scope: tuple[str, ...], owner: str | None, lines: list[str]) -> Pair | str:
+    """The pair of a function, or why it has none."""
+    if ast.get_docstring(function, clean=False) is None:
+        return "no docstring"
+    docstring, rest = function.body[0], function.body[1:]
+    if not rest:
+        return "no body"
+    last = docstring.end_lineno or docstring.lineno
+    if function.lineno == docstring.lineno or rest[0].lineno <= last:
+        return "on one line"
+    head = textwrap.dedent("\n".join(lines[function.lineno - 1 : last])).rstrip()
+    body = textwrap.dedent("\n".join(lines[last : function.end_lineno])).strip("\n")
+    if not _same_code(body, rest):
+        return "not dedentable"
+    kind = f"method of the class {owner}" if owner else "function"
+    return Pair(
+        id=f"{file}:{function.lineno}:{'.'.join(scope)}",
+        file=file,
+        instruction=f"Write the body of this Python {kind}.\n\n{head}",
+        body=body,
+    )
+
+
+def _same_code(body: str, statements: list[ast.stmt]) -> bool:
+    """Whether the dedented text is still the same program (a string over several lines may pin the indentation)."""
+    try:
+        parsed = ast.parse(body).body
+    except (SyntaxError, ValueError):
+        return False
+    return [ast.dump(s) for s in parsed] == [ast.dump(s) for s in statements]
+
+
+def main(argv: list[str]) -> int:
+    """The command line; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_tide.data.corpus",
+        description="Write train, validation and test files of docstring -> code chat messages, taken from this "
+        "Python's own standard library and split by source file, and a tenth of train. Needs no network.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; a finished corpus there is kept")
+    parser.add_argument("--fresh", action="store_true", help="make it again even if it is there")
+    arguments = parser.parse_args(argv)
+    manifest = write_corpus(arguments.out, Path(sysconfig.get_paths()["stdlib"]), arguments.fresh)
+    files = manifest["files"]
+    assert isinstance(files, dict)
+    counts = ", ".join(f"{entry['pairs']} in {name}" for name, entry in files.items())
+    print(f"corpus of Python {manifest['python']} in {arguments.out}: {counts}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
