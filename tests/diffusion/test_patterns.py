@@ -1,0 +1,55 @@
+"""Attention: the staircase against its definition, padding, and flex_attention against dense attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_tide.diffusion import Pattern, staircase_mask
+from tests.reference import views as reference
+
+
+@given(length=st.integers(0, 20), block=st.integers(1, 7))
+def test_staircase_mask_equals_its_definition(length: int, block: int) -> None:
+    mask = staircase_mask(length, block)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (2 * length, 2 * length)
+    assert mask.tolist() == reference.staircase(length, block)
+
+
+@pytest.mark.parametrize(("length", "block"), [(-1, 4), (8, 0)])
+def test_staircase_mask_of_nothing_sensible(length: int, block: int) -> None:
+    with pytest.raises(ValueError, match="staircase"):
+        staircase_mask(length, block)
+
+
+def _pattern(samples: int, length: int) -> Pattern:
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(length)
+    noised = place < torch.randint(0, length, (samples, 1), generator=generator)
+    valid = place < torch.randint(length // 2, length + 1, (samples, 1), generator=generator)
+    return Pattern(torch.randint(0, 4, (samples, length), generator=generator).int(), noised, valid)
+
+
+def test_padding_sees_itself_and_is_seen_by_nobody_else() -> None:
+    pattern = _pattern(5, 24)
+    assert not pattern.valid.all()
+    dense = pattern.dense()[:, 0]
+    eye = torch.eye(24, dtype=torch.bool)
+    for mask, valid in zip(dense, pattern.valid, strict=True):
+        assert torch.equal(mask[~valid], eye[~valid])
+        assert torch.equal(mask[:, ~valid], eye[:, ~valid])
+
+
+def test_flex_attention_equals_dense() -> None:
+    pattern = _pattern(3, 160)  # more than one of flex's own blocks, and not a multiple of them
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(3, 2, 160, 8, generator=generator) for _ in range(3))
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=pattern.dense())
+    assert torch.allclose(flex_attention(q, k, v, block_mask=pattern.flex()), dense, atol=1e-5)
+    everything = scaled_dot_product_attention(q, k, v)
+    assert not torch.allclose(everything, dense, atol=1e-2)

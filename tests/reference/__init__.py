@@ -1,0 +1,1 @@
+"""Slow, loop-written equations that the tests hold the vectorised code against."""
