@@ -31,6 +31,7 @@ TENTH = "train_tenth"
 MANIFEST = "manifest.json"
 _HELD_OUT = 0.05  # the share of all pairs that validation and test each get
 _OVERSHOOT = 1.1  # a file that would push a held-out split above this multiple of its share goes to train
+_SHORT = 80  # characters of code below which equal code is a common phrase rather than a copy
 _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TESTS = frozenset({"test", "tests", "idle_test"})  # assertions, not code that does what a docstring says
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -54,7 +55,8 @@ class Pair:
 def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
     """All pairs of the Python files under ``library``, and how many functions were left out for which reason.
 
-    The same code (aliases, copied modules, stubs) counts once, wherever it stands: it must not be in two splits.
+    The same code (aliases, copied modules) counts once, wherever it stands: it must not be in two splits. Short code,
+    which many functions share without being copies, counts once for every instruction.
     """
     pairs: list[Pair] = []
     left_out: Counter[str] = Counter()
@@ -64,10 +66,11 @@ def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
         if (_FOREIGN | _TESTS) & set(relative.parts):
             continue
         for pair in _pairs_of_file(path, relative.as_posix(), left_out):
-            if pair.body in seen:
+            same = pair.body if len(pair.body) >= _SHORT else f"{pair.instruction}\n{pair.body}"
+            if same in seen:
                 left_out["duplicate"] += 1
                 continue
-            seen.add(pair.body)
+            seen.add(same)
             pairs.append(pair)
     return pairs, left_out
 
