@@ -1,0 +1,32 @@
+"""Log-probs -> loss: denoising, chunk objectives, distribution objectives, TIDAL, and the strategies made of them.
+
+``chunk`` compares one number per chunk, whatever the tokenizers; ``distribution`` compares whole rows where both
+sides spell a chunk with one token; ``tidal`` says how strongly; ``table`` puts them together by name and ``strategy``
+is what a training step calls. To add an objective: write ``term(student, target)`` in ``chunk`` (or ``rows`` in
+``distribution``) and its line in the table there.
+"""
+
+from megatron_tide.objectives.answer import Counts, StudentScores, TeacherAnswer
+from megatron_tide.objectives.chunk import CHUNK_OBJECTIVES, chunk_loss
+from megatron_tide.objectives.denoise import denoise_loss
+from megatron_tide.objectives.distribution import DISTRIBUTION_OBJECTIVES, VocabMap
+from megatron_tide.objectives.strategy import Strategy
+from megatron_tide.objectives.table import STRATEGIES, Recipe, build_strategy
+from megatron_tide.objectives.tidal import tidal_kl, tidal_strength
+
+__all__ = [
+    "CHUNK_OBJECTIVES",
+    "DISTRIBUTION_OBJECTIVES",
+    "STRATEGIES",
+    "Counts",
+    "Recipe",
+    "Strategy",
+    "StudentScores",
+    "TeacherAnswer",
+    "VocabMap",
+    "build_strategy",
+    "chunk_loss",
+    "denoise_loss",
+    "tidal_kl",
+    "tidal_strength",
+]

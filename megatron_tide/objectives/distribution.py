@@ -1,0 +1,136 @@
+"""Distribution objectives: a whole distribution per row, where student and teacher both spell a chunk with one token.
+
+Rows are compared in "categories": the strings both vocabularies can spell (``VocabMap``) and, where the tokenizers
+differ, one bucket for the rest of each side's mass. A category's score is a logit at temperature T, so the objectives
+below are plain softmax divergences and do not know whether two tokenizers are equal.
+
+Shapes: m rows, V_s and V_t vocabularies, D categories (K mapped strings, plus one with a bucket).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DistributionObjective:
+    """``rows(student_logp [m, D], target_logp [m, D])`` -> [m]. ``reversed``: the student's mass weighs the logs."""
+
+    name: str
+    rows: Callable[[Tensor, Tensor], Tensor]
+    reversed: bool
+
+
+def forward_kl(student_logp_mD: Tensor, target_logp_mD: Tensor) -> Tensor:
+    """KL(target || student) per row, from log-probs."""
+    return (target_logp_mD.exp() * (target_logp_mD - student_logp_mD)).sum(-1)
+
+
+def reverse_kl(student_logp_mD: Tensor, target_logp_mD: Tensor) -> Tensor:
+    """KL(student || target) per row, from log-probs."""
+    return (student_logp_mD.exp() * (student_logp_mD - target_logp_mD)).sum(-1)
+
+
+DISTRIBUTION_OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        DistributionObjective("forward_kl", forward_kl, reversed=False),
+        DistributionObjective("reverse_kl", reverse_kl, reversed=True),
+    )
+}
+
+
+class _Columns(NamedTuple):
+    """Where one side's mapped ids and the rest of its vocabulary stand; a slice where the ids are 0, 1, 2, ..."""
+
+    mapped: slice | Tensor
+    rest: slice | Tensor
+
+
+class _Side:
+    """One side of a vocabulary map: ids [K] int64, and their columns per device and vocabulary width, made once."""
+
+    def __init__(self, ids_K: Tensor, whose: str) -> None:
+        assert ids_K.unique().numel() == ids_K.numel(), f"the vocabulary map names one of the {whose}'s ids twice"
+        self._ids = ids_K
+        self._whose = whose
+        self._top = int(ids_K.max())
+        self._is_prefix = self._top + 1 == ids_K.numel() and bool((ids_K.diff() > 0).all())
+        self._columns: dict[tuple[torch.device, int], _Columns] = {}
+
+    def columns(self, logits_mV: Tensor) -> _Columns:
+        device, width = logits_mV.device, logits_mV.shape[-1]
+        if (device, width) not in self._columns:
+            self._columns[device, width] = self._place(device, width)
+        return self._columns[device, width]
+
+    def _place(self, device: torch.device, width: int) -> _Columns:
+        if self._top >= width:
+            raise ValueError(
+                f"the {self._whose}'s head has {width} outputs and the bridge names its token {self._top}; "
+                f"use the tokenizer the {self._whose} was trained with and build the bridge from it"
+            )
+        if self._is_prefix:
+            return _Columns(slice(0, self._top + 1), slice(self._top + 1, width))
+        is_rest = torch.ones(width, dtype=torch.bool).index_fill(0, self._ids, False)
+        return _Columns(self._ids.to(device), is_rest.nonzero().squeeze(1).to(device))
+
+
+class VocabMap:
+    """Which student id and which teacher id spell the same bytes, and what a row's distribution is compared over.
+
+    ``student_ids``, ``teacher_ids`` int64 [K]: pairs, no id twice on a side. ``bucket``: add one category for the mass
+    of all the ids that are not mapped; without it both sides are renormalised over the mapped ids.
+    """
+
+    def __init__(self, student_ids: Tensor, teacher_ids: Tensor, bucket: bool) -> None:
+        assert student_ids.shape == teacher_ids.shape
+        if student_ids.numel() == 0:
+            raise ValueError(
+                "the two tokenizers share no token, so no distribution can be compared; use a chunk objective"
+            )
+        self.strings = student_ids.numel()
+        self.bucket = bucket
+        self._student = _Side(student_ids, "student")
+        self._teacher = _Side(teacher_ids, "teacher")
+
+    @classmethod
+    def shared_prefix(cls, size: int) -> VocabMap:
+        """Ids 0 to size - 1 mean the same on both sides: the plain divergence over that prefix."""
+        return cls(torch.arange(size), torch.arange(size), bucket=False)
+
+    def categories(
+        self, student_logits_mV: Tensor, teacher_logits_mV: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides' logits [m, D] over the compared categories, divided by T; D in the same order on both.
+
+        The bucket's logit is logsumexp of the logits / T it stands for: softmax over the D categories then gives
+        every mapped id the probability it has among all V, and the bucket exactly the rest, however small. A side
+        whose ids are all mapped has no rest: then there is no bucket on either.
+        """
+        student, teacher = self._student.columns(student_logits_mV), self._teacher.columns(teacher_logits_mV)
+        has_rest = self.strings < min(student_logits_mV.shape[-1], teacher_logits_mV.shape[-1])
+        with_bucket = self.bucket and has_rest
+        return (
+            _over_categories(student_logits_mV, student, temperature, with_bucket),
+            _over_categories(teacher_logits_mV, teacher, temperature, with_bucket),
+        )
+
+
+def _over_categories(logits_mV: Tensor, columns: _Columns, temperature: float, with_bucket: bool) -> Tensor:
+    mapped_mK = _take(logits_mV, columns.mapped) / temperature
+    if not with_bucket:
+        return mapped_mK
+    rest_m1 = torch.logsumexp(_take(logits_mV, columns.rest) / temperature, dim=-1, keepdim=True)
+    return torch.cat([mapped_mK, rest_m1], dim=-1)
+
+
+def _take(logits_mV: Tensor, columns: slice | Tensor) -> Tensor:
+    if isinstance(columns, slice):
+        return logits_mV[:, columns]  # a view: a shared vocabulary pays for no gather
+    return logits_mV.index_select(1, columns)

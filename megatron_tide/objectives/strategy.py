@@ -1,0 +1,234 @@
+"""A strategy: which objectives listen to the teacher, and how; built once from its name (``table.build_strategy``).
+
+A training step uses three methods, in order: ``strength`` (TIDAL's lambda per sample), ``score`` (the student's head
+on its masked rows: one number per row, never [B, S, V]) and ``loss`` (a local sum over global counts). None of them
+waits for the device.
+
+Shapes: B samples, M masked student rows, R scored teacher tokens, K active chunks, P pairs (one-to-one chunks), V
+vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_tide.diffusion import CompDemo, Masking, Noised
+from megatron_tide.models.head import gold_logp, score_rows
+from megatron_tide.objectives.answer import Counts, StudentScores, TeacherAnswer
+from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
+from megatron_tide.objectives.common import at_least_fp32, mean_over
+from megatron_tide.objectives.distribution import DistributionObjective, VocabMap
+from megatron_tide.objectives.tidal import TidalUse, midrange_weight, tidal_strength
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), both scalars on the device; the mean is for whoever prints it."""
+
+
+@dataclass(frozen=True)
+class TidalCurve:
+    """lambda(progress, t), and the optional midrange weight."""
+
+    init: float
+    peak: float
+    ramp: str
+    axes: str
+    midrange: bool
+
+    def strength(self, progress: float, t_B: Tensor) -> Tensor:
+        return tidal_strength(progress, t_B, self.init, self.peak, self.ramp, self.axes)
+
+    def sample_weight(self, t_B: Tensor) -> Tensor:
+        return midrange_weight(t_B) if self.midrange else torch.ones_like(t_B)
+
+
+@dataclass(frozen=True)
+class ChunkTerm:
+    """A chunk objective at temperature T, with what TIDAL does to it."""
+
+    objective: ChunkObjective
+    tidal: TidalUse
+    temperature: float
+
+    def chunks(self, student_lp_K: Tensor, teacher_lp_K: Tensor, strength_K: Tensor) -> Tensor:
+        """Loss per chunk [K], unweighted."""
+        student = student_bernoulli(student_lp_K, self.temperature)
+        teacher = teacher_bernoulli(teacher_lp_K, self.temperature)
+        return self.objective.term(student, self.tidal.chunks(student, teacher, strength_K))
+
+
+@dataclass(frozen=True)
+class RowTerm:
+    """A distribution objective at temperature T over a vocabulary map, with what TIDAL does to it."""
+
+    objective: DistributionObjective
+    tidal: TidalUse
+    temperature: float
+    vocabulary: VocabMap
+
+    def rows(self, student_mV: Tensor, teacher_mV: Tensor, strength_m: Tensor) -> Tensor:
+        """T^2 times the divergence per row [m], from both sides' logits, unweighted."""
+        student_mD, teacher_mD = self.vocabulary.categories(student_mV, teacher_mV, self.temperature)
+        target_mD = self.tidal.rows(student_mD, teacher_mD, strength_m)
+        return self.temperature**2 * self.objective.rows(torch.log_softmax(student_mD, dim=-1), target_mD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """What is distilled and how.
+
+    ``chunk`` scores chunks by their gold tokens, ``rows`` compares whole distributions on pairs. With both, each
+    active chunk is counted once: pairs take the rows' term, the others the chunk term.
+    """
+
+    name: str
+    chunk: ChunkTerm | None
+    rows: RowTerm | None
+    curve: TidalCurve
+    compdemo: CompDemo | None
+    masking: Masking
+    distill_weight: float
+    provenance: dict[str, Any]
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether the teacher's gold log-probs [R] are asked for."""
+        return self.chunk is not None
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether the teacher's hidden rows at pairs [P, H_t] are asked for."""
+        return self.rows is not None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.needs_gold or self.needs_hidden
+
+    def describe(self) -> dict[str, Any]:
+        """What was built, in plain values: for run.json and the model card."""
+        return dict(self.provenance)
+
+    def strength(self, progress: float, t_B: Tensor) -> Tensor:
+        """lambda [B] for the samples' timesteps; ``progress``: step / total steps, in [0, 1]."""
+        return self.curve.strength(progress, t_B)
+
+    def score(
+        self,
+        hidden_MH: Tensor,
+        head_weight_VH: Tensor,
+        noised: Noised,
+        answer: TeacherAnswer,
+        strength_B: Tensor,
+        chunk_rows: int | None = None,
+    ) -> StudentScores:
+        """Run the student's head once over its masked rows; pairs get their divergence in the same pass.
+
+        ``chunk_rows``: rows whose logits exist at once; None leaves it to the head.
+        """
+        if self.rows is None:
+            return StudentScores(gold_logp(hidden_MH, head_weight_VH, noised.student_gold, chunk_rows), None)
+        pairs_P, others_N = noised.pair_student_row, _complement(noised.pair_student_row, hidden_MH.shape[0])
+        assert answer.hidden is not None
+        pair_args = (noised.student_gold[pairs_P], answer.hidden, strength_B[noised.chunk_sample[noised.pair_chunk]])
+        pair_fn = _PairScores(self.rows, answer)
+        pair_gold_P, divergence_P = score_rows(pair_fn, hidden_MH[pairs_P], head_weight_VH, pair_args, chunk_rows)
+        other_gold_N = gold_logp(hidden_MH[others_N], head_weight_VH, noised.student_gold[others_N], chunk_rows)
+        order_M = torch.cat([pairs_P, others_N])
+        gold_M = torch.cat([pair_gold_P, other_gold_N])
+        return StudentScores(torch.zeros_like(gold_M).index_copy(0, order_M, gold_M), divergence_P)
+
+    def loss(
+        self, scores: StudentScores, answer: TeacherAnswer, noised: Noised, strength_B: Tensor, counts: Counts
+    ) -> tuple[Tensor, Metrics]:
+        """This micro-batch's share of the distillation loss (a scalar), and metrics with a fixed set of names.
+
+        The loss, not yet times ``distill_weight``, is a sum over local chunks and pairs divided by GLOBAL counts: the
+        active chunks, or the pairs where only the rows' objective is on. It is 0 with a graph where there are none.
+        """
+        total, metrics = scores.gold_logp.new_zeros(()), self._common_metrics(scores, noised, strength_B)
+        weight_B = self.curve.sample_weight(noised.t)
+        if self.chunk is not None:
+            chunk_total, chunk_metrics = self._chunk_part(self.chunk, scores, answer, noised, strength_B, weight_B)
+            total, metrics = total + chunk_total, metrics | chunk_metrics
+        if self.rows is not None:
+            assert scores.divergence is not None
+            sample_P = noised.chunk_sample[noised.pair_chunk]
+            weight_P = self.rows.tidal.weight(strength_B[sample_P]) * weight_B[sample_P]
+            total = total + (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
+            metrics["distill/kl"] = _summed(scores.divergence)
+        return mean_over(total, counts.pairs if self.chunk is None else counts.chunks), metrics
+
+    def _chunk_part(
+        self,
+        term: ChunkTerm,
+        scores: StudentScores,
+        answer: TeacherAnswer,
+        noised: Noised,
+        strength_B: Tensor,
+        weight_B: Tensor,
+    ) -> tuple[Tensor, Metrics]:
+        """Sum of the weighted chunk terms, and the chunk statistics (over all active chunks)."""
+        assert answer.gold_logp is not None
+        sample_K = noised.chunk_sample
+        student_lp_K = chunk_logp(scores.gold_logp, noised.student_chunk, sample_K.numel())
+        teacher_lp_K = chunk_logp(answer.gold_logp, noised.teacher_chunk, sample_K.numel())
+        term_K = term.chunks(student_lp_K, teacher_lp_K, strength_B[sample_K])
+        taken_K = torch.ones_like(term_K)
+        if self.rows is not None:
+            taken_K = taken_K.index_fill(0, noised.pair_chunk, 0.0)
+        weight_K = term.tidal.weight(strength_B[sample_K]) * weight_B[sample_K]
+        break_even = -term.temperature * math.log(2)
+        metrics = {
+            "distill/chunk": ((term_K * taken_K).detach().sum(), taken_K.sum()),
+            "chunk/student_prob": _summed((student_lp_K / term.temperature).exp()),
+            "chunk/teacher_prob": _summed((teacher_lp_K / term.temperature).exp()),
+            "chunk/below_break_even": _summed((teacher_lp_K < break_even).to(term_K.dtype)),
+        }
+        return (term_K * taken_K * weight_K.to(term_K.dtype)).sum(), metrics
+
+    def _common_metrics(self, scores: StudentScores, noised: Noised, strength_B: Tensor) -> Metrics:
+        if not self.needs_teacher:
+            return {}
+        dtype = scores.gold_logp.dtype
+        chunks = scores.gold_logp.new_full((), noised.chunk_sample.numel())
+        return {
+            "chunk/active_share": _summed((noised.student_chunk >= 0).to(dtype)),
+            "chunk/pair_share": (torch.full_like(chunks, noised.pair_chunk.numel()), chunks),
+            "tidal/strength": _summed(strength_B),
+        }
+
+
+class _PairScores:
+    """What the head computes on the logits of a few pairs: (gold log-prob, divergence), each [m].
+
+    The teacher's logits of the same few rows are made beside them, from its hidden rows; they carry no gradient.
+    """
+
+    def __init__(self, term: RowTerm, answer: TeacherAnswer) -> None:
+        assert answer.head_weight is not None
+        self._term = term
+        self._teacher_head_VH = answer.head_weight
+
+    def __call__(
+        self, logits_mV: Tensor, gold_m: Tensor, teacher_mH: Tensor, strength_m: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            teacher_mV = at_least_fp32(teacher_mH @ self._teacher_head_VH.T)
+        gold_logit_m = logits_mV.gather(1, gold_m.unsqueeze(1)).squeeze(1)
+        return gold_logit_m - logits_mV.logsumexp(-1), self._term.rows(logits_mV, teacher_mV, strength_m)
+
+
+def _complement(some_P: Tensor, size: int) -> Tensor:
+    """The indices below ``size`` that are not in ``some_P``, in order. Their number is known, so the device is not
+    waited for."""
+    is_other = torch.ones(size, dtype=torch.int8, device=some_P.device).index_fill(0, some_P, 0)
+    return is_other.argsort(stable=True)[some_P.numel() :]
+
+
+def _summed(values: Tensor) -> tuple[Tensor, Tensor]:
+    total = values.detach().sum()
+    return total, torch.full_like(total, values.numel())
