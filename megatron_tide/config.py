@@ -117,7 +117,6 @@ class TrainConfig:
     activation_checkpointing: bool = knob(
         False, "recompute the student's layers in backward: less memory, a third more work", decides=False
     )
-    head_mib: int = knob(256, "MiB of fp32 logits that exist at once in the head", decides=False)
     seed: int = knob(42, "of the data order and of the noise")
     deepspeed: str = knob(
         "ds_configs/zero1.json", "DeepSpeed JSON of the student: ZeRO stage, offload, communication", decides=False
@@ -205,7 +204,6 @@ _RANGES = (
     ("beta1", 0, 1),
     ("beta2", 0, 1),
     ("clip", 0, _INF),
-    ("head_mib", 1, _INF),
     ("save_every", 1, _INF),
     ("keep", 1, _INF),
     ("log_every", 1, _INF),

@@ -18,10 +18,9 @@ class ResidentTeacher:
     The number of forwards is the number of micro-batches, whatever the data.
     """
 
-    def __init__(self, model: Any, strategy: Strategy, head_mib: int) -> None:
+    def __init__(self, model: Any, strategy: Strategy) -> None:
         self.model = model.eval().requires_grad_(False)
         self.strategy = strategy
-        self.head_mib = head_mib
 
     @torch.no_grad()
     def score(self, window: Sequence[Noised]) -> list[TeacherAnswer]:

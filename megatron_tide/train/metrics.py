@@ -20,11 +20,13 @@ Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
 
 
 class Sums:
-    """Named (sum, count) pairs. A loss is already a local sum over a global count: its count is one per step."""
+    """Named (sum, count) pairs, and losses: a step's loss is a local sum over global counts, averaged over ``steps``."""
 
     def __init__(self) -> None:
         self.means: dict[str, Metric] = {}
         self.losses: dict[str, torch.Tensor] = {}
+        self.tokens = 0  # that the student is trained on, of this rank
+        self.steps = 0
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         for name, (total, count) in metrics.items():
@@ -35,14 +37,23 @@ class Sums:
         old = self.losses.get(name)
         self.losses[name] = loss.detach().double() if old is None else old + loss.detach()
 
+    def add_step(self, step: Sums, tokens: int) -> None:
+        """Gather one step more: ``tokens`` of this rank's window."""
+        self.add(step.means)
+        for name, loss in step.losses.items():
+            self.add_loss(name, loss)
+        self.tokens += tokens
+        self.steps += 1
+
     def reduce(self, world: World) -> dict[str, float]:
         """Global values: one collective, one synchronisation. Means without a count are left out."""
         names, losses = sorted(self.means), sorted(self.losses)
-        parts = [*(self.losses[n] for n in losses), *(x for n in names for x in self.means[n])]
+        parts = [*(self.losses[n] / self.steps for n in losses), *(x for n in names for x in self.means[n])]
         flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in parts])
-        values = world.sum_tensor_(flat).tolist()
-        result = dict(zip(losses, values))
-        pairs = iter(values[len(losses) :])
+        tokens = torch.tensor([self.tokens], dtype=torch.float64, device=world.device)
+        values = world.sum_tensor_(torch.cat([tokens, flat])).tolist()
+        result = {"tokens": values[0], **dict(zip(losses, values[1:]))}
+        pairs = iter(values[1 + len(losses) :])
         for name, total, count in zip(names, pairs, pairs):
             if count:
                 result[name] = total / count

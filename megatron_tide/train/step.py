@@ -23,7 +23,6 @@ class Parts:
     host: Any  # where the teacher lives
     strategy: Strategy
     world: World
-    head_mib: int
     clock: Clock
 
 

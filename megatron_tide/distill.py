@@ -1,0 +1,74 @@
+"""Train a block-diffusion student: with a teacher (distillation), or without (--strategy bd3lm: pretraining, baseline).
+
+    python -m megatron_tide.distill --student DIR --teacher DIR --bridge DIR --data DIR --out runs/NAME
+    torchrun --nproc-per-node 8 -m megatron_tide.distill ...        any number of ranks gives the same curve
+    deepspeed --module megatron_tide.distill ...
+
+Run again, it goes on from its newest checkpoint. Ctrl-C finishes the step, saves, and stops. Data and bridge come from
+`python -m megatron_tide.data.prepare` and `python -m megatron_tide.bridge`; `tools/convert_to_hf.py` makes the release.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_tide import cli
+from megatron_tide.config import DistillConfig, parse
+from megatron_tide.files import write_json
+
+EXIT_STOPPED = 130
+
+
+def main(argv: list[str]) -> int:
+    config, arguments = parse(argv, __doc__ or "")
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    if arguments.dry_run:
+        return dry_run(config)
+    from megatron_tide.train.world import join_world, leave_world
+
+    world = join_world()
+    try:
+        return train(config, world)
+    finally:
+        leave_world()
+
+
+def dry_run(config: DistillConfig) -> int:
+    """Everything that can be checked without loading weights; prints the run."""
+    from megatron_tide.train.setup import read_inputs
+
+    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
+    print(f"dry run: {len(inputs.data)} samples, {inputs.total_steps} steps of {config.train.global_batch}; all checks passed")
+    return 0
+
+
+def train(config: DistillConfig, world: Any) -> int:
+    from megatron_tide.train import setup
+    from megatron_tide.train.loop import Loop, StopRequest
+
+    inputs = setup.read_inputs(config, world.size)
+    parts, windows = setup.build(config, inputs, world)
+    state = setup.starting_point(config, inputs, parts)
+    out = Path(config.paths.out)
+    if world.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", inputs.run)
+    stop = StopRequest()
+    stop.install()
+    outcome = Loop(config, parts, windows, inputs).train(state, stop)
+    if outcome.stopped:
+        if world.is_main:
+            print(f"stopped at step {outcome.state.step}/{outcome.state.total_steps}, saved; run again to go on", flush=True)
+        return EXIT_STOPPED
+    if world.is_main:
+        print(f"finished {outcome.state.step} steps: {outcome.checkpoint}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,167 @@
+"""From a checked configuration to the parts of a run: load, compare fingerprints, build.
+
+Every refusal happens before the first step, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tide import __version__
+from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
+from megatron_tide.config import DistillConfig
+from megatron_tide.data import GlobalOrder, PreparedData
+from megatron_tide.diffusion import CONTEXTS, TeacherView
+from megatron_tide.hosting import NoTeacher, ResidentTeacher
+from megatron_tide.models import load_model
+from megatron_tide.objectives import Strategy, build_strategy
+from megatron_tide.train import checkpoint
+from megatron_tide.train.checkpoint import TrainState
+from megatron_tide.train.engine import DTYPES, build_engine, engine_settings
+from megatron_tide.train.metrics import Clock
+from megatron_tide.train.step import Parts
+from megatron_tide.train.windows import Windows
+from megatron_tide.train.world import World
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked against each other; nothing large is loaded yet."""
+
+    data: PreparedData
+    validation: PreparedData | None
+    strategy: Strategy
+    order: GlobalOrder
+    total_steps: int
+    run: dict[str, Any]
+
+
+def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
+    """Open data, tokenizers and bridge, and refuse any that do not belong together.
+
+    Raises:
+        ValueError: one line: which artefact differs from which, and the mend.
+    """
+    paths = config.paths
+    engine_settings(config, world_size)
+    data = PreparedData.open(paths.data)
+    student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
+    bridge = _bridge(config, student) if config.strategy.strategy != "bd3lm" else None
+    data.check(student, bridge)
+    validation = PreparedData.open(paths.validation) if paths.validation else None
+    if validation is not None:
+        validation.check(student, bridge)
+    strategy = build_strategy(config.strategy, bridge)
+    order = GlobalOrder(
+        data.stats, config.train.global_batch, config.train.micro_batch, world_size, config.train.seed
+    )
+    total = config.train.max_steps or math.ceil(config.train.epochs * order.steps_per_epoch)
+    run = {
+        "version": __version__,
+        "config": config.to_dict(),
+        "fingerprint": config.fingerprint,
+        "deciding": config.deciding(),
+        "strategy": strategy.describe(),
+        "bridge_fingerprint": bridge.fingerprint if bridge else None,
+        "data_fingerprint": data.fingerprint,
+        "data": data.manifest,
+        "model_folder": str(Path(paths.student).resolve()) if Path(paths.student).exists() else paths.student,
+        "total_steps": total,
+    }
+    return Inputs(data=data, validation=validation, strategy=strategy, order=order, total_steps=total, run=run)
+
+
+def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:
+    bridge = Bridge.load(config.paths.bridge)
+    teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
+    bridge.check(student, teacher)
+    return bridge
+
+
+def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, Windows]:
+    """Load the models, start the engine, place the teacher."""
+    model = load_model(config.paths.student, trust_remote_code=config.paths.trust_remote_code)
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = build_engine(model, config, world)
+    strategy, view = inputs.strategy, None
+    host: Any = NoTeacher()
+    if strategy.needs_teacher:
+        teacher = load_model(
+            config.paths.teacher,
+            dtype=DTYPES[config.teacher.teacher_dtype],
+            device=str(world.device),
+            trust_remote_code=config.paths.trust_remote_code,
+        )
+        host = ResidentTeacher(teacher, strategy)
+        view = TeacherView(
+            context=CONTEXTS[config.strategy.teacher_context],
+            block=inputs.data.teacher_block,
+            mask_id=inputs.data.teacher_mask_id,
+            compdemo=strategy.compdemo,
+        )
+    windows = Windows(
+        data=inputs.data,
+        order=inputs.order,
+        masking=strategy.masking,
+        teacher=view,
+        seed=config.train.seed,
+        rank=world.rank,
+        pin_memory=world.device.type == "cuda",
+    )
+    parts = Parts(engine=engine, host=host, strategy=strategy, world=world, clock=Clock(world.device))
+    return parts, windows
+
+
+def starting_point(config: DistillConfig, inputs: Inputs, parts: Parts) -> TrainState:
+    """Where to begin: ``--resume`` decides; a checkpoint of another run is refused.
+
+    Raises:
+        ValueError: naming the first knob or fingerprint that differs, or the folder that is already in use.
+    """
+    start = TrainState(step=0, total_steps=inputs.total_steps)
+    folder = _resume_folder(config, parts.world)
+    if folder is None:
+        return start
+    refuse_other_run(folder, inputs.run)
+    state = checkpoint.restore(folder, parts.engine)
+    if parts.world.is_main:
+        print(f"resuming from {folder} at step {state.step}/{state.total_steps}", flush=True)
+    return state
+
+
+def _resume_folder(config: DistillConfig, world: World) -> Path | None:
+    out, resume = Path(config.paths.out), config.save.resume
+    if resume == "never":
+        if any(out.glob(f"{checkpoint.PREFIX}*")):
+            raise ValueError(f"--resume never: {out} already holds checkpoints; take another --out or --resume auto")
+        return None
+    if resume != "auto":
+        checkpoint.verify(Path(resume))
+        return Path(resume)
+    # Rank 0 checks the sums once for all: the files are shared, reading them world times is not a better check.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = str(checkpoint.newest_whole(out) or "") if world.is_main else ""
+    for warning in caught:
+        print(f"warning: {warning.message}", flush=True)
+    found = world.share_from_main(found)
+    return Path(found) if found else None
+
+
+def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose run had other curve-deciding knobs, data or bridge."""
+    theirs = checkpoint.read_description(folder)["run"]
+    for knob, mine in run["deciding"].items():
+        if theirs["deciding"].get(knob) != mine:
+            raise ValueError(
+                f"{folder} was trained with {knob} = {theirs['deciding'].get(knob)!r}, this run has {mine!r}: "
+                f"take that value, another --out, or remove the folder"
+            )
+    for what in ("data_fingerprint", "bridge_fingerprint", "total_steps"):
+        if theirs[what] != run[what]:
+            raise ValueError(f"{folder} was trained with another {what.split('_')[0]}: take another --out, or that one")

@@ -1,0 +1,99 @@
+# shellcheck shell=bash
+# What every recipe shares: set-up, stages, and the chain  bridge -> data -> distil -> convert.
+# A recipe sets its knobs, sources this file and calls `chain`; this file is not run by itself.
+#
+# A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before and no
+# stage before it ran since. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
+# DRY_RUN=1 prints the commands instead.
+
+set -euo pipefail
+REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$REPO"
+
+export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
+DRY_RUN=${DRY_RUN:-0}
+RUNS=${RUNS:-runs} # everything a recipe makes goes to $RUNS/$NAME
+TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}
+PYTHON=${PYTHON:-$REPO/.venv/bin/python} # another interpreter that has everything may be given; .venv is made here
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# setup_environment REQUIREMENTS...: a .venv with the requirement files named, and DeepSpeed's CPU op.
+setup_environment() {
+  [[ $DRY_RUN == 1 ]] && return 0
+  if [[ $PYTHON == "$REPO/.venv/bin/python" ]]; then
+    local files=("$@") stamp=$REPO/.venv/installed wanted file arguments=()
+    wanted=$(cat "${files[@]}" | cksum)
+    if ! grep -qsxF "$wanted" "$stamp"; then
+      command -v python3 >/dev/null || fail "python3 not found: install Python 3.10 or newer"
+      printf '== installing into .venv (once, a few minutes)\n'
+      [[ -x $PYTHON ]] || python3 -m venv "$REPO/.venv" || fail "cannot make .venv: install the python3-venv package"
+      # torch first: the pin takes this machine's build (CPU or CUDA), and what follows leaves it alone.
+      "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+      for file in "${files[@]}"; do arguments+=(-r "$file"); done
+      "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+      printf '%s\n' "$wanted" >>"$stamp"
+    fi
+  fi
+  "$PYTHON" tools/build_ops.py ${BUILD_OPS[@]+"${BUILD_OPS[@]}"}
+}
+
+LAST_STAMP=
+# stage NAME COMMAND...: run a command once, after the stages before it.
+stage() {
+  local stamp=$RUNS/$NAME/.stages/$1.json
+  if [[ $DRY_RUN == 1 ]]; then
+    printf '# %s\n' "$1"
+    shift
+    printf '%q ' "$@"
+    printf '\n'
+    return 0
+  fi
+  shift
+  "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} -- "$@" || exit $?
+  LAST_STAMP=$stamp
+}
+
+# launch MODULE ARGS...: the command line of a training run, in the array LAUNCH.
+# NPROC ranks on this node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT when there are several nodes.
+launch() {
+  local gpus
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+  local ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
+  LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$ranks")
+  if ((${NNODES:-1} > 1)); then
+    LAUNCH+=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
+  else
+    LAUNCH+=(--standalone)
+  fi
+  # A single CPU rank may use every core; torchrun would give it one thread.
+  ((gpus == 0)) && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks > 0 ? $(nproc) / ranks : 1))}
+  LAUNCH+=(-m "$@")
+}
+
+# distil OUT ARGS...: one training run as a stage named after its folder.
+distil() {
+  local out=$1
+  shift
+  launch megatron_tide.distill --out "$out" "$@"
+  stage "train-$(basename "$out")" "${LAUNCH[@]}"
+}
+
+# chain [FLAGS...]: bridge -> data -> distil -> convert, from the knobs of the recipe; FLAGS go to the distillation.
+chain() {
+  local remote=()
+  ((TRUST_REMOTE_CODE)) && remote=(--trust-remote-code)
+  local run=$RUNS/$NAME
+  stage bridge "$PYTHON" -m megatron_tide.bridge --student "$STUDENT" --teacher "$TEACHER" --sample "$DATA" \
+    --out "$run/bridge" ${remote[@]+"${remote[@]}"}
+  stage data "$PYTHON" -m megatron_tide.data.prepare --data "$DATA" --student "$STUDENT" --teacher "$TEACHER" \
+    --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \
+    --out "$run/data" ${remote[@]+"${remote[@]}"}
+  distil "$run/$STRATEGY" --student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" \
+    --strategy "$STRATEGY" ${remote[@]+"${remote[@]}"} "$@"
+  stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf"
+}

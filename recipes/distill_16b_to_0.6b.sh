@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# LLaDA2.0-mini (16B mixture of experts, own tokenizer) -> Qwen3-0.6B block diffusion student, TIDE-Cross.
+#
+# You get:   runs/distill_16b_to_0.6b/hf, a Hugging Face folder of the student, with a model card.
+# Machine:   GPUs of 80 GB (every rank holds a bf16 copy of the teacher, 32.5 GB, beside the student); one is enough,
+#            N are N times faster and give the same curve.
+# Launch:    bash recipes/distill_16b_to_0.6b.sh                      every GPU of this machine
+#            NPROC=4 bash recipes/distill_16b_to_0.6b.sh              four of them
+#            DRY_RUN=1 bash recipes/distill_16b_to_0.6b.sh            print the commands
+# Arguments go to the distillation:  ... --preset ours --max-steps 1000   (python -m megatron_tide.distill --help)
+# Stopped, by whatever? Run the same line again: finished stages are skipped, training goes on from its checkpoint.
+
+set -euo pipefail
+# --- knobs: edit here, or set them in the environment ---
+NAME=${NAME:-distill_16b_to_0.6b}                                   # everything goes to runs/NAME
+TEACHER=${TEACHER:-inclusionAI/LLaDA2.0-mini}                       # hub name, or a folder in hub format
+STUDENT=${STUDENT:-dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1}
+DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture, or JSONL / Parquet / hub data sets
+STRATEGY=${STRATEGY:-tide-cross}                                    # the table is in README.md
+STUDENT_LENGTH=${STUDENT_LENGTH:-512}
+TEACHER_LENGTH=${TEACHER_LENGTH:-1024}
+TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Python code that comes with the hub folders
+# NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launch() in common.sh
+# ---
+
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+setup_environment requirements.txt
+chain "$@"

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The whole main job on this machine's CPU, on real input, from nothing: about 15 minutes on 2 cores, under 6 GiB.
+#
+#   corpus      docstring -> code pairs of this machine's own Python standard library, split by file
+#   tokenizers  SentencePiece unigram for the teacher, byte-level BPE for the student, trained on the train split
+#   models      a small llada2_moe teacher pretrained on all of the train split, a small BD3LM student on a tenth of it
+#   chain       bridge -> aligned data -> distillation with TIDE-Cross -> Hugging Face folder   (as in the large recipes)
+#   beside it   the denoising-only baseline, Reverse CALM with TIDAL as a weight, and tide-bridge: same start, steps, seeds
+#   report      held-out bits per byte of all of them, three completions, runs/quickstart/report.json
+#
+# Launch:  bash recipes/quickstart.sh            run again, it skips what is done; --fresh starts over
+#          DRY_RUN=1 bash recipes/quickstart.sh  print the commands
+
+set -euo pipefail
+# --- knobs: edit here, or set them in the environment ---
+NAME=${NAME:-quickstart}
+TEACHER_STEPS=${TEACHER_STEPS:-600}       # pretraining of the teacher
+STUDENT_STEPS=${STUDENT_STEPS:-300}       # pretraining of the student: the common start
+DISTILL_STEPS=${DISTILL_STEPS:-200}       # of each strategy
+STUDENT_LENGTH=${STUDENT_LENGTH:-256}     # tokens; longer responses are cut at a chunk
+TEACHER_LENGTH=${TEACHER_LENGTH:-256}
+EVAL_SAMPLES=${EVAL_SAMPLES:-200}         # of the test split
+SEED=${SEED:-42}
+STRATEGY=tide-cross
+# ---
+
+# shellcheck source=recipes/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+run=$RUNS/$NAME
+[[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
+(($# == 0)) || fail "recipes/quickstart.sh takes --fresh or nothing, not '$1' (knobs are at its top)"
+setup_environment requirements.txt
+
+common=(--precision fp32 --global-batch 16 --micro-batch 16 --seed "$SEED" --save-every 100000 --keep 1)
+
+# pretrain WHO CORPUS STEPS LR: fresh weights + denoising only -> $run/WHO, a folder in hub format
+pretrain() {
+  local who=$1 corpus=$2 steps=$3 lr=$4
+  stage "$who-init" "$PYTHON" tools/init_model.py --config "recipes/quickstart/$who.json" \
+    --tokenizer "$run/tokenizers/$who" --seed "$SEED" --out "$run/init/$who"
+  stage "$who-data" "$PYTHON" -m megatron_tide.data.prepare --data "$corpus" --student "$run/tokenizers/$who" \
+    --student-length "$STUDENT_LENGTH" --out "$run/$who-data"
+  distil "$run/$who-pretraining" --student "$run/init/$who" --data "$run/$who-data" --strategy bd3lm "${common[@]}" \
+    --max-steps "$steps" --lr "$lr"
+  stage "$who-convert" "$PYTHON" tools/convert_to_hf.py "$run/$who-pretraining" "$run/$who" --dtype float32
+}
+
+stage corpus "$PYTHON" -m megatron_tide.data.corpus --out "$run/corpus"
+stage tokenizers "$PYTHON" tools/train_tokenizers.py --data "$run/corpus/train.jsonl" \
+  --student-out "$run/tokenizers/student" --teacher-out "$run/tokenizers/teacher"
+pretrain teacher "$run/corpus/train.jsonl" "$TEACHER_STEPS" 2e-3
+pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS" 2e-3
+
+# The chain of the large recipes, with these knobs.
+TEACHER=$run/teacher STUDENT=$run/student DATA=$run/corpus/train_tenth.jsonl
+distillation=("${common[@]}" --teacher-dtype fp32 --max-steps "$DISTILL_STEPS" --lr 1e-3)
+chain "${distillation[@]}"
+
+# The others, from the same start on the same data with the same noise.
+both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" "${distillation[@]}")
+distil "$run/bd3lm" "${both[@]}" --strategy bd3lm
+distil "$run/tide-cross-tidal" "${both[@]}" --strategy tide-cross --tidal weight
+distil "$run/tide-bridge" "${both[@]}" --strategy tide-bridge

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that tells whether the project is sound: set-up, linters, types, scripts, tests. Fast checks first.
+#   bash tests/run.sh             all of it (about 20 minutes on 2 cores)
+#   bash tests/run.sh -k bridge   arguments go to pytest, in place of the linters
+
+set -euo pipefail
+# shellcheck source=recipes/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../recipes/common.sh"
+BUILD_OPS=(--offload)
+setup_environment requirements.txt tests/requirements.txt
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+pytest=("$PYTHON" -m pytest)
+if (($#)); then
+  exec "${pytest[@]}" "$@"
+fi
+
+bin=$(dirname "$PYTHON")
+mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+printf '== ruff, mypy, shellcheck\n'
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+for script in "${scripts[@]}"; do bash -n "$script"; done
+"$bin/shellcheck" -x "${scripts[@]}"
+
+printf '== unit tests\n'
+"${pytest[@]}" -m "not slow and not ranks"
+printf '== multi-rank tests and whole commands\n'
+"${pytest[@]}" -m "slow or ranks"

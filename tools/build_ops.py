@@ -1,0 +1,73 @@
+"""Compile the DeepSpeed ops that this machine needs, once, with a progress line.
+
+DeepSpeed compiles an op when it is first used, silently and for minutes, and a build that was killed leaves a lock on
+which the next one waits for ever. This does it in the open: on a machine without a GPU the shared-memory communication
+op, with --offload the CPU Adam that ds_configs with `offload_optimizer` use. Nothing to do where an op is built already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_tide import cli
+
+BUILDERS = {"shared-memory communication": "ShareMemCommBuilder", "CPU Adam": "CPUAdamBuilder"}
+
+
+def build(title: str, builder: str, folder: Path) -> None:
+    """Build one op in a child process; say how long it takes while it does.
+
+    Raises:
+        ValueError: with the compiler's last words.
+    """
+    code = (
+        "from deepspeed.accelerator import get_accelerator as a;"
+        f"b = a().create_op_builder({builder!r}); b and b.load(verbose=False)"
+    )
+    log = folder / f"{builder}.log"
+    started, shown = time.monotonic(), False
+    with log.open("w") as output:
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=subprocess.STDOUT)
+        while child.poll() is None:
+            time.sleep(0.25)
+            taken = time.monotonic() - started
+            if taken > 5:  # an op that is built already loads faster
+                shown = True
+                line = f"   compiling DeepSpeed's {title} op: {taken:3.0f} s (about a minute, once)"
+                print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True)
+    if child.returncode:
+        last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+        raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}): needs g++ and ninja; whole log: {log}")
+    if shown:
+        print(f"\r   compiled DeepSpeed's {title} op in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--offload", action="store_true", help="also the CPU Adam, for ds_configs with offload_optimizer")
+    arguments = parser.parse_args(argv)
+    import torch
+
+    wanted = [] if torch.cuda.is_available() else ["shared-memory communication"]
+    wanted += ["CPU Adam"] if arguments.offload else []
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    default = Path.home() / ".cache" / "torch_extensions"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "build.flock").open("w") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        for stale in folder.glob("*/lock"):  # we hold the gate, so nobody is building: a killed build left it
+            stale.unlink()
+        for title in wanted:
+            build(title, BUILDERS[title], folder)
+
+
+if __name__ == "__main__":
+    cli.run(main)
