@@ -1,0 +1,47 @@
+"""Noised tokens -> log-probabilities: student, teacher, the head on masked rows, checkpoint folders.
+
+``load_model`` and the like need transformers, which takes seconds to import: they are fetched on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from megatron_tide.models.head import gold_logp, rows_per_chunk, score_rows
+from megatron_tide.models.rows import masked_rows, recompute_layers
+
+if TYPE_CHECKING:
+    from megatron_tide.models.families import fresh_model, meta_model, parameter_count, read_config
+    from megatron_tide.models.load import load_model, resolve_folder, write_folder
+
+_HOME = {
+    "fresh_model": "families",
+    "load_model": "load",
+    "meta_model": "families",
+    "parameter_count": "families",
+    "read_config": "families",
+    "resolve_folder": "load",
+    "write_folder": "load",
+}
+
+__all__ = [
+    "fresh_model",
+    "gold_logp",
+    "load_model",
+    "masked_rows",
+    "meta_model",
+    "parameter_count",
+    "read_config",
+    "recompute_layers",
+    "resolve_folder",
+    "rows_per_chunk",
+    "score_rows",
+    "write_folder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

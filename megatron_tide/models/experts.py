@@ -1,0 +1,84 @@
+"""The mixture-of-experts block of LLaDA2: a sigmoid router limited to groups, stacked experts, grouped matmul.
+
+Nothing here depends on the data but values: no loop over experts, no host sync, the same kernels whichever experts
+are hit.
+
+Shapes: T tokens, E experts, G groups, K experts per token, H hidden size, I expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, linear, silu
+
+
+class Router(nn.Module):
+    """Which K experts each token goes to and with what weight; all of it in fp32.
+
+    Scores are sigmoids. Selection adds ``expert_bias`` to them, keeps the ``groups_kept`` groups whose two best
+    experts sum highest, and takes the K best experts of those. Weights are the unbiased scores, normalised to 1 (a
+    single expert keeps its own), times ``scale``.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(self, hidden: int, experts: int, groups: int, groups_kept: int, chosen: int, scale: float) -> None:
+        super().__init__()
+        self.groups, self.groups_kept, self.chosen, self.scale = groups, groups_kept, chosen, scale
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+        self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32))
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """-> expert indices [T, K] int64 and their weights [T, K] fp32."""
+        score_TE = linear(hidden_TH.float(), self.weight.float()).sigmoid()
+        with torch.no_grad():
+            index_TK = self._select(score_TE + self.expert_bias.float())
+        weight_TK = score_TE.gather(1, index_TK)
+        if self.chosen > 1:
+            weight_TK = weight_TK / (weight_TK.sum(1, keepdim=True) + 1e-20)
+        return index_TK, weight_TK * self.scale
+
+    def _select(self, biased_TE: Tensor) -> Tensor:
+        grouped_TGe = biased_TE.view(len(biased_TE), self.groups, -1)
+        best_TG = grouped_TGe.topk(2, dim=-1).values.sum(-1)
+        kept = best_TG.topk(self.groups_kept, dim=-1).indices
+        dropped_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, kept, False)
+        allowed_TE = grouped_TGe.masked_fill(dropped_TG[..., None], -torch.inf).flatten(1)
+        return allowed_TE.topk(self.chosen, dim=-1).indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # The bias decides ties between experts: it keeps the precision its checkpoint has, whatever the model is cast
+        # to.
+        exact = self.expert_bias
+        super()._apply(fn, recurse)
+        if self.expert_bias.dtype != exact.dtype:
+            self.expert_bias = exact.to(self.expert_bias.device)
+        return self
+
+
+class Experts(nn.Module):
+    """E gated feed-forward networks as three stacked tensors, laid out [E, out, in] and used transposed."""
+
+    def __init__(self, hidden: int, width: int, experts: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's K experts, [T, H]; the sum is taken in fp32, in the order of K."""
+        tokens, chosen = index_TK.shape
+        expert_R, order_R = index_TK.flatten().sort(stable=True)
+        experts = torch.arange(len(self.gate_proj), device=order_R.device)
+        ends_E = torch.searchsorted(expert_R, experts, right=True).to(torch.int32)
+        routed_RH = hidden_TH.index_select(0, order_R // chosen)
+        gate_RI = grouped_mm(routed_RH, self.gate_proj.transpose(1, 2), offs=ends_E)
+        up_RI = grouped_mm(routed_RH, self.up_proj.transpose(1, 2), offs=ends_E)
+        out_RH = grouped_mm(silu(gate_RI) * up_RI, self.down_proj.transpose(1, 2), offs=ends_E)
+        # Back to the tokens' own order by a permutation, not by index_add: no atomics, so the same sum on every run.
+        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        out_TKH = out_RH.index_select(0, place_R).view(tokens, chosen, -1)
+        return (out_TKH.float() * weight_TK[..., None]).sum(1).to(hidden_TH.dtype)

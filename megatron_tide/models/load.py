@@ -1,0 +1,132 @@
+"""Models from folders in hub format, and back.
+
+    model = load_model("runs/quickstart/teacher", torch.bfloat16)
+    write_folder(model, "out", dtype=torch.bfloat16)
+
+``config.json``'s ``model_type`` decides the class (:mod:`megatron_tide.models.families`). No code of a folder is ever
+run, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor, nn
+
+from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
+from megatron_tide.models.families import config_dict, meta_model
+from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_json, write_shards
+from megatron_tide.models.tables import checkpoint_table, keeps_precision, module_tensors, tied_aliases
+
+# Weights, configuration and tokenizers; never code.
+_FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """A local folder as it is; a hub name ("organisation/model") downloaded, or found in the hub's cache."""
+    if Path(path).is_dir():
+        return Path(path)
+    name = str(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{path}: no such folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FROM_HUB))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{name}: no such folder, and the hub does not give it ({reason[0]})") from None
+
+
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu") -> Any:
+    """The model of a folder, or hub name, of type ``a2d-qwen3`` (and our releases), ``qwen3``, ``wedlm``, ``llada2_moe``.
+
+    -> a module in ``eval`` mode with ``model(input_ids, attention_mask=None, position_ids=None).logits`` [B, L, V],
+    ``.backbone(...)`` [B, L, H], ``.head_weight`` [V, H] and ``.config``; weights in ``dtype``, but a router's bias
+    in the precision it is stored in. One shard is open at a time, and tensors go straight to ``device``. ValueError,
+    one line, for a folder that is missing, of another type, or whose tensors are missing, unexpected, misshapen or
+    unreadable.
+    """
+    folder = resolve_folder(path)
+    model = meta_model(folder)
+    _fill(model, ShardedFolder(folder), dtype, torch.device(device))
+    if isinstance(model, A2DQwen3LMHeadModel):
+        # Rotary frequencies are computed, not stored: on meta they have no values.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    return model.eval()
+
+
+def write_folder(
+    model: nn.Module, out: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write a model as a folder in hub format, ``config.json`` last: what :func:`load_model` reads.
+
+    ``dtype`` None keeps the model's own; a router's bias is never cast. Other files in ``out`` (a tokenizer's) are left
+    alone. ValueError where ``out`` already holds a model, or cannot be written.
+    """
+    out = Path(out)
+    if (out / "config.json").exists() or any(out.glob("*.safetensors")):
+        raise ValueError(f"{out}: already holds a model; choose another folder, or remove it first")
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = module_tensors(model)
+
+    def pairs() -> Iterator[tuple[str, Tensor]]:
+        for key, slot in checkpoint_table(tensors).items():
+            tensor = slot.of(tensors)
+            yield key, tensor if dtype is None or keeps_precision(slot) else tensor.to(dtype)
+
+    write_shards(out, pairs(), max_shard_bytes)
+    write_json(out / "config.json", config_dict(model, dtype or next(model.parameters()).dtype))
+
+
+def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every tensor of a meta-device model its memory and its stored value."""
+    shapes = module_tensors(model)
+    table, aliases = checkpoint_table(shapes), tied_aliases(model)
+    _check_keys(source, set(table), set(aliases))
+    ready: dict[str, Tensor] = {}
+    for key, stored in source.tensors(table):
+        slot = table[key]
+        expected = slot.of(shapes).shape
+        if stored.shape != expected:
+            made = f"config.json makes it {list(expected)}"
+            raise ValueError(f"{source.folder}: {key} has shape {list(stored.shape)}, {made}")
+        if slot.index is None:
+            # Copied even where nothing changes: a mapped file must not stand behind weights that train.
+            kept = stored.dtype if keeps_precision(slot) else dtype
+            ready[slot.name] = stored.to(device, kept, copy=True)
+            continue
+        if slot.name not in ready:
+            ready[slot.name] = torch.empty(shapes[slot.name].shape, dtype=dtype, device=device)
+        ready[slot.name][slot.index].copy_(stored)
+    _check_copies(source, aliases, ready, dtype)
+    _adopt(model, ready, aliases)
+
+
+def _check_keys(source: ShardedFolder, wanted: set[str], allowed: set[str]) -> None:
+    problems = []
+    for word, keys in (("lacks", wanted - source.keys), ("has unexpected", source.keys - wanted - allowed)):
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            problems.append(f"{word} {len(keys)} tensor(s) ({some})")
+    if problems:
+        found = " and ".join(problems)
+        raise ValueError(f"{source.folder}: the checkpoint {found}: not the model that its config.json describes")
+
+
+def _check_copies(source: ShardedFolder, aliases: dict[str, str], ready: dict[str, Tensor], dtype: torch.dtype) -> None:
+    for key, copy in source.tensors(key for key in aliases if key in source.keys):
+        original = ready[aliases[key]]
+        if not torch.equal(copy.to(original.device, dtype), original):
+            raise ValueError(f"{source.folder}: {key} differs from {aliases[key]}, though config.json ties them")
+
+
+def _adopt(model: nn.Module, ready: dict[str, Tensor], aliases: dict[str, str]) -> None:
+    parameters = dict(model.named_parameters())
+    made = {name: nn.Parameter(tensor) if name in parameters else tensor for name, tensor in ready.items()}
+    for name in (*made, *aliases):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made[aliases.get(name, name)])

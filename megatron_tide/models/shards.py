@@ -1,0 +1,147 @@
+"""Folders of safetensors shards, read and written one shard at a time.
+
+Nothing is unpickled: a folder with only ``.bin`` weights is refused. Writing is to a name beside and a rename, index
+last, so an interrupted write leaves no folder that looks complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. ValueError, one line, where it is missing, broken, or not an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return values
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+class ShardedFolder:
+    """The tensors of a folder in hub format: which keys it has, and their data, one shard open at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of = self._find()
+
+    @property
+    def keys(self) -> set[str]:
+        return set(self._file_of)
+
+    def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor on CPU) for each of ``keys``, shard by shard. ValueError names a shard that is broken."""
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self._file_of[key], []).append(key)
+        for name, wanted in sorted(by_file.items()):
+            path = self.folder / name
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    for key in wanted:
+                        yield key, shard.get_tensor(key)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
+
+    def _find(self) -> dict[str, str]:
+        index = self.folder / INDEX
+        if index.exists():
+            return self._from_index(index)
+        single = self.folder / SINGLE
+        if single.exists():
+            try:
+                with safe_open(single, framework="pt") as shard:
+                    return dict.fromkeys(shard.keys(), SINGLE)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{single}: cannot be read ({error}); copy or download it again") from None
+        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
+        if pickles:
+            raise ValueError(
+                f"{self.folder}: only pickled weights ({pickles[0]}), which are not read: convert to safetensors"
+            )
+        raise ValueError(f"{self.folder}: no weights ({SINGLE} or {INDEX})")
+
+    def _from_index(self, index: Path) -> dict[str, str]:
+        file_of = read_json(index).get("weight_map")
+        if not isinstance(file_of, dict) or not file_of:
+            raise ValueError(f"{index}: has no weight_map")
+        for name in sorted(set(file_of.values())):
+            if Path(name).name != name:
+                raise ValueError(f"{index}: names {name!r}, which is not a file of its own folder")
+            if not (self.folder / name).exists():
+                raise ValueError(f"{self.folder / name}: missing, though {INDEX} names it; download it again")
+        return file_of
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Write (key, tensor) pairs as shards of at most ``max_shard_bytes``; -> bytes of tensors.
+
+    Pairs are taken one at a time and one shard is held at a time; a larger tensor gets a shard of its own. A shard is
+    first written under a temporary name, since how many there will be is only known at the end.
+    """
+    parts: list[Path] = []
+    key_part: dict[str, int] = {}
+    shard: dict[str, Tensor] = {}
+    held = total = 0
+
+    def flush() -> None:
+        nonlocal shard, held
+        path = folder / f".shard-{len(parts):05d}.part"
+        _save(shard, path)
+        parts.append(path)
+        shard, held = {}, 0
+
+    for key, tensor in tensors:
+        if shard and held + tensor.nbytes > max_shard_bytes:
+            flush()
+        # A copy: an expert's slice shares its storage with the whole stack, and safetensors would refuse it.
+        shard[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        key_part[key] = len(parts)
+        held += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    names = (
+        [SINGLE]
+        if len(parts) == 1
+        else [f"model-{k + 1:05d}-of-{len(parts):05d}.safetensors" for k in range(len(parts))]
+    )
+    for part, name in zip(parts, names):
+        part.replace(folder / name)
+    if len(parts) > 1:
+        weight_map = {key: names[part] for key, part in key_part.items()}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def _save(shard: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(shard, path, metadata={"format": "pt"})
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+    except (SafetensorError, OSError) as error:
+        path.unlink(missing_ok=True)
+        raise ValueError(f"{path.parent}: cannot write weights ({error})") from None
