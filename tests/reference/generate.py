@@ -33,7 +33,7 @@ def generate(
     while len(tokens) < len(prompt) + max_new_tokens:
         start = len(tokens) // block * block
         tokens += [mask_id] * (start + block - len(tokens))
-        undecided = {i for i in range(max(start, len(prompt)), start + block)}
+        undecided = set(range(max(start, len(prompt)), start + block))
         while undecided:
             for position, token in most_confident(model, tokens, undecided, block, mask_id, tokens_per_step, threshold):
                 tokens[position] = token

@@ -1,0 +1,16 @@
+"""Checkpoint -> scores: the held-out diffusion bound of student and teacher, in bits per byte."""
+
+from megatron_tide.evaluate.bootstrap import Estimate
+from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood
+from megatron_tide.evaluate.sides import Side, student_side, teacher_side
+from megatron_tide.evaluate.validation import validate
+
+__all__ = [
+    "Estimate",
+    "LikelihoodReport",
+    "Side",
+    "evaluate_likelihood",
+    "student_side",
+    "teacher_side",
+    "validate",
+]
