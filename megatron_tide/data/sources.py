@@ -1,0 +1,214 @@
+"""Where conversations come from: JSON lines, Parquet, folders and the hub, alone or as a weighted mixture.
+
+A mixture is a JSON file ``{"sources": [{...}, ...]}``; the fields of a source are those of ``SourceSpec``. Whatever it
+names becomes one list of positions (source, row), the same on every machine, which workers read at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tide.data.chat import Message, parse_messages
+from megatron_tide.data.files import fingerprint, read_json
+from megatron_tide.data.rows import Rows, open_rows
+
+_CONTAINS = "contains"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSpec:
+    """One source of a mixture.
+
+    ``path``: a .jsonl or .parquet file, a folder, or a name on the hub; looked for beside the mixture file first.
+    ``name``, ``split``, ``revision``: the data set's configuration, split and commit. ``weight``: copies of each row;
+    0.25 keeps a quarter of the rows, 2.5 gives every row twice and half of them a third time, chosen by a hash of the
+    row's number. ``messages_column``, or ``prompt_column`` and ``response_column`` for one question and one answer a
+    row. ``filter``: column -> a value, a list of values, or {"contains": text}; only matching rows count.
+    ``max_chars``: longer conversations are dropped, and counted.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    weight: float = 1.0
+    messages_column: str = "messages"
+    prompt_column: str | None = None
+    response_column: str | None = None
+    filter: dict[str, Any] = field(default_factory=dict)
+    max_chars: int | None = None
+
+    @classmethod
+    def parse(cls, entry: Any, where: str) -> SourceSpec:
+        """A source from its JSON; ValueError naming ``where`` for unknown fields, wrong types and impossible values."""
+        kinds: dict[str, tuple[type, ...]] = {"weight": (int, float), "filter": (dict,), "max_chars": (int,)}
+        optional = [f.name for f in fields(cls) if f.default is None]
+        known = [f.name for f in fields(cls)]
+        if not isinstance(entry, dict) or "path" not in entry:
+            raise ValueError(f'{where}: a source is an object with at least a "path"')
+        for key, value in entry.items():
+            if key not in known:
+                raise ValueError(f"{where}: unknown field {key!r}; the fields are {', '.join(known)}")
+            if value is None and key in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kinds.get(key, (str,))):
+                raise ValueError(f"{where}: {key} cannot be {value!r}")
+        spec = cls(**entry)
+        if not 0 < spec.weight < float("inf"):
+            raise ValueError(f"{where}: weight is {spec.weight}; it must be above 0 (leave the source out instead)")
+        if (spec.prompt_column is None) != (spec.response_column is None):
+            raise ValueError(f"{where}: prompt_column and response_column go together")
+        for column, rule in spec.filter.items():
+            if isinstance(rule, dict) and (set(rule) != {_CONTAINS} or not isinstance(rule[_CONTAINS], str)):
+                raise ValueError(f'{where}: filter of {column!r} must be a value, a list, or {{"contains": "text"}}')
+        return spec
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns a conversation is made of."""
+        if self.prompt_column is None or self.response_column is None:
+            return [self.messages_column]
+        return [self.prompt_column, self.response_column]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source: the rows that pass its filter. ``description`` says, for manifests, what was read."""
+
+    spec: SourceSpec
+    rows: Rows
+    selected: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, spec: SourceSpec, folder: Path) -> Source:
+        """Open ``spec``; relative paths are looked for in ``folder``, then in the working directory."""
+        rows = open_rows(spec.path, folder, name=spec.name, split=spec.split, revision=spec.revision)
+        missing = sorted((set(spec.columns) | set(spec.filter)) - set(rows.columns))
+        if missing and len(rows):
+            raise ValueError(
+                f"{spec.path}: no column {missing[0]!r}; it has {', '.join(rows.columns)}: name the right ones in a "
+                "mixture file (messages_column, or prompt_column and response_column)"
+            )
+        return cls(spec, rows, _select(spec, rows))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        spec = {f.name: getattr(self.spec, f.name) for f in fields(self.spec)}
+        return spec | {"content": self.rows.content, "rows": len(self.rows), "selected": len(self.selected)}
+
+    def copies(self) -> NDArray[np.int64]:
+        """Row numbers of the source as the mixture has them: ``weight`` copies of the selected ones."""
+        whole, part = divmod(self.spec.weight, 1.0)
+        salt = int(fingerprint([self.rows.content, self.spec.name, self.spec.split])[:16], 16)
+        extra = self.selected[_uniform(self.selected, salt) < part]
+        return np.concatenate([np.repeat(self.selected, int(whole)), extra])
+
+    def conversation(self, row: int) -> list[Message]:
+        """The messages of a row; ValueError naming file and row when it is malformed."""
+        content = self.rows.get(row)
+        where = self.rows.where(row)
+        values = []
+        for column in self.spec.columns:
+            if column not in content:
+                raise ValueError(f"{where}: no column {column!r}; it has {', '.join(content)}")
+            values.append(content[column])
+        if self.spec.prompt_column is None:
+            return parse_messages(values[0], where)
+        prompt, response = values
+        return parse_messages(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where
+        )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """All positions of all sources: ``source`` and ``row`` say what stands there, ``key`` is its number for good."""
+
+    sources: tuple[Source, ...]
+    source: NDArray[np.int32]
+    row: NDArray[np.int64]
+    key: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def limited(self, limit: int | None) -> Mixture:
+        """``limit`` positions of the mixture, chosen over all of it by a hash of their keys, in order."""
+        if limit is None or limit >= len(self):
+            return self
+        chosen = np.sort(np.argsort(_mixed(self.key, 0), kind="stable")[:limit])
+        return Mixture(self.sources, self.source[chosen], self.row[chosen], self.key[chosen])
+
+    def conversation(self, position: int) -> tuple[SourceSpec, list[Message]]:
+        """The source's description and the messages at a position."""
+        source = self.sources[self.source[position]]
+        return source.spec, source.conversation(int(self.row[position]))
+
+
+def open_mixture(paths: Sequence[str]) -> Mixture:
+    """Open data files, folders, hub names (``owner/name``) and mixture files (.json), one after the other."""
+    sources: list[Source] = []
+    for path in paths:
+        if path.endswith(".json"):
+            sources += [Source.open(spec, Path(path).parent) for spec in read_mixture(path)]
+        else:
+            sources.append(Source.open(SourceSpec(path=path), Path()))
+    copies = [source.copies() for source in sources]
+    sizes = [len(rows) for rows in copies]
+    if not sum(sizes):
+        raise ValueError(f"{', '.join(paths)}: no row to read (empty, or the filters let none through)")
+    return Mixture(
+        sources=tuple(sources),
+        source=np.repeat(np.arange(len(sources), dtype=np.int32), sizes),
+        row=np.concatenate(copies),
+        key=np.arange(sum(sizes), dtype=np.int64),
+    )
+
+
+def read_mixture(path: str) -> list[SourceSpec]:
+    """The sources that a mixture file names; ValueError naming file and place."""
+    mixture = read_json(Path(path), 'a mixture is {"sources": [{"path": ...}, ...]}')
+    entries = mixture.get("sources")
+    unknown = sorted(set(mixture) - {"sources", "description"})
+    if not isinstance(entries, list) or not entries or unknown:
+        found = f"unknown field {unknown[0]!r}" if unknown else 'no list "sources"'
+        raise ValueError(f'{path}: {found}; a mixture is {{"sources": [{{"path": ...}}, ...]}}')
+    return [SourceSpec.parse(entry, f"{path}: sources[{number}]") for number, entry in enumerate(entries)]
+
+
+def _select(spec: SourceSpec, rows: Rows) -> NDArray[np.int64]:
+    if not spec.filter:
+        return np.arange(len(rows), dtype=np.int64)
+    columns = list(spec.filter)
+    rules = list(spec.filter.values())
+    passing = (
+        number
+        for number, values in enumerate(rows.scan(columns))
+        if all(_passes(value, rule) for value, rule in zip(values, rules))
+    )
+    return np.fromiter(passing, np.int64)
+
+
+def _passes(value: Any, rule: Any) -> bool:
+    if isinstance(rule, dict):
+        return isinstance(value, str) and rule[_CONTAINS] in value
+    return value in rule if isinstance(rule, list) else value == rule
+
+
+def _mixed(numbers: NDArray[np.int64], salt: int) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea and Flood 2014) of each number plus a salt: a hash that needs no state."""
+    with np.errstate(over="ignore"):
+        z = (numbers.astype(np.uint64) + np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def _uniform(numbers: NDArray[np.int64], salt: int) -> NDArray[np.float64]:
+    return (_mixed(numbers, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
