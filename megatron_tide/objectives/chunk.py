@@ -41,7 +41,7 @@ class ChunkObjective:
 
 
 def log1mexp(log_p: Tensor) -> Tensor:
-    """log(1 - exp(log_p)) for log_p < 0, with a finite gradient, accurate at both ends.
+    """log(1 - exp(log_p)) for log_p <= 0, accurate at both ends; its gradient is finite below 0.
 
     Each branch sees a harmless input where the other one is taken: the gradient of an unused branch is multiplied
     by 0, not removed, and 0 x inf would be nan.
@@ -72,7 +72,7 @@ def student_bernoulli(logp: Tensor, temperature: float) -> Bernoulli:
 def teacher_bernoulli(logp: Tensor, temperature: float) -> Bernoulli:
     """The teacher's side, a constant: both logs floored at log 1e-7."""
     with torch.no_grad():
-        log_p = below_certainty(at_least_fp32(logp) / temperature)
+        log_p = (at_least_fp32(logp) / temperature).clamp(max=0)
         return floored(Bernoulli(log_p, log1mexp(log_p)))
 
 
