@@ -87,7 +87,7 @@ def _cpu_model() -> str:
 
 
 def _accelerators() -> list[str]:
-    # Only a benchmark that uses torch has an accelerator to speak of; importing torch for the others would cost seconds.
+    # Only a benchmark that uses torch has an accelerator to speak of; importing torch for the others costs seconds.
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []

@@ -1,0 +1,252 @@
+"""The bridge: all that is known about a pair of tokenizers, what turns text into chunks, and its artefact on disk.
+
+A folder with ``manifest.json`` (fingerprints of both tokenizers, special ids, shared prefix, coverage on a sample) and
+``vocab_map.safetensors`` (``student_ids``, ``teacher_ids`` int64 [K]: pairs of ids that spell the same bytes). Both are
+covered by checksums; the manifest is written last, so a folder with one is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from megatron_tide.bridge.align import align_ends, align_lengths, common_prefix
+from megatron_tide.bridge.tokenizer import Spelling, TextTokenizer
+from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
+
+FORMAT = "megatron_tide.bridge/1"
+MANIFEST = "manifest.json"
+VOCAB_MAP = "vocab_map.safetensors"
+_SIDES = ("student", "teacher")
+_IDENTITY = ("fingerprint", "vocab_size", "mask_id", "eos_id", "pad_id")
+_DECIDES = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One text on both sides. Chunk ids per token: 0 .. n_chunks - 1, or -2 where no chunk covers the token.
+
+    ``total_bytes`` is what there was to cover, ``covered_bytes`` what lies in chunks.
+    """
+
+    student_ids: np.ndarray
+    teacher_ids: np.ndarray
+    student_chunk: np.ndarray
+    teacher_chunk: np.ndarray
+    n_chunks: int
+    covered_bytes: int
+    total_bytes: int
+
+    def one_to_one(self) -> int:
+        """Number of chunks of exactly one token on both sides."""
+        counts = [_tokens_per_chunk(chunk, self.n_chunks) for chunk in (self.student_chunk, self.teacher_chunk)]
+        return int(((counts[0] == 1) & (counts[1] == 1)).sum())
+
+
+class Bridge:
+    """Two tokenizers' common ground. Make one with ``build`` or ``load``; the latter needs ``check`` before
+    ``align_text``.
+    """
+
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        student_ids: np.ndarray,
+        teacher_ids: np.ndarray,
+        tokenizers: tuple[TextTokenizer, TextTokenizer] | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.student_ids = student_ids
+        self.teacher_ids = teacher_ids
+        self._tokenizers = tokenizers
+
+    @classmethod
+    def build(
+        cls,
+        student: TextTokenizer,
+        teacher: TextTokenizer,
+        texts: Iterable[str],
+        *,
+        request: Mapping[str, Any] | None = None,
+    ) -> Bridge:
+        """Compare the vocabularies id by id, and measure coverage on ``texts``, samples of what will be distilled on.
+
+        ``request`` is kept in the manifest: what a later run compares to see that the artefact is the one it wants.
+        ValueError for a sample without text.
+        """
+        prefix, whole = shared_prefix(student, teacher)
+        sample, same_ids = _measure(student, teacher, texts)
+        if not sample["bytes"]:
+            raise ValueError(
+                "the bridge's sample holds no text to measure coverage on; give it data with assistant turns"
+            )
+        shared = whole and same_ids
+        pairs = map_vocabularies(student, teacher, prefix if shared else None)
+        manifest: dict[str, Any] = {"format": FORMAT}
+        manifest.update({side: tok.describe() for side, tok in zip(_SIDES, (student, teacher))})
+        manifest.update(shared=shared, shared_prefix=prefix, mapped=len(pairs[0]))
+        manifest.update(vocab_map_sha256=_map_digest(*pairs), sample=sample, request=dict(request or {}))
+        manifest["fingerprint"] = _fingerprint(manifest)
+        return cls(manifest, *pairs, tokenizers=(student, teacher))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Bridge:
+        """Read an artefact, verifying its checksums; ValueError for a missing, altered or foreign one."""
+        folder = Path(folder)
+        mend = "build the bridge again with --fresh"
+        try:
+            record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            pairs = load_file(folder / VOCAB_MAP)
+            manifest, checksum = record["manifest"], record["sha256"]
+            student_ids, teacher_ids = pairs["student_ids"], pairs["teacher_ids"]
+            intact = manifest["format"] == FORMAT and checksum == _digest(manifest)
+            intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
+            intact = intact and manifest["vocab_map_sha256"] == _map_digest(student_ids, teacher_ids)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder}: holds no bridge ({Path(error.filename).name} is missing); {mend}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{folder}: the bridge is damaged ({type(error).__name__}: {error}); {mend}") from error
+        if not intact:
+            raise ValueError(f"{folder}: the bridge's checksums do not match its content; {mend}")
+        return cls(manifest, student_ids, teacher_ids)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the artefact, the manifest last; each file appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"manifest": self.manifest, "sha256": _digest(self.manifest)}
+        pairs = save({"student_ids": self.student_ids, "teacher_ids": self.teacher_ids})
+        _write(folder / VOCAB_MAP, pairs)
+        _write(folder / MANIFEST, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+    def check(self, student: TextTokenizer, teacher: TextTokenizer) -> Bridge:
+        """Refuse (ValueError) other tokenizers than those it was built for; ``align_text`` uses them from then on."""
+        for side, tokenizer in zip(_SIDES, (student, teacher)):
+            asked, built = tokenizer.describe(), self.manifest[side]
+            differing = [key for key in _IDENTITY if asked[key] != built[key]]
+            if differing:
+                key = differing[0]
+                raise ValueError(
+                    f"{tokenizer.name}: is not the {side} tokenizer this bridge was built for ({built['name']}): "
+                    f"{key} is {asked[key]}, the bridge has {built[key]}; build the bridge for these tokenizers"
+                )
+        self._tokenizers = (student, teacher)
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of all that decides an alignment; the sample and the tokenizers' names do not count."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def shared(self) -> bool:
+        """Same tokenizer: equal id by id over both vocabularies (added tokens may differ), same ids for the sample,
+        same eos.
+        """
+        return self.manifest["shared"]
+
+    @property
+    def shared_prefix(self) -> int:
+        """Number of leading ids that mean the same on both sides, compared one by one."""
+        return self.manifest["shared_prefix"]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the sample's bytes that lie in chunks."""
+        return self.manifest["sample"]["coverage"]
+
+    def require_coverage(self, floor: float) -> None:
+        """ValueError if less than ``floor`` (a share, 0 to 1) of the sample's bytes lies in chunks."""
+        if self.coverage < floor:
+            raise ValueError(
+                f"the bridge covers {self.coverage:.4f} of the sample's bytes, under the floor of {floor}: the "
+                "tokenizers spell the same text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
+            )
+
+    def align_text(self, text: str) -> Aligned:
+        """Tokenise ``text`` on both sides and align; ordinary text, no special tokens.
+
+        Where the two sides spell different bytes (one normalises, or has no token for a character), chunks cover the
+        longest common beginning and end.
+        """
+        if self._tokenizers is None:
+            raise ValueError("the bridge was loaded without tokenizers; call check(student, teacher) first")
+        return align_text(*self._tokenizers, text)
+
+
+def align_text(student: TextTokenizer, teacher: TextTokenizer, text: str) -> Aligned:
+    """``Bridge.align_text`` for two tokenizers without a bridge."""
+    left, right = student.spell(text), teacher.spell(text)
+    raw = text.encode("utf-8")
+    if left.data == right.data and (left.data == raw or not _unspelled(left, right, student, teacher)):
+        student_chunk, teacher_chunk, chunks = align_lengths(left.lengths, right.lengths)
+        size = len(left.data)
+        return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, size, size)
+    strings, total = [left.data, right.data], max(len(left.data), len(right.data))
+    if _unspelled(left, right, student, teacher):
+        # Two sides that both skip a character agree with each other there, yet neither says it.
+        strings.append(raw)
+        total = max(total, len(raw))
+    head = min(common_prefix(left.data, other) for other in strings[1:])
+    tail = min(common_prefix(left.data[head:][::-1], other[head:][::-1]) for other in strings[1:])
+    student_chunk, teacher_chunk, chunks, covered = align_ends(left.lengths, right.lengths, head, tail)
+    return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, covered, total)
+
+
+def _unspelled(left: Spelling, right: Spelling, student: TextTokenizer, teacher: TextTokenizer) -> bool:
+    return bool(student.spells_nothing(left.ids).any() or teacher.spells_nothing(right.ids).any())
+
+
+def _measure(student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str]) -> tuple[dict[str, Any], bool]:
+    totals = dict.fromkeys(
+        ("texts", "bytes", "covered_bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one"), 0
+    )
+    same_ids = True
+    for text in texts:
+        aligned = align_text(student, teacher, text)
+        same_ids = same_ids and np.array_equal(aligned.student_ids, aligned.teacher_ids)
+        totals["texts"] += 1
+        totals["bytes"] += aligned.total_bytes
+        totals["covered_bytes"] += aligned.covered_bytes
+        totals["student_tokens"] += len(aligned.student_ids)
+        totals["teacher_tokens"] += len(aligned.teacher_ids)
+        totals["chunks"] += aligned.n_chunks
+        totals["one_to_one"] += aligned.one_to_one()
+    return {**totals, "coverage": totals["covered_bytes"] / max(totals["bytes"], 1)}, same_ids
+
+
+def _tokens_per_chunk(chunk: np.ndarray, chunks: int) -> np.ndarray:
+    return np.bincount(chunk[chunk >= 0], minlength=chunks)
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    decides = {key: manifest[key] for key in _DECIDES}
+    for side in _SIDES:
+        decides[side] = {key: manifest[side][key] for key in _IDENTITY}
+    return _digest(decides)
+
+
+def _map_digest(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:
+    return hashlib.sha256(student_ids.astype("<i8").tobytes() + teacher_ids.astype("<i8").tobytes()).hexdigest()
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode("ascii")).hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,182 @@
+"""The two engines that turn text into ids: Hugging Face ``tokenizers`` and SentencePiece. One shape for both.
+
+Each has two ways in. ``encode`` takes ordinary text: a special token's string in it is spelled out like any other text.
+``encode_prompt`` takes text that a chat template rendered: there the same strings are the special tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import sentencepiece
+import tokenizers
+
+from megatron_tide.bridge.byte_table import METASPACE, byte_level_bytes, metaspace_bytes
+
+# <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
+# call them special. Text that holds one must not be able to open a turn or to mask itself.
+_MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_IMPOSSIBLE_SCORE = -1e9
+
+
+class Codec(Protocol):
+    """Text -> ids, and what each of the V ids is."""
+
+    strings: list[str | None]
+    """[V] vocabulary strings, None for ids that do not exist."""
+    spelled: list[bytes | None]
+    """[V] bytes of each id; None for special, unknown and missing ids."""
+    added: dict[str, int]
+    """Tokens added to the model's own vocabulary, special or not."""
+    special: dict[str, int]
+    """Tokens that ordinary text never becomes."""
+    unknown: int | None
+    """Id of the unknown token: the one special token that ordinary text may become."""
+    core: str
+    """sha256 hex of all that decides ordinary text's ids, except the added tokens."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+
+
+class FastCodec:
+    """A ``tokenizers.Tokenizer`` (tokenizer.json): byte-level, or SentencePiece turned into that format.
+
+    ``named`` are strings with a role (mask, end of text, ...): special whatever the file says. ValueError for a kind of
+    tokenizer that does not keep the text's bytes (WordPiece, characters without byte fallback are refused or show as
+    uncovered text).
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, named: Iterable[str]) -> None:
+        # A copy: transformers sets truncation and padding on the tokenizer it wraps.
+        self._prompt = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+        self._prompt.no_truncation()
+        self._prompt.no_padding()
+        spec = json.loads(self._prompt.to_str())
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.strings: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
+        for token, index in vocabulary.items():
+            self.strings[index] = token
+        self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        marked = {token["content"] for token in spec["added_tokens"] if token["special"]}
+        marked |= {token for token in self.added if _MARKER.fullmatch(token)} | set(named)
+        self.special = {token: vocabulary[token] for token in marked if token in vocabulary}
+        unknown = spec["model"].get("unk_token")
+        if unknown is None and spec["model"].get("unk_id") is not None:
+            unknown = self.strings[spec["model"]["unk_id"]]
+        self.unknown = vocabulary.get(unknown)
+        self.spelled = self._spell(_scheme(spec))
+        self._text = _text_only(spec, self.special)
+        self.core = _digest({key: spec[key] for key in ("normalizer", "pre_tokenizer", "model")})
+
+    def encode(self, text: str) -> list[int]:
+        return self._text.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._prompt.encode(text, add_special_tokens=False).ids
+
+    def _spell(self, scheme: Any) -> list[bytes | None]:
+        silent = {*self.special.values(), self.unknown}
+        spelled = [None if token is None else scheme(token) for token in self.strings]
+        for token, index in self.added.items():
+            spelled[index] = token.encode("utf-8")
+        return [None if index in silent else piece for index, piece in enumerate(spelled)]
+
+
+class SentencePieceCodec:
+    """A SentencePiece model, with ``added`` tokens (string -> id) on top of or inside its vocabulary.
+
+    Control pieces and added tokens are special: SentencePiece itself never makes a control piece from text, and added
+    tokens are looked for in prompts only. In a prompt, each stretch between special tokens is encoded as a text of its
+    own.
+    """
+
+    def __init__(self, model: bytes, added: Mapping[str, int], named: Iterable[str]) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        size = self._processor.get_piece_size()
+        self.strings: list[str | None] = [self._processor.id_to_piece(index) for index in range(size)]
+        self.strings += [None] * (max(added.values(), default=-1) + 1 - size)
+        for token, index in added.items():
+            self.strings[index] = token
+        unknown = self._processor.unk_id()
+        self.unknown: int | None = unknown if unknown >= 0 else None
+        ids = {token: index for index, token in enumerate(self.strings) if token is not None}
+        silent = {
+            index for index in range(size) if self._processor.is_control(index) or self._processor.is_unused(index)
+        }
+        silent |= (
+            {ids[token] for token in named if token in ids}
+            | set(added.values())
+            | ({unknown} if unknown >= 0 else set())
+        )
+        self.added = dict(added)
+        self.special = {token: index for token, index in ids.items() if index in silent}
+        self.spelled = [
+            None if token is None or index in silent else metaspace_bytes(token)
+            for index, token in enumerate(self.strings)
+        ]
+        # Longest first: <|mask|> must win over a shorter token that starts it.
+        strings = sorted((token for token in self.special if token), key=len, reverse=True)
+        self._splitter = re.compile(f"({'|'.join(map(re.escape, strings))})") if strings else None
+        self.core = hashlib.sha256(model).hexdigest()
+
+    def own_roles(self) -> dict[str, str]:
+        """Role -> string, for the roles that the model file itself gives out."""
+        ids = {"eos": self._processor.eos_id(), "pad": self._processor.pad_id(), "bos": self._processor.bos_id()}
+        return {role: self._processor.id_to_piece(index) for role, index in ids.items() if index >= 0}
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        if self._splitter is None:
+            return self.encode(text)
+        ids: list[int] = []
+        for place, part in enumerate(self._splitter.split(text)):
+            # re.split alternates text and separator, so every second part is a special token.
+            ids.extend([self.special[part]] if place % 2 else self.encode(part))
+        return ids
+
+
+def _scheme(spec: Mapping[str, Any]) -> Any:
+    """How this tokenizer.json writes bytes as strings, read off its decoder (or pre-tokenizer, where it has none)."""
+    kinds = set(_kinds(spec.get("decoder"))) | set(_kinds(spec.get("pre_tokenizer")))
+    if "ByteLevel" in kinds:
+        return byte_level_bytes
+    if spec["model"]["type"] == "WordPiece" or "WordPiece" in kinds:
+        raise ValueError("a WordPiece tokenizer does not keep the text's bytes; use a byte-level or SentencePiece one")
+    byte_fallback = bool(spec["model"].get("byte_fallback"))
+    if "Metaspace" in kinds or "Replace" in kinds:
+        return metaspace_bytes if byte_fallback else lambda token: token.replace(METASPACE, " ").encode("utf-8")
+    raise ValueError(
+        "the tokenizer is neither byte-level nor SentencePiece-like, so its tokens cannot be turned into bytes"
+    )
+
+
+def _kinds(component: Any) -> Iterable[str]:
+    if isinstance(component, Mapping):
+        yield component["type"]
+        for name in ("decoders", "pretokenizers"):
+            for part in component.get(name, ()):
+                yield from _kinds(part)
+
+
+def _text_only(spec: Mapping[str, Any], special: Mapping[str, int]) -> tokenizers.Tokenizer:
+    """A copy that never makes a special token from text."""
+    spec = {**spec, "added_tokens": [{**t, "special": t["content"] in special} for t in spec["added_tokens"]]}
+    if spec["model"]["type"] == "Unigram":
+        # Not looked for as a whole, a special string may still be a vocabulary piece like any other.
+        vocabulary = [[t, _IMPOSSIBLE_SCORE if t in special else score] for t, score in spec["model"]["vocab"]]
+        spec["model"] = {**spec["model"], "vocab": vocabulary}
+    copy = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode("ascii")).hexdigest()

@@ -1,0 +1,180 @@
+"""``load_tokenizer``: a Hugging Face folder or hub name, a SentencePiece model, a tiktoken file -> TextTokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec
+from megatron_tide.bridge.tiktoken import read_tiktoken
+from megatron_tide.bridge.tokenizer import Source, TextTokenizer
+
+DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken*",
+)
+_SENTENCEPIECE = "tokenizer.model"
+_CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+
+
+def load_tokenizer(
+    path: str | Path, *, mask_token: str | None = None, trust_remote_code: bool = False
+) -> TextTokenizer:
+    """Load a tokenizer from what ``path`` names.
+
+    - a folder with ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``): as transformers' AutoTokenizer reads it;
+    - a folder with ``tokenizer.model``, or a SentencePiece model file: as the sentencepiece library reads it, with
+      special tokens and chat template from ``tokenizer_config.json`` and ``chat_template.jinja`` beside it, where they
+      are;
+    - a ``*.tiktoken`` file, or a folder with one (see ``bridge.tiktoken``);
+    - a model's name on the Hugging Face hub.
+
+    ``mask_token`` names the mask token where the tokenizer's own files do not; it must be in the vocabulary. Code from
+    the tokenizer's folder runs with ``trust_remote_code`` only. ValueError where nothing usable is found.
+    """
+    name, place = str(path), _locate(path, trust_remote_code)
+    arguments = (name, mask_token, trust_remote_code)
+    try:
+        if place.is_dir():
+            return _load_folder(name, place, arguments)
+        if place.suffix == ".json":
+            return _load_hugging_face(name, place.parent, arguments)
+        if place.suffix == ".tiktoken":
+            return _load_tiktoken(name, place, arguments)
+        return _load_sentencepiece(name, place, arguments)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        # tokenizers and sentencepiece raise bare Exception and RuntimeError for files they cannot read.
+        raise ValueError(f"{name}: cannot read the tokenizer: {' '.join(str(error).split())[:200]}") from error
+
+
+def reload(name: str, mask_token: str | None, trust_remote_code: bool) -> TextTokenizer:
+    """``load_tokenizer`` by position: how a TextTokenizer travels to another process."""
+    return load_tokenizer(name, mask_token=mask_token, trust_remote_code=trust_remote_code)
+
+
+def _locate(path: str | Path, trust_remote_code: bool) -> Path:
+    place = Path(path).expanduser()
+    if place.exists():
+        return place
+    name = str(path)
+    # "runs/teacher" could be a hub name; where a folder "runs" stands here, the user means a folder.
+    local = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix != ""
+    if "/" in name and (local or place.parent.exists()):
+        raise ValueError(f"{name}: no such tokenizer folder or file; check the path")
+    from huggingface_hub import snapshot_download
+
+    patterns = [*TOKENIZER_FILES, "config.json", *(["*.py"] if trust_remote_code else [])]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{name}: neither a tokenizer here nor reachable on the hub ({reason}); check the name"
+        ) from error
+
+
+def _load_folder(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+    if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
+        return _load_hugging_face(name, folder, arguments)
+    if (folder / _SENTENCEPIECE).exists():
+        return _load_sentencepiece(name, folder / _SENTENCEPIECE, arguments)
+    ranks = sorted(folder.glob("*.tiktoken"))
+    if len(ranks) == 1:
+        return _load_tiktoken(name, ranks[0], arguments)
+    raise ValueError(f"{name}: holds no tokenizer.json, tokenizer.model or single *.tiktoken file; check the path")
+
+
+def _load_hugging_face(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=arguments[2])
+    if getattr(raw, "backend_tokenizer", None) is None:
+        raise ValueError(f"{name}: the tokenizer has no fast form; save its tokenizer.json with transformers first")
+    kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+    return _wrap_hugging_face(name, folder, tuple(dict.fromkeys(kept)), raw, arguments)
+
+
+def _load_tiktoken(name: str, file: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+    return _wrap_hugging_face(name, file, (), read_tiktoken(file), arguments)
+
+
+def _wrap_hugging_face(
+    name: str, path: Path, files: tuple[Path, ...], raw: Any, arguments: tuple[Any, ...]
+) -> TextTokenizer:
+    roles = {
+        role.removesuffix("_token"): str(token)
+        for role, token in raw.special_tokens_map.items()
+        if role.endswith("_token") and token is not None
+    }
+    _name_mask(name, roles, raw.get_vocab(), arguments[1])
+    codec = FastCodec(raw.backend_tokenizer, roles.values())
+    template = raw.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    source = Source(
+        name=name, path=path, files=files, roles=roles, chat_template=template, load_arguments=arguments, raw=raw
+    )
+    return TextTokenizer(codec, source)
+
+
+def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+    beside = [model.parent / _CONFIG, model.parent / _TEMPLATE] if model.name == _SENTENCEPIECE else []
+    files = [model, *(file for file in beside if file.exists())]
+    config = _read_json(model.parent / _CONFIG) if model.parent / _CONFIG in files else {}
+    added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
+    roles = {
+        role.removesuffix("_token"): token["content"] if isinstance(token, Mapping) else token
+        for role, token in config.items()
+        if role.endswith("_token") and isinstance(token, str | Mapping)
+    }
+    data = model.read_bytes()
+    codec = SentencePieceCodec(data, added, roles.values())
+    # The model's own roles stand where the configuration says nothing.
+    for role, token in codec.own_roles().items():
+        roles.setdefault(role, token)
+    _name_mask(name, roles, set(filter(None, codec.strings)), arguments[1])
+    template = config.get("chat_template")
+    if model.parent / _TEMPLATE in files:
+        template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
+    codec = SentencePieceCodec(data, added, roles.values())
+    source = Source(
+        name=name,
+        path=model if model.name != _SENTENCEPIECE else model.parent,
+        files=tuple(files),
+        roles=roles,
+        chat_template=template,
+        load_arguments=arguments,
+    )
+    return TextTokenizer(codec, source)
+
+
+def _name_mask(name: str, roles: dict[str, str], vocabulary: Container[str], mask_token: str | None) -> None:
+    """Settle the mask token: what the user says, what the tokenizer says, or a usual string in the vocabulary."""
+    if mask_token is not None:
+        if mask_token not in vocabulary:
+            raise ValueError(f"{name}: the vocabulary has no token {mask_token!r} to use as the mask; name one it has")
+        roles["mask"] = mask_token
+    for usual in DEFAULT_MASKS:
+        if usual in vocabulary:
+            roles.setdefault("mask", usual)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not valid JSON ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold a JSON object; restore the file")
+    return content

@@ -1,0 +1,116 @@
+"""tiktoken-style files: one base64 token and its rank a line. Read into a Hugging Face byte-level BPE.
+
+Such a file holds ranks alone. How text is normalised and split, and which tokens are added, is known here for Qwen's
+file (recognised by its content); any other needs a settings file beside it, ``NAME.tiktoken.json``:
+``{"pattern": "...", "normalizer": "NFC" or null, "added_tokens": ["<|im_end|>", ...], "eos_token": "...", ...}``;
+``plain_added_tokens`` are those that ordinary text may become.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from megatron_tide.bridge.byte_table import byte_level_string
+
+SETTINGS_SUFFIX = ".json"
+SETTINGS_KEYS = {"pattern", "normalizer", "added_tokens", "plain_added_tokens", "chat_template"}
+SETTINGS_KEYS |= {"eos_token", "pad_token", "bos_token", "mask_token"}
+
+# Qwen2.5 and Qwen3: the split pattern, and the 26 tokens after the 151,643 ranks.
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+)
+_QWEN_PLAIN = (
+    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
+    "<tool_response> </tool_response> <think> </think>"
+)
+QWEN_SETTINGS: dict[str, Any] = {
+    "pattern": QWEN_PATTERN,
+    "normalizer": "NFC",
+    "added_tokens": _QWEN_SPECIAL.split(),
+    "plain_added_tokens": _QWEN_PLAIN.split(),
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+}
+KNOWN_FILES = {"b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186": QWEN_SETTINGS}
+"""sha256 of a file's content -> its settings."""
+
+
+def read_tiktoken(file: Path) -> Any:
+    """A transformers tokenizer for the file; ValueError for a broken line, a hole in the bytes, or unknown settings."""
+    from transformers import PreTrainedTokenizerFast
+
+    content = file.read_bytes()
+    ranks = _read_ranks(content, file)
+    settings = _settings(content, file)
+    tokenizer = tokenizers.Tokenizer(_bpe(ranks))
+    if settings.get("normalizer"):
+        tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(settings["pattern"]), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    for names, special in ((settings.get("added_tokens", []), True), (settings.get("plain_added_tokens", []), False)):
+        tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special) for token in names])
+    roles = {key: value for key, value in settings.items() if key.endswith("_token") or key == "chat_template"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def _read_ranks(content: bytes, file: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(
+                f"{file}: line {number} is not a base64 token and its rank; fetch the file again"
+            ) from error
+    lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if lacking:
+        raise ValueError(f"{file}: has no token for {len(lacking)} of the 256 bytes; fetch the file again")
+    return ranks
+
+
+def _settings(content: bytes, file: Path) -> dict[str, Any]:
+    beside = file.with_name(file.name + SETTINGS_SUFFIX)
+    if beside.exists():
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
+            raise ValueError(f"{beside}: must be an object with a pattern, and of {sorted(SETTINGS_KEYS)} only")
+        return settings
+    known = KNOWN_FILES.get(hashlib.sha256(content).hexdigest())
+    if known is None:
+        raise ValueError(
+            f"{file}: is no tiktoken file known here and its split pattern cannot be guessed; give it in {beside.name}"
+        )
+    return known
+
+
+def _bpe(ranks: dict[bytes, int]) -> models.BPE:
+    """The merges that give the ranks' own order: a token's halves are every pair of tokens that joins to it."""
+    merges: list[tuple[int, int, int, bytes, bytes]] = []
+    for token, rank in ranks.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ranks and right in ranks:
+                merges.append((rank, ranks[left], ranks[right], left, right))
+    merges.sort()
+    vocabulary = {byte_level_string(token): rank for token, rank in ranks.items()}
+    pairs = [(byte_level_string(left), byte_level_string(right)) for *_, left, right in merges]
+    # tiktoken takes a whole word that is a token as that token, before any merging.
+    return models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=True)

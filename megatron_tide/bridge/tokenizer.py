@@ -1,0 +1,250 @@
+"""One face for every tokenizer: ids, bytes per token, special ids, chat template, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tide.bridge.byte_table import ByteTable
+from megatron_tide.bridge.codecs import Codec
+
+SPACE = 0x20
+ROLES = ("mask", "eos", "pad")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A text's tokens: ``ids`` int32 [n], ``lengths`` int32 [n] in bytes, ``data`` the bytes they spell together."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a tokenizer came from, and what stands beside its vocabulary: enough to load, save or describe it again."""
+
+    name: str
+    path: Path
+    files: tuple[Path, ...]
+    roles: Mapping[str, str]
+    """Role (mask, eos, pad, bos, ...) -> the token's string."""
+    chat_template: str | None
+    load_arguments: tuple[Any, ...]
+    raw: Any = None
+
+
+class TextTokenizer:
+    """A tokenizer of any supported kind (see ``load_tokenizer``)."""
+
+    def __init__(self, codec: Codec, source: Source) -> None:
+        self._codec = codec
+        self._source = source
+        self._table = ByteTable(codec.spelled)
+        self._forbidden = np.zeros(len(self._table), dtype=bool)
+        self._forbidden[[index for index in codec.special.values() if index != codec.unknown]] = True
+        ids = {token: index for index, token in enumerate(codec.strings) if token is not None}
+        self._roles = {role: ids[token] for role, token in source.roles.items() if token in ids}
+        self._roles.setdefault("pad", self._roles.get("eos", -1))
+        probes = [self._table.spell(np.array(codec.encode(text), dtype=np.int32)) for text in ("a", " a")]
+        self._prefixes = probes[0] == b" a"
+        self._prefixes_always = self._prefixes and probes[1] == b"  a"
+        self._fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"TextTokenizer({self.name!r}, {self.vocab_size} tokens, {self.fingerprint[:12]})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from megatron_tide.bridge.loading import reload
+
+        return reload, self._source.load_arguments
+
+    @property
+    def name(self) -> str:
+        """What the user called it: a folder, a file or a hub name."""
+        return self._source.name
+
+    @property
+    def path(self) -> Path:
+        """The folder or file it was read from (for a hub name, the downloaded snapshot)."""
+        return self._source.path
+
+    @property
+    def raw(self) -> Any:
+        """The wrapped transformers tokenizer, or None for SentencePiece."""
+        return self._source.raw
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, holes and added tokens included: the largest id plus one."""
+        return len(self._table)
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token; ValueError if the tokenizer has none."""
+        return self._role("mask", "pass its string as the mask token, or add <|mask|> to the tokenizer")
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a response; ValueError if the tokenizer has none."""
+        return self._role("eos", "name an eos_token in its tokenizer_config.json")
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills up a batch: the pad token, or the end-of-response token where there is none."""
+        return self._role("pad", "name a pad_token or an eos_token in its tokenizer_config.json")
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that ordinary text never becomes (the unknown token excepted: it stands for text)."""
+        return frozenset(self._codec.special.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 hex of all that decides ids: vocabulary, merges or scores, normaliser, splitting, added tokens."""
+        if self._fingerprint is None:
+            content = {
+                "core": self._codec.core,
+                "added": self._codec.added,
+                "special": sorted(self._codec.special.items()),
+            }
+            self._fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
+        return self._fingerprint
+
+    @property
+    def template_fingerprint(self) -> str | None:
+        """sha256 hex of the chat template, None without one: it decides a prompt's ids, not a response's."""
+        template = self._source.chat_template
+        return None if template is None else hashlib.sha256(template.encode("utf-8")).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest keeps: name, fingerprint, vocab_size, ids of mask, eos and pad (None where lacking)."""
+        ids = {f"{role}_id": index if (index := self._roles.get(role, -1)) >= 0 else None for role in ROLES}
+        return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size, **ids}
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids int32 [n] of ordinary text; a special token's string in it is spelled out, and none is added."""
+        ids = np.array(self._codec.encode(_checked(text)), dtype=np.int32)
+        if self._forbidden[ids].any():
+            string = self._codec.strings[int(ids[self._forbidden[ids]][0])]
+            raise ValueError(f"{self.name}: the text's {string!r} became a special token; remove it from the text")
+        return ids
+
+    def encode_prompt(self, rendered: str) -> np.ndarray:
+        """Ids int32 [n] of text a template rendered: special tokens' strings become those tokens, none is added."""
+        return np.array(self._codec.encode_prompt(_checked(rendered)), dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
+        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD. Special tokens are left out, or shown as their
+        strings.
+        """
+        # Ids past the vocabulary exist in models (padded embeddings) and spell nothing.
+        known = [int(index) for index in ids if 0 <= index < self.vocab_size]
+        pieces = self.pieces(known)
+        if not skip_special:
+            strings = {index: token.encode("utf-8") for token, index in self._codec.special.items()}
+            pieces = [strings.get(index, piece) for index, piece in zip(known, pieces)]
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The bytes each token spells in this sequence: joined, the text's bytes. Special tokens spell none.
+
+        A tokenizer that writes a space before every text (SentencePiece's dummy prefix) has it taken off the first
+        token.
+        """
+        pieces = [self._table.of(int(index)) or b"" for index in ids]
+        if pieces and self._prefixes and pieces[0][:1] == b" ":
+            pieces[0] = pieces[0][1:]
+        return pieces
+
+    def byte_lengths(self, ids: np.ndarray) -> np.ndarray:
+        """int32 [n] byte lengths of a whole encoded text's tokens: ``pieces`` without the bytes, and without a loop."""
+        lengths = self._table.lengths(ids)
+        if len(ids) and self._prefixes and self._starts_with_space(ids):
+            lengths[0] -= 1
+        return lengths
+
+    def token_bytes(self, token: int) -> bytes | None:
+        """Bytes of one id, wherever it stands; None for special, unknown and missing ids."""
+        return self._table.of(token) if 0 <= token < self.vocab_size else None
+
+    def token_string(self, token: int) -> str | None:
+        """The vocabulary's own string of one id; None for a missing id."""
+        return self._codec.strings[token] if 0 <= token < self.vocab_size else None
+
+    def is_ordinary(self) -> np.ndarray:
+        """Bool [V]: ids of the model's own vocabulary that spell bytes (no added, special, unknown or missing ones)."""
+        ordinary = self._table.known.copy()
+        ordinary[list(self._codec.added.values())] = False
+        return ordinary
+
+    def spell(self, text: str) -> Spelling:
+        """Encode ordinary text and say which bytes the tokens spell: equal to the text's unless it was normalised."""
+        ids = self.encode(text)
+        lengths, data = self._table.lengths(ids), self._table.spell(ids)
+        prefixed = self._prefixes_always or (self._prefixes and not text.startswith(" "))
+        if len(ids) and prefixed and self._starts_with_space(ids):
+            lengths[0] -= 1
+            data = data[1:]
+        return Spelling(ids, lengths, data)
+
+    def spells_nothing(self, ids: np.ndarray) -> np.ndarray:
+        """Bool [n]: tokens without bytes, such as the unknown token."""
+        return ~self._table.known[ids]
+
+    def render(self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The conversation in this tokenizer's chat template; ValueError without a template or where it refuses."""
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if self._source.chat_template is None:
+            raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja beside it")
+        tokens: dict[str, Any] = {f"{role}_token": token for role, token in self._source.roles.items()}
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self._source.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self.name}: the chat template refuses the conversation: {error}") from error
+        return rendered[0][0]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into ``folder``, made if missing: copies, or the Hugging Face form of a tiktoken
+        file.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._source.files:
+            self.raw.save_pretrained(folder)
+        for file in self._source.files:
+            shutil.copyfile(file, folder / file.name)
+
+    def _starts_with_space(self, ids: np.ndarray) -> bool:
+        return (self._table.of(int(ids[0])) or b"")[:1] == b" "
+
+    def _role(self, role: str, mend: str) -> int:
+        index = self._roles.get(role, -1)
+        if index < 0:
+            raise ValueError(f"{self.name}: the tokenizer has no {role} token; {mend}")
+        return index
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds half a surrogate pair at character {error.start}, which has no bytes; repair the data"
+        ) from error
+    return text

@@ -1,0 +1,58 @@
+"""Two vocabularies side by side: where they are equal id by id, and which ids spell the same bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_tide.bridge.byte_table import is_byte_piece
+from megatron_tide.bridge.tokenizer import TextTokenizer
+
+
+def shared_prefix(student: TextTokenizer, teacher: TextTokenizer) -> tuple[int, bool]:
+    """Number of leading ids that mean the same on both sides, and whether that takes in all of both own vocabularies.
+
+    An id means the same where both spell the same bytes, or where both are the same string that spells none. Added
+    tokens past the common part may differ, as they do between models of one family; the end-of-response token may not.
+    """
+    size = min(student.vocab_size, teacher.vocab_size)
+    prefix = next((index for index in range(size) if _meaning(student, index) != _meaning(teacher, index)), size)
+    last = max(int(np.flatnonzero(side.is_ordinary()).max(initial=-1)) for side in (student, teacher))
+    same_end = student.describe()["eos_id"] == teacher.describe()["eos_id"]
+    return prefix, last < prefix and same_end
+
+
+def map_vocabularies(
+    student: TextTokenizer, teacher: TextTokenizer, shared: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (student_ids, teacher_ids), int64 [K] each, rising in student ids, no id twice on a side.
+
+    ``shared``: the tokenizers are the same up to this id, so that every id there is its own partner. Otherwise the
+    ordinary tokens that spell the same bytes, and the end-of-response tokens. Of several ids with the same bytes, the
+    one that text becomes counts: a piece before a byte-fallback piece, then the lower id.
+    """
+    if shared is not None:
+        ids = np.arange(shared, dtype=np.int64)
+        return ids, ids.copy()
+    theirs = _by_bytes(teacher)
+    pairs = {index: theirs[spelled] for spelled, index in _by_bytes(student).items() if spelled in theirs}
+    ends = (student.describe()["eos_id"], teacher.describe()["eos_id"])
+    if None not in ends:
+        pairs[ends[0]] = ends[1]
+    ordered = np.array(sorted(pairs.items()), dtype=np.int64).reshape(-1, 2)
+    return np.ascontiguousarray(ordered[:, 0]), np.ascontiguousarray(ordered[:, 1])
+
+
+def _meaning(tokenizer: TextTokenizer, index: int) -> tuple[bytes | None, str | None]:
+    spelled = tokenizer.token_bytes(index)
+    return spelled, tokenizer.token_string(index) if spelled is None else None
+
+
+def _by_bytes(tokenizer: TextTokenizer) -> dict[bytes, int]:
+    chosen: dict[bytes, int] = {}
+    ordinary = np.flatnonzero(tokenizer.is_ordinary()).tolist()
+    fallback = {index: is_byte_piece(tokenizer.token_string(index) or "") for index in ordinary}
+    for index in sorted(ordinary, key=lambda index: (fallback[index], index)):
+        spelled = tokenizer.token_bytes(index)
+        if spelled:
+            chosen.setdefault(spelled, index)
+    return chosen
