@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_tide import cli
 from megatron_tide.config import DistillConfig, parse
-from megatron_tide.files import write_json
+from megatron_tide.data.files import write_json
 
 EXIT_STOPPED = 130
 
@@ -43,31 +43,39 @@ def dry_run(config: DistillConfig) -> int:
 
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
-    print(f"dry run: {len(inputs.data)} samples, {inputs.total_steps} steps of {config.train.global_batch}; all checks passed")
+    steps = f"{inputs.total_steps} steps of {config.train.global_batch}"
+    print(f"dry run: {len(inputs.data)} samples, {steps}; all checks passed")
     return 0
 
 
 def train(config: DistillConfig, world: Any) -> int:
+    from megatron_tide.evaluate import student_side, validate
     from megatron_tide.train import setup
     from megatron_tide.train.loop import Loop, StopRequest
 
     inputs = setup.read_inputs(config, world.size)
-    parts, windows = setup.build(config, inputs, world)
-    state = setup.starting_point(config, inputs, parts)
     out = Path(config.paths.out)
     if world.is_main:
         out.mkdir(parents=True, exist_ok=True)
+    parts, windows = setup.build(config, inputs, world)
+    state = setup.starting_point(config, inputs, parts)
+    if world.is_main:
         write_json(out / "run.json", inputs.run)
+
+    def measure() -> dict[str, float]:
+        held_out, batch = inputs.validation, config.train.micro_batch
+        assert held_out is not None
+        side, samples = student_side(held_out), config.save.eval_samples
+        return validate(parts.engine.module, held_out, side, world=world, samples=samples, batch_size=batch)
+
     stop = StopRequest()
     stop.install()
-    outcome = Loop(config, parts, windows, inputs).train(state, stop)
-    if outcome.stopped:
-        if world.is_main:
-            print(f"stopped at step {outcome.state.step}/{outcome.state.total_steps}, saved; run again to go on", flush=True)
-        return EXIT_STOPPED
+    state = Loop(config, parts, windows, inputs.run).train(state, stop, measure)
+    finished = state.step == state.total_steps
     if world.is_main:
-        print(f"finished {outcome.state.step} steps: {outcome.checkpoint}", flush=True)
-    return 0
+        how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
+        print(f"step {state.step}/{state.total_steps}: {how} ({out})", flush=True)
+    return 0 if finished else EXIT_STOPPED
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 DeepSpeed compiles an op when it is first used, silently and for minutes, and a build that was killed leaves a lock on
 which the next one waits for ever. This does it in the open: on a machine without a GPU the shared-memory communication
-op, with --offload the CPU Adam that ds_configs with `offload_optimizer` use. Nothing to do where an op is built already.
+op, with --offload the CPU Adam that ds_configs with `offload_optimizer` use. An op that is built stays as it is.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def build(title: str, builder: str, folder: Path) -> None:
                 print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True)
     if child.returncode:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-        raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}): needs g++ and ninja; whole log: {log}")
+        raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}); it needs g++ and ninja; log: {log}")
     if shown:
         print(f"\r   compiled DeepSpeed's {title} op in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--offload", action="store_true", help="also the CPU Adam, for ds_configs with offload_optimizer")
+    parser.add_argument("--offload", action="store_true", help="also the CPU Adam, for offload_optimizer")
     arguments = parser.parse_args(argv)
     import torch
 

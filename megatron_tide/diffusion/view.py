@@ -38,7 +38,7 @@ class Noised(Movable):
     teacher (None without one): its rows are the scored tokens of the active chunks, in (sample, position) order;
     teacher_gold [R], teacher_chunk [R]. An active chunk is masked, hence masked whole on both sides; chunk_sample [K].
     Pairs are the active chunks of exactly one scored token on each side: pair_student_row [P] into M, pair_teacher_row
-    [P] into R, pair_chunk [P] into K. maskable: the number of maskable student tokens of the micro-batch.
+    [P] into R, pair_chunk [P] into K. maskable: the number of maskable student tokens of the micro-batch, tokens: of all its student tokens.
     Without a teacher K = R = P = 0.
     """
 
@@ -55,6 +55,7 @@ class Noised(Movable):
     pair_teacher_row: torch.Tensor
     pair_chunk: torch.Tensor
     maskable: int
+    tokens: int = 0
 
 
 def view(
@@ -91,6 +92,7 @@ def view(
         pair_teacher_row=pair_teacher_P,
         pair_chunk=pair_chunk_P,
         maskable=int(response(batch.student).sum()),
+        tokens=int(batch.student.length.sum()),
     )
 
 
@@ -122,8 +124,7 @@ def _ask(
 def _active(tokens: Tokens, chunk_id_BC: torch.Tensor) -> torch.Tensor:
     """int64 [B, S]: the active chunk of each token, -1 for a token of none."""
     none_B1 = torch.full((len(chunk_id_BC), 1), -1)
-    inside_BS = response(tokens) & (tokens.chunk >= 0)
-    index_BS = torch.where(inside_BS, tokens.chunk, chunk_id_BC.shape[1]).long()
+    index_BS = torch.where(tokens.chunk >= 0, tokens.chunk, chunk_id_BC.shape[1]).long()
     return torch.cat([chunk_id_BC, none_B1], 1).gather(1, index_BS)
 
 

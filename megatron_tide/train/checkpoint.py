@@ -13,13 +13,12 @@ leaves the earlier ones as they were. Any ZeRO stage, offload and world size rea
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_tide.data.files import sha256_file
 from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
 from megatron_tide.train.world import World
 
@@ -41,6 +41,9 @@ class TrainState:
     step: int  # optimizer steps taken
     total_steps: int
     samples_seen: int = 0
+
+    def after_step(self, samples: int) -> TrainState:
+        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -91,7 +94,9 @@ def restore(folder: Path, engine: Any) -> TrainState:
     wanted = {name for name, _ in trained_parameters(engine)}
     if stored != wanted:
         odd = sorted(stored ^ wanted)[0]
-        raise ValueError(f"{folder / WEIGHTS}: holds another model's parameters (first difference: {odd}); check --student")
+        raise ValueError(
+            f"{folder / WEIGHTS}: holds another model's parameters (first difference: {odd}); check --student"
+        )
     restore_state(engine, _Lazy(folder / WEIGHTS), {m: _Lazy(folder / f"{m}.safetensors") for m in MOMENTS}, state.step)
     return state
 
@@ -127,7 +132,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing from the checkpoint")
-        if _sha256(path) != expected:
+        if sha256_file(path) != expected:
             raise ValueError(f"{path}: damaged (its checksum differs)")
 
 
@@ -178,7 +183,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def _seal(draft: Path, final: Path, description: dict[str, Any]) -> None:
     (draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
     _flush(draft / STATE)
-    sums = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+    sums = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
     (draft / CHECKSUMS).write_text(json.dumps(sums, indent=1))
     _flush(draft / CHECKSUMS)
     if final.exists():
@@ -200,8 +205,3 @@ def _prune(run_folder: Path, keep: int) -> None:
         shutil.rmtree(old)
     for draft in run_folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(draft)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,6 +52,7 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of the student."""
     train = config.train
     settings = read_deepspeed_json(train.deepspeed)
+    offloads = "offload_optimizer" in settings["zero_optimization"]
     settings |= {
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
@@ -59,8 +60,13 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": train.precision == "bf16"},
         "optimizer": {
             "type": "AdamW",
-            # torch's own AdamW: no op to compile. With offload DeepSpeed takes its CPU Adam instead.
-            "params": {"lr": train.lr, "betas": [train.beta1, train.beta2], "eps": train.adam_eps, "torch_adam": True},
+            # torch's own AdamW needs no op compiled; with offload, DeepSpeed's CPU Adam is the faster one.
+            "params": {
+                "lr": train.lr,
+                "betas": [train.beta1, train.beta2],
+                "eps": train.adam_eps,
+                "torch_adam": not offloads,
+            },
         },
         "steps_per_print": 10**12,
     }
@@ -83,6 +89,7 @@ def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=[g for g in groups if g["params"]], config=engine_settings(config, world.size)
     )
+    _make_moments(engine, steps_taken=0)
     return engine
 
 
@@ -128,11 +135,16 @@ def restore_state(engine: Any, weights: Any, moments: dict[str, Any], steps_take
 
 
 def _make_moments(engine: Any, steps_taken: int) -> None:
-    """Adam makes its moments at its first step; a restored run needs them, and its step count, before that."""
-    adam = engine.optimizer.optimizer
+    """Make Adam's moments and step count before its first step, and tell DeepSpeed whose they are.
+
+    Left alone, Adam makes them at its first step, and DeepSpeed links them to parameters after the first parameter
+    group has stepped: the later groups' do not exist then and can never be read or set by parameter.
+    """
+    zero, adam = engine.optimizer, engine.optimizer.optimizer
     for group in adam.param_groups:
         for flat in group["params"]:
-            counts_in_tensor = isinstance(adam, torch.optim.Optimizer) and type(adam).__module__.startswith("torch.")
-            step = torch.tensor(float(steps_taken)) if counts_in_tensor else steps_taken
+            # torch's Adam counts steps in a tensor, DeepSpeed's CPU Adam in an int
+            step = torch.tensor(float(steps_taken)) if type(adam) is torch.optim.AdamW else steps_taken
             adam.state[flat] = {"step": step, **{moment: torch.zeros_like(flat.data) for moment in MOMENTS}}
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()

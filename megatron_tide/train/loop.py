@@ -39,29 +39,21 @@ class StopRequest:
         self.signal = number
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How the loop ended: the last state, the last logged values, and whether somebody asked it to stop."""
-
-    state: TrainState
-    values: dict[str, float]
-    stopped: bool
-
-
 class Loop:
-    """Runs ``config`` from ``state`` to its last step. Everything is built; nothing here knows how."""
+    """Runs from a state to the last step. Everything it uses is built; nothing here knows how."""
 
-    def __init__(
-        self, config: DistillConfig, parts: Parts, windows: Windows, run: dict[str, Any], measure: Measure
-    ) -> None:
-        self.config, self.parts, self.windows, self.run, self.measure = config, parts, windows, run, measure
+    def __init__(self, config: DistillConfig, parts: Parts, windows: Windows, run: dict[str, Any]) -> None:
+        self.config, self.parts, self.windows, self.run = config, parts, windows, run
         self.folder = Path(config.paths.out)
-        self.values: dict[str, float] = {}  # logged last
 
-    def train(self, state: TrainState, stop: StopRequest) -> Outcome:
-        parts, config, total = self.parts, self.config, state.total_steps
+    def train(self, state: TrainState, stop: StopRequest, measure: Measure) -> TrainState:
+        """Train until ``state.step == state.total_steps``, or until a rank is asked to stop; saved either way.
+
+        ``measure()`` gives held-out values (a collective); it is called every ``eval_every`` steps.
+        """
+        parts, save, total = self.parts, self.config.save, state.total_steps
         journal = Journal(self.folder, parts.world, total, state.step)
-        sums, since, stopped = Sums(), time.perf_counter(), False
+        sums, since, saved = Sums(), time.perf_counter(), state.step
         for window in self.windows.from_step(state.step, total):
             counts, stopped = global_counts(window, parts.world, bool(stop.signal))
             if stopped:
@@ -70,27 +62,26 @@ class Loop:
             set_learning_rate(parts.engine, lr)
             step_sums = train_step(parts, to_device(window, parts.world.device), counts, state.step / total)
             sums.add_step(step_sums, sum(noised.tokens for noised in window))
-            state = TrainState(
-                step=state.step + 1, total_steps=total, samples_seen=state.samples_seen + config.train.global_batch
-            )
-            if state.step % config.save.log_every == 0 or state.step == total:
+            state = state.after_step(self.config.train.global_batch)
+            if state.step % save.log_every == 0 or state.step == total:
                 since = self._log(journal, state, sums, since, lr)
                 sums = Sums()
-            if config.save.eval_every and state.step % config.save.eval_every == 0:
-                journal.write(state.step, self.measure())
-            if state.step % config.save.save_every == 0 or state.step == total:
-                self._save(state)
-        if stopped:
+            if save.eval_every and state.step % save.eval_every == 0:
+                journal.write(state.step, measure())
+            if state.step % save.save_every == 0:
+                saved = self._save(state)
+        if saved != state.step:
             self._save(state)
         journal.close()
-        return Outcome(state=state, values=self.values, stopped=stopped)
+        return state
 
     def _learning_rate(self, state: TrainState) -> float:
         train = self.config.train
         return learning_rate(state.step, state.total_steps, train.lr, train.warmup_ratio, train.min_lr_ratio)
 
-    def _save(self, state: TrainState) -> None:
+    def _save(self, state: TrainState) -> int:
         checkpoint.save(self.folder, self.parts.engine, state, self.run, self.parts.world, self.config.save.keep)
+        return state.step
 
     def _log(self, journal: Journal, state: TrainState, sums: Sums, since: float, lr: float) -> float:
         """Reduce, write and print what was gathered since the last time; the new start of the clock."""
@@ -105,5 +96,4 @@ class Loop:
         values |= {"train/lr": lr, "train/grad_norm": float(norm or 0.0), **peak_memory(self.parts.world.device)}
         journal.write(state.step, values)
         journal.say(state.step, values)
-        self.values = values
         return now

@@ -20,7 +20,7 @@ Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
 
 
 class Sums:
-    """Named (sum, count) pairs, and losses: a step's loss is a local sum over global counts, averaged over ``steps``."""
+    """Named (sum, count) pairs; and losses, local sums over global counts, averaged over ``steps``."""
 
     def __init__(self) -> None:
         self.means: dict[str, Metric] = {}
@@ -71,7 +71,7 @@ def denoise_metrics(gold_logp_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, M
 
 
 class Clock:
-    """Seconds spent in named parts of the step. On a GPU by events, read when a log line is due: no sync in the step."""
+    """Seconds spent in named parts of the step; on a GPU by events, read when a log line is due."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -145,7 +145,8 @@ class Journal:
         text = (
             f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['loss/total']:.4f}"
             f"  denoise {values['loss/denoise']:.4f}  distill {values['loss/distill']:.4f}  lr {values['train/lr']:.2e}"
-            f"  {values['speed/tokens_per_s']:,.0f} tok/s  teacher {values['time/teacher_share']:.0%}  left {clock_text(left)}"
+            f"  {values['speed/tokens_per_s']:,.0f} tok/s  teacher {values['time/teacher_share']:.0%}"
+            f"  left {clock_text(left)}"
         )
         print(("\r\033[K" + text) if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
 

@@ -50,15 +50,14 @@ def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
     engine_settings(config, world_size)
     data = PreparedData.open(paths.data)
     student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
-    bridge = _bridge(config, student) if config.strategy.strategy != "bd3lm" else None
-    data.check(student, bridge)
+    bridge = _bridge(config, student) if paths.bridge else None
     validation = PreparedData.open(paths.validation) if paths.validation else None
-    if validation is not None:
-        validation.check(student, bridge)
+    for prepared in [data] if validation is None else [data, validation]:
+        _check_origin(prepared, student, bridge)
     strategy = build_strategy(config.strategy, bridge)
-    order = GlobalOrder(
-        data.stats, config.train.global_batch, config.train.micro_batch, world_size, config.train.seed
-    )
+    if strategy.needs_teacher and not (paths.teacher and paths.bridge):
+        raise ValueError(f"--strategy {config.strategy.strategy} listens to a teacher: give --teacher and --bridge")
+    order = GlobalOrder(data.stats, config.train.global_batch, config.train.micro_batch, world_size, config.train.seed)
     total = config.train.max_steps or math.ceil(config.train.epochs * order.steps_per_epoch)
     run = {
         "version": __version__,
@@ -78,30 +77,35 @@ def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
 def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:
     bridge = Bridge.load(config.paths.bridge)
     teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
-    bridge.check(student, teacher)
-    return bridge
+    return bridge.check(student, teacher)
+
+
+def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | None) -> None:
+    """Refuse data of other tokenizers or another bridge; without a bridge, the teacher's side does not matter."""
+    if bridge is None:
+        teacher = data.manifest["teacher"]
+        prepared = None if teacher is None else teacher["fingerprint"]
+        data.check(student=student.fingerprint, teacher=prepared, bridge=data.manifest["bridge"])
+    else:
+        teacher = bridge.manifest["teacher"]["fingerprint"]
+        data.check(student=student.fingerprint, teacher=teacher, bridge=bridge.fingerprint)
 
 
 def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, Windows]:
     """Load the models, start the engine, place the teacher."""
-    model = load_model(config.paths.student, trust_remote_code=config.paths.trust_remote_code)
+    model = load_model(config.paths.student)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = build_engine(model, config, world)
     strategy, view = inputs.strategy, None
     host: Any = NoTeacher()
     if strategy.needs_teacher:
-        teacher = load_model(
-            config.paths.teacher,
-            dtype=DTYPES[config.teacher.teacher_dtype],
-            device=str(world.device),
-            trust_remote_code=config.paths.trust_remote_code,
-        )
+        teacher = load_model(config.paths.teacher, DTYPES[config.teacher.teacher_dtype], device=str(world.device))
         host = ResidentTeacher(teacher, strategy)
         view = TeacherView(
             context=CONTEXTS[config.strategy.teacher_context],
-            block=inputs.data.teacher_block,
-            mask_id=inputs.data.teacher_mask_id,
+            block=inputs.data.manifest["teacher"]["block"],
+            mask_id=inputs.data.manifest["teacher"]["mask_id"],
             compdemo=strategy.compdemo,
         )
     windows = Windows(

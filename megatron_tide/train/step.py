@@ -55,7 +55,7 @@ def train_step(parts: Parts, window: Sequence[Noised], counts: Counts, progress:
 
 
 def global_counts(window: Sequence[Noised], world: World, stop_asked: bool) -> tuple[Counts, bool]:
-    """The window's denominators over all ranks, and whether any rank was asked to stop: one collective on host numbers."""
+    """The window's denominators over all ranks, and whether any rank was asked to stop: one collective, on the host."""
     local = [
         sum(noised.maskable for noised in window),
         sum(len(noised.chunk_sample) for noised in window),

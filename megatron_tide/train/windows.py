@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from megatron_tide.data import GlobalOrder, PreparedData, collate
+from megatron_tide.data import GlobalOrder, PreparedData
+from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import Masking, Noised, TeacherView, noise, view
 
 AHEAD = 2  # windows prepared before they are needed
@@ -37,14 +38,11 @@ class Windows:
         return [self._noised(indices, epoch) for indices in self.order.window(step, self.rank)]
 
     def _noised(self, indices: Iterable[int], epoch: int) -> Noised:
-        batch = collate([self.data.sample(int(i)) for i in indices], self.data.student_block, self.data.teacher_block)
+        batch = read_batch(self.data, indices)
         drawn = noise(batch, seed=self.seed, epoch=epoch, masking=self.masking)
+        student = self.data.manifest["student"]
         noised = view(
-            batch,
-            drawn,
-            student_block=self.data.student_block,
-            student_mask_id=self.data.student_mask_id,
-            teacher=self.teacher,
+            batch, drawn, student_block=student["block"], student_mask_id=student["mask_id"], teacher=self.teacher
         )
         return noised.pin_memory() if self.pin_memory else noised
 

@@ -89,7 +89,9 @@ def join_world() -> World:
             dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False
         )
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, host_group=dist.new_group(backend="gloo"))
+    return World(
+        rank=dist.get_rank(), size=dist.get_world_size(), device=device, host_group=dist.new_group(backend="gloo")
+    )
 
 
 def leave_world() -> None:
