@@ -129,7 +129,8 @@ def measure(
     progress: Callable[[int, int], None] | None,
 ) -> Sums:
     """The sums of the samples ``indices``, in their order; the model is put in eval mode meanwhile."""
-    sums = Sums(*(np.zeros((len(indices), draws)) for _ in range(4)), np.zeros(len(indices)))
+    shape = (len(indices), draws)
+    sums = Sums(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape), bytes=np.zeros(len(indices)))
     done, was_training = 0, model.training
     model.eval()
     for places in _batches(side, indices, batch_size):

@@ -102,5 +102,5 @@ def ask(side: Side, batch: Batch, drawn: Noise) -> Question:
     if side.needs_chunks:
         scored_BS = scored_BS & (tokens.chunk >= 0)
     sample_M, position_M = (masked_BS & scored_BS).nonzero(as_tuple=True)
-    inputs = side.context.build(tokens, masked_BS, sample_M, position_M, block=side.block, mask_id=side.mask_id)
+    inputs = side.context(tokens, masked_BS, sample_M, position_M, block=side.block, mask_id=side.mask_id)
     return Question(inputs, tokens.ids[sample_M, position_M], sample_M)

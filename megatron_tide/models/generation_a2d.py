@@ -159,6 +159,7 @@ class BlockDecoder:
             undecided[row, :end] = False
         self.tokens_BL, self.undecided_BL = canvas.to(self.device), undecided.to(self.device)
         self.shift_dev_B = self.shift_B.to(self.device)
+        self.shifted = bool(self.shift_B.any())
         self.eos = torch.tensor(rule.eos_token_ids, dtype=torch.int64, device=self.device)
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.cache = BlockCache(length)
@@ -197,21 +198,27 @@ class BlockDecoder:
     def _forward(self, end: int) -> torch.Tensor:
         """Hidden states of every slot from the committed ones up to ``end``; commits those of finished blocks."""
         block, begin = self.rule.block_size, self.cache.length
-        query_Q, key_K = torch.arange(begin, end, device=self.device), torch.arange(end, device=self.device)
-        seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
-        real_BK = key_K >= self.shift_dev_B.unsqueeze(1)
-        own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot sees itself: softmax over nothing is NaN
-        attend_B1QK = ((seen_QK & real_BK.unsqueeze(1)) | own_QK).unsqueeze(1)
-        positions_BQ = (query_Q - self.shift_dev_B.unsqueeze(1)).clamp(min=0)
+        query_Q = torch.arange(begin, end, device=self.device)
         hidden = self.model.backbone(
             self.tokens_BL[:, begin:end],
-            attention_mask=attend_B1QK,
-            position_ids=positions_BQ,
+            attention_mask=self._attend(query_Q),
+            position_ids=(query_Q - self.shift_dev_B.unsqueeze(1)).clamp(min=0),
             past_key_values=self.cache,
         )
         self.cache.commit(end - block - begin)
         self.passes += 1
         return hidden
+
+    def _attend(self, query_Q: torch.Tensor) -> torch.Tensor | None:
+        """bool [B, 1, Q, K] over all slots up to the last query; None where everyone sees everything (no mask: faster)."""
+        block, end = self.rule.block_size, int(self.cache.length + len(query_Q))
+        if len(query_Q) == block and not self.shifted:
+            return None
+        key_K = torch.arange(end, device=self.device)
+        seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
+        real_BK = key_K >= self.shift_dev_B.unsqueeze(1)
+        own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot sees itself: softmax over nothing is NaN
+        return ((seen_QK & real_BK.unsqueeze(1)) | own_QK).unsqueeze(1)
 
     def _ends(self, start: int, end: int) -> torch.Tensor:
         """Decided end-of-text tokens of the answer in these slots, bool [B, end - start]."""

@@ -1,0 +1,110 @@
+"""Training weights -> a folder in hub format, one tensor in memory at a time (a shard while it is written)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tide.bridge import TextTokenizer
+from megatron_tide.models import meta_model
+from megatron_tide.models.load import config_dict
+from megatron_tide.models.shards import ShardedFolder, write_json, write_shards
+from megatron_tide.models.tables import Slot, checkpoint_table, module_tensors
+from megatron_tide.release.kinds import Kind
+from megatron_tide.release.trained import Trained
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MiB"`` or a number of bytes -> bytes. ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"--max-shard-size {text}: give a size such as 5GB or 500MiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The ids that generating needs, and the block size the model was trained with."""
+
+    block_size: int
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+def generation_of(trained: Trained, tokenizer: TextTokenizer) -> Generation:
+    """From the data the model was trained on, which the trainer recorded; the ids must be the tokenizer's.
+
+    Raises:
+        ValueError: when they are not: the starting folder holds another tokenizer than the run used.
+    """
+    side = trained.run["data"]["student"]
+    if side["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"{trained.start}: its tokenizer is not the one of {trained.folder}; name the right --start")
+    return Generation(
+        block_size=side["block"],
+        mask_token_id=side["mask_id"],
+        eos_token_id=side["eos_id"],
+        pad_token_id=side["pad_id"],
+    )
+
+
+def export(
+    trained: Trained,
+    tokenizer: TextTokenizer,
+    kind: Kind,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    """Write weights, config, generation config, tokenizer and code into the empty folder ``out``."""
+    model = meta_model(trained.start)
+    write_shards(out, _tensors(model, trained, dtype), max_shard_bytes)
+    knobs = generation_of(trained, tokenizer)
+    config: dict[str, Any] = config_dict(model, dtype) | vars(knobs)
+    if kind.auto_map:
+        config["auto_map"] = kind.auto_map
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", {**vars(knobs), "do_sample": False})
+    tokenizer.save(out)
+    for file in kind.code:
+        shutil.copyfile(file, out / file.name)
+
+
+def _tensors(model: torch.nn.Module, trained: Trained, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(public key, tensor in the release's precision); what was never trained comes from the starting folder."""
+    shapes = module_tensors(model)
+    stored, start = trained.names(), ShardedFolder(trained.start)
+    unknown = sorted(stored - set(shapes))
+    if unknown:
+        raise ValueError(f"{trained.folder}: holds {unknown[0]}, which {trained.start}/config.json does not describe")
+    held: tuple[str, torch.Tensor] | None = None  # a layer's stacked experts are read once for all their keys
+    for key, slot in checkpoint_table(shapes).items():
+        if slot.name not in stored:
+            yield key, _untrained(start, key, slot)
+            continue
+        if held is None or held[0] != slot.name:
+            held = (slot.name, trained.tensor(slot.name).to(dtype))
+            if held[1].shape != shapes[slot.name].shape:
+                raise ValueError(
+                    f"{trained.folder}: {slot.name} has shape {list(held[1].shape)}, {trained.start}/config.json makes "
+                    f"it {list(shapes[slot.name].shape)}; name the right folder with --start"
+                )
+        yield key, slot.of({slot.name: held[1]})
+
+
+def _untrained(start: ShardedFolder, key: str, slot: Slot) -> torch.Tensor:
+    if key not in start.keys:
+        raise ValueError(f"{start.folder}: lacks {key}, which the checkpoint does not hold either")
+    ((_, tensor),) = start.tensors([key])
+    return tensor

@@ -1,0 +1,129 @@
+"""The parity gate: a release must compute, in a fresh process, exactly what the training weights compute.
+
+Bounds: the training weights are fp32; cast to the release's precision they are the very same numbers, run by the same
+kernels, so logits must be equal bit for bit and greedy answers token for token. Both sides run on the CPU, one after
+the other, so that one copy of the model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import megatron_tide
+from megatron_tide.bridge import TextTokenizer
+from megatron_tide.models import load_model
+from megatron_tide.release import probe
+from megatron_tide.release.export import Generation
+from megatron_tide.release.kinds import Kind
+from megatron_tide.release.trained import Trained
+
+REPOSITORY = Path(megatron_tide.__file__).resolve().parents[1]
+_PROMPTS = (
+    "Hello!",
+    "Write a Python function that returns the n-th Fibonacci number.\n\n    >>> fib(7)\n    13",
+    "Zwölf Boxkämpfer jagen Viktor; 你好，世界 🙂\tüber den Deich. Why is that? " * 3,
+)
+CONVERSATIONS = [[{"role": "user", "content": prompt}] for prompt in _PROMPTS]
+
+
+def check_parity(
+    release: Path, trained: Trained, tokenizer: TextTokenizer, kind: Kind, knobs: Generation, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Compare ``release`` with the training weights cast to ``dtype``; what was compared, for parity.json.
+
+    Raises:
+        ValueError: naming the first thing that differs, or what the fresh process failed with.
+    """
+    theirs = _ask_release(release, kind, knobs, dtype)
+    ours = _ask_training(trained, tokenizer, knobs, dtype)
+    worst, rows, tokens = 0.0, 0, 0
+    for name, expected in ours.items():
+        found = theirs[name]
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise _failed(f"{name} is {found.dtype} {list(found.shape)}, not {expected.dtype} {list(expected.shape)}")
+        if not torch.isfinite(expected.float()).all():
+            raise _failed(f"the training weights give {name} that is not finite; the run has diverged")
+        worst = max(worst, float((found.double() - expected.double()).abs().max()))
+        if not torch.equal(found, expected):
+            raise _failed(f"{name} differs from the training weights' (by up to {worst:.3g})")
+        rows += len(found) if name.startswith("logits") else 0
+        tokens += len(found) if name.startswith("tokens") else 0
+    import transformers
+
+    return {
+        "compared_with": f"training weights of step {trained.step}, cast to {str(dtype).removeprefix('torch.')}",
+        "bound": "equal bit for bit",
+        "logit_rows": rows,
+        "largest_logit_difference": worst,
+        "greedy_tokens": tokens,
+        "greedy_tokens_equal": True,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def _failed(what: str) -> ValueError:
+    return ValueError(f"parity gate: {what}; nothing was released")
+
+
+def _ask_training(
+    trained: Trained, tokenizer: TextTokenizer, knobs: Generation, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The training weights in the training module, by its own parameter names: no table, no release code in between."""
+    model = load_model(trained.start, dtype)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in sorted(trained.names()):
+            parameters[name].copy_(trained.tensor(name))
+    prompts = [probe.encoder(tokenizer)(messages) for messages in CONVERSATIONS]
+    return probe.ask(model, prompts, block=knobs.block_size, mask_id=knobs.mask_token_id, **vars(knobs))
+
+
+def _ask_release(release: Path, kind: Kind, knobs: Generation, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    with tempfile.TemporaryDirectory(prefix="tide-parity-") as scratch:
+        request, answers = Path(scratch) / "request.json", Path(scratch) / "answers.safetensors"
+        program = Path(scratch) / "code" / "probe.py"
+        program.parent.mkdir()
+        shutil.copyfile(probe.__file__, program)
+        request.write_text(
+            json.dumps(
+                {
+                    "folder": str(release.resolve()),
+                    "prober": kind.prober,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "block": knobs.block_size,
+                    "mask_id": knobs.mask_token_id,
+                    "conversations": CONVERSATIONS,
+                    "threads": torch.get_num_threads(),
+                }
+            )
+        )
+        command = [sys.executable, str(program), str(request), str(answers)]
+        done = subprocess.run(
+            command, cwd=scratch, env=_environment(kind, scratch), capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+            raise _failed(f"a fresh process cannot load and run the release ({lines[-1].strip()})")
+        return load_file(answers)
+
+
+def _environment(kind: Kind, scratch: str) -> dict[str, str]:
+    """Offline, an empty cache for the folder's code, and this project importable only where it is meant to be."""
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != REPOSITORY]
+    if kind.needs_package:
+        paths.insert(0, str(REPOSITORY))
+    own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
+    return os.environ | own | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}

@@ -1,0 +1,105 @@
+"""What the parity gate asks a model, and the fresh process that asks it of a release.
+
+Run as a program by ``parity.py`` (``probe.py REQUEST ANSWERS``), copied to a folder of its own: the transformers loader
+must need nothing of this project. REQUEST is JSON; ANSWERS a safetensors file of what ``ask`` returned.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+Encode = Callable[[list[dict[str, str]]], list[int]]
+PASSES_PER_BLOCK = 8
+
+
+@torch.no_grad()
+def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs: Any) -> dict[str, torch.Tensor]:
+    """For each prompt: its ids, logits of it and a block of masks behind it, and a greedy answer of two blocks.
+
+    ``knobs`` go to ``generate`` (none for a release: its own files must say). A model without ``generate`` gives the
+    likeliest token at each of those positions instead of an answer.
+    """
+    answers: dict[str, torch.Tensor] = {}
+    for number, prompt in enumerate(prompts):
+        length = (len(prompt) // block + 1) * block
+        ids = torch.tensor([prompt + [mask_id] * (length - len(prompt))])
+        of_block = torch.arange(length) // block
+        attend = (of_block.unsqueeze(1) >= of_block)[None, None]
+        logits = model(ids, attention_mask=attend, position_ids=torch.arange(length).unsqueeze(0)).logits[0]
+        tokens = logits.argmax(-1)
+        if hasattr(model, "generate"):
+            step = max(1, block // PASSES_PER_BLOCK)
+            asked = torch.tensor([prompt])
+            tokens = model.generate(asked, max_new_tokens=2 * block, tokens_per_step=step, **knobs)[0, len(prompt) :]
+        answers |= {f"ids.{number}": torch.tensor(prompt), f"logits.{number}": logits, f"tokens.{number}": tokens}
+    return {name: tensor.contiguous() for name, tensor in answers.items()}
+
+
+def own_memory(model: torch.nn.Module) -> None:
+    """Copy each weight out of the mapped file: kernels may sum in another order where memory is aligned differently."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def load_with_transformers(folder: str, dtype: torch.dtype) -> tuple[Any, Encode]:
+    """As a user does it, with the code that travels in the folder."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+    def encode(messages: list[dict[str, str]]) -> list[int]:
+        text = " ".join(message["content"] for message in messages)
+        if tokenizer.chat_template is not None:
+            text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if any(name.partition(".")[0] == "megatron_tide" for name in sys.modules):
+        raise SystemExit("the release's code imports megatron_tide, which its users do not have")
+    return model, encode
+
+
+def load_with_package(folder: str, dtype: torch.dtype) -> tuple[Any, Encode]:
+    """For formats whose code is not ours to ship."""
+    from megatron_tide.bridge import load_tokenizer
+    from megatron_tide.models import load_model
+
+    return load_model(folder, dtype), encoder(load_tokenizer(folder))
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """Messages -> prompt ids with a ``TextTokenizer``."""
+
+    def encode(messages: list[dict[str, str]]) -> list[int]:
+        text = " ".join(message["content"] for message in messages)
+        if tokenizer.template_fingerprint is not None:
+            text = tokenizer.render(messages, add_generation_prompt=True)
+        return tokenizer.encode_prompt(text).tolist()
+
+    return encode
+
+
+LOADERS: dict[str, Callable[[str, torch.dtype], tuple[Any, Encode]]] = {
+    "transformers": load_with_transformers,
+    "package": load_with_package,
+}
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text())
+    torch.set_num_threads(request["threads"])
+    model, encode = LOADERS[request["prober"]](request["folder"], getattr(torch, request["dtype"]))
+    own_memory(model)
+    prompts = [encode(messages) for messages in request["conversations"]]
+    save_file(ask(model, prompts, request["block"], request["mask_id"]), sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""The sampler with its cache against the plain one, on a student of the true architecture in fp32."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tide.models import load_model
+from megatron_tide.models.generation_a2d import BlockCache, BlockDecoder, DecodingRule, committed
+from tests.reference.generate import generate as plain
+from tests.support.models import tiny_student_config, write_hub_folder
+
+PAD, MASK, BLOCK = 1, 2, 4
+ENDS = (5, 9, 13, 17)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    # A small vocabulary of which several tokens end a text, so that rows do end.
+    config = tiny_student_config(vocab_size=24, num_hidden_layers=3)
+    return load_model(write_hub_folder(Path(tmp_path_factory.mktemp("student")), config, seed=3))
+
+
+def prompts_of(lengths: tuple[int, ...], seed: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 24, (length,), generator=generator).tolist() for length in lengths]
+
+
+def padded(prompts: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids, keep = torch.full((len(prompts), width), PAD), torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        place = slice(width - len(prompt), width) if side == "left" else slice(0, len(prompt))
+        ids[row, place], keep[row, place] = torch.tensor(prompt), 1
+    return {"input_ids": ids, "attention_mask": keep}
+
+
+SHAPES = [(1,), (4,), (9, 9), (3, 17, 8), (12, 1, 5, 30)]
+SCHEDULES = [(1, None), (2, None), (3, 0.5), (1, 0.15), (4, 0.0)]
+
+
+@pytest.mark.parametrize("lengths", SHAPES, ids=str)
+@pytest.mark.parametrize(("tokens_per_step", "threshold"), SCHEDULES)
+def test_same_tokens_as_the_plain_way(
+    model: Any, lengths: tuple[int, ...], tokens_per_step: int, threshold: float | None
+) -> None:
+    for seed, new, side in itertools.product((0, 1), (1, 6, 21), ("left", "right")):
+        prompts = prompts_of(lengths, seed)
+        asked = padded(prompts, side)
+        knobs: dict[str, Any] = {"max_new_tokens": new, "tokens_per_step": tokens_per_step, "threshold": threshold}
+        output = model.generate(**asked, **knobs, eos_token_ids=ENDS)
+        width = asked["input_ids"].shape[1]
+        assert torch.equal(output[:, :width], asked["input_ids"])
+        for row, prompt in enumerate(prompts):
+            expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **knobs)
+            answer = output[row, width:].tolist()
+            assert answer[: len(expected)] == expected
+            assert set(answer[len(expected) :]) <= {PAD}
+
+
+def test_rows_do_end_early_and_at_different_places(model: Any) -> None:
+    """Otherwise the test above would not have tested the end of text."""
+    knobs: dict[str, Any] = {"max_new_tokens": 21, "tokens_per_step": 1, "threshold": None}
+    answers = [
+        plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **knobs)
+        for lengths in SHAPES
+        for prompt in prompts_of(lengths, 0)
+    ]
+    assert len({len(answer) for answer in answers if answer[-1] in ENDS}) > 2
+    assert any(len(answer) == 21 and answer[-1] not in ENDS for answer in answers)
+
+
+def test_mask_token_is_never_chosen(model: Any) -> None:
+    """Even by a model whose favourite it is."""
+    model = type(model)(model.config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[MASK] = 1.0
+        model.model.norm.weight.fill_(1.0)
+    for temperature in (0.0, 1.0):
+        output = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=9, temperature=temperature)
+        assert MASK not in output.tolist()[0]
+
+
+def test_number_of_passes(model: Any) -> None:
+    """A block's first pass also encodes what came before it: no pass is spent on the cache."""
+
+    def passes(prompt: int, new: int, per_step: int) -> int:
+        rule = DecodingRule(
+            block_size=BLOCK,
+            mask_token_id=MASK,
+            eos_token_ids=(),
+            pad_token_id=PAD,
+            max_new_tokens=new,
+            tokens_per_step=per_step,
+        )
+        decoder = BlockDecoder(model, [torch.arange(3, 3 + prompt)], rule, [0])
+        assert len(list(decoder.run())) == decoder.passes
+        assert len(decoder.completions()[0]) == new
+        return decoder.passes
+
+    assert passes(prompt=8, new=12, per_step=1) == 12
+    assert passes(prompt=8, new=12, per_step=2) == 6
+    assert passes(prompt=6, new=10, per_step=4) == 3  # two positions of the prompt's block, then two whole blocks
+    assert passes(prompt=7, new=1, per_step=1) == 1
+
+
+def test_temperature_draws_by_row_and_seed(model: Any) -> None:
+    prompts = padded(prompts_of((5, 11, 2), 4), "left")
+    drawn = model.generate(**prompts, max_new_tokens=12, temperature=1.0, seed=7, eos_token_ids=())
+    again = model.generate(**prompts, max_new_tokens=12, temperature=1.0, seed=[7, 8, 9], eos_token_ids=())
+    other = model.generate(**prompts, max_new_tokens=12, temperature=1.0, seed=8, eos_token_ids=())
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, other)
+    alone = {name: tensor[1:2] for name, tensor in prompts.items()}
+    single = model.generate(**alone, max_new_tokens=12, temperature=1.0, seed=8, eos_token_ids=())
+    assert torch.equal(single[0], drawn[1])
+
+
+def test_temperature_follows_the_softmax() -> None:
+    """Frequencies of many draws against softmax(logits / T), the mask token left out."""
+    from megatron_tide.models.generation_a2d import choose_tokens
+
+    logits = torch.tensor([1.0, 0.0, 5.0, 2.0])
+    rule = DecodingRule(block_size=4, mask_token_id=2, eos_token_ids=(), pad_token_id=0, temperature=0.7)
+    count = 20000
+    rows = torch.zeros(count, dtype=torch.int64)
+    tokens, confidence = choose_tokens(logits.repeat(count, 1), rule, [torch.Generator().manual_seed(0)], rows)
+    expected = torch.softmax(torch.tensor([1.0, 0.0, float("-inf"), 2.0]) / 0.7, 0)
+    found = torch.bincount(tokens, minlength=4) / count
+    assert torch.allclose(found, expected, atol=0.015)
+    plain_p = torch.softmax(torch.tensor([1.0, 0.0, float("-inf"), 2.0]), 0)
+    assert torch.allclose(confidence, plain_p[tokens])
+
+
+def test_equal_confidences_are_settled_left_to_right() -> None:
+    rule = DecodingRule(block_size=4, mask_token_id=2, eos_token_ids=(), pad_token_id=0, tokens_per_step=2)
+    confidence = torch.tensor([[-1.0, 0.5, 0.5, 0.5], [0.1, 0.2, 0.3, -1.0], [-1.0, -1.0, 0.9, -1.0]])
+    assert committed(confidence, rule).int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0]]
+
+
+def test_cache_forgets_what_was_not_committed() -> None:
+    cache = BlockCache(8)
+    first = torch.arange(4.0).view(1, 1, 4, 1)
+    cache.update(first, first, 0)
+    cache.commit(2)
+    keys, values = cache.update(first[:, :, :3] + 10, first[:, :, :3] + 20, 0)
+    assert keys.flatten().tolist() == [0, 1, 10, 11, 12]
+    assert values.flatten().tolist() == [0, 1, 20, 21, 22]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "word"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"tokens_per_step": 0}, "tokens_per_step"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"seed": [1, 2, 3]}, "seeds"),
+    ],
+)
+def test_wrong_knobs_are_named(model: Any, knobs: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word) as caught:
+        model.generate(torch.tensor([[5, 6]]), **knobs)
+    assert "\n" not in str(caught.value)
