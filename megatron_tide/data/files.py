@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp-"
+TEMPORARY = ".tide-tmp-"
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -24,9 +24,11 @@ def atomic_write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # a failed write does not know its file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -1,0 +1,173 @@
+"""One conversation -> one sample: prompts by each side's template, the response in chunks, EOS fill, truncation.
+
+The response is tokenised on its own, never inside the rendered template, so chunks need no re-decoding and the
+template's text is never aligned. The prompt is tokenised exactly as generation will do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tide.bridge import Bridge, TextTokenizer
+from megatron_tide.data.chat import Message, split_response
+from megatron_tide.data.shard import PROMPT, UNCOVERED, Sample, Side
+
+NO_ROOM = "no response chunk fits"
+REFUSED = "refused by a tokenizer or template"
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideSettings:
+    """A side's tokenizer, the longest sequence in tokens, and the block size its response is filled up to."""
+
+    tokenizer: TextTokenizer
+    length: int
+    block: int
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.length < self.block or self.length % self.block:
+            raise ValueError(
+                f"length {self.length} is no multiple of block {self.block}: responses are filled up to whole blocks; "
+                f"take {max(1, self.length // max(1, self.block)) * max(1, self.block)}"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The side as the manifest has it; ValueError when the tokenizer lacks a mask, EOS or chat template."""
+        tokenizer = self.tokenizer
+        tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
+        return {
+            "name": tokenizer.name,
+            "fingerprint": tokenizer.fingerprint,
+            "template_fingerprint": tokenizer.template_fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "mask_id": tokenizer.mask_id,
+            "eos_id": tokenizer.eos_id,
+            "pad_id": tokenizer.pad_id,
+            "length": self.length,
+            "block": self.block,
+        }
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample, whether its response was cut, and how many of the whole response's bytes chunks cover."""
+
+    sample: Sample
+    truncated: bool
+    covered_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Turns conversations into samples. Without teacher and bridge the data are one-sided: nothing is aligned."""
+
+    student: SideSettings
+    teacher: SideSettings | None = None
+    bridge: Bridge | None = None
+
+    def encode(self, key: int, messages: list[Message]) -> Encoded | str:
+        """The sample of a conversation; or, as a string, why there is none.
+
+        A row that a tokenizer or a chat template refuses raises ValueError.
+        """
+        split = split_response(messages)
+        if isinstance(split, str):
+            return split
+        prompt, response = split
+        if self.teacher is None or self.bridge is None:
+            return _one_sided(key, self.student, _prompt(self.student, prompt), response)
+        prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
+        return self._two_sided(key, prompts, response)
+
+    def _two_sided(self, key: int, prompts: Mapping[str, Ids], response: str) -> Encoded | str:
+        assert self.teacher is not None
+        assert self.bridge is not None
+        aligned = self.bridge.align_text(response)
+        settings = {"student": self.student, "teacher": self.teacher}
+        ids = {"student": aligned.student_ids, "teacher": aligned.teacher_ids}
+        chunk = {"student": aligned.student_chunk, "teacher": aligned.teacher_chunk}
+        room = {name: settings[name].length - len(prompts[name]) for name in settings}
+        complete = all(len(ids[name]) < room[name] for name in settings)  # one place is the EOS's
+        if complete:
+            end = aligned.n_chunks
+            rest = {"student": UNCOVERED, "teacher": end}  # the teacher's later EOS are masked with the end chunk
+            sides = {n: _complete(settings[n], prompts[n], ids[n], chunk[n], end, rest[n]) for n in settings}
+            chunks, spelled = end + 1, len(response.encode())
+        else:
+            ends = {name: chunk_ends(chunk[name], aligned.n_chunks) for name in settings}
+            chunks = min(int(np.searchsorted(ends[name], room[name], side="right")) for name in settings)
+            if not chunks:
+                return NO_ROOM
+            kept = {name: int(ends[name][chunks - 1]) for name in settings}
+            sides = {n: _cut(prompts[n], ids[n][: kept[n]], chunk[n][: kept[n]]) for n in settings}
+            spelled = _bytes(self.student, ids["student"], kept["student"])
+        sample = Sample(
+            key=key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=spelled
+        )
+        return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes)
+
+
+def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:
+    """One past the last token of every chunk, int64 [chunks], rising; uncovered tokens belong to none."""
+    covered = np.flatnonzero(chunk >= 0)
+    ends = np.zeros(chunks, np.int64)
+    np.maximum.at(ends, chunk[covered], covered + 1)
+    return ends
+
+
+def _one_sided(key: int, side: SideSettings, prompt: Ids, response: str) -> Encoded | str:
+    ids = side.tokenizer.encode(response)
+    chunk = np.full(len(ids), UNCOVERED, np.int32)
+    room = side.length - len(prompt)
+    total = len(response.encode())
+    if len(ids) < room:
+        student, spelled = _complete(side, prompt, ids, chunk, UNCOVERED, UNCOVERED), total
+    elif room < 1:
+        return NO_ROOM
+    else:
+        student, spelled = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
+    sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=spelled)
+    return Encoded(sample, len(ids) >= room, 0, total)
+
+
+def _prompt(side: SideSettings, messages: list[Message]) -> Ids:
+    return side.tokenizer.encode_prompt(side.tokenizer.render(messages, add_generation_prompt=True))
+
+
+def _bytes(side: SideSettings, ids: Ids, kept: int) -> int:
+    return int(side.tokenizer.byte_lengths(ids)[:kept].sum())
+
+
+def _complete(side: SideSettings, prompt: Ids, ids: Ids, chunk: Ids, first: int, rest: int) -> Side:
+    """A whole response: EOS up to the next multiple of the block size, at least one, so that a block model can stop.
+
+    The first EOS is of chunk ``first``, the others of chunk ``rest``.
+    """
+    content = len(prompt) + len(ids)
+    eos = side.block - content % side.block
+    ends = np.full(eos, rest, np.int32)
+    ends[0] = first
+    return Side(
+        ids=np.concatenate([prompt, ids, np.full(eos, side.tokenizer.eos_id, np.int32)]),
+        chunk=np.concatenate([np.full(len(prompt), PROMPT, np.int32), chunk, ends]),
+        prompt=len(prompt),
+        content_end=content,
+    )
+
+
+def _cut(prompt: Ids, ids: Ids, chunk: Ids) -> Side:
+    """A response that goes on beyond the length: no EOS, for it is not over."""
+    return Side(
+        ids=np.concatenate([prompt, ids]),
+        chunk=np.concatenate([np.full(len(prompt), PROMPT, np.int32), chunk]),
+        prompt=len(prompt),
+        content_end=len(prompt) + len(ids) - 1,
+    )

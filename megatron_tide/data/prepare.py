@@ -1,0 +1,251 @@
+"""Text -> a prepared folder: conversations tokenised, aligned, cut and stored once, before any training.
+
+    mixture of sources -> positions -> shards of ``--shard-rows`` positions, built in parallel -> manifest
+
+``settings.json`` is written first and says what the folder is for; each shard appears whole or not at all and is a pure
+function of the settings; ``manifest.json`` is written last. So a killed run is run again, keeps every finished shard
+and ends with the same bytes as one that was never touched. No process group, no accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_tide import cli
+from megatron_tide.bridge import Bridge, load_tokenizer
+from megatron_tide.data.build import Job, build_missing, finished
+from megatron_tide.data.chat import NO_ASSISTANT
+from megatron_tide.data.encode import Encoder, SideSettings
+from megatron_tide.data.files import fingerprint, read_json, sha256_file, sweep, write_json
+from megatron_tide.data.shard import SIDES, read_header
+from megatron_tide.data.sources import Mixture, open_mixture
+from megatron_tide.data.store import FORMAT, MANIFEST
+
+SETTINGS = "settings.json"
+_LOCK = ".prepare.lock"
+_CALLED = ("student.name", "teacher.name", ".path")  # what a tokenizer or file is called does not change what it holds
+
+
+def prepare(job: Job, *, workers: int = 1, coverage_floor: float = 0.0, fresh: bool = False) -> dict[str, Any]:
+    """Build what is missing of a job's folder and return its manifest.
+
+    ValueError when the folder was made with other settings, when no sample is left, or when less than
+    ``coverage_floor`` of the response bytes lies in chunks; OSError when the disk is full.
+    """
+    job.out.mkdir(parents=True, exist_ok=True)
+    with _locked(job.out):
+        job = replace(job, settings=_claim(job, fresh))
+        sweep(job.out)
+        missing = [number for number in range(job.shards) if not finished(job, number)]
+        if missing:
+            build_missing(job, missing, min(workers, len(missing)))
+        manifest = _manifest(job)
+        _check_outcome(job, manifest, coverage_floor)
+        path = job.out / MANIFEST
+        if missing or not path.exists() or read_json(path, "").get("fingerprint") != manifest["fingerprint"]:
+            write_json(path, manifest)
+    return manifest
+
+
+def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int | None) -> dict[str, Any]:
+    """All that decides a prepared folder's bytes, as JSON."""
+    return {
+        "format": FORMAT,
+        "student": encoder.student.describe(),
+        "teacher": encoder.teacher.describe() if encoder.teacher else None,
+        "bridge": encoder.bridge.fingerprint if encoder.bridge else None,
+        "sources": [source.description for source in mixture.sources],
+        "limit": limit,
+        "shard_rows": shard_rows,
+    }
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One prepare per folder. The lock is the kernel's, so it ends with the process however that ends."""
+    with (out / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another process is at work here; wait for it or take another --out") from None
+        yield
+
+
+def _claim(job: Job, fresh: bool) -> dict[str, Any]:
+    """Make sure that the folder is this job's: empty, or begun with the same settings, or emptied (``fresh``).
+
+    Returns the settings as the folder has them (they may call the same files by other names).
+    """
+    path = job.out / SETTINGS
+    if not path.exists():
+        if (job.out / MANIFEST).exists():
+            raise ValueError(f"{job.out}: holds something else than prepared data (manifest.json); take another --out")
+        write_json(path, job.settings)
+        return job.settings
+    if fresh:
+        for old in [job.out / MANIFEST, *job.out.glob("shard-*.safetensors")]:
+            old.unlink(missing_ok=True)
+        write_json(path, job.settings)
+        return job.settings
+    old_settings = read_json(path, "give --fresh to start over, or another --out")
+    difference = _difference(old_settings, job.settings, "")
+    if difference:
+        name, before, now = difference
+        raise ValueError(
+            f"{job.out}: was prepared with {name} {_shown(before)}, now it is {_shown(now)}; "
+            "give --fresh to start over, or another --out"
+        )
+    return old_settings
+
+
+def _difference(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, by name: (name, before, now)."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = {key: f"{name}.{key}" if name else str(key) for key in sorted(before.keys() | now.keys())}
+        found = [_difference(before.get(k), now.get(k), n) for k, n in keys.items() if not n.endswith(_CALLED)]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        found = [_difference(b, n, f"{name}[{number}]") for number, (b, n) in enumerate(zip(before, now))]
+    else:
+        return None if before == now else (name, before, now)
+    return next((difference for difference in found if difference is not None), None)
+
+
+def _shown(value: Any) -> str:
+    text = f"{len(value)} of them" if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _manifest(job: Job) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    shards: list[dict[str, Any]] = []
+    example = None
+    for number in range(job.shards):
+        shard = read_header(job.path(number))
+        counts.update(shard.record["totals"])
+        dropped.update(shard.record["dropped"])
+        tokens.update({side: shard.layout[f"{side}_ids"][2] for side in SIDES})
+        example = example or shard.record["example"]
+        shards.append({"file": job.path(number).name, "rows": shard.rows, "sha256": sha256_file(job.path(number))})
+    kept = sum(entry["rows"] for entry in shards)
+    coverage = counts["covered_bytes"] / counts["total_bytes"] if counts["total_bytes"] else 0.0
+    manifest = job.settings | {
+        "counts": {"read": counts["read"], "kept": kept, "truncated": counts["truncated"], "dropped": dropped},
+        "tokens": tokens,
+        "coverage": coverage if job.encoder.bridge else None,
+        "refused_example": example,
+        "shards": shards,
+    }
+    return manifest | {"fingerprint": fingerprint(manifest)}
+
+
+def _check_outcome(job: Job, manifest: dict[str, Any], coverage_floor: float) -> None:
+    counts, where = manifest["counts"], ", ".join(source.spec.path for source in job.mixture.sources)
+    if not counts["kept"]:
+        if counts["dropped"] == {NO_ASSISTANT: counts["read"]}:
+            raise ValueError(f'{where}: no row has an assistant turn; responses are messages of the role "assistant"')
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
+        example = f" (the first: {manifest['refused_example']})" if manifest["refused_example"] else ""
+        raise ValueError(f"{where}: no row of {counts['read']} is left: {reasons}{example}")
+    coverage = manifest["coverage"]
+    if coverage is not None and coverage < coverage_floor:
+        raise ValueError(
+            f"{job.out}: the bridge covers {coverage:.4f} of the response bytes, less than --coverage-floor "
+            f"{coverage_floor}: the tokenizers spell different bytes; look with tools/inspect_bridge.py"
+        )
+
+
+def main(argv: list[str]) -> int:
+    """The command line; see ``--help``."""
+    arguments = _parser().parse_args(argv)
+    for name in ("workers", "shard_rows", "limit"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
+    encoder = _encoder(arguments)
+    mixture = open_mixture(arguments.data)
+    settings = settings_of(mixture, encoder, arguments.shard_rows, arguments.limit)
+    job = Job(
+        mixture=mixture.limited(arguments.limit),
+        encoder=encoder,
+        shard_rows=arguments.shard_rows,
+        out=arguments.out,
+        settings=settings,
+    )
+    manifest = prepare(
+        job, workers=arguments.workers, coverage_floor=arguments.coverage_floor, fresh=arguments.fresh
+    )
+    _report(arguments.out, manifest)
+    return 0
+
+
+def _encoder(arguments: argparse.Namespace) -> Encoder:
+    if (arguments.teacher is None) != (arguments.bridge is None):
+        raise ValueError("--teacher and --bridge go together; without both the data are for training the student alone")
+    trust = arguments.trust_remote_code
+    student = load_tokenizer(arguments.student, mask_token=arguments.student_mask_token, trust_remote_code=trust)
+    side = SideSettings(tokenizer=student, length=arguments.student_length, block=arguments.student_block)
+    if arguments.teacher is None:
+        return Encoder(student=side)
+    teacher = load_tokenizer(arguments.teacher, mask_token=arguments.teacher_mask_token, trust_remote_code=trust)
+    other = SideSettings(tokenizer=teacher, length=arguments.teacher_length, block=arguments.teacher_block)
+    bridge = Bridge.load(arguments.bridge)
+    bridge.check(student, teacher)
+    return Encoder(student=side, teacher=other, bridge=bridge)
+
+
+def _report(out: Path, manifest: dict[str, Any]) -> None:
+    counts = manifest["counts"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items())) or "none"
+    coverage = "" if manifest["coverage"] is None else f", {manifest['coverage']:.4%} of the bytes in chunks"
+    print(
+        f"prepared {counts['kept']:,} of {counts['read']:,} rows in {out} ({counts['truncated']:,} cut{coverage}; "
+        f"dropped: {dropped})",
+        file=sys.stderr,
+    )
+
+
+def _processors() -> int:
+    """The cores that this process may use: on a cluster fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_tide.data.prepare",
+        description="Tokenise conversations for student and teacher, align them, and store them for training. Run it "
+        "again after an interruption: finished shards are kept, and the result is the same to the byte.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="DATA", help="mixture .json, .jsonl, .parquet, folder or hub name")
+    add("--student", required=True, metavar="TOK", help="the student's tokenizer: folder, hub name or file")
+    add("--teacher", metavar="TOK", help="the teacher's; without it the data train the student alone")
+    add("--bridge", type=Path, metavar="DIR", help="made by python -m megatron_tide.bridge; goes with --teacher")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--student-length", type=int, default=512, help="longest student sequence; longer responses lose whole chunks")
+    add("--teacher-length", type=int, default=1024, help="longest teacher sequence")
+    add("--student-block", type=int, default=32, help="responses are filled with EOS up to a multiple of this")
+    add("--teacher-block", type=int, default=32, help="the same for the teacher")
+    add("--student-mask-token", metavar="STR", help="where the student's tokenizer does not name its mask token")
+    add("--teacher-mask-token", metavar="STR", help="where the teacher's tokenizer does not name its mask token")
+    add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer folder brings along")
+    add("--workers", type=int, default=_processors(), help="processes")
+    add("--shard-rows", type=int, default=1024, help="rows read per shard: what an interruption can cost a worker")
+    add("--limit", type=int, metavar="N", help="only N rows, chosen over the whole mixture")
+    add("--coverage-floor", type=float, default=0.98, help="stop if fewer of the response bytes lie in chunks")
+    add("--fresh", action="store_true", help="start over, also where the folder was prepared with other settings")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
