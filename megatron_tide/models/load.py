@@ -42,7 +42,7 @@ def resolve_folder(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu") -> Any:
-    """The model of a folder, or hub name, of type ``a2d-qwen3`` (and our releases), ``qwen3``, ``wedlm``, ``llada2_moe``.
+    """The model of a folder or hub name, of type ``a2d-qwen3`` (our releases), ``qwen3``, ``wedlm`` or ``llada2_moe``.
 
     -> a module in ``eval`` mode with ``model(input_ids, attention_mask=None, position_ids=None).logits`` [B, L, V],
     ``.backbone(...)`` [B, L, H], ``.head_weight`` [V, H] and ``.config``; weights in ``dtype``, but a router's bias

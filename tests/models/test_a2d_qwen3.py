@@ -1,0 +1,180 @@
+"""The student against transformers' own Qwen3 under the same masks, and what it promises beyond that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AutoConfig, AutoModelForMaskedLM, DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from megatron_tide.diffusion import staircase_mask
+from megatron_tide.models import load_model, recompute_layers
+from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel, attention_mask_for
+from tests.support.models import hub_tensors, tiny_student_config, tiny_wedlm_config, write_hub_folder
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hub_folder(tmp_path_factory.mktemp("student"), tiny_student_config())
+
+
+def peer(config: dict[str, Any]) -> Qwen3ForCausalLM:
+    """transformers' causal Qwen3 with the same weights, which takes a four-dimensional mask as it is."""
+    kept = {key: value for key, value in config.items() if key not in ("model_type", "block_size", "mask_token_id")}
+    model = Qwen3ForCausalLM(Qwen3Config(**kept, attn_implementation="sdpa"))
+    tensors = hub_tensors(config)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def ids_of(rows: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 256, (rows, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+MASKS = {
+    "full": torch.ones(LENGTH, LENGTH, dtype=torch.bool),
+    "causal": torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(),
+    "staircase": staircase_mask(LENGTH // 2, 4),
+    "random": torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(9)) + torch.eye(LENGTH) > 0.5,
+}
+
+
+@pytest.mark.parametrize("config", [tiny_student_config(), tiny_wedlm_config()], ids=["tied", "untied"])
+@pytest.mark.parametrize("mask", sorted(MASKS))
+def test_logits_and_gradients_equal_transformers_qwen3(tmp_path: Path, config: dict[str, Any], mask: str) -> None:
+    ours, theirs = load_model(write_hub_folder(tmp_path / "m", config)), peer(config)
+    ids, allowed = ids_of(2), MASKS[mask].expand(2, 1, -1, -1)
+    positions = torch.arange(LENGTH // 2).repeat(2) if mask == "staircase" else torch.arange(LENGTH)
+    positions = positions.expand(2, -1)
+    logits = ours(ids, attention_mask=allowed, position_ids=positions).logits
+    wanted = theirs(ids, attention_mask=allowed, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits, wanted)
+    for output in (logits, wanted):
+        output.square().mean().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name].grad, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_no_mask_is_bidirectional(folder: Path) -> None:
+    model, ids = load_model(folder), ids_of(2)
+    full = MASKS["full"].expand(2, 1, -1, -1)
+    torch.testing.assert_close(model(ids).logits, model(ids, full).logits)
+    changed = ids.clone()
+    changed[:, -1] = 5
+    assert not torch.allclose(model(ids).logits[:, 0], model(changed).logits[:, 0], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_masks_in_every_form_agree(folder: Path) -> None:
+    model, ids = load_model(folder), ids_of(2)
+    allowed = MASKS["staircase"]
+    dense = allowed.expand(2, 1, -1, -1)
+    wanted = model(ids, dense).logits
+    added = torch.zeros(dense.shape).masked_fill(~dense, -torch.inf)
+    torch.testing.assert_close(model(ids, added).logits, wanted)
+    block = create_block_mask(lambda b, h, q, k: allowed[q, k], 2, None, LENGTH, LENGTH, device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, block).logits, wanted)
+
+
+def test_padding_mask_hides_the_padding(folder: Path) -> None:
+    model, ids = load_model(folder), ids_of(1)
+    padded = torch.cat((ids, torch.full((1, 7), 1)), 1)
+    mask = (torch.arange(LENGTH + 7) < LENGTH).long()[None]
+    torch.testing.assert_close(model(padded, mask).logits[:, :LENGTH], model(ids).logits)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 4, 4), torch.ones(2, 1, 4, 4, dtype=torch.int64)])
+def test_a_mask_of_no_known_form_is_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        attention_mask_for(mask, torch.float32)
+
+
+def test_an_x0_block_ignores_later_blocks_and_xt(folder: Path) -> None:
+    model, ids = load_model(folder), ids_of(1)
+    half = LENGTH // 2
+    positions, mask = torch.arange(half).repeat(2)[None], MASKS["staircase"][None, None]
+    changed = ids.clone()
+    changed[:, :half] = 2  # all of xt
+    changed[:, half + 4 :] = 3  # the last block of x0
+    one, other = (model.backbone(x, mask, positions)[:, half : half + 4] for x in (ids, changed))
+    assert torch.equal(one, other)
+
+
+def test_a_cache_gives_what_one_pass_gives(folder: Path) -> None:
+    model, ids = load_model(folder), ids_of(2)
+    block_causal = (torch.arange(LENGTH)[:, None] // 4 >= torch.arange(LENGTH)[None] // 4)[None, None]
+    wanted = model.backbone(ids, block_causal.expand(2, -1, -1, -1))
+    cache = DynamicCache(config=model.config)
+    parts = []
+    for start in range(0, LENGTH, 4):
+        positions = torch.arange(start, start + 4)[None]
+        parts.append(model.backbone(ids[:, start : start + 4], None, positions, past_key_values=cache))
+    torch.testing.assert_close(torch.cat(parts, 1), wanted)
+
+
+def test_the_end_token_is_trained_though_it_is_also_the_padding(folder: Path) -> None:
+    model = load_model(folder)
+    model.backbone(torch.full((1, 4), model.config.pad_token_id)).square().sum().backward()
+    assert model.model.embed_tokens.weight.grad[model.config.pad_token_id].abs().max() > 0
+
+
+def test_casts_do_not_reach_the_rotary_frequencies(folder: Path) -> None:
+    model = load_model(folder)
+    exact = model.model.rotary_emb.inv_freq.clone()
+    assert torch.equal(exact, peer(tiny_student_config()).model.rotary_emb.inv_freq)
+    model.bfloat16()
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    reloaded = load_model(folder, torch.bfloat16)
+    assert torch.equal(model(ids_of(2)).logits, reloaded(ids_of(2)).logits)
+
+
+def test_recomputed_layers_give_the_same_gradients(folder: Path) -> None:
+    plain, again = load_model(folder), load_model(folder)
+    recompute_layers(again)
+    calls = []
+    again.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (plain, again):
+        model.train()
+        model(ids_of(2)).logits.square().mean().backward()
+    assert len(calls) == 2
+    for one, other in zip(plain.parameters(), again.parameters()):
+        assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_theta": 1e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}]
+)
+def test_config_reads_both_spellings_of_rope(rope: dict[str, Any]) -> None:
+    values = {key: value for key, value in tiny_student_config().items() if key not in ("model_type", "rope_theta")}
+    model = A2DQwen3LMHeadModel(A2DQwen3Config(**values, **rope))
+    size = values["head_dim"]
+    wanted = 1e4 ** (-torch.arange(0, size, 2) / size)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, wanted)
+
+
+def test_sliding_windows_are_refused() -> None:
+    values = {key: value for key, value in tiny_student_config().items() if key != "model_type"}
+    config = A2DQwen3Config(**values, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(ValueError, match="use_sliding_window"):
+        A2DQwen3LMHeadModel(config)
+
+
+def test_transformers_own_save_and_auto_classes_work(folder: Path, tmp_path: Path) -> None:
+    ours = load_model(folder)
+    ours.save_pretrained(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").mask_token_id == 2
+    theirs = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved").eval()
+    again = load_model(tmp_path / "saved")
+    ids = ids_of(2)
+    assert torch.equal(theirs(ids).logits, ours(ids).logits)
+    assert torch.equal(again(ids).logits, ours(ids).logits)
