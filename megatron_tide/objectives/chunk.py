@@ -41,15 +41,12 @@ class ChunkObjective:
 
 
 def log1mexp(log_p: Tensor) -> Tensor:
-    """log(1 - exp(log_p)) for log_p <= 0, accurate at both ends; its gradient is finite below 0.
-
-    Each branch sees a harmless input where the other one is taken: the gradient of an unused branch is multiplied
-    by 0, not removed, and 0 x inf would be nan.
-    """
+    """log(1 - exp(log_p)) for log_p <= 0, accurate at both ends; its gradient is finite below 0."""
     near_zero = log_p > -math.log(2)
-    small = torch.where(near_zero, log_p, -1.0)
-    large = torch.where(near_zero, -1.0, log_p)
-    return torch.where(near_zero, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
+    # Near 0 the other branch would be log1p(-1), with an infinite slope; the gradient of a branch that is not taken is
+    # multiplied by 0, not left out, and 0 x inf is nan. So that branch is given a harmless input there.
+    far = torch.where(near_zero, -1.0, log_p)
+    return torch.where(near_zero, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(far)))
 
 
 def below_certainty(log_p: Tensor) -> Tensor:

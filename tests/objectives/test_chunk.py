@@ -168,6 +168,20 @@ def test_log1mexp_at_both_ends():
     )
 
 
+def test_log1mexp_s_slope_is_finite_where_exp_rounds_to_one():
+    x = torch.tensor([-1e-9, -1e-30, -1e4], requires_grad=True)
+    log1mexp(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([-1e9, -1e30, 0.0], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_log_prob_that_rounds_above_zero_is_certainty(kind):
+    assert one(-1.0, 4e-6, 2.0, kind, torch.float32) == one(-1.0, 0.0, 2.0, kind, torch.float32)
+    value, gradient = one(4e-6, -1.0, 2.0, kind, torch.float32)
+    assert math.isfinite(value)
+    assert math.isfinite(gradient)
+
+
 def test_chunk_log_probs_are_sums_over_their_tokens():
     logp = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0], requires_grad=True)
     chunks = chunk_logp(logp, torch.tensor([1, -1, 0, 1, -1]), 3)

@@ -130,6 +130,12 @@ def test_mixed_chunk_targets_values_and_gradients(kind, share):
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
+def test_a_mixed_chunk_target_is_floored_like_the_teacher_s():
+    student = student_bernoulli(torch.tensor([-80.0, -1e-9], dtype=torch.float64), 1.0)
+    target = mixed_chunks(student, student, torch.zeros(2, dtype=torch.float64))
+    assert target.log_p[0].item() == target.log_q[1].item() == pytest.approx(math.log(1e-7))
+
+
 def test_a_mixed_chunk_target_at_the_extremes_is_finite():
     logp = torch.tensor([0.0, -1e4, -1e-9, -200.0], requires_grad=True)
     teacher = teacher_bernoulli(torch.tensor([-1e4, 0.0, -1.0, -1e4]), 2.0)
