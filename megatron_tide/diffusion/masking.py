@@ -62,10 +62,11 @@ class Synchronous:
 
     def chunk_draws(self, draws_BS: torch.Tensor, index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
         """The draw of the chunk's first token stands for the chunk; the others are not looked at."""
-        last = draws_BS.shape[1] - 1
-        position_BS = torch.arange(last + 1).expand_as(index_BS)
-        first_BC = _smallest(position_BS.to(draws_BS.dtype), index_BS, chunks).clamp(max=last).long()
-        return draws_BS.gather(1, first_BC)
+        length = draws_BS.shape[1]
+        position_BS = torch.arange(length, dtype=draws_BS.dtype).expand_as(index_BS)
+        first_BC = _smallest(position_BS, index_BS, chunks).clamp(max=length).long()
+        # A chunk the sample does not have starts after its last token: no draw, never masked.
+        return torch.nn.functional.pad(draws_BS, (0, 1), value=torch.inf).gather(1, first_BC)
 
 
 MASKINGS: dict[str, Masking] = {"expand": Expand(), "synchronous": Synchronous()}

@@ -26,21 +26,33 @@ class Pattern(Movable):
 
     def dense(self) -> torch.Tensor:
         """bool [N, 1, L, L], True = attend, for scaled_dot_product_attention."""
-        itself = torch.eye(self.block.shape[1], dtype=torch.bool, device=self.block.device)
-        rule = _rule(self.block[:, :, None], self.noised[:, :, None], self.block[:, None], self.noised[:, None])
-        valid_q, valid_k = self.valid[:, :, None], self.valid[:, None]
-        return (valid_q & valid_k & rule | ~valid_q & itself)[:, None]
+        own, clean, reach = self._codes()
+        return (own[:, None, :, None] == own[:, None, None]).logical_or_(
+            clean[:, None, None] <= reach[:, None, :, None]
+        )
 
     def flex(self) -> BlockMask:
         """The same rule for flex_attention, on the pattern's device; equal for every head."""
-        block, noised, valid = self.block, self.noised, self.valid
+        own, clean, reach = self._codes()
 
         def attends(n: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-            rule = _rule(block[n, q], noised[n, q], block[n, k], noised[n, k])
-            return valid[n, q] & valid[n, k] & rule | ~valid[n, q] & (q == k)
+            return (own[n, q] == own[n, k]) | (clean[n, k] <= reach[n, q])
 
-        samples, length = block.shape
-        return create_block_mask(attends, samples, None, length, length, device=block.device)
+        samples, length = self.block.shape
+        return create_block_mask(attends, samples, None, length, length, device=self.block.device)
+
+    def _codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rule in two comparisons: q attends to k where own_q == own_k or clean_k <= reach_q; int32 [N, L] each.
+
+        own is the block for the noised and a number of its own for all others (who always see themselves); clean is the
+        block a clean position offers, reach the last clean block a position sees.
+        """
+        itself = -1 - torch.arange(self.block.shape[1], dtype=torch.int32, device=self.block.device)
+        block = self.block.int()
+        own = torch.where(self.noised & self.valid, block, itself)
+        clean = block.masked_fill(self.noised | ~self.valid, torch.iinfo(torch.int32).max)
+        reach = (block - self.noised.int()).masked_fill(~self.valid, -1)
+        return own, clean, reach
 
 
 def staircase_mask(length: int, block_size: int) -> torch.Tensor:
@@ -54,9 +66,3 @@ def staircase_mask(length: int, block_size: int) -> torch.Tensor:
     block = (torch.arange(length) // block_size).repeat(2)[None]
     noised = torch.arange(2 * length)[None] < length
     return Pattern(block, noised, torch.ones_like(noised)).dense()[0, 0]
-
-
-def _rule(block_q: torch.Tensor, noised_q: torch.Tensor, block_k: torch.Tensor, noised_k: torch.Tensor) -> torch.Tensor:
-    from_noised = noised_k & (block_q == block_k) | ~noised_k & (block_k < block_q)
-    from_clean = ~noised_k & (block_k <= block_q)
-    return noised_q & from_noised | ~noised_q & from_clean

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.diffusion import CONTEXTS, MASKINGS, CompDemo, TeacherView, noise, view
@@ -19,6 +19,7 @@ VARIANTS = list(product([False, True], [False, True]))
 
 
 @pytest.mark.parametrize(("exact", "by_token"), VARIANTS)
+@settings(deadline=None)
 @given(
     items=st.lists(samples.samples(), min_size=1, max_size=4),
     seed=st.integers(0, 2**40),
@@ -37,6 +38,7 @@ def test_split_equals_reference(
 
 
 @pytest.mark.parametrize("by_token", [False, True])
+@settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=1, max_size=4), ratio=st.floats(0, 1))
 def test_exact_split_has_its_size(by_token: bool, items: list[dict[str, Any]], ratio: float) -> None:
     batch = samples.collate(items)
@@ -67,6 +69,7 @@ def test_bernoulli_split_has_its_rate() -> None:
     assert not torch.equal(by_token[:, 0], by_token[:, 1])
 
 
+@settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=2, max_size=4), seed=st.integers(0, 100))
 def test_split_belongs_to_the_sample(items: list[dict[str, Any]], seed: int) -> None:
     for exact, by_token in VARIANTS:
@@ -80,6 +83,7 @@ def test_split_belongs_to_the_sample(items: list[dict[str, Any]], seed: int) -> 
 
 @pytest.mark.parametrize("context", sorted(CONTEXTS))
 @pytest.mark.parametrize(("exact", "by_token"), VARIANTS)
+@settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=1, max_size=3), seed=st.integers(0, 2**40))
 def test_each_row_is_read_where_it_is_masked_and_the_other_half_is_not(
     context: str, exact: bool, by_token: bool, items: list[dict[str, Any]], seed: int

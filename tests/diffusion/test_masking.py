@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.diffusion import MASKINGS, Noise, noise
@@ -45,6 +45,7 @@ def test_every_part_of_the_key_counts(changed: tuple[int, int, int, bytes]) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=1, max_size=4), seed=st.integers(0, 2**40), padding=st.integers(0, 5))
 def test_noise_equals_reference(kind: str, items: list[dict[str, Any]], seed: int, padding: int) -> None:
     result = noise(samples.collate(items, padding), seed=seed, epoch=2, masking=MASKINGS[kind])
@@ -58,6 +59,15 @@ def test_noise_equals_reference(kind: str, items: list[dict[str, Any]], seed: in
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_chunks_a_sample_does_not_have_are_not_masked(kind: str) -> None:
+    """Beside a sample of more chunks, and at the full width of the batch: every draw could be taken by mistake."""
+    batch = samples.collate([samples.make(0, (0, 0), [(1, 1)] * 4, ended=False), samples.make(1, (3, 3), [(4, 4)])])
+    result = noise(batch, seed=0, epoch=0, masking=MASKINGS[kind], t=np.ones(2))
+    assert result.chunk_masked.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(items=st.lists(samples.samples(one_sided=True), min_size=1, max_size=3))
 def test_one_sided_data(kind: str, items: list[dict[str, Any]]) -> None:
     result = noise(samples.collate(items), seed=0, epoch=0, masking=MASKINGS[kind])
@@ -69,6 +79,7 @@ def test_one_sided_data(kind: str, items: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=2, max_size=5), order=st.randoms(use_true_random=False))
 def test_noise_belongs_to_the_sample(kind: str, items: list[dict[str, Any]], order: Any) -> None:
     """Alone, or shuffled among others in a wider batch: the same noise."""

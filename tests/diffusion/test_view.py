@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.diffusion import CONTEXTS, MASKINGS, ModelInput, Noised, TeacherView, noise, view
@@ -51,6 +51,7 @@ def _check_sight(
         assert {tokens[k] for k in attended} == reference.seen(context, ids, masked, mask_id, block, token)
 
 
+@settings(deadline=None)
 @given(items=BATCHES, seed=st.integers(0, 2**40), padding=st.integers(0, 5))
 def test_student_sees_what_it_would_see_in_the_full_layout(
     items: list[dict[str, Any]], seed: int, padding: int
@@ -62,6 +63,7 @@ def test_student_sees_what_it_would_see_in_the_full_layout(
 
 
 @pytest.mark.parametrize("context", sorted(CONTEXTS))
+@settings(deadline=None)
 @given(items=BATCHES, seed=st.integers(0, 2**40), padding=st.integers(0, 5))
 def test_teacher_contexts(context: str, items: list[dict[str, Any]], seed: int, padding: int) -> None:
     noised, seen = _view(items, seed, context, padding)
@@ -91,6 +93,7 @@ def _where(given: ModelInput) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("context", sorted(CONTEXTS))
+@settings(deadline=None)
 @given(items=BATCHES, seed=st.integers(0, 2**40), padding=st.integers(0, 5))
 def test_rows_equal_reference(context: str, items: list[dict[str, Any]], seed: int, padding: int) -> None:
     noised, seen = _view(items, seed, context, padding)
