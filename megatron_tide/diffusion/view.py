@@ -38,8 +38,8 @@ class Noised(Movable):
     teacher (None without one): its rows are the scored tokens of the active chunks, in (sample, position) order;
     teacher_gold [R], teacher_chunk [R]. An active chunk is masked, hence masked whole on both sides; chunk_sample [K].
     Pairs are the active chunks of exactly one scored token on each side: pair_student_row [P] into M, pair_teacher_row
-    [P] into R, pair_chunk [P] into K. maskable: the number of maskable student tokens of the micro-batch, tokens: of all its student tokens.
-    Without a teacher K = R = P = 0.
+    [P] into R, pair_chunk [P] into K. maskable: the number of maskable student tokens of the micro-batch; tokens: of
+    all its student tokens, without padding. Without a teacher K = R = P = 0.
     """
 
     t: torch.Tensor

@@ -108,6 +108,7 @@ def test_rows_equal_reference(context: str, items: list[dict[str, Any]], seed: i
         maskable += len(item["student_ids"]) - item["student_prompt"]
 
     assert seen.maskable == maskable
+    assert seen.tokens == sum(len(item["student_ids"]) for item in items)
     assert torch.equal(seen.t, noised.t.float())
     assert seen.chunk_sample.tolist() == [b for b, _ in chunks]
     assert _where(seen.student) == [(b, position) for b, position, _, _ in students]
