@@ -210,7 +210,7 @@ class BlockDecoder:
         return hidden
 
     def _attend(self, query_Q: torch.Tensor) -> torch.Tensor | None:
-        """bool [B, 1, Q, K] over all slots up to the last query; None where everyone sees everything (no mask: faster)."""
+        """bool [B, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""
         block, end = self.rule.block_size, int(self.cache.length + len(query_Q))
         if len(query_Q) == block and not self.shifted:
             return None

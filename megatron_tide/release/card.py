@@ -35,17 +35,14 @@ def model_card(
 
 
 def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded run without where things lay on the machine that trained it."""
-    config = {**run["config"], "paths": {key: public_name(value) for key, value in run["config"]["paths"].items()}}
+    """The recorded run without where things lay on the machine that trained it (nor the list of its data shards)."""
     data = {key: value for key, value in run["data"].items() if key != "shards"}
-    if "sources" in data:
-        data["sources"] = _public(data["sources"])
-    return {**run, "config": config, "data": data, "model_folder": public_name(run["model_folder"])}
+    return {key: _public(value) for key, value in {**run, "data": data}.items()}
 
 
-def public_name(value: Any) -> Any:
-    """A hub name as it is; of a path on this machine only the last part."""
-    if not isinstance(value, str) or not value:
+def public_name(value: str) -> str:
+    """Of a path on this machine the last part; a hub name, or text that is no path, as it is."""
+    if "/" not in value or any(character.isspace() for character in value):
         return value
     is_hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and not Path(value).exists()
     return value if is_hub_name else Path(value).name
@@ -56,7 +53,7 @@ def _public(value: Any) -> Any:
         return {key: _public(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_public(item) for item in value]
-    return Path(value).name if isinstance(value, str) and ("/" in value and Path(value).is_absolute()) else value
+    return public_name(value) if isinstance(value, str) else value
 
 
 def _front_matter(trained: Trained, license_id: str) -> str:
@@ -132,8 +129,7 @@ def _method(trained: Trained) -> str:
 
 def _data(trained: Trained) -> str:
     manifest = public_run(trained.run)["data"]
-    rows = {key: value for key, value in manifest.items() if key not in ("format",) and value is not None}
-    return _table("Data", rows)
+    return _table("Data", {key: value for key, value in manifest.items() if value is not None})
 
 
 def _flat_knobs(config: Mapping[str, Any]) -> dict[str, Any]:

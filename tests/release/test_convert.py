@@ -1,0 +1,302 @@
+"""Checkpoint -> release: the same numbers, the whole provenance, and nothing at all when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from megatron_tide.bridge import load_tokenizer
+from megatron_tide.data import PreparedData
+from megatron_tide.models import load_model
+from megatron_tide.release import Options, convert, parse_size
+from megatron_tide.release import convert as convert_function
+from megatron_tide.release import parity as parity_module
+from tests.support.lab import BLOCK, Lab, moved, stored, write_checkpoint
+
+convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(lab, tmp_path_factory.mktemp("run"), start=lab.student, data=lab.data, distilled=True)
+
+
+@pytest.fixture(scope="module")
+def release(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("release") / "tiny-student"
+    convert_function(checkpoint, out, Options())
+    return out
+
+
+@pytest.fixture
+def no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what does not depend on the parity gate, which costs a process that imports transformers."""
+    monkeypatch.setattr(convert_module, "check_parity", lambda *_: {"logit_rows": 0, "greedy_tokens": 0})
+
+
+def test_weights_are_the_training_weights_rounded(lab: Lab, checkpoint: Path, release: Path) -> None:
+    tensors, expected = stored(release), moved(lab.student, seed=1)
+    assert set(tensors) == set(expected)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
+
+
+def test_parity_is_recorded_with_what_was_compared(release: Path) -> None:
+    parity = json.loads((release / "parity.json").read_text())
+    assert parity["largest_logit_difference"] == 0.0
+    assert parity["logit_rows"] > 3 * BLOCK
+    assert parity["greedy_tokens"] > 3
+    assert "step 20" in parity["compared_with"]
+
+
+def test_config_says_how_to_generate(lab: Lab, release: Path) -> None:
+    tokenizer = load_tokenizer(lab.student)
+    for file in ("config.json", "generation_config.json"):
+        config = json.loads((release / file).read_text())
+        assert (config["block_size"], config["mask_token_id"]) == (BLOCK, tokenizer.mask_id)
+        assert (config["eos_token_id"], config["pad_token_id"]) == (tokenizer.eos_id, tokenizer.pad_id)
+    assert json.loads((release / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_tokenizer_is_the_starting_folders(lab: Lab, release: Path) -> None:
+    assert load_tokenizer(release).fingerprint == load_tokenizer(lab.student).fingerprint
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (release / name).read_bytes() == (lab.student / name).read_bytes()
+
+
+def test_loads_through_transformers_and_generates(
+    lab: Lab, release: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(release, trust_remote_code=True)
+    model = AutoModelForMaskedLM.from_pretrained(release, trust_remote_code=True, dtype=torch.float32).eval()
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
+    )
+    ids = torch.tensor([tokenizer(rendered, add_special_tokens=False)["input_ids"]])
+    ours = load_model(release)
+    assert torch.equal(model.generate(ids, max_new_tokens=20), ours.generate(ids, max_new_tokens=20))
+
+
+def test_card_tells_the_whole_story(lab: Lab, checkpoint: Path, release: Path) -> None:
+    card = (release / "README.md").read_text()
+    run = json.loads((checkpoint / "trainer.json").read_text())["run"]
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    for fact in (
+        "# tiny-student",
+        "tide-cross",
+        run["bridge_fingerprint"],
+        run["data_fingerprint"],
+        run["fingerprint"],
+        "AutoModelForMaskedLM",
+        "trust_remote_code=True",
+        "## Limits",
+        "## Licence",
+        "## Parity",
+        "| loss/total | 2.25 |",
+        "| train/lr | 0.5 |",
+        "samples seen: 320",
+        "2604.26951",
+    ):
+        assert fact in card, fact
+    for knob, value in run["config"]["train"].items():
+        assert f"| {knob} |" in card, (knob, value)
+    assert str(lab.student.parent) not in card + (release / "provenance.json").read_text()
+
+
+def test_card_names_hub_models_as_bases() -> None:
+    from megatron_tide.release.card import public_name
+
+    assert public_name("org/model-1") == "org/model-1"
+    assert public_name("/home/someone/secret/model-1") == "model-1"
+    assert public_name("runs/quickstart/student") == "student"
+
+
+def test_code_in_the_cards_example_runs(release: Path) -> None:
+    card = (release / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace('"tiny-student"', repr(str(release)))
+    assert str(release) in code
+    printed: list[str] = []
+    exec(compile(code.replace("max_new_tokens=128", "max_new_tokens=9"), "card", "exec"), {"print": printed.append})
+    assert len(printed) == 1
+
+
+@pytest.mark.usefixtures("no_gate")
+def test_shards_and_fp32(lab: Lab, checkpoint: Path, tmp_path: Path) -> None:
+    convert(checkpoint, tmp_path / "out", Options(dtype="float32", max_shard_bytes=20_000))
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    expected = moved(lab.student, seed=1)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored(tmp_path / "out").items())
+
+
+@pytest.mark.usefixtures("no_gate")
+def test_a_run_folder_gives_its_newest_step(lab: Lab, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for step, seed in ((20, 1), (100, 2)):
+        write_checkpoint(lab, run, start=lab.student, data=lab.data, step=step, seed=seed)
+    (run / "step-00000200").mkdir()  # without checksums it is none
+    convert(run, tmp_path / "out", Options(dtype="float32"))
+    expected = moved(lab.student, seed=2)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored(tmp_path / "out").items())
+
+
+def test_a_teacher_goes_out_in_its_public_format(lab: Lab, tmp_path: Path) -> None:
+    """Stacked experts become the public per-expert keys; what is not trained comes from the starting folder."""
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.teacher, data=lab.teacher_data)
+    convert(checkpoint, tmp_path / "out", Options(dtype="float32"))
+    released, start = stored(tmp_path / "out"), stored(lab.teacher)
+    assert {name: tensor.shape for name, tensor in released.items()} == {n: t.shape for n, t in start.items()}
+    for name, tensor in released.items():
+        assert torch.equal(tensor, start[name]) == name.endswith("expert_bias"), name
+    expected = moved(lab.teacher, seed=1)["model.layers.1.mlp.experts.up_proj"]
+    assert torch.equal(released["model.layers.1.mlp.experts.3.up_proj.weight"], expected[3])
+    assert not list((tmp_path / "out").glob("*.py"))
+
+
+# --- what must stop a conversion, and leave nothing ---
+
+
+def assert_refused(checkpoint: Path, out: Path, word: str, **options: Any) -> None:
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=word) as caught:
+        convert(checkpoint, out, Options(**options))
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
+
+
+def test_a_wrong_weight_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = convert_module.export
+
+    def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
+        from safetensors.torch import load_file, save_file
+
+        whole(trained, tokenizer, kind, out, **options)
+        tensors = load_file(out / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 5] *= 1.02
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(convert_module, "export", broken)
+    assert_refused(checkpoint, tmp_path / "out", "parity gate: logits.*differs")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ("from __future__", "import nothing_of_this_name\nfrom __future__", "nothing_of_this_name|fresh process"),
+        ("import torch\n", "import torch\nimport megatron_tide\n", "megatron_tide|fresh process"),
+        ("tokens_R = logits_RV.argmax(-1)", "tokens_R = logits_RV.argmin(-1)", "tokens.0 differs"),
+    ],
+)
+def test_wrong_code_fails_the_gate(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, word: str
+) -> None:
+    whole = convert_module.export
+
+    def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
+        whole(trained, tokenizer, kind, out, **options)
+        file = out / "generation_a2d.py"
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new, 1))
+
+    monkeypatch.setattr(convert_module, "export", broken)
+    assert_refused(checkpoint, tmp_path / "out", word)
+
+
+def test_a_wrong_block_size_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = convert_module.export
+
+    def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
+        whole(trained, tokenizer, kind, out, **options)
+        for name in ("config.json", "generation_config.json"):
+            config = json.loads((out / name).read_text())
+            (out / name).write_text(json.dumps({**config, "block_size": BLOCK * 2}))
+
+    monkeypatch.setattr(convert_module, "export", broken)
+    assert_refused(checkpoint, tmp_path / "out", "parity gate: tokens")
+
+
+@pytest.mark.usefixtures("no_gate")
+def test_an_existing_folder_is_kept_unless_told(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("mine")
+    assert_refused(checkpoint, out, "--overwrite")
+    convert(checkpoint, out, Options(overwrite=True))
+    assert (out / "parity.json").exists()
+    assert (out / "config.json").read_text() != "mine"
+
+
+def test_overwrite_does_not_remove_what_is_no_model(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert_refused(checkpoint, tmp_path / "out", "not a model", overwrite=True)
+
+
+def test_overwrite_keeps_the_old_release_when_the_new_one_fails(
+    checkpoint: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(release, tmp_path / "out")
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("parity gate: no")
+
+    monkeypatch.setattr(convert_module, "check_parity", refuse)
+    assert_refused(checkpoint, out, "parity gate", overwrite=True)
+
+
+def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert_module, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        convert(checkpoint, tmp_path / "out", Options())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.json", "exp_avg.safetensors"])
+def test_a_damaged_checkpoint_is_named(checkpoint: Path, tmp_path: Path, file: str) -> None:
+    damaged = shutil.copytree(checkpoint, tmp_path / "step-00000020")
+    content = bytearray((damaged / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / file).write_bytes(content)
+    assert_refused(damaged, tmp_path / "out", f"{file}: damaged")
+    (damaged / file).unlink()
+    assert_refused(damaged, tmp_path / "out", f"{file}|no whole checkpoint")
+
+
+def test_what_is_no_checkpoint_is_said_so(lab: Lab, tmp_path: Path) -> None:
+    assert_refused(tmp_path / "nowhere", tmp_path / "out", "no such folder")
+    assert_refused(lab.student, tmp_path / "out", "no whole checkpoint")
+
+
+@pytest.mark.usefixtures("no_gate")
+def test_a_start_that_is_gone_or_another_is_named(lab: Lab, tmp_path: Path) -> None:
+    start = shutil.copytree(lab.student, tmp_path / "start")
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=start, data=lab.data)
+    start.rename(tmp_path / "elsewhere")
+    assert_refused(checkpoint, tmp_path / "out", "--start")
+    assert_refused(checkpoint, tmp_path / "out", "tokenizer|shape|holds", start=str(lab.teacher))
+    convert(checkpoint, tmp_path / "out", Options(start=str(tmp_path / "elsewhere")))
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("5GB", "1.5 MiB", "700")] == [5 * 10**9, 3 * 2**19, 700]
+    for text in ("5 apples", "", "-1GB", "0"):
+        with pytest.raises(ValueError, match="--max-shard-size"):
+            parse_size(text)
+
+
+def test_the_gate_looks_at_more_than_one_prompt(lab: Lab) -> None:
+    """Prompts of different lengths, one of them longer than several blocks, with bytes of many kinds."""
+    tokenizer = load_tokenizer(lab.student)
+    lengths = [len(tokenizer.encode(c[0]["content"])) for c in parity_module.CONVERSATIONS]
+    assert len(set(lengths)) == len(lengths)
+    assert max(lengths) > 3 * PreparedData.open(lab.data).manifest["student"]["block"]
