@@ -1,0 +1,203 @@
+"""Train the quickstart's two tokenizers on the train split: a student's and a teacher's, as unlike as real ones are.
+
+Student: byte-level BPE (Hugging Face tokenizer.json) with Qwen's chat format. Teacher: SentencePiece unigram with byte
+fallback (tokenizer.model) with LLaDA2's. The same data and sizes give the same files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatron_tide import cli
+from megatron_tide.bridge.tiktoken import QWEN_PATTERN
+
+MASK = "<|mask|>"
+END_OF_TEXT = "<|endoftext|>"
+RECEIPT = "training.json"
+BYTES = 256
+# Far above any training text: SentencePiece drops longer ones without a word.
+LONGEST_TEXT = 1 << 24
+
+STUDENT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEACHER_TEMPLATE = (
+    "{% set names = {'system': 'SYSTEM', 'user': 'HUMAN', 'assistant': 'ASSISTANT'} %}"
+    "{% for message in messages %}"
+    "<role>{{ names[message['role']] }}</role>{{ message['content'] }}<|role_end|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+
+
+def train_byte_bpe(folder: str | Path, texts: Iterable[str], vocab_size: int, mask: str = MASK) -> Path:
+    """Byte-level BPE of ``vocab_size`` tokens in all, in Hugging Face form with a Qwen-style chat template; the folder.
+
+    The vocabulary is smaller where the texts have no more pairs to merge. Eos ``<|im_end|>``, pad ``<|endoftext|>``.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    special = [END_OF_TEXT, "<|im_start|>", "<|im_end|>", mask]
+    if vocab_size < BYTES + len(special):
+        raise ValueError(f"a byte-level vocabulary needs at least {BYTES + len(special)} tokens; raise {vocab_size}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), behavior="isolated", invert=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(special)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token=END_OF_TEXT, mask_token=mask
+    )
+    wrapped.chat_template = STUDENT_TEMPLATE
+    wrapped.save_pretrained(folder)
+    return Path(folder)
+
+
+def train_sentencepiece(
+    folder: str | Path, texts: Iterable[str], vocab_size: int, mask: str = MASK, dummy_prefix: bool = False
+) -> Path:
+    """SentencePiece unigram with byte fallback and identity normalisation, LLaDA2-style chat template; the folder.
+
+    ``tokenizer.model`` holds every token, the special ones as control pieces; ``tokenizer_config.json`` names them. The
+    vocabulary is smaller where the texts do not fill it. Eos and pad ``<|endoftext|>``, as LLaDA2's are one. Without
+    ``dummy_prefix`` no space is put before a text: its first word is the same token as after a newline.
+    """
+    folder, model = Path(folder), io.BytesIO()
+    special = [mask, "<role>", "</role>", "<|role_end|>"]
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=dummy_prefix,
+            hard_vocab_limit=False,
+            max_sentence_length=LONGEST_TEXT,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END_OF_TEXT,
+            bos_id=-1,
+            pad_id=-1,
+            control_symbols=special,
+            # Threads sum scores in any order; one thread gives the same model every time.
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[-160:]
+        raise ValueError(f"SentencePiece cannot train {vocab_size} pieces on this data: {reason}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "mask_token": mask,
+        "chat_template": TEACHER_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tokenizer to train: where to, how many tokens, by which function, and the library that decides the result."""
+
+    folder: Path
+    vocab_size: int
+    train: Callable[[Path, Sequence[str], int], Path]
+    library: str
+
+    def run(self, texts: Sequence[str], data_sha256: str, fresh: bool) -> str:
+        """Train, or find the same training done; what happened, as one line. ValueError where other files are in the
+        way.
+        """
+        receipt = {
+            "kind": self.train.__name__,
+            "vocab_size": self.vocab_size,
+            "data_sha256": data_sha256,
+            "library": f"{self.library} {metadata.version(self.library)}",
+        }
+        if self.folder.exists() and not fresh:
+            if self._receipt() == receipt:
+                return f"{self.folder}: done, skipped"
+            raise ValueError(f"{self.folder}: holds something else than this training; pass --fresh or another folder")
+        if self.folder.exists() and self._receipt() is None and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder}: was not made by this tool: --fresh does not replace it; name another")
+        partial = self.folder.with_name(self.folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.train(partial, texts, self.vocab_size)
+        (partial / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        partial.rename(self.folder)
+        return f"{self.folder}: trained"
+
+    def _receipt(self) -> object:
+        try:
+            return json.loads((self.folder / RECEIPT).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return None
+
+
+def read_messages(path: Path) -> list[str]:
+    """Contents of all messages in a JSONL file of conversations; ValueError for a line that is none."""
+    texts: list[str] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                texts.extend(message["content"] for message in json.loads(line)["messages"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                shape = '{"messages": [{"content": ...}]}'
+                raise ValueError(f"{path}: line {number} does not read as {shape}; mend it") from error
+    if not texts:
+        raise ValueError(f"{path}: holds no messages to train on; check the path")
+    return texts
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help='JSONL, one {"messages": [...]} a line: train split')
+    parser.add_argument("--student-out", type=Path, required=True, help="folder for the byte-level BPE")
+    parser.add_argument("--teacher-out", type=Path, required=True, help="folder for the SentencePiece unigram")
+    parser.add_argument("--student-vocab", type=int, default=2048, help="tokens in all (default: %(default)s)")
+    parser.add_argument("--teacher-vocab", type=int, default=4096, help="tokens in all (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="train again, replacing what this tool made")
+    args = parser.parse_args(argv)
+    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
+    texts = read_messages(args.data)
+    for job in (
+        Job(args.student_out, args.student_vocab, train_byte_bpe, "tokenizers"),
+        Job(args.teacher_out, args.teacher_vocab, train_sentencepiece, "sentencepiece"),
+    ):
+        print(job.run(texts, digest, args.fresh), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)
