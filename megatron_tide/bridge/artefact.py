@@ -168,8 +168,8 @@ class Bridge:
         """ValueError if less than ``floor`` (a share, 0 to 1) of the sample's bytes lies in chunks."""
         if self.coverage < floor:
             raise ValueError(
-                f"the bridge covers {self.coverage:.4f} of the sample's bytes, under the floor of {floor}: the "
-                "tokenizers spell the same text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
+                f"the bridge covers {self.coverage:.4f} of the sample's bytes, under the floor of {floor}: the tokenizers "
+                "spell one text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
             )
 
     def align_text(self, text: str) -> Aligned:
