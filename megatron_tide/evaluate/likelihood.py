@@ -99,7 +99,7 @@ def _gold_and_hit(logits_MV: torch.Tensor, gold_M: torch.Tensor) -> tuple[torch.
 
 
 @torch.no_grad()
-def _score(model: Any, question: Question, samples: int, chunk_rows: int) -> torch.Tensor:
+def _score(model: Any, question: Question, samples: int, chunk_rows: int | None) -> torch.Tensor:
     """float64 [3, B] on the host: -log p summed, right guesses, rows of each sample."""
     device = model.head_weight.device
     inputs, gold_M, sample_M = question.inputs.to(device), question.gold.to(device), question.sample.to(device)
@@ -125,7 +125,7 @@ def measure(
     draws: int,
     seed: int,
     batch_size: int,
-    chunk_rows: int,
+    chunk_rows: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Sums:
     """The sums of the samples ``indices``, in their order; the model is put in eval mode meanwhile."""
@@ -166,7 +166,7 @@ def evaluate_likelihood(
     draws: int = 8,
     seed: int = 0,
     batch_size: int = 8,
-    chunk_rows: int = 1024,
+    chunk_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LikelihoodReport:
     """Measure ``model`` on ``samples`` (0 = all) of ``data``, with ``draws`` timesteps a sample.

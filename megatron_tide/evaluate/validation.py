@@ -21,7 +21,7 @@ def validate(
     samples: int,
     batch_size: int,
     seed: int = 0,
-    chunk_rows: int = 1024,
+    chunk_rows: int | None = None,
 ) -> dict[str, float]:
     """Held-out bits per byte and masked-token accuracy, the same on every rank; one collective on host numbers.
 

@@ -73,6 +73,7 @@ def test_tokenizer_is_the_starting_folders(lab: Lab, release: Path) -> None:
 def test_loads_through_transformers_and_generates(
     lab: Lab, release: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(release, trust_remote_code=True)
     model = AutoModelForMaskedLM.from_pretrained(release, trust_remote_code=True, dtype=torch.float32).eval()
     rendered = tokenizer.apply_chat_template(

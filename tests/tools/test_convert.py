@@ -1,4 +1,4 @@
-"""The command line of tools/convert_to_hf.py: one line and status 2 for the user's mistakes, a whole folder otherwise."""
+"""tools/convert_to_hf.py as a user calls it: a whole folder, or one line and status 2."""
 
 from __future__ import annotations
 

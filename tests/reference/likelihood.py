@@ -1,0 +1,47 @@
+"""The held-out bound the plain way: one sample and one timestep at a time, whole logits, Python loops."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from megatron_tide.data import PreparedData
+from megatron_tide.data.batch import read_batch
+from megatron_tide.diffusion import MASKINGS, noise, staircase_mask
+
+
+@torch.no_grad()
+def likelihood(model: Any, data: PreparedData, side: str, *, draws: int, seed: int, grid: Any) -> dict[str, float]:
+    """Bits per byte and masked-token accuracy over all of ``data``; ``grid(key)`` gives a sample's timesteps."""
+    manifest = data.manifest[side]
+    nats = size = right = masked = 0.0
+    for index in range(len(data)):
+        batch = read_batch(data, [index])
+        size += data.sample(index).response_bytes
+        for k, t in enumerate(grid(int(batch.keys[0]))):
+            drawn = noise(batch, seed=seed, epoch=k, masking=MASKINGS["synchronous"], t=torch.tensor([t]))
+            tokens = batch.student if side == "student" else batch.teacher
+            hidden = drawn.student_masked if side == "student" else drawn.teacher_masked
+            length = int(tokens.length[0])
+            ids, hidden = tokens.ids[:, :length], hidden[:, :length]
+            logits = two_copies(model, ids, hidden, manifest["block"], manifest["mask_id"])
+            for position in range(int(tokens.prompt[0]), int(tokens.content_end[0]) + 1):
+                uncovered = tokens.chunk[0, position] < 0 and not data.one_sided
+                if uncovered or not hidden[0, position]:
+                    continue
+                gold = int(tokens.ids[0, position])
+                nats += -float(torch.log_softmax(logits[position].double(), -1)[gold]) / float(t) / draws
+                right += float(int(logits[position].argmax()) == gold)
+                masked += 1
+    return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / masked}
+
+
+def two_copies(model: Any, ids: torch.Tensor, masked: torch.Tensor, block: int, mask_id: int) -> torch.Tensor:
+    """Logits [S, V] of the noised copy of one sample, under the full staircase."""
+    length = ids.shape[1]
+    both = torch.cat((ids.masked_fill(masked, mask_id), ids), 1)
+    positions = torch.arange(length).repeat(2).unsqueeze(0)
+    attend = staircase_mask(length, block)[None, None]
+    return model(both, attention_mask=attend, position_ids=positions).logits[0, :length]
