@@ -1,0 +1,153 @@
+"""The docstring -> code corpus: large enough, exact, split by file, the same every time."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.data.corpus import Pair, collect, split_by_file, write_corpus
+
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+MODULE = '''\
+class Stack:
+    def push(self, item):
+        """Put an item on top."""
+        # the list's end is the top
+        self.items.append(item)
+
+    async def pull(self):
+        """Wait for an item."""
+
+        return await self.queue.get()
+
+def bare(): return 1
+
+def documented_only():
+    """No body."""
+
+def odd():
+    """A string at the margin."""
+    return """
+margin"""
+'''
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Pair]:
+    return collect(LIBRARY)[0]
+
+
+def test_the_library_gives_over_5000_pairs_that_are_code(pairs: list[Pair]) -> None:
+    assert len(pairs) > 5000
+    assert len({pair.id for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        assert ast.parse(pair.body).body
+        assert '"' in pair.instruction or "'" in pair.instruction  # the docstring stands in it
+
+
+def test_no_file_is_in_two_splits_and_the_held_out_ones_have_their_share(pairs: list[Pair]) -> None:
+    splits = split_by_file(pairs)
+    files = {name: {pair.file for pair in members} for name, members in splits.items()}
+    assert not files["train"] & files["validation"]
+    assert not files["train"] & files["test"]
+    assert not files["validation"] & files["test"]
+    assert sum(map(len, splits.values())) == len(pairs)
+    for name in ("validation", "test"):
+        assert 0.045 < len(splits[name]) / len(pairs) < 0.06
+
+
+def test_long_code_is_in_one_split_only(pairs: list[Pair]) -> None:
+    splits = split_by_file(pairs)
+    code = {name: {pair.body for pair in members if len(pair.body) >= 80} for name, members in splits.items()}
+    assert not code["train"] & (code["test"] | code["validation"])
+
+
+def test_splits_do_not_depend_on_the_order_of_the_pairs(pairs: list[Pair]) -> None:
+    assert split_by_file(pairs[::-1]) == split_by_file(pairs)
+
+
+def test_source_is_taken_exactly_and_dedented(tmp_path: Path) -> None:
+    (tmp_path / "stack.py").write_text(MODULE)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_stack.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("def (")
+    pairs, left_out = collect(tmp_path)
+    task = "Write the body of this Python method of the class Stack.\n\n"
+    assert [(pair.instruction, pair.body) for pair in pairs] == [
+        (
+            task + 'def push(self, item):\n    """Put an item on top."""',
+            "# the list's end is the top\nself.items.append(item)",
+        ),
+        (task + 'async def pull(self):\n    """Wait for an item."""', "return await self.queue.get()"),
+    ]
+    assert left_out == {"no docstring": 1, "no body": 1, "not dedentable": 1, "unreadable file": 1}
+
+
+def test_copied_code_counts_once_and_short_code_once_an_instruction(tmp_path: Path) -> None:
+    long = "return " + " + ".join(f"value_{n}" for n in range(12))
+    function = 'def {}({}):\n    """Add."""\n    {}\n'
+    (tmp_path / "a.py").write_text(function.format("f", "x", long) + function.format("g", "x", "return x"))
+    (tmp_path / "b.py").write_text(function.format("h", "y", long) + function.format("g", "x", "return x"))
+    (tmp_path / "c.py").write_text(function.format("g", "y, x", "return x"))
+    pairs, left_out = collect(tmp_path)
+    assert [pair.id for pair in pairs] == ["a.py:1:f", "a.py:4:g", "c.py:1:g"]
+    assert left_out["duplicate"] == 2
+
+
+def _library(folder: Path) -> Path:
+    for number in range(60):
+        body = "".join(f'def f{n}(x):\n    """Add {n}."""\n    return x + {n} + {number}\n' for n in range(5))
+        (folder / f"module_{number}.py").write_text(body)
+    return folder
+
+
+def test_written_files_agree_with_the_manifest_and_come_out_the_same_again(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    library = _library(tmp_path / "lib")
+    first = write_corpus(tmp_path / "one", library)
+    assert write_corpus(tmp_path / "two", library) == first
+    rows = {name: [json.loads(line) for line in (tmp_path / "one" / name).open()] for name in first["files"]}
+    assert {name: len(content) for name, content in rows.items()} == {
+        name: entry["pairs"] for name, entry in first["files"].items()
+    }
+    tenth, train = rows["train_tenth.jsonl"], rows["train.jsonl"]
+    assert len(tenth) == -(-len(train) // 10)
+    assert [row["id"] for row in tenth] == [row["id"] for row in train][: len(tenth)]
+    assert Counter(len(row["messages"]) for row in train) == {2: len(train)}
+
+
+def test_a_finished_corpus_is_kept_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    out, library = tmp_path / "out", _library(tmp_path / "lib")
+    manifest = write_corpus(out, library)
+    (library / "module_0.py").unlink()
+    assert write_corpus(out, library) == manifest
+    assert write_corpus(out, library, fresh=True) != manifest
+    with (out / "train.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(ValueError, match=r"train\.jsonl: missing or changed.*--fresh"):
+        write_corpus(out, library)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="not the manifest of a corpus"):
+        write_corpus(out, library)
+
+
+def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no function with a docstring"):
+        write_corpus(tmp_path / "out", tmp_path)
+
+
+def test_the_command_says_where_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "megatron_tide.data.corpus", "--out", str(tmp_path / "file" / "corpus")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
