@@ -36,6 +36,7 @@ setup_environment() {
       "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
       for file in "${files[@]}"; do arguments+=(-r "$file"); done
       "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
+      "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
       printf '%s\n' "$wanted" >>"$stamp"
     fi
   fi

@@ -31,20 +31,19 @@ def build(title: str, builder: str, folder: Path) -> None:
         f"b = a().create_op_builder({builder!r}); b and b.load(verbose=False)"
     )
     log = folder / f"{builder}.log"
-    started, shown = time.monotonic(), False
+    started, built = time.monotonic(), set(folder.glob("*/*.so"))
     with log.open("w") as output:
         child = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=subprocess.STDOUT)
         while child.poll() is None:
             time.sleep(0.25)
             taken = time.monotonic() - started
             if taken > 5:  # an op that is built already loads faster
-                shown = True
                 line = f"   compiling DeepSpeed's {title} op: {taken:3.0f} s (about a minute, once)"
                 print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True)
     if child.returncode:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
         raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}); it needs g++ and ninja; log: {log}")
-    if shown:
+    if set(folder.glob("*/*.so")) - built:
         print(f"\r   compiled DeepSpeed's {title} op in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
 
 

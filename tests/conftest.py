@@ -1,0 +1,23 @@
+"""Fixtures that several packages' tests use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+EXTENSIONS = Path(__file__).resolve().parents[1] / ".venv" / "torch_extensions"
+if EXTENSIONS.is_dir():  # where set-up compiled DeepSpeed's ops
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A tiny chain of the real parts (tests.support.chain.Chain), made once a session; treat it as read-only."""
+    from tests.support.chain import make_chain
+
+    return make_chain(tmp_path_factory.mktemp("chain"))

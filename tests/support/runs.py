@@ -1,0 +1,36 @@
+"""What ranks do in tests of training: run the product's own entry on a tiny chain, and tell what came out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.config import from_flat
+
+
+def train_and_tell(knobs: dict[str, Any]) -> dict[str, list[float]]:
+    """Train ``knobs`` on this rank of the world its environment describes; losses and gradient norms by step.
+
+    Meant for ``run_on_ranks``.
+    """
+    from megatron_tide import distill
+    from megatron_tide.train.world import join_world, leave_world
+
+    config = from_flat(knobs)
+    config.check()
+    world = join_world()
+    try:
+        assert distill.train(config, world) == 0
+    finally:
+        leave_world()
+    return read_curve(Path(config.paths.out))
+
+
+def read_curve(run: Path) -> dict[str, list[float]]:
+    """Every logged value of a run, by name, in order of steps."""
+    curve: dict[str, list[float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        for name, value in json.loads(line).items():
+            curve.setdefault(name, []).append(value)
+    return curve

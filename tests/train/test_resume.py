@@ -1,0 +1,155 @@
+"""Resuming continues exactly: bit for bit in fp32 at the same world size, from any stage and offload to any other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import read_curve, train_and_tell
+
+pytestmark = pytest.mark.ranks
+KNOBS = {
+    "precision": "fp32",
+    "teacher_dtype": "fp32",
+    "global_batch": 8,
+    "micro_batch": 2,
+    "max_steps": 6,
+    "lr": 3e-3,
+    "log_every": 1,
+    "save_every": 3,
+    "keep": 9,
+    "temperature": 4.0,
+    "strategy": "tide-cross",
+    "weight_decay": 0.1,
+}
+
+
+def train(chain, out, world, **knobs):
+    return run_on_ranks(train_and_tell, world, {**chain.paths(out), **KNOBS, **knobs}, timeout=280)[0]
+
+
+def all_tensors(run, step):
+    folder = run / f"step-{step:08d}"
+    files = ("model", "exp_avg", "exp_avg_sq")
+    return {f"{f}/{n}": t for f in files for n, t in load_file(folder / f"{f}.safetensors").items()}
+
+
+@pytest.fixture(scope="module")
+def untouched(chain, tmp_path_factory):
+    out = tmp_path_factory.mktemp("untouched")
+    train(chain, out, 2)
+    return out
+
+
+def start_from(untouched, out, step):
+    out.mkdir()
+    shutil.copytree(untouched / f"step-{step:08d}", out / f"step-{step:08d}")
+    return out
+
+
+def test_same_world_is_bit_for_bit(chain, untouched, tmp_path):
+    out = start_from(untouched, tmp_path / "run", 3)
+    curve = train(chain, out, 2)
+    assert curve["step"] == [4, 5, 6]
+    assert curve["loss/total"] == read_curve(untouched)["loss/total"][3:]
+    ours, theirs = all_tensors(out, 6), all_tensors(untouched, 6)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("world", "deepspeed"),
+    [(1, "ds_configs/zero1.json"), (2, "ds_configs/zero2_offload.json"), (1, "ds_configs/zero2.json")],
+)
+def test_another_world_or_stage_follows(chain, untouched, tmp_path, world, deepspeed):
+    out = start_from(untouched, tmp_path / "run", 3)
+    curve = train(chain, out, world, deepspeed=deepspeed)
+    expected = torch.tensor(read_curve(untouched)["loss/total"][3:])
+    torch.testing.assert_close(torch.tensor(curve["loss/total"]), expected, rtol=0, atol=1e-5)
+
+
+def test_bf16_resumes_bit_for_bit_from_its_master_weights(chain, tmp_path):
+    whole = tmp_path / "whole"
+    train(chain, whole, 1, precision="bf16")
+    out = start_from(whole, tmp_path / "run", 3)
+    train(chain, out, 1, precision="bf16")
+    ours, theirs = all_tensors(out, 6), all_tensors(whole, 6)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(chain, untouched, tmp_path):
+    out = start_from(untouched, tmp_path / "run", 3)
+    shutil.copytree(untouched / "step-00000006", out / "step-00000006")
+    with (out / "step-00000006" / "exp_avg.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"\x55")
+    finished = run_command(chain, out)
+    assert finished.returncode == 0, finished.stderr
+    assert "step-00000006/exp_avg.safetensors: damaged" in finished.stdout
+    assert "resuming from" in finished.stdout
+    assert "step-00000003" in finished.stdout
+
+
+def test_another_run_is_refused_by_name_of_the_knob(chain, untouched, tmp_path):
+    out = start_from(untouched, tmp_path / "run", 3)
+    before = sorted(p.name for p in out.iterdir())
+    refused = run_command(chain, out, lr=1e-4)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "lr = 0.003, this run has 0.0001" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_resume_never_refuses_a_used_folder(chain, untouched, tmp_path):
+    out = start_from(untouched, tmp_path / "run", 3)
+    refused = run_command(chain, out, resume="never")
+    assert refused.returncode == 2
+    assert "already holds checkpoints" in refused.stderr
+
+
+def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, untouched, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(chain, out, max_steps=4000), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline, "no step within two minutes"
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped as asked, saved" in output
+    saved = sorted(out.glob("step-*"))
+    state = json.loads((saved[-1] / "trainer.json").read_text())["state"]
+    assert 1 <= state["step"] < 4000
+    assert read_curve(out)["step"][-1] == state["step"]
+
+
+def command(chain, out, **knobs):
+    from megatron_tide.config import from_flat
+
+    config = from_flat({**chain.paths(out), **KNOBS, **knobs})
+    flat = {name: value for section in config.to_dict().values() for name, value in section.items()}
+    flags = []
+    for name, value in flat.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += [f"--{flag}" if value else f"--no-{flag}"]
+        elif value is not None and value != "":
+            flags += [f"--{flag}", str(value)]
+    return [sys.executable, "-m", "megatron_tide.distill", *flags]
+
+
+def run_command(chain, out, **knobs):
+    return subprocess.run(command(chain, out, **knobs), capture_output=True, text=True, timeout=240)

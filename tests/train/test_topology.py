@@ -1,0 +1,76 @@
+"""Any topology gives the same curve: ranks, micro-batches, ZeRO stages, offload."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import train_and_tell
+
+pytestmark = pytest.mark.ranks
+STEPS = 20
+
+
+def curve_of(chain, out, world, **knobs):
+    values = run_on_ranks(train_and_tell, world, {**chain.paths(out), **SMALL, **knobs}, timeout=280)
+    assert all(value == values[0] for value in values)
+    nats = values[0]["denoise/nats_per_masked_token"]
+    assert len(nats) < STEPS or sum(nats[-5:]) < sum(nats[:5]), "it should learn"
+    return values[0]["loss/total"]
+
+
+SMALL = {
+    "precision": "fp32",
+    "teacher_dtype": "fp32",
+    "global_batch": 8,
+    "micro_batch": 4,
+    "max_steps": STEPS,
+    "lr": 3e-3,
+    "log_every": 1,
+    "temperature": 4.0,
+    "strategy": "tide-bridge",
+}
+
+
+@pytest.fixture(scope="module")
+def untouched(chain, tmp_path_factory):
+    """The reference: one rank, two micro-batches a step, ZeRO 1."""
+    out = tmp_path_factory.mktemp("untouched")
+    return curve_of(chain, out, 1), load_file(out / f"step-{STEPS:08d}" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("world", "knobs"),
+    [
+        (2, {}),
+        (1, {"micro_batch": 8}),
+        (1, {"micro_batch": 1}),
+        (2, {"micro_batch": 2, "deepspeed": "ds_configs/zero2.json"}),
+        (2, {"deepspeed": "ds_configs/zero2_offload.json"}),
+        (1, {"activation_checkpointing": True}),
+    ],
+    ids=["2-ranks", "micro-8", "micro-1", "2-ranks-zero2-accumulating", "2-ranks-offload", "checkpointing"],
+)
+def test_same_curve(chain, untouched, tmp_path, world, knobs):
+    losses, weights = untouched
+    curve = curve_of(chain, tmp_path, world, **knobs)
+    assert len(curve) == STEPS
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(losses), rtol=0, atol=1e-5)
+    for name, tensor in load_file(tmp_path / f"step-{STEPS:08d}" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("strategy", ["bd3lm", "tide-cross", "tide-shared", "kl"])
+def test_every_kind_of_strategy_on_two_ranks(chain, tmp_path, strategy):
+    knobs = {"strategy": strategy, "max_steps": 3, "masking": "synchronous"}
+    one = curve_of(chain, tmp_path / "one", 1, **knobs)
+    two = curve_of(chain, tmp_path / "two", 2, **knobs)
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0, atol=1e-5)
+
+
+def test_bf16_follows_fp32_within_its_noise(chain, untouched, tmp_path):
+    curve = curve_of(chain, tmp_path, 2, precision="bf16", teacher_dtype="bf16")
+    # bf16 keeps 8 bits: a loss of about 6 is off by a few hundredths, and Adam's path drifts with it.
+    torch.testing.assert_close(torch.tensor(curve), torch.tensor(untouched[0]), rtol=0.05, atol=0)
