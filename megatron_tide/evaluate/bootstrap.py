@@ -26,7 +26,12 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+        return format(self, "")
+
+    def __format__(self, spec: str) -> str:
+        """``value [low, high]`` with four decimals; ``spec`` "+" shows signs."""
+        value, low, high = (format(number, f"{spec}.4f") for number in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
 
 def ratio(numerator_n: Floats, denominator_n: Floats, seed: int) -> Estimate:

@@ -2,6 +2,6 @@
 
 from megatron_tide.release.convert import Options, convert
 from megatron_tide.release.export import DTYPES, parse_size
-from megatron_tide.release.trained import Trained, is_checkpoint, open_trained
+from megatron_tide.release.trained import Opened, Trained, open_model, open_trained
 
-__all__ = ["DTYPES", "Options", "Trained", "convert", "is_checkpoint", "open_trained", "parse_size"]
+__all__ = ["DTYPES", "Opened", "Options", "Trained", "convert", "open_model", "open_trained", "parse_size"]

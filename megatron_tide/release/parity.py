@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 import megatron_tide
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.models import load_model
 from megatron_tide.release import probe
 from megatron_tide.release.export import Generation
 from megatron_tide.release.kinds import Kind
@@ -82,11 +81,7 @@ def _ask_training(
     trained: Trained, tokenizer: TextTokenizer, knobs: Generation, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The training weights in the training module, by its own parameter names: no table, no release code in between."""
-    model = load_model(trained.start, dtype)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name in sorted(trained.names()):
-            parameters[name].copy_(trained.tensor(name))
+    model = trained.model(dtype)
     prompts = [probe.encoder(tokenizer)(messages) for messages in CONVERSATIONS]
     return probe.ask(model, prompts, block=knobs.block_size, mask_id=knobs.mask_token_id, **vars(knobs))
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_tide.models import load_model
 from megatron_tide.models.load import resolve_folder
 from megatron_tide.train.checkpoint import CHECKSUMS, PREFIX, STATE, WEIGHTS, read_description, verify
 
@@ -44,6 +45,24 @@ class Trained:
         with self._weights() as file:
             return file.get_tensor(name)
 
+    def model(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+        """The training module with these weights cast to ``dtype``, in eval mode; memory for one copy.
+
+        Raises:
+            ValueError: when the starting folder describes other parameters.
+        """
+        model = load_model(self.start, dtype, device=device)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in sorted(self.names()):
+                weight = self.tensor(name)
+                if name not in parameters or parameters[name].shape != weight.shape:
+                    raise ValueError(
+                        f"{self.folder}: {name} is not what {self.start}/config.json describes; name the right --start"
+                    )
+                parameters[name].copy_(weight)
+        return model
+
     def _weights(self) -> Any:
         try:
             return safe_open(self.folder / WEIGHTS, "pt")
@@ -75,10 +94,26 @@ def open_trained(path: str | Path, start: str | None = None) -> Trained:
     return Trained(folder=folder, start=begun, run=run, state=state, metrics=metrics)
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether ``path`` is a step folder or a run folder of the trainer (and not, say, a model in hub format)."""
-    path = Path(path)
-    return (path / CHECKSUMS).is_file() or any(path.glob(f"{PREFIX}*/{CHECKSUMS}"))
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run, and the folder its tokenizer and config are in."""
+
+    model: Any
+    folder: Path
+
+
+def open_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Opened:
+    """A model in hub format (folder or hub name), or a checkpoint of the trainer (a run folder: its newest step).
+
+    Raises:
+        ValueError: neither, or damaged.
+    """
+    folder = Path(path)
+    if (folder / CHECKSUMS).is_file() or any(folder.glob(f"{PREFIX}*/{CHECKSUMS}")):
+        trained = open_trained(folder)
+        return Opened(trained.model(dtype, device), trained.start)
+    found = resolve_folder(path)
+    return Opened(load_model(found, dtype, device=device), found)
 
 
 def _step_folder(path: Path) -> Path:

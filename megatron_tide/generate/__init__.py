@@ -1,0 +1,20 @@
+"""Checkpoint -> text: block decoding with an exact KV cache, and prompts around it.
+
+The sampler itself is ``megatron_tide.models.generation_a2d``: one file, shared with every release.
+"""
+
+from megatron_tide.generate.complete import Completion, complete, prompt_ids
+from megatron_tide.generate.prompts import Prompt, from_prepared, read_prompts
+from megatron_tide.models.generation_a2d import BlockDecoder, DecodingRule, decoding_rule
+
+__all__ = [
+    "BlockDecoder",
+    "Completion",
+    "DecodingRule",
+    "Prompt",
+    "complete",
+    "decoding_rule",
+    "from_prepared",
+    "prompt_ids",
+    "read_prompts",
+]

@@ -1,0 +1,94 @@
+"""Where prompts come from: the command line, a text or JSONL file, prepared data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_tide.bridge import TextTokenizer
+from megatron_tide.data import PreparedData
+from megatron_tide.data.chat import ASSISTANT, parse_messages
+from megatron_tide.generate.complete import prompt_ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids`` for the model; ``shown``: the same for people; ``reference``: the answer on record, if there is one."""
+
+    ids: np.ndarray
+    shown: str
+    reference: str | None = None
+
+
+def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> Prompt:
+    """A conversation up to its last assistant turn (which is the reference), or all of it where it ends otherwise."""
+    reference = None
+    if messages and messages[-1]["role"] == ASSISTANT:
+        messages, reference = messages[:-1], messages[-1]["content"]
+    if not messages:
+        raise ValueError("a conversation needs a message before the answer")
+    return Prompt(prompt_ids(tokenizer, messages), messages[-1]["content"], reference)
+
+
+def from_text(tokenizer: TextTokenizer, text: str, system: str | None = None) -> Prompt:
+    """One user message, after a system message where one is given."""
+    before = [{"role": "system", "content": system}] if system else []
+    return from_messages(tokenizer, [*before, {"role": "user", "content": text}])
+
+
+def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
+    """JSONL: an object a line with ``messages`` (chat format) or ``prompt`` (text); the first ``limit`` (0: all).
+
+    Raises:
+        ValueError: naming file and line.
+    """
+    path, prompts = Path(path), []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            prompts.append(_from_row(tokenizer, json.loads(line), where))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg})") from None
+        if len(prompts) == limit:
+            break
+    if not prompts:
+        raise ValueError(f'{path}: holds no prompt; give lines such as {{"prompt": "Hello"}}')
+    return prompts
+
+
+def _from_row(tokenizer: TextTokenizer, row: Any, where: str) -> Prompt:
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+        return from_text(tokenizer, row["prompt"])
+    if not isinstance(row, dict) or "messages" not in row:
+        raise ValueError(f"{where}: needs an object with messages or prompt")
+    try:
+        return from_messages(tokenizer, parse_messages(row["messages"], where))
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
+    """Prompts of prepared data's student half, spread evenly over it; the recorded response is the reference.
+
+    Raises:
+        ValueError: when the data was prepared with another tokenizer.
+    """
+    if data.manifest["student"]["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"{data.folder}: prepared with another tokenizer than {tokenizer.name}; use that one's model")
+    count = min(limit, len(data)) if limit > 0 else len(data)
+    prompts = []
+    for index in np.arange(count) * len(data) // count:
+        side = data.sample(int(index)).student
+        ids, response = side.ids[: side.prompt], side.ids[side.prompt : side.content_end + 1]
+        prompts.append(Prompt(np.array(ids), tokenizer.decode(ids), tokenizer.decode(response)))
+    return prompts

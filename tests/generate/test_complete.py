@@ -1,0 +1,93 @@
+"""Prompts from people, files and prepared data, and completions as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.data import PreparedData
+from megatron_tide.generate import complete, from_prepared, read_prompts
+from megatron_tide.generate.prompts import from_messages, from_text
+from megatron_tide.models import load_model
+from tests.support.lab import Lab, response
+
+
+@pytest.fixture(scope="module")
+def model(lab: Lab) -> Any:
+    return load_model(lab.student)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(lab: Lab) -> TextTokenizer:
+    return load_tokenizer(lab.student)
+
+
+def test_answers_are_the_models_own_in_order(model: Any, tokenizer: TextTokenizer) -> None:
+    """Whatever was batched with what, and although prompts of like length go together."""
+    prompts = [from_text(tokenizer, text).ids for text in ("a long question " * 6, "hi", "what is it, and why?", "no")]
+    answers = complete(model, tokenizer, prompts, batch_size=2, max_new_tokens=11)
+    for prompt, answer in zip(prompts, answers):
+        expected = model.generate(torch.tensor([prompt.tolist()]), max_new_tokens=11)[0, len(prompt) :].tolist()
+        assert answer.ids == expected
+        assert answer.text == tokenizer.decode(expected)
+        assert answer.finished == (expected[-1] == tokenizer.eos_id)
+    drawn = [
+        complete(model, tokenizer, prompts, batch_size=size, max_new_tokens=5, temperature=1.0, seed=3)
+        for size in (1, 4)
+    ]
+    assert [answer.ids for answer in drawn[0]] == [answer.ids for answer in drawn[1]]
+
+
+def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer) -> None:
+    data = PreparedData.open(lab.data)
+    for prompt in from_prepared(data, tokenizer, limit=5):
+        number = int(prompt.reference.split()[0].removeprefix("value_"))
+        assert prompt.ids.tolist() == from_text(tokenizer, f"Print line {number}.").ids.tolist()
+        assert response(number).startswith(prompt.reference)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        from_prepared(data, load_tokenizer(lab.teacher))
+
+
+def test_jsonl(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    file = tmp_path / "prompts.jsonl"
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    file.write_text('{"prompt": "one"}\n\n' + json.dumps({"messages": turns}) + "\n")
+    plain, turned = read_prompts(file, tokenizer)
+    assert plain.ids.tolist() == turned.ids.tolist()
+    assert (plain.reference, turned.reference) == (None, "two")
+    assert len(read_prompts(file, tokenizer, limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ('{"prompt": "x"}\n{oops\n', "line 2: not JSON"),
+        ('{"text": "x"}\n', "line 1: needs"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "line 1: a conversation needs"),
+        ('{"messages": "x"}\n', "line 1: messages must be"),
+        ("\n", "holds no prompt"),
+        (b"\xff\xfe", "UTF-8"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, tokenizer: TextTokenizer, content: str | bytes, word: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=word) as caught:
+        read_prompts(file, tokenizer)
+    assert str(file) in str(caught.value)
+
+
+def test_what_cannot_be_answered_is_said(lab: Lab, model: Any, tokenizer: TextTokenizer) -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        complete(model, tokenizer, [[1, 2], []])
+    with pytest.raises(ValueError, match="cannot decode in blocks"):
+        complete(load_model(lab.teacher), load_tokenizer(lab.teacher), [[1, 2]])
+    with pytest.raises(ValueError, match="unknown argument top_k"):
+        complete(model, tokenizer, [[1, 2]], top_k=3)
+    with pytest.raises(ValueError, match="message before the answer"):
+        from_messages(tokenizer, [{"role": "assistant", "content": "x"}])

@@ -1,0 +1,76 @@
+"""tools/evaluate.py: one table and one JSON for students, checkpoints and teachers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tide import cli
+from megatron_tide.data import PreparedData
+from megatron_tide.evaluate import evaluate_likelihood, student_side, teacher_side
+from megatron_tide.models import load_model
+from tests.support.lab import Lab, write_checkpoint
+from tools import evaluate as tool
+
+
+def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    scores = tmp_path / "scores.json"
+    tool.main(
+        [
+            *("--data", str(lab.data), "--draws", "2", "--seed", "3", "--json", str(scores)),
+            *(
+                "--student",
+                f"start={lab.student}",
+                "--student",
+                f"moved={tmp_path / 'run'}",
+                "--teacher",
+                str(lab.teacher),
+            ),
+        ]
+    )
+    found = {row["name"]: row for row in json.loads(scores.read_text())["models"]}
+    assert list(found) == ["start", "moved", "teacher"]
+    data = PreparedData.open(lab.data)
+    start = evaluate_likelihood(load_model(lab.student), data, student_side(data), draws=2, seed=3)
+    teacher = evaluate_likelihood(load_model(lab.teacher), data, teacher_side(data), draws=2, seed=3)
+    assert found["start"]["bits_per_byte"] == start.bits_per_byte.to_dict()
+    assert found["teacher"]["masked_token_accuracy"] == teacher.accuracy.to_dict()
+    assert found["teacher"]["minus_first_student"] == teacher.minus(start).to_dict()
+    assert found["moved"]["minus_first_student"]["value"] != 0.0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["model", "-" * len(lines[1]), "start", "moved", "teacher"]
+    assert f"{start.bits_per_byte}" in lines[2]
+    assert f"{teacher.minus(start):+}" in lines[4]
+
+
+@pytest.mark.parametrize("swap", [("--student", "teacher"), ("--teacher", "student")])
+def test_a_model_on_the_wrong_side_is_refused(
+    lab: Lab, capsys: pytest.CaptureFixture[str], swap: tuple[str, str]
+) -> None:
+    flag, folder = swap
+    with pytest.raises(SystemExit) as ended:
+        cli.run(tool.main, ["--data", str(lab.data), flag, str(getattr(lab, folder))])
+    assert ended.value.code == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--data", "nowhere", "--student", "x"], "nowhere"),
+        (["--data", "DATA", "--student", "a=x", "--student", "a=y"], "NAME=PATH"),
+        (["--data", "DATA", "--student", "STUDENT", "--draws", "0"], "draws"),
+        (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
+    ],
+)
+def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
+    real = {"DATA": str(lab.data), "STUDENT": str(lab.student), "ALONE": str(lab.student_data)}
+    with pytest.raises(SystemExit) as ended:
+        cli.run(tool.main, [real.get(flag, flag) for flag in flags])
+    error = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert word in error
+    assert len(error.splitlines()) == 1

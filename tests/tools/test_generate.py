@@ -1,0 +1,58 @@
+"""tools/generate.py on a model folder and on a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tide import cli
+from tests.support.lab import Lab, write_checkpoint
+from tools import generate as tool
+
+
+def test_prompts_from_the_command_line(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    tool.main([str(lab.student), "--prompt", "Hello", "--prompt", "Bye", "--max-new-tokens", "9"])
+    printed = capsys.readouterr().out
+    assert "--- prompt 2 of 2\nBye\n--- answer" in printed
+    assert "tokens/s" in printed.splitlines()[-1]
+
+
+def test_prepared_prompts_with_a_checkpoint(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    flags = ["--data", str(lab.data), "--limit", "2", "--show-reference", "--max-new-tokens", "5"]
+    tool.main([str(tmp_path / "run"), *flags, "--json", str(tmp_path / "answers.jsonl")])
+    printed = capsys.readouterr().out
+    assert "--- on record\nvalue_0 = 0" in printed
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        assert 1 <= row["tokens"] <= 5
+        assert row["reference"].startswith("value_")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--prompt", "x", "--threshold", "7"], "threshold"),
+        (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--prompt", "x", "--batch-size", "0"], "batch size"),
+    ],
+)
+def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(tool.main, [str(lab.student), *flags])
+    error = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert error.startswith("error: ")
+    assert word in error
+    assert "\n" not in error
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run(tool.main, ["./nowhere", "--prompt", "x"])
+    assert ended.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
