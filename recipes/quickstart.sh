@@ -61,3 +61,13 @@ both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$
 distil "$run/bd3lm" "${both[@]}" --strategy bd3lm
 distil "$run/tide-cross-tidal" "${both[@]}" --strategy tide-cross --tidal weight
 distil "$run/tide-bridge" "${both[@]}" --strategy tide-bridge
+
+stage completions "$PYTHON" tools/generate.py "$run/hf" --file "$run/corpus/test.jsonl" --limit 3 --max-new-tokens 96 \
+  --json "$run/completions.jsonl"
+stage test-data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus/test.jsonl" --student "$STUDENT" \
+  --teacher "$TEACHER" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \
+  --out "$run/test-data"
+stage scores "$PYTHON" tools/evaluate.py --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \
+  --student start="$STUDENT" --student "$run/bd3lm" --student "$run/tide-cross" --student "$run/tide-cross-tidal" \
+  --student "$run/tide-bridge" --json "$run/scores.json"
+[[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/quickstart/report.py "$run" --seed "$SEED"

@@ -1,0 +1,48 @@
+"""What the README says is so: its commands exist and start, its links lead somewhere, its tables match the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+COMMANDS = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def test_the_two_commands_come_first():
+    assert COMMANDS[:2] == ["bash recipes/quickstart.sh", "bash tests/run.sh"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_names_things_that_exist(command):
+    words = [word for word in command.split("#")[0].split() if "=" not in word or word.startswith("-")]
+    if words[0] == "bash":
+        assert (REPOSITORY / words[1]).is_file()
+        assert subprocess.run(["bash", "-n", str(REPOSITORY / words[1])]).returncode == 0
+    elif words[0] == "python":
+        target = words[1:3] if words[1] == "-m" else words[1:2]
+        shown = subprocess.run(
+            [sys.executable, *target, "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+        )
+        assert shown.returncode == 0, shown.stderr
+        for flag in (word for word in words if word.startswith("--")):
+            assert flag.partition("=")[0] in shown.stdout
+    else:
+        assert words[0] in {"pip", "tensorboard", "sbatch", "git", "cd", "torchrun"}
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_link_leads_somewhere(target):
+    assert target.startswith("https://") or (REPOSITORY / target).exists()
+
+
+def test_every_strategy_is_in_the_table():
+    from megatron_tide.objectives import STRATEGIES
+
+    assert set(STRATEGIES) == set(re.findall(r"^\| `([a-z0-9-]+)` \|", README, flags=re.M))

@@ -1,0 +1,115 @@
+"""The recipes: every command they would run is one that the tools understand; the quickstart runs whole, and once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
+SMALL = {"TEACHER_STEPS": "6", "STUDENT_STEPS": "4", "DISTILL_STEPS": "3", "EVAL_SAMPLES": "6"}
+
+
+def run(recipe, *arguments, timeout=60, **environment):
+    return subprocess.run(
+        ["bash", str(REPOSITORY / "recipes" / recipe), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd="/",
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+    )
+
+
+def commands(recipe, *arguments, **environment):
+    """{stage: words of its command} of a dry run."""
+    finished = run(recipe, *arguments, DRY_RUN="1", **environment)
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    return {name.removeprefix("# "): shlex.split(line) for name, line in zip(lines[::2], lines[1::2])}
+
+
+@pytest.mark.parametrize("recipe", LARGE)
+def test_large_recipes_chain_bridge_data_distil_convert(recipe):
+    stages = commands(recipe, NPROC="4")
+    assert [name.partition("-")[0] for name in stages] == ["bridge", "data", "train", "convert"]
+    training = next(words for name, words in stages.items() if name.startswith("train"))
+    assert training[training.index("--nproc-per-node") + 1] == "4"
+
+
+@pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh"])
+def test_every_command_is_understood(recipe):
+    from megatron_tide.config import parse
+    from megatron_tide.data.prepare import _parser
+
+    checked = 0
+    for words in commands(recipe).values():
+        if "megatron_tide.distill" in words:
+            config, _ = parse(words[words.index("megatron_tide.distill") + 1 :], "")
+            assert config.paths.out
+        elif "megatron_tide.data.prepare" in words:
+            _parser().parse_args(words[words.index("megatron_tide.data.prepare") + 1 :])
+        elif (script := next((w for w in words if w.endswith(".py")), None)) is not None:
+            assert (REPOSITORY / script).is_file()
+        else:
+            continue
+        checked += 1
+    assert checked >= 3
+
+
+def test_paper_is_the_default_and_flags_pass_through():
+    from megatron_tide.config import DistillConfig, parse
+
+    def config(*arguments):
+        words = commands("distill_16b_to_0.6b.sh", *arguments)["train-tide-cross"]
+        return parse(words[words.index("megatron_tide.distill") + 1 :], "")[0]
+
+    plain = config()
+    assert plain.train == DistillConfig().train
+    assert plain.strategy == DistillConfig().strategy
+    assert config("--preset", "paper") == plain
+    assert config("--preset", "ours").strategy.masking == "synchronous"
+    assert config("--lr", "1e-4").train.lr == 1e-4
+
+
+def test_knobs_come_from_the_environment():
+    stages = commands("distill_16b_to_0.6b.sh", STRATEGY="tide-bridge", NAME="mine", RUNS="elsewhere")
+    words = stages["train-tide-bridge"]
+    assert words[words.index("--out") + 1] == "elsewhere/mine/tide-bridge"
+    assert words[words.index("--strategy") + 1] == "tide-bridge"
+
+
+def test_quickstart_refuses_an_unknown_argument():
+    refused = run("quickstart.sh", "--frsh")
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == (
+        "error: recipes/quickstart.sh takes --fresh or nothing, not '--frsh' (knobs are at its top)"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_quickstart_whole_and_small(tmp_path):
+    runs = tmp_path / "runs"
+    finished = run("quickstart.sh", timeout=1400, RUNS=str(runs), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    report = json.loads((runs / "quickstart" / "report.json").read_text())
+    strategies = ["bd3lm", "tide-cross", "tide-cross-tidal", "tide-bridge"]
+    assert list(report["scores"]) == ["start", *strategies, "teacher"]
+    assert len(report["completions"]) == 3
+    assert report["peak_process_bytes"] < 6 * 2**30
+    assert "bits per byte" in finished.stdout
+    assert {"config.json", "model.safetensors", "README.md", "parity.json"} <= {
+        path.name for path in (runs / "quickstart" / "hf").iterdir()
+    }
+    again = run("quickstart.sh", timeout=300, RUNS=str(runs), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
+    assert again.returncode == 0
+    assert again.stdout.count("done before, skipped") == len(report["stages"])
+    shutil.rmtree(runs)

@@ -1,0 +1,57 @@
+"""A stage runs once, again when its command or what comes before it changed, and never counts when it failed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+STAGE = Path(__file__).resolve().parents[2] / "recipes" / "stage.py"
+
+
+def stage(stamp, *command, after=None):
+    extra = ["--after", str(after)] if after else []
+    line = [sys.executable, str(STAGE), str(stamp), *extra, "--", *command]
+    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+
+
+def append(path, word):
+    return (sys.executable, "-c", f"open({str(path)!r}, 'a').write({word!r})")
+
+
+def test_runs_once_and_records_what_it_took(tmp_path):
+    stamp, log = tmp_path / "s" / "one.json", tmp_path / "log"
+    first, second = stage(stamp, *append(log, "a")), stage(stamp, *append(log, "a"))
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert log.read_text() == "a"
+    assert "done before, skipped" in second.stdout
+    record = json.loads(stamp.read_text())
+    assert record["seconds"] > 0
+    assert record["peak_process_bytes"] > 1e6
+
+
+def test_an_edited_knob_runs_it_again(tmp_path):
+    stamp, log = tmp_path / "one.json", tmp_path / "log"
+    stage(stamp, *append(log, "a"))
+    stage(stamp, *append(log, "b"))
+    assert log.read_text() == "ab"
+
+
+def test_a_stage_before_it_that_ran_again_runs_it_again(tmp_path):
+    one, two, log = tmp_path / "one.json", tmp_path / "two.json", tmp_path / "log"
+    stage(one, *append(log, "1"))
+    stage(two, *append(log, "2"), after=one)
+    stage(two, *append(log, "2"), after=one)
+    assert log.read_text() == "12"
+    stage(one, *append(log, "x"))
+    stage(two, *append(log, "2"), after=one)
+    assert log.read_text() == "12x2"
+
+
+def test_a_failed_stage_says_so_and_is_not_done(tmp_path):
+    stamp = tmp_path / "one.json"
+    failed = stage(stamp, sys.executable, "-c", "raise SystemExit(2)")
+    assert failed.returncode == 2
+    assert "stage one stopped with status 2" in failed.stderr
+    assert not stamp.exists()
