@@ -1,0 +1,123 @@
+"""A user's mistakes: one line (what, where, the mend), status 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from megatron_tide import cli, distill
+
+
+def refusal(capsys, *argv):
+    """The one line that the entry prints; everything up to building models runs in this process."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(distill.main, list(argv))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in "\n".join(lines)
+    return lines[-1]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        ({"strategy": "tide-crss"}, "invalid choice: 'tide-crss'"),
+        ({"lr": "fast"}, "invalid float value: 'fast'"),
+        ({"temperature": 0.0}, "--temperature 0.0: must lie between 0.001 and 1000"),
+        ({"compdemo_ratio": 1.5}, "--compdemo-ratio 1.5: must lie between 0 and 1"),
+        ({"global_batch": 7}, "global_batch 7 is no multiple of micro_batch 4 x 1 ranks = 4"),
+        ({"global_batch": 4096, "micro_batch": 4}, "more than the 48 prepared samples"),
+        ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
+        ({"data": "nowhere"}, "nowhere: no such folder of prepared data"),
+        ({"bridge": "nowhere"}, "nowhere: holds no bridge"),
+        ({"student": "/nowhere"}, "/nowhere"),
+        ({"teacher": "/nowhere"}, "/nowhere"),
+        ({"eval_every": 5}, "--eval-every needs --validation"),
+        ({"config": "nowhere.json"}, "--config nowhere.json: no such file"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_knob(chain, out, capsys, knobs, said):
+    line = refusal(capsys, *chain.flags(out, **knobs), "--dry-run")
+    assert said in line
+    assert "error: " in line
+    assert not out.exists()
+
+
+def test_missing_folders_are_named_together(capsys):
+    assert "missing --student, --data, --out, --teacher, --bridge" in refusal(capsys, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must hold one JSON object"),
+        ('{"zero_optimization": {"stage": 3}}', "stage is 3; the student takes 1 or 2"),
+        ('{"zero_optimization": {"stage": 1}, "train_batch_size": 4}', "remove 'train_batch_size'"),
+    ],
+)
+def test_deepspeed_json(chain, out, capsys, tmp_path, content, said):
+    (tmp_path / "ds.json").write_text(content)
+    assert said in refusal(capsys, *chain.flags(out, deepspeed=tmp_path / "ds.json"), "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"learning_rate": 1}', "unknown knob 'learning_rate'"),
+        ('{"clip": "high"}', "clip = 'high' must be float"),
+        ('{"save": {"keep": 2.5}}', "keep = 2.5 must be int"),
+        ("nonsense", "not JSON"),
+    ],
+)
+def test_config_file(chain, out, capsys, tmp_path, content, said):
+    (tmp_path / "run.json").write_text(content)
+    assert said in refusal(capsys, *chain.flags(out), "--config", str(tmp_path / "run.json"), "--dry-run")
+
+
+def test_data_of_another_bridge(chain, out, capsys, tmp_path):
+    """A bridge whose recorded student is another tokenizer is refused, and so are data that another bridge aligned."""
+    swapped = refusal(capsys, *chain.flags(out, student=chain.root / "teacher"), "--dry-run")
+    assert "is not the student tokenizer this bridge was built for" in swapped
+    one_sided = refusal(capsys, *chain.flags(out, data=chain.root / "one_sided"), "--dry-run")
+    assert "prepared with teacher tokenizer none" in one_sided
+
+
+def test_tampered_bridge(chain, out, capsys, tmp_path):
+    shutil.copytree(chain.root / "bridge", tmp_path / "bridge")
+    manifest = tmp_path / "bridge" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"shared": false', '"shared": true'))
+    assert "checksums do not match" in refusal(capsys, *chain.flags(out, bridge=tmp_path / "bridge"), "--dry-run")
+
+
+def test_truncated_shard(chain, out, capsys, tmp_path):
+    shutil.copytree(chain.root / "data", tmp_path / "data")
+    shard = sorted((tmp_path / "data").glob("shard-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    line = refusal(capsys, *chain.flags(out, data=tmp_path / "data"), "--dry-run")
+    assert str(shard) in line
+
+
+def test_a_strategy_that_needs_a_teacher_in_parts(chain, out, capsys):
+    flags = ["--student", str(chain.root / "student"), "--data", str(chain.root / "one_sided"), "--out", str(out)]
+    line = refusal(capsys, *flags, "--strategy", "bd3lm", "--chunk-objective", "calm", *BATCH, "--dry-run")
+    assert "listens to a teacher: give --teacher and --bridge" in line
+
+
+BATCH = ["--global-batch", "8", "--micro-batch", "4"]
+
+
+def test_dry_run_checks_and_prints_without_writing(chain, out, capsys):
+    assert distill.main([*chain.flags(out), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "48 samples, 4 steps of 8; all checks passed" in printed
+    assert json.loads(printed[: printed.rindex("}") + 1])["strategy"]
+    assert not out.exists()
