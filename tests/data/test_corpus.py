@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def test_written_files_agree_with_the_manifest_and_come_out_the_same_again(tmp_p
     assert len(tenth) == -(-len(train) // 10)
     assert [row["id"] for row in tenth] == [row["id"] for row in train][: len(tenth)]
     assert Counter(len(row["messages"]) for row in train) == {2: len(train)}
+    assert train == sorted(train, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
 
 
 def test_a_finished_corpus_is_kept_and_a_damaged_one_refused(tmp_path: Path) -> None:

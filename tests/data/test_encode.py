@@ -139,6 +139,21 @@ def test_a_response_that_fills_its_blocks_gets_one_block_more_for_its_end(pair: 
     assert lengths >= {1, 8}
 
 
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_a_response_that_leaves_no_place_for_its_end_is_cut(pair: Pair, two_sided: bool) -> None:
+    encoder = pair.encoder(64, 512) if two_sided else pair.one_sided(64)
+    prompt, seen = len(_prompt(pair, "student")), set()
+    for count in range(1, 64):
+        response = "@" * count
+        left = 64 - prompt - len(pair.student.encode(response))
+        encoded = encoder.encode(0, _messages(response))
+        assert isinstance(encoded, Encoded)
+        assert encoded.truncated == (left < 1)
+        assert len(encoded.sample.student.ids) <= 64
+        seen.add(left)
+    assert {0, 1} <= seen
+
+
 @settings(max_examples=60, deadline=None)
 @given(response=TEXT.filter(str.strip), length=st.integers(2, 12))
 def test_one_sided_data_have_no_chunks_and_use_all_the_room(pair: Pair, response: str, length: int) -> None:
