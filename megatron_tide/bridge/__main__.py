@@ -17,6 +17,7 @@ from megatron_tide import cli
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
 from megatron_tide.bridge.artefact import MANIFEST
 from megatron_tide.bridge.samples import read_samples
+from megatron_tide.bridge.summary import summary
 
 COVERAGE_FLOOR = 0.98
 SAMPLE_LIMIT = 2000
@@ -79,30 +80,6 @@ def main(argv: list[str]) -> None:
     print(f"{args.out}: {verdict}")
 
 
-def summary(bridge: Bridge) -> list[str]:
-    """What a user wants to know of a bridge, a line each."""
-        sample, sides = bridge.manifest["sample"], [(side, bridge.manifest[side]) for side in ("student", "teacher")]
-    lines = [f"{side}: {about['name']} ({_identity(about)})" for side, about in sides]
-
-    lines.append(f"bridge: {bridge.fingerprint[:16]}")
-    lines.append(
-        f"vocabulary: {bridge.manifest['mapped']} strings mapped, first {bridge.shared_prefix} ids equal"
-        + (", one shared tokenizer" if bridge.shared else "")
-    )
-    lines.append(
-        f"sample: {sample['texts']} texts, {sample['bytes']} bytes; {sample['student_tokens']} student and "
-        f"{sample['teacher_tokens']} teacher tokens in {sample['chunks']} chunks"
-    )
-    share = sample["one_to_one"] / max(sample["chunks"], 1)
-    lines.append(f"coverage: {bridge.coverage:.4f} of bytes in chunks; one-to-one: {share:.4f} of chunks")
-    return lines
-
-
-def _identity(side: dict[str, Any]) -> str:
-    roles = ", ".join(f"{role} {side[f'{role}_id']}" for role in ("mask", "eos", "pad"))
-    return f"{side['vocab_size']} ids, {roles}, {side['fingerprint'][:16]}"
-
-
 def _finished(out: Path, student: TextTokenizer, teacher: TextTokenizer, request: dict[str, Any]) -> Bridge:
     bridge = Bridge.load(out)
     try:
@@ -110,9 +87,7 @@ def _finished(out: Path, student: TextTokenizer, teacher: TextTokenizer, request
     except ValueError as error:
         raise ValueError(f"{out}: holds a bridge of other tokenizers; pass --fresh to replace it ({error})") from error
     if bridge.manifest["request"] != request:
-        raise ValueError(
-            f"{out}: holds a bridge measured on another sample; pass --fresh to replace it"
-        )
+        raise ValueError(f"{out}: holds a bridge measured on another sample; pass --fresh to replace it")
     return bridge
 
 

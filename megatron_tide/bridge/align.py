@@ -24,8 +24,7 @@ def align_lengths(student_len: np.ndarray, teacher_len: np.ndarray) -> tuple[np.
     joins the chunk that goes on at its place, or the last chunk at the very end. Where nothing is spelled, but tokens
     exist, all of them are one chunk. ValueError where the sums differ.
     """
-    student_end = np.cumsum(student_len, dtype=np.int64)
-    teacher_end = np.cumsum(teacher_len, dtype=np.int64)
+    student_end, teacher_end = _ends(student_len), _ends(teacher_len)
     total = int(student_end[-1]) if len(student_end) else 0
     teacher_total = int(teacher_end[-1]) if len(teacher_end) else 0
     if total != teacher_total:
@@ -105,9 +104,15 @@ def common_prefix(left: bytes, right: bytes) -> int:
     return int(unequal.argmax()) if unequal.any() else size
 
 
+def _ends(lengths: np.ndarray) -> np.ndarray:
+    # Made int64 first: numpy indexes and accumulates several times faster without a change of type on the way.
+    return np.add.accumulate(lengths.astype(np.int64))
+
+
 def _chunk_ids(at_boundary: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, int]:
     # Only a token with bytes ends a chunk; one of length 0 at the same place would end it twice.
-    closes = at_boundary & (lengths > 0)
-    closed = np.cumsum(closes, dtype=np.int32)
-    chunks = int(closed[-1])
-    return np.minimum(closed - closes, chunks - 1), chunks
+    closes = (at_boundary & (lengths > 0)).astype(np.int32)
+    ids = np.add.accumulate(closes, dtype=np.int32)
+    chunks = int(ids[-1])
+    ids -= closes
+    return (ids if closes[-1] else np.minimum(ids, chunks - 1)), chunks

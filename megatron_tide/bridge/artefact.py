@@ -137,7 +137,7 @@ class Bridge:
                 key = differing[0]
                 raise ValueError(
                     f"{tokenizer.name}: is not the {side} tokenizer this bridge was built for ({built['name']}): "
-                    f"{key} is {asked[key]}, the bridge has {built[key]}; build the bridge for these tokenizers"
+                    f"{key} is {str(asked[key])[:16]}, the bridge has {str(built[key])[:16]}; build the bridge anew"
                 )
         self._tokenizers = (student, teacher)
         return self
@@ -168,7 +168,7 @@ class Bridge:
         """ValueError if less than ``floor`` (a share, 0 to 1) of the sample's bytes lies in chunks."""
         if self.coverage < floor:
             raise ValueError(
-                f"the bridge covers {self.coverage:.4f} of the sample's bytes, under the floor of {floor}: the tokenizers "
+                f"the bridge covers {self.coverage:.4f} of the sample's bytes, the floor is {floor}: the tokenizers "
                 "spell one text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
             )
 

@@ -75,7 +75,7 @@ class ByteTable:
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
         """int32 byte lengths, shape of ``ids``."""
-        return self.length[ids]
+        return self.length.take(ids)
 
     def spell(self, ids: np.ndarray) -> bytes:
         """The bytes that ``ids`` [n] spell together, gathered without a loop over tokens."""

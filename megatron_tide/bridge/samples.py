@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_samples(paths: Sequence[Path], limit: int | None = None) -> list[str]:
-    """Texts of all files, at most ``limit`` of each (None: all). ValueError for an unreadable file, or one without texts.
+    """Texts of all files, at most ``limit`` of each (None: all). ValueError for a broken file or one without texts.
 
     ``*.jsonl`` and ``*.parquet``: contents of the assistant turns of each row's ``messages``, or the row's ``text``.
     Any other file is one text. A folder stands for the data files in it.

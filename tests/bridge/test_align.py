@@ -1,0 +1,98 @@
+"""align and align_lengths against the loop-written definition, on drawn texts cut into drawn tokens."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_tide.bridge import align, align_lengths
+from megatron_tide.bridge.align import UNCOVERED, align_ends, common_prefix
+from tests.reference.align import chunk_ids, spans
+
+
+def cut(data: bytes, places: list[int]) -> list[bytes]:
+    """Cut ``data`` at ``places`` (repeats make tokens without bytes)."""
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[left:right] for left, right in pairwise(edges)]
+
+
+PLACES = st.lists(st.integers(0, 200), max_size=30)
+
+
+@given(st.binary(max_size=60), PLACES, PLACES)
+def test_chunks_are_the_definition(data: bytes, left: list[int], right: list[int]) -> None:
+    student, teacher = cut(data, left), cut(data, right)
+    lengths = [np.array([len(piece) for piece in side], dtype=np.int32) for side in (student, teacher)]
+    student_chunk, teacher_chunk, chunks = align_lengths(*lengths)
+    assert (student_chunk.tolist(), teacher_chunk.tolist(), chunks) == chunk_ids(*(side.tolist() for side in lengths))
+    assert student_chunk.dtype == teacher_chunk.dtype == np.int32
+    assert align(student, teacher).tolist() == [list(row) for row in spans(student, teacher)]
+
+
+@given(st.binary(min_size=1, max_size=60), PLACES, PLACES)
+def test_chunks_tile_both_sides_and_none_can_be_split(data: bytes, left: list[int], right: list[int]) -> None:
+    student, teacher = cut(data, left), cut(data, right)
+    rows = align(student, teacher)
+    for first, last, side in ((0, 1, student), (2, 3, teacher)):
+        assert rows[0, first] == 0
+        assert rows[-1, last] == len(side)
+        assert (rows[1:, first] == rows[:-1, last]).all()
+    boundaries = set(np.cumsum([len(p) for p in student]).tolist()) & set(np.cumsum([len(p) for p in teacher]).tolist())
+    ends = []
+    for student_start, student_end, teacher_start, teacher_end in rows.tolist():
+        assert b"".join(student[student_start:student_end]) == b"".join(teacher[teacher_start:teacher_end])
+        ends.append(len(b"".join(student[:student_end])))
+    assert ends == sorted(boundaries - {0})
+
+
+@given(st.binary(max_size=30), st.binary(max_size=30), st.binary(max_size=30), st.binary(max_size=30), PLACES, PLACES)
+def test_unequal_middle_is_uncovered_and_the_rest_is_aligned(
+    head: bytes, mine: bytes, theirs: bytes, tail: bytes, left: list[int], right: list[int]
+) -> None:
+    student, teacher = cut(head + mine + tail, left), cut(head + theirs + tail, right)
+    lengths = [np.array([len(piece) for piece in side], dtype=np.int64) for side in (student, teacher)]
+    student_chunk, teacher_chunk, chunks, covered = align_ends(lengths[0], lengths[1], len(head), len(tail))
+    assert covered <= len(head) + len(tail)
+    spelled = 0
+    for chunk in range(chunks):
+        parts = [
+            b"".join(piece for piece, number in zip(side, ids) if number == chunk)
+            for side, ids in ((student, student_chunk), (teacher, teacher_chunk))
+        ]
+        assert parts[0] == parts[1] != b""
+        spelled += len(parts[0])
+    assert spelled == covered
+    for ids in (student_chunk.tolist(), teacher_chunk.tolist()):
+        inside = [number for number in ids if number != UNCOVERED]
+        assert inside == sorted(inside)
+        assert set(inside) == set(range(chunks))
+    # Nothing that lies between common boundaries of the head, or of the tail, is left out.
+    ends = [np.cumsum(side) for side in lengths]
+    stop = max([end for end in set(ends[0]) & set(ends[1]) if end <= len(head)], default=0)
+    rest = [
+        {int(end[-1] - before) for before in end - side if end[-1] - before <= len(tail)}
+        for side, end in zip(lengths, ends)
+    ]
+    assert covered == stop + max(rest[0] & rest[1], default=0)
+
+
+def test_different_bytes_are_refused_with_the_place() -> None:
+    with pytest.raises(ValueError, match="from byte 3 on"):
+        align([b"abc", b"d"], [b"abc", b"e"])
+    with pytest.raises(ValueError, match="4 bytes, the teacher's 5"):
+        align_lengths(np.array([4]), np.array([2, 3]))
+
+
+def test_nothing_on_both_sides_and_nothing_on_one() -> None:
+    assert align([], []).shape == (0, 4)
+    assert align([b""], []).tolist() == [[0, 1, 0, 0]]
+    assert align_lengths(np.array([], np.int32), np.array([0, 0], np.int32))[2] == 1
+
+
+@given(st.binary(max_size=20), st.binary(max_size=20))
+def test_common_prefix(left: bytes, right: bytes) -> None:
+    size = common_prefix(left, right)
+    assert left[:size] == right[:size]
+    assert left[size : size + 1] != right[size : size + 1] or size == len(left) == len(right)
