@@ -13,7 +13,7 @@ from megatron_tide.release.trained import Trained
 
 PAPER = "https://arxiv.org/abs/2604.26951"
 DENOISING_ONLY = "bd3lm"
-TAGS = ("diffusion", "block-diffusion", "masked-diffusion", "distillation")
+TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
 
 
 def model_card(
@@ -25,7 +25,7 @@ def model_card(
         f"# {name}\n\n{_summary(trained, knobs)}",
         _usage(name, kind, knobs),
         _method(trained),
-        _table("Training knobs", _flat_knobs(trained.run["config"])),
+        _table("Knobs of the run", _flat_knobs(trained.run["config"])),
         _data(trained),
         _table("Metrics at the last logged step", trained.metrics or {"none": "this run kept no metrics.jsonl"}),
         _table("Parity with the training weights", parity),
@@ -62,7 +62,9 @@ def _front_matter(trained: Trained, license_id: str) -> str:
     lines = ["---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation"]
     if bases:
         lines += ["base_model:", *(f"- {name}" for name in bases)]
-    lines += ["tags:", *(f"- {tag}" for tag in (*TAGS, trained.run["config"]["strategy"]["strategy"]))]
+    strategy = trained.run["config"]["strategy"]["strategy"]
+    tags = [*TAGS, *(["distillation"] if strategy != DENOISING_ONLY else []), strategy]
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join([*lines, "---"])
 
 
@@ -134,7 +136,7 @@ def _data(trained: Trained) -> str:
 
 def _flat_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = {section: values for section, values in config.items() if section != "paths"}
-    return {knob: value for values in sections.values() for knob, value in values.items()}
+    return {knob: value for values in sections.values() for knob, value in values.items() if value is not None}
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import torch
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.models import meta_model
 from megatron_tide.models.load import config_dict
-from megatron_tide.models.shards import ShardedFolder, write_json, write_shards
+from megatron_tide.models.shards import ShardedFolder, read_json, write_json, write_shards
 from megatron_tide.models.tables import Slot, checkpoint_table, module_tensors
 from megatron_tide.release.kinds import Kind
 from megatron_tide.release.trained import Trained
@@ -77,8 +77,19 @@ def export(
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {**vars(knobs), "do_sample": False})
     tokenizer.save(out)
+    _name_tokenizer_class(out / "tokenizer_config.json")
     for file in kind.code:
         shutil.copyfile(file, out / file.name)
+    for file in out.glob("*.safetensors"):  # written readable by their owner alone
+        file.chmod((out / "config.json").stat().st_mode)
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """transformers 5 writes a class name that 4 does not know; both know the old one. All else stays as it is."""
+    if path.is_file():
+        config = read_json(path)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _tensors(model: torch.nn.Module, trained: Trained, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

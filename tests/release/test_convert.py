@@ -66,8 +66,14 @@ def test_config_says_how_to_generate(lab: Lab, release: Path) -> None:
 
 def test_tokenizer_is_the_starting_folders(lab: Lab, release: Path) -> None:
     assert load_tokenizer(release).fingerprint == load_tokenizer(lab.student).fingerprint
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         assert (release / name).read_bytes() == (lab.student / name).read_bytes()
+    ours, theirs = (json.loads((f / "tokenizer_config.json").read_text()) for f in (release, lab.student))
+    assert ours == theirs | {"tokenizer_class": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows as well
+
+
+def test_every_file_may_be_read_by_whoever_may_read_the_config(release: Path) -> None:
+    assert len({file.stat().st_mode for file in release.iterdir()}) == 1
 
 
 def test_loads_through_transformers_and_generates(
