@@ -96,8 +96,10 @@ class SentencePieceCodec:
     own.
     """
 
-    def __init__(self, model: bytes, added: Mapping[str, int], named: Iterable[str]) -> None:
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    def __init__(
+        self, processor: sentencepiece.SentencePieceProcessor, added: Mapping[str, int], named: Iterable[str]
+    ) -> None:
+        self._processor = processor
         size = self._processor.get_piece_size()
         self.strings: list[str | None] = [self._processor.id_to_piece(index) for index in range(size)]
         self.strings += [None] * (max(added.values(), default=-1) + 1 - size)
@@ -123,12 +125,7 @@ class SentencePieceCodec:
         # Longest first: <|mask|> must win over a shorter token that starts it.
         strings = sorted((token for token in self.special if token), key=len, reverse=True)
         self._splitter = re.compile(f"({'|'.join(map(re.escape, strings))})") if strings else None
-        self.core = hashlib.sha256(model).hexdigest()
-
-    def own_roles(self) -> dict[str, str]:
-        """Role -> string, for the roles that the model file itself gives out."""
-        ids = {"eos": self._processor.eos_id(), "pad": self._processor.pad_id(), "bos": self._processor.bos_id()}
-        return {role: self._processor.id_to_piece(index) for role, index in ids.items() if index >= 0}
+        self.core = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -141,6 +138,12 @@ class SentencePieceCodec:
             # re.split alternates text and separator, so every second part is a special token.
             ids.extend([self.special[part]] if place % 2 else self.encode(part))
         return ids
+
+
+def sentencepiece_roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
+    """Role -> string, for the roles that a SentencePiece model itself gives out."""
+    ids = {"eos": processor.eos_id(), "pad": processor.pad_id(), "bos": processor.bos_id()}
+    return {role: processor.id_to_piece(index) for role, index in ids.items() if index >= 0}
 
 
 def _scheme(spec: Mapping[str, Any]) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec
+import sentencepiece
+
+from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import Source, TextTokenizer
 
@@ -43,24 +46,30 @@ def load_tokenizer(
     """
     name, place = str(path), _locate(path, trust_remote_code)
     arguments = (name, mask_token, trust_remote_code)
-    try:
-        if place.is_dir():
-            return _load_folder(name, place, arguments)
-        if place.suffix == ".json":
-            return _load_hugging_face(name, place.parent, arguments)
-        if place.suffix == ".tiktoken":
-            return _load_tiktoken(name, place, arguments)
-        return _load_sentencepiece(name, place, arguments)
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        # tokenizers and sentencepiece raise bare Exception and RuntimeError for files they cannot read.
-        raise ValueError(f"{name}: cannot read the tokenizer: {' '.join(str(error).split())[:200]}") from error
+    if place.is_dir():
+        return _load_folder(name, place, arguments)
+    if place.suffix == ".json":
+        return _load_hugging_face(name, place.parent, arguments)
+    if place.suffix == ".tiktoken":
+        return _load_tiktoken(name, place, arguments)
+    return _load_sentencepiece(name, place, arguments)
 
 
 def reload(name: str, mask_token: str | None, trust_remote_code: bool) -> TextTokenizer:
     """``load_tokenizer`` by position: how a TextTokenizer travels to another process."""
     return load_tokenizer(name, mask_token=mask_token, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Libraries raise all kinds of errors, of many lines, for files they cannot read; the user gets one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{name}: cannot read the tokenizer ({type(error).__name__}: {reason}); check its files"
+        ) from error
 
 
 def _locate(path: str | Path, trust_remote_code: bool) -> Path:
@@ -98,7 +107,8 @@ def _load_folder(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTok
 def _load_hugging_face(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=arguments[2])
+    with _reading(name):
+        raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=arguments[2])
     if getattr(raw, "backend_tokenizer", None) is None:
         raise ValueError(f"{name}: the tokenizer has no fast form; save its tokenizer.json with transformers first")
     kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
@@ -118,7 +128,8 @@ def _wrap_hugging_face(
         if role.endswith("_token") and token is not None
     }
     _name_mask(name, roles, raw.get_vocab(), arguments[1])
-    codec = FastCodec(raw.backend_tokenizer, roles.values())
+    with _reading(name):
+        codec = FastCodec(raw.backend_tokenizer, roles.values())
     template = raw.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -138,16 +149,16 @@ def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> T
         for role, token in config.items()
         if role.endswith("_token") and isinstance(token, str | Mapping)
     }
-    data = model.read_bytes()
-    codec = SentencePieceCodec(data, added, roles.values())
+    with _reading(name):
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
     # The model's own roles stand where the configuration says nothing.
-    for role, token in codec.own_roles().items():
-        roles.setdefault(role, token)
-    _name_mask(name, roles, set(filter(None, codec.strings)), arguments[1])
+    roles = sentencepiece_roles(processor) | roles
+    pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
+    _name_mask(name, roles, pieces | added.keys(), arguments[1])
     template = config.get("chat_template")
     if model.parent / _TEMPLATE in files:
         template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
-    codec = SentencePieceCodec(data, added, roles.values())
+    codec = SentencePieceCodec(processor, added, roles.values())
     source = Source(
         name=name,
         path=model if model.name != _SENTENCEPIECE else model.parent,

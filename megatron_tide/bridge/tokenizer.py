@@ -55,8 +55,8 @@ class TextTokenizer:
         self._roles = {role: ids[token] for role, token in source.roles.items() if token in ids}
         self._roles.setdefault("pad", self._roles.get("eos", -1))
         probes = [self._table.spell(np.array(codec.encode(text), dtype=np.int32)) for text in ("a", " a")]
-        self._prefixes = probes[0] == b" a"
-        self._prefixes_always = self._prefixes and probes[1] == b"  a"
+        self._prefixes = probes[0].startswith(b" ")
+        self._prefixes_always = probes[1].startswith(b"  ")
         self._fingerprint: str | None = None
 
     def __repr__(self) -> str:
