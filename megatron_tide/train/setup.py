@@ -17,7 +17,7 @@ from megatron_tide.config import DistillConfig
 from megatron_tide.data import GlobalOrder, PreparedData
 from megatron_tide.diffusion import CONTEXTS, TeacherView
 from megatron_tide.hosting import NoTeacher, ResidentTeacher
-from megatron_tide.models import load_model
+from megatron_tide.models import load_model, recompute_layers
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train import checkpoint
 from megatron_tide.train.checkpoint import TrainState
@@ -93,9 +93,9 @@ def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | N
 
 def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, Windows]:
     """Load the models, start the engine, place the teacher."""
-    model = load_model(config.paths.student)
+    model = load_model(config.paths.student).train()
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(model)
     engine = build_engine(model, config, world)
     strategy, view = inputs.strategy, None
     host: Any = NoTeacher()

@@ -1,0 +1,148 @@
+"""What a run does beside its curve: launchers, held-out measurements, logs, full disks, recomputed activations."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tide.config import from_flat
+from megatron_tide.train import checkpoint
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import read_curve, train_and_tell
+
+pytestmark = pytest.mark.ranks
+KNOBS = {
+    "precision": "fp32",
+    "teacher_dtype": "fp32",
+    "global_batch": 8,
+    "micro_batch": 4,
+    "max_steps": 4,
+    "lr": 3e-3,
+    "log_every": 2,
+}
+
+
+def launched(*line, timeout=200):
+    return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"),
+        (str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module"),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_launchers(chain, tmp_path, launcher):
+    flags = chain.flags(tmp_path / "run", strategy="calm", max_steps=2)
+    finished = launched(*launcher, "megatron_tide.distill", *flags)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stdout.count("step 2/2: finished") == 1
+    assert (tmp_path / "run" / "step-00000002" / "checksums.json").exists()
+
+
+def test_a_mistake_on_two_ranks_is_one_status_two(chain, tmp_path):
+    line = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    finished = launched(*line, "megatron_tide.distill", *chain.flags(tmp_path / "run", global_batch=12, micro_batch=4))
+    assert finished.returncode != 0
+    assert "error: global_batch 12 is no multiple of micro_batch 4 x 2 ranks = 8" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_measurements_do_not_depend_on_the_ranks(chain, tmp_path):
+    held_out = {"validation": str(chain.root / "data"), "eval_every": 2, "eval_samples": 7}
+    measured = []
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        run_on_ranks(train_and_tell, world, {**chain.paths(out), **KNOBS, **held_out}, timeout=280)
+        measured.append(read_curve(out)["validation/bits_per_byte"])
+    assert len(measured[0]) == 2
+    torch.testing.assert_close(torch.tensor(measured[1]), torch.tensor(measured[0]), rtol=0, atol=1e-5)
+
+
+def test_logs_hold_what_a_reader_needs(chain, tmp_path):
+    run_on_ranks(train_and_tell, 1, {**chain.paths(tmp_path), **KNOBS, "strategy": "tide-bridge"}, timeout=280)
+    names = set(read_curve(tmp_path))
+    assert {
+        "loss/total",
+        "loss/denoise",
+        "loss/distill",
+        "tidal/strength",
+        "chunk/teacher_prob",
+        "chunk/below_break_even",
+        "distill/kl",
+        "speed/tokens_per_s",
+        "memory/host_peak_bytes",
+        "time/teacher_share",
+        "time/student_share",
+        "train/lr",
+        "train/grad_norm",
+    } <= names
+    assert any(name.startswith("denoise_by_timestep/") for name in names)
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["strategy"]["strategy"] == "tide-bridge"
+    assert run["bridge_fingerprint"]
+
+
+def disk_full_at_second_save(knobs):
+    """Train on this rank with a disk that fills up while the second checkpoint is written; what was raised."""
+    whole, calls = checkpoint.save_file, []
+
+    def full(tensors, path, **options):
+        calls.append(path)
+        if len(calls) > 4:  # three files a checkpoint: the second one's second file
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        whole(tensors, path, **options)
+
+    checkpoint.save_file = full
+    try:
+        train_and_tell(knobs)
+    except OSError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
+    knobs = {**chain.paths(tmp_path), **KNOBS, "save_every": 2, "keep": 1}
+    for said in run_on_ranks(disk_full_at_second_save, 2, knobs, timeout=200):
+        assert "step-00000004" in said
+        assert "No space left on device" in said
+        assert "--resume auto" in said
+    assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000002"]
+    checkpoint.verify(tmp_path / "step-00000002")
+
+
+def layer_calls(knobs):
+    """Forward calls of the student's first MLP in one optimizer step (begun: a recomputation stops when it has enough)."""
+    from megatron_tide.train import setup
+    from megatron_tide.train.step import global_counts, train_step
+    from megatron_tide.train.world import join_world, leave_world
+
+    config, world = from_flat(knobs), join_world()
+    parts, windows = setup.build(config, setup.read_inputs(config, 1), world)
+    calls = []
+    parts.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    window = windows(0)
+    train_step(parts, window, global_counts(window, world, False)[0], 0.0)
+    leave_world()
+    return len(calls)
+
+
+def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
+    knobs = {**chain.paths(tmp_path), **KNOBS, "strategy": "calm"}
+    micro_batches = KNOBS["global_batch"] // KNOBS["micro_batch"]
+    assert run_on_ranks(layer_calls, 1, knobs) == [micro_batches]
+    assert run_on_ranks(layer_calls, 1, {**knobs, "activation_checkpointing": True}) == [2 * micro_batches]
+
+
+def test_keeps_the_last_checkpoints_only(chain, tmp_path):
+    run_on_ranks(train_and_tell, 1, {**chain.paths(tmp_path), **KNOBS, "save_every": 1, "keep": 2}, timeout=200)
+    assert sorted(path.name for path in tmp_path.glob("*step-*")) == ["step-00000003", "step-00000004"]
