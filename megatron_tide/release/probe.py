@@ -21,7 +21,8 @@ PASSES_PER_BLOCK = 8
 
 @torch.no_grad()
 def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs: Any) -> dict[str, torch.Tensor]:
-    """For each prompt: its ids, logits of it and a block of masks behind it, and a greedy answer of two blocks.
+    """For each prompt: its ids, logits of it and a block of masks behind it, and a greedy answer of two blocks; and
+    one that no end of text cuts short, since a young model ends at once and would then be asked for little.
 
     ``knobs`` go to ``generate`` (none for a release: its own files must say). A model without ``generate`` gives the
     likeliest token at each of those positions instead of an answer.
@@ -33,12 +34,14 @@ def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs:
         of_block = torch.arange(length) // block
         attend = (of_block.unsqueeze(1) >= of_block)[None, None]
         logits = model(ids, attention_mask=attend, position_ids=torch.arange(length).unsqueeze(0)).logits[0]
-        tokens = logits.argmax(-1)
-        if hasattr(model, "generate"):
-            step = max(1, block // PASSES_PER_BLOCK)
-            asked = torch.tensor([prompt])
-            tokens = model.generate(asked, max_new_tokens=2 * block, tokens_per_step=step, **knobs)[0, len(prompt) :]
-        answers |= {f"ids.{number}": torch.tensor(prompt), f"logits.{number}": logits, f"tokens.{number}": tokens}
+        answers |= {f"ids.{number}": torch.tensor(prompt), f"logits.{number}": logits}
+        if not hasattr(model, "generate"):
+            answers[f"tokens.{number}"] = logits.argmax(-1)
+            continue
+        asked = torch.tensor([prompt])
+        knobs = {**knobs, "max_new_tokens": 2 * block, "tokens_per_step": max(1, block // PASSES_PER_BLOCK)}
+        answers[f"tokens.{number}"] = model.generate(asked, **knobs)[0, len(prompt) :]
+        answers[f"tokens.{number}.endless"] = model.generate(asked, **knobs, eos_token_ids=())[0, len(prompt) :]
     return {name: tensor.contiguous() for name, tensor in answers.items()}
 
 
