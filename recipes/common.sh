@@ -86,15 +86,18 @@ distil() {
 
 # chain [FLAGS...]: bridge -> data -> distil -> convert, from the knobs of the recipe; FLAGS go to the distillation.
 chain() {
-  local remote=()
-  ((TRUST_REMOTE_CODE)) && remote=(--trust-remote-code)
   local run=$RUNS/$NAME
-  stage bridge "$PYTHON" -m megatron_tide.bridge --student "$STUDENT" --teacher "$TEACHER" --sample "$DATA" \
-    --out "$run/bridge" ${remote[@]+"${remote[@]}"}
-  stage data "$PYTHON" -m megatron_tide.data.prepare --data "$DATA" --student "$STUDENT" --teacher "$TEACHER" \
-    --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \
-    --out "$run/data" ${remote[@]+"${remote[@]}"}
-  distil "$run/$STRATEGY" --student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" \
-    --strategy "$STRATEGY" ${remote[@]+"${remote[@]}"} "$@"
-  stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf"
+  local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
+  [[ -z ${STUDENT_MASK:-} ]] || masks+=(--student-mask "$STUDENT_MASK")
+  [[ -z ${TEACHER_MASK:-} ]] || masks+=(--teacher-mask "$TEACHER_MASK")
+  ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
+  local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
+
+  stage sample "$PYTHON" -m megatron_tide.data.sample --data "$DATA" --out "$run/sample.jsonl"
+  stage bridge "$PYTHON" -m megatron_tide.bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
+  stage data "$PYTHON" -m megatron_tide.data.prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
+    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
+  distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
+    --strategy "$STRATEGY" "$@"
+  stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf" --overwrite
 }

@@ -2,8 +2,8 @@
 # WeDLM-8B (dense, the student's own vocabulary) -> Qwen3-0.6B block diffusion student, TIDE-Shared.
 #
 # You get:   runs/distill_8b_to_0.6b/hf, a Hugging Face folder of the student, with a model card.
-# Machine:   GPUs of 40 GB or more (every rank holds a bf16 copy of the teacher, 16.4 GB, beside the student); one is enough,
-#            N are N times faster and give the same curve.
+# Machine:   GPUs of 40 GB or more (every rank holds a bf16 copy of the teacher, 16.4 GB, beside the student); one is
+#            enough, N are N times faster and give the same curve.
 # Launch:    bash recipes/distill_8b_to_0.6b.sh                      every GPU of this machine
 #            NPROC=4 bash recipes/distill_8b_to_0.6b.sh              four of them
 #            DRY_RUN=1 bash recipes/distill_8b_to_0.6b.sh            print the commands
@@ -19,6 +19,7 @@ DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture,
 STRATEGY=${STRATEGY:-tide-shared}                                   # the table is in README.md
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 TEACHER_LENGTH=${TEACHER_LENGTH:-768}
+TEACHER_MASK=${TEACHER_MASK:-151665}                                # its tokenizer names no mask token: the id
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Python code that comes with the hub folders
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launch() in common.sh
 # ---

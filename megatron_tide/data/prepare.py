@@ -192,11 +192,11 @@ def _encoder(arguments: argparse.Namespace) -> Encoder:
     if (arguments.teacher is None) != (arguments.bridge is None):
         raise ValueError("--teacher and --bridge go together; without both the data are for training the student alone")
     trust = arguments.trust_remote_code
-    student = load_tokenizer(arguments.student, mask_token=arguments.student_mask_token, trust_remote_code=trust)
+    student = load_tokenizer(arguments.student, mask_token=arguments.student_mask, trust_remote_code=trust)
     side = SideSettings(tokenizer=student, length=arguments.student_length, block=arguments.student_block)
     if arguments.teacher is None:
         return Encoder(student=side)
-    teacher = load_tokenizer(arguments.teacher, mask_token=arguments.teacher_mask_token, trust_remote_code=trust)
+    teacher = load_tokenizer(arguments.teacher, mask_token=arguments.teacher_mask, trust_remote_code=trust)
     other = SideSettings(tokenizer=teacher, length=arguments.teacher_length, block=arguments.teacher_block)
     bridge = Bridge.load(arguments.bridge)
     bridge.check(student, teacher)
@@ -236,8 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher-length", type=int, default=1024, help="longest teacher sequence")
     add("--student-block", type=int, default=32, help="responses are filled with EOS up to a multiple of this")
     add("--teacher-block", type=int, default=32, help="the same for the teacher")
-    add("--student-mask-token", metavar="STR", help="where the student's tokenizer does not name its mask token")
-    add("--teacher-mask-token", metavar="STR", help="where the teacher's tokenizer does not name its mask token")
+    add("--student-mask", metavar="STR", help="where the student's tokenizer does not name its mask token")
+    add("--teacher-mask", metavar="STR", help="where the teacher's tokenizer does not name its mask token")
     add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer folder brings along")
     add("--workers", type=int, default=_processors(), help="processes")
     add("--shard-rows", type=int, default=1024, help="rows read per shard: what an interruption can cost a worker")

@@ -94,6 +94,12 @@ def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | N
 def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, Windows]:
     """Load the models, start the engine, place the teacher."""
     model = load_model(config.paths.student).train()
+    block = inputs.data.manifest["student"]["block"]
+    if model.config.block_size != block:
+        raise ValueError(
+            f"{inputs.data.folder}: prepared for blocks of {block} tokens, {config.paths.student} has "
+            f"{model.config.block_size}; prepare with --student-block {model.config.block_size}"
+        )
     if config.train.activation_checkpointing:
         recompute_layers(model)
     engine = build_engine(model, config, world)

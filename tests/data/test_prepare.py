@@ -215,7 +215,7 @@ def test_the_same_files_under_other_names_are_the_same_data(pair: Pair, chats: C
         (["--teacher-block", "32"], "with teacher.block 16, now it is 32"),
         (["--limit", "10"], "with limit None, now it is 10"),
         (["--shard-rows", "8"], "with shard_rows 16, now it is 8"),
-        (["--student-mask-token", "<|endoftext|>"], "with .*mask_id|is not the student tokenizer"),
+        (["--student-mask", "<|endoftext|>"], "with .*mask_id|is not the student tokenizer"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -330,7 +330,7 @@ MISTAKES = [
     (["--student", "gone/tokenizer"], r"gone/tokenizer: "),
     (["--bridge", "gone"], r"gone: holds no bridge"),
     (["--student-length", "60"], r"length 60 is no multiple of block 8.*take 56"),
-    (["--student-mask-token", "<no such>"], r"<no such>"),
+    (["--student-mask", "<no such>"], r"<no such>"),
     (["--workers", "0"], r"--workers is 0; it must be at least 1"),
     (["--limit", "0"], r"--limit is 0"),
     (["--swap"], r"is not the student tokenizer this bridge was built for"),

@@ -39,7 +39,7 @@ def commands(recipe, *arguments, **environment):
 @pytest.mark.parametrize("recipe", LARGE)
 def test_large_recipes_chain_bridge_data_distil_convert(recipe):
     stages = commands(recipe, NPROC="4")
-    assert [name.partition("-")[0] for name in stages] == ["bridge", "data", "train", "convert"]
+    assert [name.partition("-")[0] for name in stages] == ["sample", "bridge", "data", "train", "convert"]
     training = next(words for name, words in stages.items() if name.startswith("train"))
     assert training[training.index("--nproc-per-node") + 1] == "4"
 
