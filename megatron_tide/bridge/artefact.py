@@ -84,7 +84,7 @@ class Bridge:
         ValueError for a sample without text.
         """
         prefix, whole = shared_prefix(student, teacher)
-        sample, same_ids = _measure(student, teacher, texts)
+        sample, same_ids = _measure(student, teacher, texts, same=whole)
         if not sample["bytes"]:
             raise ValueError(
                 "the bridge's sample holds no text to measure coverage on; give it data with assistant turns"
@@ -112,7 +112,7 @@ class Bridge:
             intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
             intact = intact and manifest["vocab_map_sha256"] == _map_digest(student_ids, teacher_ids)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}: holds no bridge ({Path(error.filename).name} is missing); {mend}") from error
+            raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {mend}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the bridge is damaged ({type(error).__name__}: {error}); {mend}") from error
         if not intact:
@@ -176,16 +176,20 @@ class Bridge:
         """Tokenise ``text`` on both sides and align; ordinary text, no special tokens.
 
         Where the two sides spell different bytes (one normalises, or has no token for a character), chunks cover the
-        longest common beginning and end.
+        longest common beginning and end. A shared tokenizer's tokens are one chunk each.
         """
         if self._tokenizers is None:
             raise ValueError("the bridge was loaded without tokenizers; call check(student, teacher) first")
-        return align_text(*self._tokenizers, text)
+        return align_text(*self._tokenizers, text, same=self.shared)
 
 
-def align_text(student: TextTokenizer, teacher: TextTokenizer, text: str) -> Aligned:
-    """``Bridge.align_text`` for two tokenizers without a bridge."""
+def align_text(student: TextTokenizer, teacher: TextTokenizer, text: str, *, same: bool = False) -> Aligned:
+    """``Bridge.align_text`` for two tokenizers without a bridge. ``same``: an id means the same on both sides."""
     left, right = student.spell(text), teacher.spell(text)
+    if same and np.array_equal(left.ids, right.ids):
+        # Token by token, so that one without bytes of its own (a lone dummy prefix) is a chunk too.
+        chunk, size = np.arange(len(left.ids), dtype=np.int32), len(left.data)
+        return Aligned(left.ids, right.ids, chunk, chunk.copy(), len(chunk), size, size)
     raw = text.encode("utf-8")
     if left.data == right.data and (left.data == raw or not _unspelled(left, right, student, teacher)):
         student_chunk, teacher_chunk, chunks = align_lengths(left.lengths, right.lengths)
@@ -206,13 +210,15 @@ def _unspelled(left: Spelling, right: Spelling, student: TextTokenizer, teacher:
     return bool(student.spells_nothing(left.ids).any() or teacher.spells_nothing(right.ids).any())
 
 
-def _measure(student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str]) -> tuple[dict[str, Any], bool]:
+def _measure(
+    student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str], same: bool
+) -> tuple[dict[str, Any], bool]:
     totals = dict.fromkeys(
         ("texts", "bytes", "covered_bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one"), 0
     )
     same_ids = True
     for text in texts:
-        aligned = align_text(student, teacher, text)
+        aligned = align_text(student, teacher, text, same=same)
         same_ids = same_ids and np.array_equal(aligned.student_ids, aligned.teacher_ids)
         totals["texts"] += 1
         totals["bytes"] += aligned.total_bytes

@@ -108,14 +108,8 @@ class SentencePieceCodec:
         unknown = self._processor.unk_id()
         self.unknown: int | None = unknown if unknown >= 0 else None
         ids = {token: index for index, token in enumerate(self.strings) if token is not None}
-        silent = {
-            index for index in range(size) if self._processor.is_control(index) or self._processor.is_unused(index)
-        }
-        silent |= (
-            {ids[token] for token in named if token in ids}
-            | set(added.values())
-            | ({unknown} if unknown >= 0 else set())
-        )
+        silent = {index for index in range(size) if processor.is_control(index) or processor.is_unused(index)}
+        silent |= {ids[token] for token in named if token in ids} | {unknown, *added.values()}
         self.added = dict(added)
         self.special = {token: index for token, index in ids.items() if index in silent}
         self.spelled = [
