@@ -77,9 +77,11 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
 
 
 def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
-    """A DeepSpeed engine over ``model`` (fp32 on entry; master weights stay fp32)."""
+    """A DeepSpeed engine over ``model``, whose fp32 weights become the master weights as they are."""
     import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param
 
+    exact = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [
@@ -89,6 +91,8 @@ def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=[g for g in groups if g["params"]], config=engine_settings(config, world.size)
     )
+    for name, parameter in trained_parameters(engine):  # DeepSpeed made its masters from weights it had rounded
+        safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
     _make_moments(engine, steps_taken=0)
     return engine
 

@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
 
 
 def layer_calls(knobs):
-    """Forward calls of the student's first MLP in one optimizer step (begun: a recomputation stops when it has enough)."""
+    """Times that the student's first MLP is entered in one optimizer step (a recomputation need not finish it)."""
     from megatron_tide.train import setup
     from megatron_tide.train.step import global_counts, train_step
     from megatron_tide.train.world import join_world, leave_world
