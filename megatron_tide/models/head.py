@@ -1,32 +1,35 @@
-"""The output head on the rows that a loss asks for, a chunk of rows at a time.
+"""The output head on the rows that a loss asks for, a piece of their logits at a time.
 
 A loss over a vocabulary V needs few numbers per row: the gold token's log-probability, a divergence. So logits exist
-for one chunk of rows only, [m, V] in fp32, in the forward pass without a graph, and again in the backward pass, where
-each chunk's gradient is made and used up at once. No [B, S, V] tensor exists, and memory does not grow with the
-number of rows.
+for one piece only, in fp32, in the forward pass without a graph, and again in the backward pass, where each piece's
+gradient is made and used up at once. No [B, S, V] tensor exists, and memory does not grow with the number of rows.
+
+:func:`score_rows` takes any function of whole rows, so its pieces are chunks of rows. :func:`gold_logp` needs no whole
+row: its pieces are slices of the vocabulary, with a running log-sum-exp; each row of the weight's gradient is then one
+matmul over all rows, written once.
 
 Precision: hidden rows and weight are multiplied in their own type and the result converted to fp32 (fp64 stays fp64);
 the gradient of the logits is rounded to the weight's type before the two products of the backward pass. The weight's
-gradient is accumulated in ONE buffer of the weight's type: each chunk's product is summed in fp32 inside the matmul
-and rounded once when added, so bf16 takes one rounding per chunk, as gradient accumulation over micro-batches does.
-With fp32 weights, exact.
+gradient is ONE buffer of the weight's type. In :func:`gold_logp` every number of it is rounded once; in
+:func:`score_rows` chunks are added up in it, so bf16 takes one rounding per chunk, as gradient accumulation over
+micro-batches does.
 
 No rows (M = 0) is a case like any other: empty results, and gradients that are zeros and exist, so that every rank
 has them.
 
-Shapes: M rows, m rows of a chunk, H hidden size, V vocabulary.
+Shapes: M rows, m rows of a chunk, H hidden size, V vocabulary, v a slice of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGIT_BYTES = 64 * 2**20  # of one chunk's fp32 logits
+LOGIT_BYTES = 64 * 2**20  # of one piece's fp32 logits
 
 RowFn = Callable[..., tuple[Tensor, ...]]
 
@@ -39,10 +42,13 @@ def rows_per_chunk(vocab_size: int, logit_bytes: int = LOGIT_BYTES) -> int:
 def gold_logp(hidden_MH: Tensor, weight_VH: Tensor, gold_M: Tensor, chunk_rows: int | None = None) -> Tensor:
     """log softmax(hidden W^T) at the gold token: [M], fp32.
 
-    ``gold_M`` int64; ``chunk_rows`` None takes :data:`LOGIT_BYTES` worth. Differentiable in hidden and weight.
+    ``gold_M`` int64. Differentiable in hidden and weight. Logits take at most the memory of ``chunk_rows`` whole rows;
+    None means :data:`LOGIT_BYTES`.
     """
     assert hidden_MH.dtype == weight_VH.dtype, (hidden_MH.dtype, weight_VH.dtype)
-    return _GoldLogp.apply(hidden_MH, weight_VH, gold_M, chunk_rows or rows_per_chunk(len(weight_VH)))
+    rows, vocab = len(hidden_MH), len(weight_VH)
+    width = (chunk_rows or rows_per_chunk(vocab)) * vocab // max(rows, 1)
+    return _GoldLogp.apply(hidden_MH, weight_VH, gold_M, _pieces(vocab, max(1, width)))
 
 
 def score_rows(
@@ -57,18 +63,35 @@ def score_rows(
     """
     assert hidden_MH.dtype == weight_VH.dtype, (hidden_MH.dtype, weight_VH.dtype)
     assert all(len(arg) == len(hidden_MH) for arg in row_args), "row_args must have one entry per row"
-    return _ScoreRows.apply(fn, chunk_rows or rows_per_chunk(len(weight_VH)), hidden_MH, weight_VH, *row_args)
+    chunks = _pieces(len(hidden_MH), chunk_rows or rows_per_chunk(len(weight_VH)))
+    return _ScoreRows.apply(fn, chunks, hidden_MH, weight_VH, *row_args)
 
 
-def _chunks(rows: int, size: int) -> Iterator[slice]:
-    # No rows is one empty chunk: its products are the zero gradients.
-    for start in range(0, max(rows, 1), size):
-        yield slice(start, min(start + size, rows))
+def _pieces(total: int, most: int) -> list[slice]:
+    """As few equal pieces as hold at most ``most`` each; of nothing, one empty piece."""
+    count = max(1, -(-total // most))
+    size = -(-total // count)
+    return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), max(size, 1))]
 
 
-def _logits(hidden_mH: Tensor, weight_VH: Tensor) -> Tensor:
-    logits = hidden_mH @ weight_VH.t()
-    return logits if logits.dtype == torch.float64 else logits.float()
+class _Logits:
+    """Logits of one piece at a time, all in the same memory: a result is valid until the next call.
+
+    Where memory is paged in on first touch (any CPU), fresh memory costs as much as a good part of its matmul.
+    """
+
+    def __init__(self, rows: int, columns: int, weight: Tensor) -> None:
+        self.product = weight.new_empty(rows * columns)
+        wide = weight.dtype in (torch.float32, torch.float64)
+        self.exact = self.product if wide else torch.empty_like(self.product, dtype=torch.float32)
+
+    def __call__(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        shape = len(hidden), len(weight)
+        product = self.product[: shape[0] * shape[1]].view(shape)
+        torch.mm(hidden, weight.t(), out=product)
+        if self.exact is self.product:
+            return product
+        return self.exact[: product.numel()].view(shape).copy_(product)
 
 
 class _Gradients:
@@ -92,33 +115,61 @@ class _Gradients:
 
 
 class _GoldLogp(torch.autograd.Function):
-    """Hand-written: one fp32 chunk is turned in place from logits to gradient, with nothing beside it."""
+    """Hand-written: one slice is turned in place from logits to gradient, with nothing beside it.
+
+    The forward pass leaves the last slice's exponentials where they are, and the backward pass begins with them: one
+    slice is not computed again, and where the whole vocabulary is one slice, none is.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, gold_M: Tensor, chunk_rows: int) -> Tensor:
-        logp, normaliser = [], []
-        for rows in _chunks(len(hidden_MH), chunk_rows):
-            logits = _logits(hidden_MH[rows], weight_VH)
-            gold = logits.gather(1, gold_M[rows, None])[:, 0]
-            top = logits.amax(1)
-            lse = top + logits.sub_(top[:, None]).exp_().sum(1).log()
-            logp.append(gold - lse)
-            normaliser.append(lse)
-        ctx.save_for_backward(hidden_MH, weight_VH, gold_M, torch.cat(normaliser))
-        ctx.chunk_rows = chunk_rows
-        return torch.cat(logp)
+    def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, gold_M: Tensor, slices: list[slice]) -> Tensor:
+        ctx.slices = slices
+        ctx.logits_of = _Logits(len(hidden_MH), slices[0].stop, weight_VH)
+        exact = ctx.logits_of.exact
+        gold_logit_M, total_M = exact.new_zeros(len(hidden_MH)), exact.new_zeros(len(hidden_MH))
+        top_M = torch.full_like(total_M, -torch.inf)
+        for columns in slices:
+            logits_Mv = ctx.logits_of(hidden_MH, weight_VH[columns])
+            inside_M, place_M = _within(gold_M, columns)
+            gold_logit_M = torch.where(inside_M, logits_Mv.gather(1, place_M[:, None])[:, 0], gold_logit_M)
+            top_M, before_M = torch.maximum(top_M, logits_Mv.amax(1)), top_M
+            exponential_Mv = logits_Mv.sub_(top_M[:, None]).exp_()
+            total_M = total_M * (before_M - top_M).exp() + exponential_Mv.sum(1)
+        lse_M = top_M + total_M.log()
+        ctx.save_for_backward(hidden_MH, weight_VH, gold_M, lse_M)
+        ctx.kept = exponential_Mv, (top_M - lse_M).exp()
+        return gold_logit_M - lse_M
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MH, weight_VH, gold_M, lse_M = ctx.saved_tensors
-        gradients = _Gradients(hidden_MH, weight_VH, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        for rows in _chunks(len(hidden_MH), ctx.chunk_rows):
-            grad = grad_M[rows, None]
-            dlogits = _logits(hidden_MH[rows], weight_VH).sub_(lse_M[rows, None]).exp_().mul_(-grad)
-            dlogits.scatter_add_(1, gold_M[rows, None], grad)
-            gradients.add(rows, dlogits)
-        return gradients.hidden, gradients.weight, None, None
+        dhidden_MH = torch.zeros_like(hidden_MH, dtype=lse_M.dtype) if ctx.needs_input_grad[0] else None
+        dweight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
+        # Used up in place, so a second backward pass through the same graph computes the last slice like the others.
+        kept, ctx.kept = ctx.kept, None
+        for columns in reversed(ctx.slices):
+            if kept is None:
+                dlogits_Mv = ctx.logits_of(hidden_MH, weight_VH[columns]).sub_(lse_M[:, None]).exp_()
+                dlogits_Mv.mul_(-grad_M[:, None])
+            else:
+                (exponential_Mv, scale_M), kept = kept, None
+                dlogits_Mv = exponential_Mv.mul_((-grad_M * scale_M)[:, None])
+            inside_M, place_M = _within(gold_M, columns)
+            dlogits_Mv.scatter_add_(1, place_M[:, None], (grad_M * inside_M)[:, None])
+            dlogits_Mv = dlogits_Mv.to(weight_VH.dtype)
+            if dhidden_MH is not None:
+                dhidden_MH += dlogits_Mv @ weight_VH[columns]
+            if dweight_VH is not None:
+                torch.mm(dlogits_Mv.t(), hidden_MH, out=dweight_VH[columns])
+        return None if dhidden_MH is None else dhidden_MH.to(hidden_MH.dtype), dweight_VH, None, None
+
+
+def _within(gold_M: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Whether each gold token lies in a slice of the vocabulary, and a place in the slice: its own, or any."""
+    place_M = gold_M - columns.start
+    size = columns.stop - columns.start
+    return (place_M >= 0) & (place_M < size), place_M.clamp(0, size - 1)
 
 
 class _ScoreRows(torch.autograd.Function):
@@ -126,22 +177,27 @@ class _ScoreRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, fn: RowFn, chunk_rows: int, hidden_MH: Tensor, weight_VH: Tensor, *row_args: Tensor
+        ctx: Any, fn: RowFn, chunks: list[slice], hidden_MH: Tensor, weight_VH: Tensor, *row_args: Tensor
     ) -> tuple[Tensor, ...]:
-        parts = []
-        for rows in _chunks(len(hidden_MH), chunk_rows):
-            parts.append(fn(_logits(hidden_MH[rows], weight_VH), *(arg[rows] for arg in row_args)))
+        ctx.fn, ctx.chunks = fn, chunks
+        logits_of = _Logits(chunks[0].stop, len(weight_VH), weight_VH)
+        columns: list[Tensor] = []
+        for rows in chunks:
+            parts = fn(logits_of(hidden_MH[rows], weight_VH), *(arg[rows] for arg in row_args))
+            columns = columns or [part.new_empty(len(hidden_MH)) for part in parts]
+            for column, part in zip(columns, parts):
+                column[rows] = part  # copied at once: a part may be a view of the logits
         ctx.save_for_backward(hidden_MH, weight_VH, *row_args)
-        ctx.fn, ctx.chunk_rows = fn, chunk_rows
-        return tuple(torch.cat(column) for column in zip(*parts))
+        return tuple(columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_M: Tensor) -> tuple[Tensor | None, ...]:
         hidden_MH, weight_VH, *row_args = ctx.saved_tensors
+        logits_of = _Logits(ctx.chunks[0].stop, len(weight_VH), weight_VH)
         gradients = _Gradients(hidden_MH, weight_VH, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-        for rows in _chunks(len(hidden_MH), ctx.chunk_rows):
-            logits = _logits(hidden_MH[rows], weight_VH).requires_grad_()
+        for rows in ctx.chunks:
+            logits = logits_of(hidden_MH[rows], weight_VH).detach().requires_grad_()
             with torch.enable_grad():
                 outputs = ctx.fn(logits, *(arg[rows] for arg in row_args))
             used = [(output, grad[rows]) for output, grad in zip(outputs, grads_M) if output.requires_grad]

@@ -106,6 +106,14 @@ def test_only_the_needed_gradients_are_made() -> None:
     assert not gold_logp(hidden.detach(), weight.detach(), gold).requires_grad
 
 
+def test_a_second_backward_through_the_same_graph_gives_the_same_gradients() -> None:
+    hidden, weight, gold = make(torch.float64)
+    loss = gold_logp(hidden, weight, gold, 5).square().sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(loss, (hidden, weight))):
+        torch.testing.assert_close(one, other)
+
+
 def test_inputs_are_left_as_they_were() -> None:
     hidden, weight, gold = make(torch.float64)
     before = hidden.detach().clone(), weight.detach().clone(), gold.clone()
