@@ -37,9 +37,12 @@ def attention_mask_for(mask: Mask | None, dtype: torch.dtype) -> Mask | None:
     if mask is None or isinstance(mask, BlockMask):
         return mask
     if mask.dim() == 2:
-        return mask.bool()[:, None, None, :]
+        mask = mask.bool()[:, None, None, :]
     if mask.dim() == 4 and mask.dtype == torch.bool:
-        return mask
+        if mask.device.type != "cpu":
+            return mask
+        # The CPU kernel would make this of it, in every layer anew, and keep each for the backward pass.
+        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     if mask.dim() == 4 and mask.is_floating_point():
         return mask.to(dtype)
     raise ValueError(
