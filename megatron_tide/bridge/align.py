@@ -24,7 +24,8 @@ def align_lengths(student_len: np.ndarray, teacher_len: np.ndarray) -> tuple[np.
     joins the chunk that goes on at its place, or the last chunk at the very end. Where nothing is spelled, but tokens
     exist, all of them are one chunk. ValueError where the sums differ.
     """
-    student_end, teacher_end = _ends(student_len), _ends(teacher_len)
+    student_end = np.add.accumulate(student_len, dtype=np.int64)
+    teacher_end = np.add.accumulate(teacher_len, dtype=np.int64)
     total = int(student_end[-1]) if len(student_end) else 0
     teacher_total = int(teacher_end[-1]) if len(teacher_end) else 0
     if total != teacher_total:
@@ -32,12 +33,15 @@ def align_lengths(student_len: np.ndarray, teacher_len: np.ndarray) -> tuple[np.
     if total == 0:
         chunks = int(len(student_end) + len(teacher_end) > 0)
         return np.zeros(len(student_end), np.int32), np.zeros(len(teacher_end), np.int32), chunks
-    ends_s = np.zeros(total + 1, dtype=bool)
-    ends_t = np.zeros(total + 1, dtype=bool)
-    ends_s[student_end] = True
-    ends_t[teacher_end] = True
-    student_chunk, chunks = _chunk_ids(ends_t[student_end], student_len)
-    teacher_chunk, _ = _chunk_ids(ends_s[teacher_end], teacher_len)
+    # By byte offset: does a token of the student end here, does one of the teacher, do both?
+    common, teacher_ends = np.zeros(total + 1, np.bool_), np.zeros(total + 1, np.bool_)
+    common[student_end] = True
+    teacher_ends[teacher_end] = True
+    common &= teacher_ends
+    common[0] = False
+    chunks = int(np.count_nonzero(common))
+    student_chunk = _chunk_ids(common[student_end], student_len, chunks)
+    teacher_chunk = _chunk_ids(common[teacher_end], teacher_len, chunks)
     return student_chunk, teacher_chunk, chunks
 
 
@@ -104,15 +108,12 @@ def common_prefix(left: bytes, right: bytes) -> int:
     return int(unequal.argmax()) if unequal.any() else size
 
 
-def _ends(lengths: np.ndarray) -> np.ndarray:
-    # Made int64 first: numpy indexes and accumulates several times faster without a change of type on the way.
-    return np.add.accumulate(lengths.astype(np.int64))
-
-
-def _chunk_ids(at_boundary: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, int]:
-    # Only a token with bytes ends a chunk; one of length 0 at the same place would end it twice.
-    closes = (at_boundary & (lengths > 0)).astype(np.int32)
-    ids = np.add.accumulate(closes, dtype=np.int32)
-    chunks = int(ids[-1])
-    ids -= closes
-    return (ids if closes[-1] else np.minimum(ids, chunks - 1)), chunks
+def _chunk_ids(closes: np.ndarray, lengths: np.ndarray, chunks: int) -> np.ndarray:
+    step = closes.astype(np.int32)
+    ids = np.add.accumulate(step, dtype=np.int32)
+    if ids[-1] != chunks:
+        # A token of length 0 at a boundary ended the chunk once more; only tokens with bytes may.
+        step *= lengths > 0
+        return np.minimum(np.add.accumulate(step, dtype=np.int32) - step, np.int32(chunks - 1))
+    ids -= step
+    return ids

@@ -59,9 +59,9 @@ class ByteTable:
 
     def __init__(self, spelled: Sequence[bytes | None]) -> None:
         self.known = np.array([piece is not None for piece in spelled], dtype=bool)
-        self.length = np.array([len(piece or b"") for piece in spelled], dtype=np.int32)
+        self.length = np.array([len(piece or b"") for piece in spelled], dtype=np.int64)
         self._flat = np.frombuffer(b"".join(piece or b"" for piece in spelled), dtype=np.uint8)
-        self._start = np.cumsum(self.length, dtype=np.int64) - self.length
+        self._start = np.cumsum(self.length) - self.length
 
     def __len__(self) -> int:
         return len(self.length)
@@ -74,12 +74,12 @@ class ByteTable:
         return self._flat[start : start + int(self.length[token])].tobytes()
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """int32 byte lengths, shape of ``ids``."""
+        """int64 byte lengths, shape of ``ids``: the type that numpy accumulates and indexes without a conversion."""
         return self.length.take(ids)
 
     def spell(self, ids: np.ndarray) -> bytes:
         """The bytes that ``ids`` [n] spell together, gathered without a loop over tokens."""
         lengths = self.length[ids]
-        ends = np.cumsum(lengths, dtype=np.int64)
+        ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         return self._flat[np.arange(total) + np.repeat(self._start[ids] - ends + lengths, lengths)].tobytes()

@@ -21,6 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from megatron_tide.bridge.byte_table import byte_level_string
 
 SETTINGS_SUFFIX = ".json"
+NORMALIZERS = {None: None, "NFC": normalizers.NFC()}
 SETTINGS_KEYS = {"pattern", "normalizer", "added_tokens", "plain_added_tokens", "chat_template"}
 SETTINGS_KEYS |= {"eos_token", "pad_token", "bos_token", "mask_token"}
 
@@ -56,9 +57,8 @@ def read_tiktoken(file: Path) -> Any:
     ranks = _read_ranks(content, file)
     settings = _settings(content, file)
     tokenizer = tokenizers.Tokenizer(_bpe(ranks))
-    if settings.get("normalizer"):
-        tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(settings["pattern"]), behavior="isolated", invert=False)
+    tokenizer.normalizer = NORMALIZERS[settings.get("normalizer")]
+    split = pre_tokenizers.Split(_regex(settings["pattern"], file), behavior="isolated", invert=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,6 +80,8 @@ def _read_ranks(content: bytes, file: Path) -> dict[bytes, int]:
             raise ValueError(
                 f"{file}: line {number} is not a base64 token and its rank; fetch the file again"
             ) from error
+    if len(set(ranks.values())) < len(ranks):
+        raise ValueError(f"{file}: gives two tokens one rank, as a file cut off does; fetch the file again")
     lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if lacking:
         raise ValueError(f"{file}: has no token for {len(lacking)} of the 256 bytes; fetch the file again")
@@ -89,9 +91,14 @@ def _read_ranks(content: bytes, file: Path) -> dict[bytes, int]:
 def _settings(content: bytes, file: Path) -> dict[str, Any]:
     beside = file.with_name(file.name + SETTINGS_SUFFIX)
     if beside.exists():
-        settings = json.loads(beside.read_text(encoding="utf-8"))
+        try:
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{beside}: is not valid JSON ({error}); mend the settings") from error
         if not isinstance(settings, dict) or "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
             raise ValueError(f"{beside}: must be an object with a pattern, and of {sorted(SETTINGS_KEYS)} only")
+        if settings.get("normalizer") not in NORMALIZERS:
+            raise ValueError(f"{beside}: normalizer must be one of {[*NORMALIZERS]}, not {settings['normalizer']!r}")
         return settings
     known = KNOWN_FILES.get(hashlib.sha256(content).hexdigest())
     if known is None:
@@ -99,6 +106,14 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
             f"{file}: is no tiktoken file known here and its split pattern cannot be guessed; give it in {beside.name}"
         )
     return known
+
+
+def _regex(pattern: str, file: Path) -> tokenizers.Regex:
+    try:
+        return tokenizers.Regex(pattern)
+    except Exception as error:
+        # tokenizers has no narrower type for it.
+        raise ValueError(f"{file}: the pattern of its settings is no regular expression ({error}); mend it") from error
 
 
 def _bpe(ranks: dict[bytes, int]) -> models.BPE:

@@ -21,7 +21,7 @@ ROLES = ("mask", "eos", "pad")
 
 @dataclass(frozen=True)
 class Spelling:
-    """A text's tokens: ``ids`` int32 [n], ``lengths`` int32 [n] in bytes, ``data`` the bytes they spell together."""
+    """A text's tokens: ``ids`` int32 [n], ``lengths`` int64 [n] in bytes, ``data`` the bytes they spell together."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -170,7 +170,7 @@ class TextTokenizer:
         lengths = self._table.lengths(ids)
         if len(ids) and self._prefixes and self._starts_with_space(ids):
             lengths[0] -= 1
-        return lengths
+        return lengths.astype(np.int32)
 
     def token_bytes(self, token: int) -> bytes | None:
         """Bytes of one id, wherever it stands; None for special, unknown and missing ids."""
