@@ -1,7 +1,7 @@
 """Show how two tokenizers' tokens fall into chunks, in colour: for a text, or for the first texts of a data file.
 
-Both sides of a text are printed one below the other. A chunk has the same colour on both; its tokens are parted by a bar.
-Tokens that no chunk covers stand in red. Without colour, chunks are bracketed and uncovered tokens struck out with ~.
+Both sides of a text are printed one below the other. A chunk has the same colour on both; its tokens are parted by a
+bar. Tokens that no chunk covers stand in red. Without colour, chunks are in brackets and uncovered tokens between ~.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPACE, NEWLINE = "\u00b7", "\u23ce\n"
 
 
 def show_piece(piece: bytes) -> str:
-    """A token's bytes as printable text: spaces and line ends visible, control characters and broken UTF-8 as escapes."""
+    """A token's bytes as printable text: spaces and line ends visible, control characters, broken UTF-8 as escapes."""
     text = piece.decode("utf-8", errors="backslashreplace")
     return "".join(_show(char) for char in text)
 
