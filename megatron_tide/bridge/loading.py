@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
 _SENTENCEPIECE = "tokenizer.model"
 _CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
+_FILE_SUFFIXES = (".json", ".model", ".tiktoken")
 
 
 def load_tokenizer(
@@ -78,7 +79,7 @@ def _locate(path: str | Path, trust_remote_code: bool) -> Path:
         return place
     name = str(path)
     # "runs/teacher" could be a hub name; where a folder "runs" stands here, the user means a folder.
-    local = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix != ""
+    local = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix in _FILE_SUFFIXES
     if "/" in name and (local or place.parent.exists()):
         raise ValueError(f"{name}: no such tokenizer folder or file; check the path")
     from huggingface_hub import snapshot_download

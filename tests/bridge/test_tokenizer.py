@@ -229,6 +229,30 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / path)
 
 
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "inclusionAI/LLaDA2.0-mini", "gpt2"])
+def test_hub_names_are_downloaded(monkeypatch: pytest.MonkeyPatch, folders: Mapping[str, Path], name: str) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(repo: str, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(folders["teacher"])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    tokenizer = load_tokenizer(name)
+    assert (tokenizer.name, tokenizer.path) == (name, folders["teacher"])
+    assert asked[0][0] == name
+    assert "*.py" not in asked[0][1]
+    load_tokenizer(name, trust_remote_code=True)
+    assert "*.py" in asked[1][1]
+
+
+@pytest.mark.parametrize("name", ["./Qwen3", "runs/a/b", "~/tok", "models/tokenizer.model", "qwen/x.tiktoken"])
+def test_paths_are_not_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(ValueError, match="no such tokenizer folder or file"):
+        load_tokenizer(name)
+
+
 def test_no_message_is_longer_than_a_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}', encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer") as caught:
