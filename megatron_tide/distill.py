@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_tide import cli
 from megatron_tide.config import DistillConfig, parse
-from megatron_tide.data.files import write_json
+from megatron_tide.files import write_json
 
 EXIT_STOPPED = 130
 

@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
         help="JSONL or Parquet with messages (or text), a plain text, or a folder of such",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the bridge")
-    parser.add_argument("--student-mask", metavar="STRING", help="the student's mask token, where its files name none")
+    parser.add_argument(
+        "--student-mask", metavar="STRING", help="the student's mask, where its files name none: token or id"
+    )
     parser.add_argument("--teacher-mask", metavar="STRING", help="the teacher's, likewise")
     parser.add_argument(
         "--sample-limit", type=int, default=SAMPLE_LIMIT, help="texts to align from each file (default: %(default)s)"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from safetensors.numpy import load_file, save
 from megatron_tide.bridge.align import align_ends, align_lengths, common_prefix
 from megatron_tide.bridge.tokenizer import Spelling, TextTokenizer
 from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
+from megatron_tide.files import atomic_write, write_json
+from megatron_tide.files import fingerprint as fingerprint_of
 
 FORMAT = "megatron_tide.bridge/1"
 MANIFEST = "manifest.json"
@@ -94,7 +95,7 @@ class Bridge:
         manifest: dict[str, Any] = {"format": FORMAT}
         manifest.update({side: tok.describe() for side, tok in zip(_SIDES, (student, teacher))})
         manifest.update(shared=shared, shared_prefix=prefix, mapped=len(pairs[0]))
-        manifest.update(vocab_map_sha256=_map_digest(*pairs), sample=sample, request=dict(request or {}))
+        manifest.update(vocab_map_sha256=_mapfingerprint_of(*pairs), sample=sample, request=dict(request or {}))
         manifest["fingerprint"] = _fingerprint(manifest)
         return cls(manifest, *pairs, tokenizers=(student, teacher))
 
@@ -108,9 +109,9 @@ class Bridge:
             pairs = load_file(folder / VOCAB_MAP)
             manifest, checksum = record["manifest"], record["sha256"]
             student_ids, teacher_ids = pairs["student_ids"], pairs["teacher_ids"]
-            intact = manifest["format"] == FORMAT and checksum == _digest(manifest)
+            intact = manifest["format"] == FORMAT and checksum == fingerprint_of(manifest)
             intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
-            intact = intact and manifest["vocab_map_sha256"] == _map_digest(student_ids, teacher_ids)
+            intact = intact and manifest["vocab_map_sha256"] == _mapfingerprint_of(student_ids, teacher_ids)
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {mend}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
@@ -123,24 +124,35 @@ class Bridge:
         """Write the artefact, the manifest last; each file appears whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"manifest": self.manifest, "sha256": _digest(self.manifest)}
+        record = {"manifest": self.manifest, "sha256": fingerprint_of(self.manifest)}
         pairs = save({"student_ids": self.student_ids, "teacher_ids": self.teacher_ids})
-        _write(folder / VOCAB_MAP, pairs)
-        _write(folder / MANIFEST, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+        atomic_write(folder / VOCAB_MAP, pairs)
+        write_json(folder / MANIFEST, record)
+
+    def check_vocabularies(self, student: TextTokenizer, teacher: TextTokenizer) -> None:
+        """Refuse (ValueError) tokenizers of other vocabularies than those it was built for."""
+        for side, tokenizer in zip(_SIDES, (student, teacher)):
+            self._compare(side, tokenizer, {"fingerprint": tokenizer.fingerprint})
 
     def check(self, student: TextTokenizer, teacher: TextTokenizer) -> Bridge:
-        """Refuse (ValueError) other tokenizers than those it was built for; ``align_text`` uses them from then on."""
+        """Refuse (ValueError) other tokenizers than those it was built for, or with other special tokens;
+        ``align_text`` uses them from then on.
+        """
+        self.check_vocabularies(student, teacher)
         for side, tokenizer in zip(_SIDES, (student, teacher)):
-            asked, built = tokenizer.describe(), self.manifest[side]
-            differing = [key for key in _IDENTITY if asked[key] != built[key]]
-            if differing:
-                key = differing[0]
-                raise ValueError(
-                    f"{tokenizer.name}: is not the {side} tokenizer this bridge was built for ({built['name']}): "
-                    f"{key} is {str(asked[key])[:16]}, the bridge has {str(built[key])[:16]}; build the bridge anew"
-                )
+            described = tokenizer.describe()
+            self._compare(side, tokenizer, {key: described[key] for key in _IDENTITY})
         self._tokenizers = (student, teacher)
         return self
+
+    def _compare(self, side: str, tokenizer: TextTokenizer, asked: Mapping[str, Any]) -> None:
+        built = self.manifest[side]
+        for key, value in asked.items():
+            if value != built[key]:
+                raise ValueError(
+                    f"{tokenizer.name}: is not the {side} tokenizer this bridge was built for ({built['name']}): "
+                    f"{key} is {value}, the bridge has {built[key]}; build the bridge for these tokenizers"
+                )
 
     @property
     def fingerprint(self) -> str:
@@ -238,21 +250,8 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
     decides = {key: manifest[key] for key in _DECIDES}
     for side in _SIDES:
         decides[side] = {key: manifest[side][key] for key in _IDENTITY}
-    return _digest(decides)
+    return fingerprint_of(decides)
 
 
-def _map_digest(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:
+def _mapfingerprint_of(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:
     return hashlib.sha256(student_ids.astype("<i8").tobytes() + teacher_ids.astype("<i8").tobytes()).hexdigest()
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode("ascii")).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

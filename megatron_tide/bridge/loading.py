@@ -42,8 +42,9 @@ def load_tokenizer(
     - a ``*.tiktoken`` file, or a folder with one (see ``bridge.tiktoken``);
     - a model's name on the Hugging Face hub.
 
-    ``mask_token`` names the mask token where the tokenizer's own files do not; it must be in the vocabulary. Code from
-    the tokenizer's folder runs with ``trust_remote_code`` only. ValueError where nothing usable is found.
+    ``mask_token`` names the mask token where the tokenizer's own files do not: a token of the vocabulary, or an id in
+    digits, which may lie beyond it (some models keep their mask there). Code from the tokenizer's folder runs with
+    ``trust_remote_code`` only. ValueError where nothing usable is found.
     """
     name, place = str(path), _locate(path, trust_remote_code)
     arguments = (name, mask_token, trust_remote_code)
@@ -174,7 +175,8 @@ def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> T
 def _name_mask(name: str, roles: dict[str, str], vocabulary: Container[str], mask_token: str | None) -> None:
     """Settle the mask token: what the user says, what the tokenizer says, or a usual string in the vocabulary."""
     if mask_token is not None:
-        if mask_token not in vocabulary:
+        # Digits are an id, never a token: vocabularies hold plain numbers, and none of those is a mask.
+        if not mask_token.isdecimal() and mask_token not in vocabulary:
             raise ValueError(f"{name}: the vocabulary has no token {mask_token!r} to use as the mask; name one it has")
         roles["mask"] = mask_token
     for usual in DEFAULT_MASKS:

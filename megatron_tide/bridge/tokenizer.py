@@ -53,6 +53,9 @@ class TextTokenizer:
         self._forbidden[[index for index in codec.special.values() if index != codec.unknown]] = True
         ids = {token: index for index, token in enumerate(codec.strings) if token is not None}
         self._roles = {role: ids[token] for role, token in source.roles.items() if token in ids}
+        mask = source.roles.get("mask", "")
+        if mask.isdecimal():
+            self._roles["mask"] = self._unused(int(mask))
         self._roles.setdefault("pad", self._roles.get("eos", -1))
         probes = [self._table.spell(np.array(codec.encode(text), dtype=np.int32)) for text in ("a", " a")]
         self._prefixes = probes[0].startswith(b" ")
@@ -232,6 +235,13 @@ class TextTokenizer:
 
     def _starts_with_space(self, ids: np.ndarray) -> bool:
         return (self._table.of(int(ids[0])) or b"")[:1] == b" "
+
+    def _unused(self, index: int) -> int:
+        if index < len(self._table) and self.is_ordinary()[index]:
+            raise ValueError(
+                f"{self.name}: id {index} spells text, so it cannot be the mask; give another id or a token"
+            )
+        return index
 
     def _role(self, role: str, mend: str) -> int:
         index = self._roles.get(role, -1)

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.data.encode import REFUSED, Encoder
-from megatron_tide.data.files import fingerprint
 from megatron_tide.data.progress import Progress
 from megatron_tide.data.shard import Sample, read_header, shard_name, write_shard
 from megatron_tide.data.sources import Mixture
+from megatron_tide.files import fingerprint
 
 TOO_LONG = "more characters than max_chars"
 _COUNT_EVERY = 32  # rows between two updates of the shared counter

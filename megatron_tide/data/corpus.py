@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.data.files import atomic_write, sha256_file, write_json
+from megatron_tide.files import atomic_write, sha256_file, write_json
 
 SPLITS = ("train", "validation", "test")
 TENTH = "train_tenth"

@@ -25,10 +25,10 @@ from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.data.build import Job, build_missing, finished
 from megatron_tide.data.chat import NO_ASSISTANT
 from megatron_tide.data.encode import Encoder, SideSettings
-from megatron_tide.data.files import fingerprint, read_json, sha256_file, sweep, write_json
 from megatron_tide.data.shard import SIDES, read_header
 from megatron_tide.data.sources import Mixture, open_mixture
 from megatron_tide.data.store import FORMAT, MANIFEST
+from megatron_tide.files import fingerprint, read_json, sha256_file, sweep, write_json
 
 SETTINGS = "settings.json"
 _LOCK = ".prepare.lock"
@@ -181,9 +181,7 @@ def main(argv: list[str]) -> int:
         out=arguments.out,
         settings=settings,
     )
-    manifest = prepare(
-        job, workers=arguments.workers, coverage_floor=arguments.coverage_floor, fresh=arguments.fresh
-    )
+    manifest = prepare(job, workers=arguments.workers, coverage_floor=arguments.coverage_floor, fresh=arguments.fresh)
     _report(arguments.out, manifest)
     return 0
 
@@ -236,8 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher-length", type=int, default=1024, help="longest teacher sequence")
     add("--student-block", type=int, default=32, help="responses are filled with EOS up to a multiple of this")
     add("--teacher-block", type=int, default=32, help="the same for the teacher")
-    add("--student-mask", metavar="STR", help="where the student's tokenizer does not name its mask token")
-    add("--teacher-mask", metavar="STR", help="where the teacher's tokenizer does not name its mask token")
+    add("--student-mask", metavar="STR", help="where the student's tokenizer names no mask: token or id")
+    add("--teacher-mask", metavar="STR", help="where the teacher's tokenizer names no mask: token or id")
     add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer folder brings along")
     add("--workers", type=int, default=_processors(), help="processes")
     add("--shard-rows", type=int, default=1024, help="rows read per shard: what an interruption can cost a worker")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.data.files import fingerprint, sha256_file
+from megatron_tide.files import fingerprint, sha256_file
 
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
 _FILES = (".jsonl", ".parquet")

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.data.files import atomic_write
 from megatron_tide.data.sources import open_mixture
+from megatron_tide.files import atomic_write
 
 
 def main(argv: list[str]) -> int:

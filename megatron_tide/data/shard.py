@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from megatron_tide.data.files import atomic_write, canonical
+from megatron_tide.files import atomic_write, canonical
 
 PROMPT = -1
 UNCOVERED = -2

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.data.chat import Message, parse_messages
-from megatron_tide.data.files import fingerprint, read_json
 from megatron_tide.data.rows import Rows, open_rows
+from megatron_tide.files import fingerprint, read_json
 
 _CONTAINS = "contains"
 
@@ -121,9 +121,7 @@ class Source:
         if self.spec.prompt_column is None:
             return parse_messages(values[0], where)
         prompt, response = values
-        return parse_messages(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where
-        )
+        return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.data.files import fingerprint, read_json, sha256_file
 from megatron_tide.data.shard import PROMPT, SIDES, UNCOVERED, Array, Sample, ShardFile, Side, read_header
+from megatron_tide.files import fingerprint, read_json, sha256_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -75,9 +75,11 @@ def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
 
 
 def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:
+    # Which ids mask, end and pad was settled when data and bridge were made, and is read from them.
     bridge = Bridge.load(config.paths.bridge)
     teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
-    return bridge.check(student, teacher)
+    bridge.check_vocabularies(student, teacher)
+    return bridge
 
 
 def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | None) -> None:

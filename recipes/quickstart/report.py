@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import machine, versions
 from megatron_tide import cli
-from megatron_tide.data.files import read_json, write_json
+from megatron_tide.files import read_json, write_json
 
 
 def stages(run: Path) -> dict[str, dict[str, Any]]:

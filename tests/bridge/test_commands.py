@@ -282,3 +282,17 @@ def test_training_on_data_without_messages(capsys: Capture, train: list[object],
         data.write_text(content, encoding="utf-8")
         assert status(train_tokenizers.main, *train) == 2
         assert_refused(capsys, reason)
+
+
+def test_a_mask_may_be_an_id_beyond_the_vocabulary(tmp_path):
+    from megatron_tide.bridge import load_tokenizer
+    from tests.support.tokenizers import TEXTS, train_byte_bpe
+
+    folder = train_byte_bpe(tmp_path / "student", TEXTS, 320)
+    tokenizer = load_tokenizer(folder)
+    beyond = load_tokenizer(folder, mask_token=str(tokenizer.vocab_size + 3))
+    assert beyond.mask_id == tokenizer.vocab_size + 3
+    assert beyond.fingerprint == tokenizer.fingerprint
+    ordinary = int(tokenizer.encode("return")[0])
+    with pytest.raises(ValueError, match="spells text"):
+        load_tokenizer(folder, mask_token=str(ordinary))

@@ -15,8 +15,8 @@ import torch
 
 from megatron_tide.data import PROMPT, UNCOVERED, PreparedData, Sample, Side
 from megatron_tide.data.batch import collate, read_batch
-from megatron_tide.data.files import fingerprint, sha256_file, write_json
 from megatron_tide.data.shard import read_header, shard_name, write_shard
+from megatron_tide.files import fingerprint, sha256_file, write_json
 
 VOCABULARY = {"student": 50, "teacher": 70}
 BLOCK = {"student": 4, "teacher": 8}
