@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.files import read_json
 from megatron_tide.presets import PRESETS
 
 
@@ -298,13 +299,9 @@ def _typed(origin: str, name: str, hint: Any, value: Any) -> Any:
 def read_config_file(path: str) -> dict[str, Any]:
     """Knobs of a JSON file: flat ``{knob: value}``, by section, or a recorded ``run.json``."""
     try:
-        content = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: must hold one JSON object of knobs")
+        content = read_json(Path(path))
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from None
     content = content.get("config", content)
     names = {section for section, _ in _sections(DistillConfig)}
     flat: dict[str, Any] = {}

@@ -71,14 +71,15 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; ValueError naming the file when it is missing, not JSON, or not an object."""
+def read_json(path: Path, mend: str = "") -> dict[str, Any]:
+    """Read a JSON object; ValueError, one line ending in ``mend``, when it is missing, not JSON, or not an object."""
+    tail = f"; {mend}" if mend else ""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {what}") from None
+        raise ValueError(f"{path}: no such file{tail}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); {what}") from None
+        raise ValueError(f"{path}: not valid JSON ({error}){tail}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object; {what}")
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object{tail}")
     return value

@@ -33,8 +33,8 @@ def complete(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]
 
 def make(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool) -> int:
     """Write the folder ``out``, whole or not at all; -> the number of parameters."""
+    from megatron_tide.files import read_json
     from megatron_tide.models import fresh_model, write_folder
-    from megatron_tide.models.shards import read_json
 
     if out.exists() and any(out.iterdir()):
         if not (out / "config.json").exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import sentencepiece
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import Source, TextTokenizer
+from megatron_tide.files import read_json
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
 TOKENIZER_FILES = (
@@ -144,7 +144,7 @@ def _wrap_hugging_face(
 def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
     beside = [model.parent / _CONFIG, model.parent / _TEMPLATE] if model.name == _SENTENCEPIECE else []
     files = [model, *(file for file in beside if file.exists())]
-    config = _read_json(model.parent / _CONFIG) if model.parent / _CONFIG in files else {}
+    config = read_json(model.parent / _CONFIG, "restore the file") if model.parent / _CONFIG in files else {}
     added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
     roles = {
         role.removesuffix("_token"): token["content"] if isinstance(token, Mapping) else token
@@ -182,13 +182,3 @@ def _name_mask(name: str, roles: dict[str, str], vocabulary: Container[str], mas
     for usual in DEFAULT_MASKS:
         if usual in vocabulary:
             roles.setdefault("mask", usual)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not valid JSON ({error}); restore the file") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object; restore the file")
-    return content

@@ -12,10 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from megatron_tide.files import read_json
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
 from megatron_tide.models.llada2 import LLaDA2MoeModelLM
 from megatron_tide.models.llada2_config import LLaDA2Config
-from megatron_tide.models.shards import read_json
 
 AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
 AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)

@@ -6,40 +6,20 @@ last, so an interrupted write leaves no folder that looks complete.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tide.files import read_json, write_json
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. ValueError, one line, where it is missing, broken, or not an object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return values
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 class ShardedFolder:

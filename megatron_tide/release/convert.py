@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import load_tokenizer
+from megatron_tide.files import write_json
 from megatron_tide.models import read_config
-from megatron_tide.models.shards import write_json
 from megatron_tide.release.card import model_card, public_run
 from megatron_tide.release.export import DTYPES, export, generation_of
 from megatron_tide.release.kinds import KINDS

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.files import read_json, write_json
 from megatron_tide.models import meta_model
 from megatron_tide.models.load import config_dict
-from megatron_tide.models.shards import ShardedFolder, read_json, write_json, write_shards
+from megatron_tide.models.shards import ShardedFolder, write_shards
 from megatron_tide.models.tables import Slot, checkpoint_table, module_tensors
 from megatron_tide.release.kinds import Kind
 from megatron_tide.release.trained import Trained

@@ -6,7 +6,6 @@ and are filled in here, so that they exist once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from megatron_tide.config import DistillConfig
+from megatron_tide.files import read_json
 from megatron_tide.train.world import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,11 +34,9 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
     if found is None:
         raise ValueError(f"--deepspeed {path}: no such file; ds_configs/ holds the ones that come with the project")
     try:
-        settings = json.loads(found.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--deepspeed {path}: not JSON ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--deepspeed {path}: must hold one JSON object")
+        settings = read_json(found)
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {error}") from None
     owned = [key for key in OWNED if key in settings]
     if owned:
         raise ValueError(f"--deepspeed {path}: remove {owned[0]!r}; the run's own knobs decide it (see --help)")

@@ -58,8 +58,8 @@ def test_missing_folders_are_named_together(capsys):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "not JSON"),
-        ("[]", "must hold one JSON object"),
+        ("{", "not valid JSON"),
+        ("[]", "holds a JSON list, not an object"),
         ('{"zero_optimization": {"stage": 3}}', "stage is 3; the student takes 1 or 2"),
         ('{"zero_optimization": {"stage": 1}, "train_batch_size": 4}', "remove 'train_batch_size'"),
     ],
@@ -75,7 +75,7 @@ def test_deepspeed_json(chain, out, capsys, tmp_path, content, said):
         ('{"learning_rate": 1}', "unknown knob 'learning_rate'"),
         ('{"clip": "high"}', "clip = 'high' must be float"),
         ('{"save": {"keep": 2.5}}', "keep = 2.5 must be int"),
-        ("nonsense", "not JSON"),
+        ("nonsense", "not valid JSON"),
     ],
 )
 def test_config_file(chain, out, capsys, tmp_path, content, said):
