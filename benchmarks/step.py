@@ -31,8 +31,8 @@ from benchmarks.common import paired_seconds, report
 from megatron_tide import cli
 from megatron_tide.data.batch import Batch, Tokens
 from megatron_tide.diffusion import Noised, Synchronous, noise, staircase_mask, view
+from megatron_tide.files import read_json
 from megatron_tide.models import fresh_model, gold_logp, masked_rows
-from megatron_tide.models.families import read_json
 
 CONFIG = Path(__file__).parents[1] / "megatron_tide/models/configs/qwen3_0.6b.json"
 SMALLER = {

@@ -43,8 +43,9 @@ def dry_run(config: DistillConfig) -> int:
 
     inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
-    steps = f"{inputs.total_steps} steps of {config.train.global_batch}"
-    print(f"dry run: {len(inputs.data)} samples, {steps}; all checks passed")
+    print(
+        f"dry run: {len(inputs.data)} samples, {inputs.total_steps} steps of {config.train.global_batch}; all is well"
+    )
     return 0
 
 
@@ -72,9 +73,8 @@ def train(config: DistillConfig, world: Any) -> int:
     stop.install()
     state = Loop(config, parts, windows, inputs.run).train(state, stop, measure)
     finished = state.step == state.total_steps
-    if world.is_main:
-        how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
-        print(f"step {state.step}/{state.total_steps}: {how} ({out})", flush=True)
+    how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
+    world.say(f"step {state.step}/{state.total_steps}: {how} ({out})")
     return 0 if finished else EXIT_STOPPED
 
 

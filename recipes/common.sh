@@ -59,29 +59,32 @@ stage() {
   LAST_STAMP=$stamp
 }
 
-# launch MODULE ARGS...: the command line of a training run, in the array LAUNCH.
-# NPROC ranks on this node; NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT when there are several nodes.
-launch() {
-  local gpus
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-  local ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
-  LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$ranks")
+# launcher RANKS: how to start a training run of that many ranks on this node, in the array LAUNCH.
+# NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say so when there are several nodes.
+launcher() {
+  LAUNCH=("$PYTHON")
   if ((${NNODES:-1} > 1)); then
-    LAUNCH+=(--nnodes "$NNODES" --node-rank "${NODE_RANK:?}" --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
-  else
-    LAUNCH+=(--standalone)
+    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$1" --nnodes "$NNODES" --node-rank "${NODE_RANK:?}"
+      --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
+  elif (($1 > 1)); then
+    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$1" --standalone)
   fi
-  # A single CPU rank may use every core; torchrun would give it one thread.
-  ((gpus == 0)) && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / ranks > 0 ? $(nproc) / ranks : 1))}
-  LAUNCH+=(-m "$@")
 }
 
-# distil OUT ARGS...: one training run as a stage named after its folder.
+# distil OUT FLAGS...: one training run as a stage named after its folder, on NPROC ranks (default: one a GPU).
 distil() {
-  local out=$1
+  local out=$1 gpus ranks
   shift
-  launch megatron_tide.distill --out "$out" "$@"
-  stage "train-$(basename "$out")" "${LAUNCH[@]}"
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+  ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
+  launcher "$ranks"
+  if [[ $DRY_RUN != 1 ]] && ((${#LAUNCH[@]} > 1)); then # one clear line now, rather than one a rank later
+    WORLD_SIZE=$((ranks * ${NNODES:-1})) "$PYTHON" -m megatron_tide.distill --out "$out" "$@" --dry-run >/dev/null || exit $?
+  fi
+  if ((gpus == 0)); then # torchrun would give every CPU rank one thread
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
+  fi
+  stage "train-$(basename "$out")" "${LAUNCH[@]}" -m megatron_tide.distill --out "$out" "$@"
 }
 
 # chain [FLAGS...]: bridge -> data -> distil -> convert, from the knobs of the recipe; FLAGS go to the distillation.

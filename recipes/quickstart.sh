@@ -37,7 +37,7 @@ common=(--precision fp32 --global-batch 16 --micro-batch 16 --seed "$SEED" --sav
 pretrain() {
   local who=$1 corpus=$2 steps=$3 lr=$4
   stage "$who-init" "$PYTHON" tools/init_model.py --config "recipes/quickstart/$who.json" \
-    --tokenizer "$run/tokenizers/$who" --seed "$SEED" --out "$run/init/$who"
+    --tokenizer "$run/tokenizers/$who" --seed "$SEED" --out "$run/init/$who" --fresh
   stage "$who-data" "$PYTHON" -m megatron_tide.data.prepare --data "$corpus" --student "$run/tokenizers/$who" \
     --student-length "$STUDENT_LENGTH" --out "$run/$who-data"
   distil "$run/$who-pretraining" --student "$run/init/$who" --data "$run/$who-data" --strategy bd3lm "${common[@]}" \

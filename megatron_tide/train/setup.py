@@ -141,8 +141,7 @@ def starting_point(config: DistillConfig, inputs: Inputs, parts: Parts) -> Train
         return start
     refuse_other_run(folder, inputs.run)
     state = checkpoint.restore(folder, parts.engine)
-    if parts.world.is_main:
-        print(f"resuming from {folder} at step {state.step}/{state.total_steps}", flush=True)
+    parts.world.say(f"resuming from {folder} at step {state.step}/{state.total_steps}")
     return state
 
 

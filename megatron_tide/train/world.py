@@ -6,6 +6,8 @@ cost no device synchronisation.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
@@ -33,6 +35,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def say(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.is_main:
+            print(line, flush=True)
+
     def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks (float64, on the host)."""
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -53,21 +60,6 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise on every rank if any rank failed, so that none waits for the others in a collective.
-
-        Raises:
-            Exception: this rank's own error, or a ValueError with the first other rank's message.
-        """
-        if self.size > 1:
-            failures: list[str | None] = [None] * self.size
-            dist.all_gather_object(failures, None if error is None else str(error), group=self.host_group)
-            told = next((message for message in failures if message is not None), None)
-            if error is None and told is not None:
-                raise ValueError(told)
-        if error is not None:
-            raise error
-
 
 def join_world() -> World:
     """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does."""
@@ -85,9 +77,13 @@ def join_world() -> World:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False, auto_mpi_discovery=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                verbose=False,
+                auto_mpi_discovery=False,
+            )
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(
         rank=dist.get_rank(), size=dist.get_world_size(), device=device, host_group=dist.new_group(backend="gloo")
