@@ -14,9 +14,9 @@
 set -euo pipefail
 # --- knobs: edit here, or set them in the environment ---
 NAME=${NAME:-quickstart}
-TEACHER_STEPS=${TEACHER_STEPS:-600}       # pretraining of the teacher
-STUDENT_STEPS=${STUDENT_STEPS:-300}       # pretraining of the student: the common start
-DISTILL_STEPS=${DISTILL_STEPS:-200}       # of each strategy
+TEACHER_STEPS=${TEACHER_STEPS:-1100}      # pretraining of the teacher
+STUDENT_STEPS=${STUDENT_STEPS:-500}       # pretraining of the student: the common start
+DISTILL_STEPS=${DISTILL_STEPS:-300}       # of each strategy
 STUDENT_LENGTH=${STUDENT_LENGTH:-256}     # tokens; longer responses are cut at a chunk
 TEACHER_LENGTH=${TEACHER_LENGTH:-256}
 EVAL_SAMPLES=${EVAL_SAMPLES:-200}         # of the test split
@@ -31,7 +31,7 @@ run=$RUNS/$NAME
 (($# == 0)) || fail "recipes/quickstart.sh takes --fresh or nothing, not '$1' (knobs are at its top)"
 setup_environment requirements.txt
 
-common=(--precision fp32 --global-batch 16 --micro-batch 16 --seed "$SEED" --save-every 100000 --keep 1)
+common=(--precision fp32 --global-batch 8 --micro-batch 8 --beta2 0.98 --seed "$SEED" --save-every 200 --keep 1 --log-every 20)
 
 # pretrain WHO CORPUS STEPS LR: fresh weights + denoising only -> $run/WHO, a folder in hub format
 pretrain() {
@@ -48,8 +48,8 @@ pretrain() {
 stage corpus "$PYTHON" -m megatron_tide.data.corpus --out "$run/corpus"
 stage tokenizers "$PYTHON" tools/train_tokenizers.py --data "$run/corpus/train.jsonl" \
   --student-out "$run/tokenizers/student" --teacher-out "$run/tokenizers/teacher"
-pretrain teacher "$run/corpus/train.jsonl" "$TEACHER_STEPS" 2e-3
-pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS" 2e-3
+pretrain teacher "$run/corpus/train.jsonl" "$TEACHER_STEPS" 3e-3
+pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS" 3e-3
 
 # The chain of the large recipes, with these knobs.
 TEACHER=$run/teacher STUDENT=$run/student DATA=$run/corpus/train_tenth.jsonl

@@ -102,7 +102,7 @@ def test_quickstart_whole_and_small(tmp_path):
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     report = json.loads((runs / "quickstart" / "report.json").read_text())
     strategies = ["bd3lm", "tide-cross", "tide-cross-tidal", "tide-bridge"]
-    assert list(report["scores"]) == ["start", *strategies, "teacher"]
+    assert set(report["scores"]) == {"start", *strategies, "teacher"}
     assert len(report["completions"]) == 3
     assert report["peak_process_bytes"] < 6 * 2**30
     assert "bits per byte" in finished.stdout
