@@ -11,6 +11,7 @@ REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
 
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
+export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # libraries talking about their next version
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
 DRY_RUN=${DRY_RUN:-0}
 RUNS=${RUNS:-runs} # everything a recipe makes goes to $RUNS/$NAME

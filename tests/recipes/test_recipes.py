@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -112,4 +113,19 @@ def test_quickstart_whole_and_small(tmp_path):
     again = run("quickstart.sh", timeout=300, RUNS=str(runs), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
     assert again.returncode == 0
     assert again.stdout.count("done before, skipped") == len(report["stages"])
+    for words in readme_commands_on("runs/quickstart"):
+        on_this_run = [word.replace("runs/quickstart", str(runs / "quickstart")) for word in words[1:]]
+        shown = subprocess.run(
+            [sys.executable, *on_this_run], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+        )
+        assert shown.returncode == 0, (words, shown.stderr[-2000:])
     shutil.rmtree(runs)
+
+
+def readme_commands_on(folder):
+    """The README's python commands that work on what the quickstart made."""
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), flags=re.S)
+    lines = [line.split(" #")[0] for block in blocks for line in block.splitlines()]
+    found = [shlex.split(line) for line in lines if line.startswith("python ") and folder in line]
+    assert len(found) >= 2
+    return found
