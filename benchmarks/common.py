@@ -66,12 +66,8 @@ def paired_seconds(
     ways: Sequence[Callable[[], object]],
     rounds: int,
     warmup: int = 1,
-    pick: Callable[[Sequence[float]], float] = statistics.median,
 ) -> list[float]:
-    """Seconds of each way, measured turn by turn so that a noisy machine disturbs all of them alike.
-
-    ``pick`` chooses from a way's rounds: the median, or ``min`` for work so short that noise only ever adds to it.
-    """
+    """Median seconds of each way, measured turn by turn so that a noisy machine disturbs all of them alike."""
     for _ in range(warmup):
         for way in ways:
             way()
@@ -81,7 +77,7 @@ def paired_seconds(
             start = time.perf_counter()
             way()
             times.append(time.perf_counter() - start)
-    return [pick(times) for times in taken]
+    return [statistics.median(times) for times in taken]
 
 
 def _cpu_model() -> str:
