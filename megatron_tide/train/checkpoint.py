@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,13 +105,13 @@ def read_description(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text())
 
 
-def newest_whole(run_folder: Path) -> Path | None:
-    """The newest checkpoint whose checksums hold; a damaged one is named in a warning and passed over."""
+def newest_whole(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose checksums hold; a damaged one is named to ``tell`` and passed over."""
     for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
         try:
             verify(folder)
         except ValueError as error:
-            warnings.warn(f"{error}; taking the checkpoint before it", stacklevel=2)
+            tell(f"warning: {error}; taking the checkpoint before it")
             continue
         return folder
     return None

@@ -6,7 +6,6 @@ Every refusal happens before the first step, on every rank alike.
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,11 +154,7 @@ def _resume_folder(config: DistillConfig, world: World) -> Path | None:
         checkpoint.verify(Path(resume))
         return Path(resume)
     # Rank 0 checks the sums once for all: the files are shared, reading them world times is not a better check.
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = str(checkpoint.newest_whole(out) or "") if world.is_main else ""
-    for warning in caught:
-        print(f"warning: {warning.message}", flush=True)
+    found = str(checkpoint.newest_whole(out, world.say) or "") if world.is_main else ""
     found = world.share_from_main(found)
     return Path(found) if found else None
 

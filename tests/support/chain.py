@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import Bridge, load_tokenizer
-from megatron_tide.config import DistillConfig, from_flat
 from megatron_tide.data import prepare
 from tests.support.models import tiny_student_config, tiny_teacher_config
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
@@ -37,12 +36,9 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Chain:
-    """Folders of one tiny chain; ``config(**knobs)`` is a run on it."""
+    """Folders of one tiny chain; ``flags(out, **knobs)`` is a run on it."""
 
     root: Path
-
-    def config(self, out: Path, **knobs: Any) -> DistillConfig:
-        return from_flat({**self.paths(out), **SMALL, **knobs})
 
     def paths(self, out: Path) -> dict[str, Any]:
         names = ("student", "teacher", "bridge", "data")

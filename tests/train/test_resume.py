@@ -137,18 +137,7 @@ def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, untouched, tmp_p
 
 
 def command(chain, out, **knobs):
-    from megatron_tide.config import from_flat
-
-    config = from_flat({**chain.paths(out), **KNOBS, **knobs})
-    flat = {name: value for section in config.to_dict().values() for name, value in section.items()}
-    flags = []
-    for name, value in flat.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags += [f"--{flag}" if value else f"--no-{flag}"]
-        elif value is not None and value != "":
-            flags += [f"--{flag}", str(value)]
-    return [sys.executable, "-m", "megatron_tide.distill", *flags]
+    return [sys.executable, "-m", "megatron_tide.distill", *chain.flags(out, **{**KNOBS, **knobs})]
 
 
 def run_command(chain, out, **knobs):
