@@ -89,8 +89,24 @@ class TeacherConfig:
     """Where the teacher lives."""
 
     teacher_hosting: str = knob(
-        "resident", "resident: a whole copy on every rank", choices=("resident",), decides=False
+        "resident",
+        "resident: whole on every rank; zero3: a share on each, gathered layer by layer; pipeline: some layers on each",
+        choices=("resident", "zero3", "pipeline"),
+        decides=False,
     )
+    teacher_deepspeed: str = knob(
+        "",
+        "DeepSpeed JSON of that hosting: ds_configs/teacher_*.json say where a share lies (GPU, host, disk), how many "
+        "stages; empty: the hosting's plainest",
+        decides=False,
+    )
+    teacher_nvme: str = knob(
+        "", "folder on a fast local disk, for teacher_zero3_nvme.json; empty: what the file says", decides=False
+    )
+    skip_teacher_probe: bool = knob(
+        False, "do not check before step 1 that the teacher knows the data better than chance", decides=False
+    )
+    skip_plan: bool = knob(False, "do not refuse a run that tools/plan.py expects not to fit", decides=False)
     teacher_dtype: str = knob("bf16", "precision of the teacher's weights", choices=("bf16", "fp32"))
 
 

@@ -13,8 +13,10 @@ PACKAGE = REPOSITORY / "megatron_tide"
 ORDER = [
     "files",
     "cli",
+    "clock",
     "presets",
     "config",
+    "ds_config",
     "bridge",
     "data",
     "diffusion",

@@ -27,6 +27,9 @@ class ResidentTeacher:
         """One answer a micro-batch: gold log-probs [R] and / or hidden rows [P, H_teacher]: numbers, not logits."""
         return [self._score(noised) for noised in window]
 
+    def read(self) -> dict[str, float]:
+        return {}
+
     def _score(self, noised: Noised) -> TeacherAnswer:
         assert noised.teacher is not None
         head = self.model.head_weight
@@ -42,3 +45,6 @@ class NoTeacher:
 
     def score(self, window: Sequence[Noised]) -> list[TeacherAnswer]:
         return [TeacherAnswer() for _ in window]
+
+    def read(self) -> dict[str, float]:
+        return {}

@@ -77,7 +77,7 @@ def write_folder(
     def pairs() -> Iterator[tuple[str, Tensor]]:
         for key, slot in checkpoint_table(tensors).items():
             tensor = slot.of(tensors)
-            yield key, tensor if dtype is None or keeps_precision(slot) else tensor.to(dtype)
+            yield key, tensor if dtype is None or keeps_precision(slot.name) else tensor.to(dtype)
 
     write_shards(out, pairs(), max_shard_bytes)
     write_json(out / "config.json", config_dict(model, dtype or next(model.parameters()).dtype))
@@ -87,7 +87,7 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
     """Give every tensor of a meta-device model its memory and its stored value."""
     shapes = module_tensors(model)
     table, aliases = checkpoint_table(shapes), tied_aliases(model)
-    _check_keys(source, set(table), set(aliases))
+    check_keys(source, set(table), set(aliases))
     ready: dict[str, Tensor] = {}
     for key, stored in source.tensors(table):
         slot = table[key]
@@ -97,7 +97,7 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
             raise ValueError(f"{source.folder}: {key} has shape {list(stored.shape)}, {made}")
         if slot.index is None:
             # Copied even where nothing changes: a mapped file must not stand behind weights that train.
-            kept = stored.dtype if keeps_precision(slot) else dtype
+            kept = stored.dtype if keeps_precision(slot.name) else dtype
             ready[slot.name] = stored.to(device, kept, copy=True)
             continue
         if slot.name not in ready:
@@ -107,7 +107,8 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
     _adopt(model, ready, aliases)
 
 
-def _check_keys(source: ShardedFolder, wanted: set[str], allowed: set[str]) -> None:
+def check_keys(source: ShardedFolder, wanted: set[str], allowed: set[str]) -> None:
+    """ValueError unless a folder has exactly the ``wanted`` keys, and no others but the ``allowed``."""
     problems = []
     for word, keys in (("lacks", wanted - source.keys), ("has unexpected", source.keys - wanted - allowed)):
         if keys:

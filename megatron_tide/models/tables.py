@@ -51,9 +51,9 @@ def checkpoint_table(tensors: dict[str, Tensor]) -> dict[str, Slot]:
     return table
 
 
-def keeps_precision(slot: Slot) -> bool:
-    """Whether a tensor is stored and held in the precision it came in, whatever the rest is cast to."""
-    return slot.name.endswith(".expert_bias")
+def keeps_precision(name: str) -> bool:
+    """Whether a module's tensor is stored and held in the precision it came in, whatever the rest is cast to."""
+    return name.endswith(".expert_bias")
 
 
 def tied_aliases(module: nn.Module) -> dict[str, str]:

@@ -7,39 +7,25 @@ and are filled in here, so that they exist once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_tide.config import DistillConfig
-from megatron_tide.files import read_json
+from megatron_tide.ds_config import read_ds_config
 from megatron_tide.train.world import World
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
-         "gradient_clipping", "bf16", "fp16")  # fmt: skip
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """A ds_configs file, looked up from the working folder and then from the repository.
+def student_ds_config(path: str) -> dict[str, Any]:
+    """A ds_configs file for the student.
 
     Raises:
-        ValueError: missing, not JSON, a key that the run's own knobs decide, or a ZeRO stage the student cannot use.
+        ValueError: as ``read_ds_config``, or for a ZeRO stage that the student cannot use.
     """
-    found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
-    if found is None:
-        raise ValueError(f"--deepspeed {path}: no such file; ds_configs/ holds the ones that come with the project")
-    try:
-        settings = read_json(found)
-    except ValueError as error:
-        raise ValueError(f"--deepspeed {error}") from None
-    owned = [key for key in OWNED if key in settings]
-    if owned:
-        raise ValueError(f"--deepspeed {path}: remove {owned[0]!r}; the run's own knobs decide it (see --help)")
+    settings = read_ds_config(path, "--deepspeed")
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2):
         raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage}; the student takes 1 or 2")
@@ -49,7 +35,7 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
 def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of the student."""
     train = config.train
-    settings = read_deepspeed_json(train.deepspeed)
+    settings = student_ds_config(train.deepspeed)
     offloads = "offload_optimizer" in settings["zero_optimization"]
     settings |= {
         "train_micro_batch_size_per_gpu": train.micro_batch,

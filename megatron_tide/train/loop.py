@@ -92,6 +92,7 @@ class Loop:
         values |= {f"time/{part}_share": taken / spent for part, taken in seconds.items()}
         values["time/step_s"] = (now - since) / sums.steps
         values["speed/tokens_per_s"] = values.pop("tokens") / (now - since)
+        values |= self.parts.world.mean_over_ranks(self.parts.host.read())
         norm = self.parts.engine.get_global_grad_norm()
         values |= {"train/lr": lr, "train/grad_norm": float(norm or 0.0), **peak_memory(self.parts.world.device)}
         journal.write(state.step, values)

@@ -1,4 +1,4 @@
-"""What a run reports: sums that stay on the device until a log line is due, a clock, and where the numbers go."""
+"""What a run reports: sums that stay on the device until a log line is due, and where the numbers go."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -68,36 +66,6 @@ def denoise_metrics(gold_logp_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, M
     counts = zeros.index_add(0, bins, torch.ones_like(gold_logp_M, dtype=torch.float64))
     by_bin = {f"denoise_by_timestep/{i / TIMESTEP_BINS:.1f}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
     return {"denoise/nats_per_masked_token": (sums.sum(), counts.sum()), **by_bin}
-
-
-class Clock:
-    """Seconds spent in named parts of the step; on a GPU by events, read when a log line is due."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((part, start, self._now()))
-
-    def read(self) -> dict[str, float]:
-        """Seconds by part since the last call."""
-        seconds: dict[str, float] = {}
-        for part, start, end in self._spans:
-            spent = start.elapsed_time(end) / 1e3 if self._cuda else end - start
-            seconds[part] = seconds.get(part, 0.0) + spent
-        self._spans.clear()
-        return seconds
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

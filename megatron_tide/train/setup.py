@@ -12,16 +12,16 @@ from typing import Any
 
 from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
+from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.data import GlobalOrder, PreparedData
 from megatron_tide.diffusion import CONTEXTS, TeacherView
-from megatron_tide.hosting import NoTeacher, ResidentTeacher
+from megatron_tide.hosting import NoTeacher, host_teacher, hosting_settings
 from megatron_tide.models import load_model, recompute_layers
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train import checkpoint
 from megatron_tide.train.checkpoint import TrainState
-from megatron_tide.train.engine import DTYPES, build_engine, engine_settings
-from megatron_tide.train.metrics import Clock
+from megatron_tide.train.engine import build_engine, engine_settings
 from megatron_tide.train.step import Parts
 from megatron_tide.train.windows import Windows
 from megatron_tide.train.world import World
@@ -47,6 +47,7 @@ def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
     """
     paths = config.paths
     engine_settings(config, world_size)
+    hosting_settings(config.teacher, world_size)
     data = PreparedData.open(paths.data)
     student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
     bridge = _bridge(config, student) if paths.bridge else None
@@ -107,8 +108,7 @@ def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, W
     strategy, view = inputs.strategy, None
     host: Any = NoTeacher()
     if strategy.needs_teacher:
-        teacher = load_model(config.paths.teacher, DTYPES[config.teacher.teacher_dtype], device=str(world.device))
-        host = ResidentTeacher(teacher, strategy)
+        host = host_teacher(config.paths.teacher, config.teacher, strategy, world)
         view = TeacherView(
             context=CONTEXTS[config.strategy.teacher_context],
             block=inputs.data.manifest["teacher"]["block"],

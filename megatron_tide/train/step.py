@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron_tide.clock import Clock
 from megatron_tide.diffusion import Noised
 from megatron_tide.models import masked_rows
 from megatron_tide.objectives import Counts, Strategy, denoise_loss
-from megatron_tide.train.metrics import Clock, Sums, denoise_metrics
+from megatron_tide.train.metrics import Sums, denoise_metrics
 from megatron_tide.train.world import World
 
 

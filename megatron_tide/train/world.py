@@ -47,6 +47,12 @@ class World:
             dist.all_reduce(total, group=self.host_group)
         return total.tolist()
 
+    def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Mean of each value over all ranks, which have the same names (on the host)."""
+        if not values:
+            return {}
+        return {name: total / self.size for name, total in zip(values, self.sum_over_ranks(list(values.values())))}
+
     def sum_tensor_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a small device tensor over all ranks, in place."""
         if self.size > 1:

@@ -1,0 +1,32 @@
+"""DeepSpeed JSON files: found in the working folder or in the repository, read, and told what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.files import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# The run's own knobs decide these, and a second place to say them would be one too many.
+_OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
+          "gradient_clipping", "bf16", "fp16")  # fmt: skip
+
+
+def read_ds_config(path: str, flag: str) -> dict[str, Any]:
+    """A ds_configs file, looked up from the working folder and then from the repository; ``flag`` named it.
+
+    Raises:
+        ValueError: missing, not JSON, or with a key that the run's own knobs decide.
+    """
+    found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
+    if found is None:
+        raise ValueError(f"{flag} {path}: no such file; ds_configs/ holds the ones that come with the project")
+    try:
+        settings = read_json(found)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}") from None
+    owned = [key for key in _OWNED if key in settings]
+    if owned:
+        raise ValueError(f"{flag} {path}: remove {owned[0]!r}; the run's own knobs decide it (see --help)")
+    return settings

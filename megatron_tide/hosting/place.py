@@ -1,0 +1,139 @@
+"""From the run's knobs to a teacher in its place: read the hosting's DeepSpeed JSON, check it, build the host."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+import torch
+
+from megatron_tide.config import TeacherConfig
+from megatron_tide.ds_config import read_ds_config
+from megatron_tide.hosting.pipeline import PipelineTeacher
+from megatron_tide.hosting.resident import ResidentTeacher
+from megatron_tide.hosting.zero3 import Zero3Teacher
+from megatron_tide.models import load_model, resolve_folder
+from megatron_tide.models.load import check_keys
+from megatron_tide.models.sections import Sections, sections_of
+from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.models.tables import checkpoint_table, module_tensors, tied_aliases
+from megatron_tide.objectives import Strategy
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PLAINEST = {"zero3": "ds_configs/teacher_zero3.json", "pipeline": "ds_configs/teacher_pipeline_2.json"}
+OFFLOADS = ("none", "cpu", "nvme")
+
+
+class Ranks(Protocol):
+    """What a host needs to know of the world."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def say(self, line: str) -> None: ...
+
+    def share_from_main(self, value: Any) -> Any: ...
+
+
+def hosting_settings(teacher: TeacherConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed JSON of a teacher's hosting, checked; {} for a resident one.
+
+    Raises:
+        ValueError: one line: which file or flag, what is wrong, the mend.
+    """
+    hosting, path = teacher.teacher_hosting, teacher.teacher_deepspeed
+    if hosting not in PLAINEST:
+        if path:
+            raise ValueError(f"--teacher-deepspeed {path}: a resident teacher has none; give --teacher-hosting as well")
+        return {}
+    path = path or PLAINEST[hosting]
+    settings = read_ds_config(path, "--teacher-deepspeed")
+    _CHECKS[hosting](settings, f"--teacher-deepspeed {path}", teacher, world_size)
+    return settings
+
+
+def _check_zero3(settings: dict[str, Any], where: str, teacher: TeacherConfig, world_size: int) -> None:
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise ValueError(f"{where}: zero_optimization.stage is {zero.get('stage')}; --teacher-hosting zero3 takes 3")
+    offload = zero.get("offload_param") or {}
+    device = offload.get("device", "none")
+    if device not in OFFLOADS:
+        raise ValueError(f"{where}: offload_param.device is {device!r}; it is one of {', '.join(OFFLOADS)}")
+    if device != "nvme":
+        if teacher.teacher_nvme:
+            raise ValueError(f"--teacher-nvme {teacher.teacher_nvme}: {where} does not put the teacher on disk")
+        return
+    if teacher.teacher_nvme:
+        offload["nvme_path"] = teacher.teacher_nvme
+    folder = offload.get("nvme_path")
+    if not folder or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{where}: {folder} is no folder to write to; give --teacher-nvme, a folder on a fast disk")
+
+
+def _check_pipeline(settings: dict[str, Any], where: str, teacher: TeacherConfig, world_size: int) -> None:
+    stages = settings.get("pipeline", {}).get("stages")
+    if not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"{where}: pipeline.stages is {stages!r}; it is the number of ranks that share the teacher")
+    if settings.get("zero_optimization", {}).get("stage", 0) > 1:
+        raise ValueError(f"{where}: a pipeline takes no ZeRO stage 2 or 3; remove zero_optimization")
+    if world_size % stages:
+        raise ValueError(f"{where}: {world_size} ranks are no multiple of its {stages} stages")
+
+
+_CHECKS = {"zero3": _check_zero3, "pipeline": _check_pipeline}
+
+
+def host_teacher(folder: str, teacher: TeacherConfig, strategy: Strategy, world: Ranks) -> Any:
+    """The teacher of a folder, hosted as the knobs say; a collective of all ranks."""
+    settings = hosting_settings(teacher, world.size)
+    return _HOSTS[teacher.teacher_hosting](folder, DTYPES[teacher.teacher_dtype], strategy, settings, world)
+
+
+def _resident(folder: str, dtype: torch.dtype, strategy: Strategy, settings: dict[str, Any], world: Ranks) -> Any:
+    return ResidentTeacher(load_model(folder, dtype, device=str(world.device)), strategy)
+
+
+def _sectioned(build: Callable[..., Any]) -> Callable[..., Any]:
+    """A host that takes its teacher in section by section."""
+
+    def host(folder: str, dtype: torch.dtype, strategy: Strategy, settings: dict[str, Any], world: Ranks) -> Any:
+        sections, source = open_sections(folder)
+        _own_folder(settings, world)
+        return build(sections, source, dtype, strategy, settings, world.device, world.say)
+
+    return host
+
+
+def open_sections(folder: str) -> tuple[Sections, ShardedFolder]:
+    """A teacher's sections and its checkpoint, which holds exactly their tensors (else ValueError)."""
+    path = resolve_folder(folder)
+    sections, source = sections_of(path), ShardedFolder(path)
+    wanted = checkpoint_table(module_tensors(sections.model))
+    check_keys(source, set(wanted), set(tied_aliases(sections.model)))
+    return sections, source
+
+
+def _own_folder(settings: dict[str, Any], world: Ranks) -> None:
+    """A folder of this run's own on the disk that hosts the teacher: two runs on a node must not meet there."""
+    offload = settings.get("zero_optimization", {}).get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        own = Path(offload["nvme_path"]) / f"megatron_tide-{world.share_from_main(uuid4().hex[:12])}"
+        own.mkdir(exist_ok=True)
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        offload["nvme_path"] = str(own)
+
+
+_HOSTS: dict[str, Callable[..., Any]] = {
+    "resident": _resident,
+    "zero3": _sectioned(Zero3Teacher),
+    "pipeline": _sectioned(PipelineTeacher),
+}

@@ -1,0 +1,125 @@
+"""Units: a teacher's sections, each with its weights in ONE flat tensor.
+
+One tensor is one gather, one file on disk, one buffer: what shards, streams and counts a unit needs to know nothing of
+what is inside. A unit is called with the whole accumulation window, so it serves every micro-batch while it is here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_tide.hosting.passage import Passage
+from megatron_tide.models import gold_logp
+from megatron_tide.models.sections import Section, Sections
+from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.models.tables import checkpoint_table, keeps_precision
+
+ALIGNMENT = 128  # bytes: every tensor starts where the fastest kernels want it
+
+
+class Unit(nn.Module):
+    """One section (or several in a row) in a flat parameter ``flat`` [n], which is empty until :meth:`fill`.
+
+    Tensors that keep the precision they are stored in (a router's bias) lie beside it, in ``exact``: small, always
+    here, and out of reach of whoever casts a module.
+    """
+
+    def __init__(self, sections: Sections, parts: Sequence[Section], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.sections, self.parts = sections, tuple(parts)
+        self.title = " and ".join(part.title for part in parts)
+        self.exact: dict[str, Tensor] = {}
+        self._shapes = {part.names[name]: meta for part in parts for name, meta in part.tensors.items()}
+        self._start: dict[str, int] = {}
+        step, size = ALIGNMENT // dtype.itemsize, 0
+        for name, meta in self._shapes.items():
+            if keeps_precision(name):
+                self.exact[name] = meta
+            else:
+                self._start[name] = size
+                size += math.ceil(meta.numel() / step) * step
+        self.flat = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"), requires_grad=False)
+        self.flat_bytes = size * dtype.itemsize
+
+    def tensors(self, part: Section) -> dict[str, Tensor]:
+        """A section's tensors by its own names: views of the flat one, wherever that is now."""
+        found = {}
+        for name, whole in part.names.items():
+            if whole in self.exact:
+                found[name] = self.exact[whole]
+            else:
+                start, shape = self._start[whole], self._shapes[whole].shape
+                found[name] = self.flat[start : start + shape.numel()].view(shape)
+        return found
+
+    def fill(self, source: ShardedFolder, device: torch.device, *, read: bool = True) -> None:
+        """Take the weights in from a checkpoint, straight to ``device``; ``read=False`` only makes room for ``flat``.
+
+        ValueError for a tensor of another shape than config.json gives it.
+        """
+        flat = torch.zeros(self.flat.numel(), dtype=self.flat.dtype, device=device)
+        table = checkpoint_table(self._shapes)
+        for key, stored in source.tensors(key for key, slot in table.items() if read or slot.name in self.exact):
+            slot = table[key]
+            shape = slot.of(self._shapes).shape
+            if stored.shape != shape:
+                made = f"config.json makes it {list(shape)}"
+                raise ValueError(f"{source.folder}: {key} has shape {list(stored.shape)}, {made}")
+            if slot.name in self.exact:
+                self.exact[slot.name] = stored.to(device, copy=True)
+                continue
+            start = self._start[slot.name] + (slot.index or 0) * shape.numel()
+            flat[start : start + shape.numel()].copy_(stored.flatten())
+        self.flat = nn.Parameter(flat, requires_grad=False)
+
+
+class Embedding(Unit):
+    """Tokens -> hidden states, rotations and mask of every passage."""
+
+    def forward(self, passages: Sequence[Passage]) -> None:
+        tensors = self.tensors(self.parts[0])
+        for passage in passages:
+            asked = passage.question
+            passage.start(*self.sections.run_embedding(tensors, asked.input.input_ids, asked.input.position_ids))
+
+
+class Layers(Unit):
+    """Consecutive decoder layers, ``first`` .. : each runs over every passage before the next one does."""
+
+    def __init__(self, sections: Sections, first: int, count: int, dtype: torch.dtype) -> None:
+        super().__init__(sections, sections.layers[first : first + count], dtype)
+        self.first = first
+
+    def forward(self, passages: Sequence[Passage]) -> None:
+        for number, part in enumerate(self.parts, self.first):
+            tensors = self.tensors(part)
+            for passage in passages:
+                passage.hidden = self.sections.run_layer(
+                    number, tensors, passage.hidden, passage.cos, passage.sin, passage.mask
+                )
+
+
+class Head(Unit):
+    """The rows asked for, normed -> gold log-probs, if ``gold``, and the paired rows.
+
+    ``output`` [V, H]: an output embedding held elsewhere (it is then no part of this unit), or None.
+    """
+
+    def __init__(self, sections: Sections, dtype: torch.dtype, output: Tensor | None, gold: bool) -> None:
+        parts = (sections.norm,) if output is not None else (sections.norm, sections.output)
+        super().__init__(sections, parts, dtype)
+        self.output = [output]  # in a list: not a parameter of this unit
+        self.gold = gold
+
+    def forward(self, passages: Sequence[Passage]) -> None:
+        norm = self.tensors(self.parts[0])
+        output = self.output[0] if self.output[0] is not None else self.tensors(self.parts[1])["weight"]
+        for passage in passages:
+            rows_RH = self.sections.run_norm(norm, passage.rows())
+            asked = passage.question.gold
+            gold_R = gold_logp(rows_RH, output, asked) if self.gold else asked.new_zeros(asked.shape).float()
+            passage.finish(gold_R, rows_RH)
