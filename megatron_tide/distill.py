@@ -60,6 +60,7 @@ def train(config: DistillConfig, world: Any) -> int:
         out.mkdir(parents=True, exist_ok=True)
     parts, windows = setup.build(config, inputs, world)
     state = setup.starting_point(config, inputs, parts)
+    setup.probe(config, inputs, parts, windows, state)
     if world.is_main:
         write_json(out / "run.json", inputs.run)
 

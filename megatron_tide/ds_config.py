@@ -1,7 +1,9 @@
-"""DeepSpeed JSON files: found in the working folder or in the repository, read, and told what is wrong with them."""
+"""What DeepSpeed is given: JSON files, found, read and told what is wrong with them; and the tool it compiles with."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,13 @@ def read_ds_config(path: str, flag: str) -> dict[str, Any]:
     if owned:
         raise ValueError(f"{flag} {path}: remove {owned[0]!r}; the run's own knobs decide it (see --help)")
     return settings
+
+
+def use_own_ninja() -> None:
+    """Let DeepSpeed find the ninja that is installed beside this interpreter, before any other.
+
+    A build that another version of ninja has touched is started over, and every process would wait for it.
+    """
+    own = str(Path(sys.executable).parent)
+    if own not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = own + os.pathsep + os.environ.get("PATH", os.defpath)

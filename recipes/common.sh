@@ -41,7 +41,9 @@ setup_environment() {
       printf '%s\n' "$wanted" >>"$stamp"
     fi
   fi
-  "$PYTHON" tools/build_ops.py ${BUILD_OPS[@]+"${BUILD_OPS[@]}"}
+  local ops=(${BUILD_OPS[@]+"${BUILD_OPS[@]}"})
+  [[ ${HOSTING:-} != *nvme ]] || ops+=(--disk)
+  "$PYTHON" tools/build_ops.py ${ops[@]+"${ops[@]}"}
 }
 
 LAST_STAMP=
@@ -88,6 +90,15 @@ distil() {
   stage "train-$(basename "$out")" "${LAUNCH[@]}" -m megatron_tide.distill --out "$out" "$@"
 }
 
+# hosting: the flags that HOSTING (a file ds_configs/teacher_$HOSTING.json, or "resident") and TEACHER_NVME stand for,
+# in the array TEACHER_FLAGS.
+hosting() {
+  TEACHER_FLAGS=()
+  [[ ${HOSTING:-resident} != resident ]] || return 0
+  TEACHER_FLAGS=(--teacher-hosting "${HOSTING%%_*}" --teacher-deepspeed "ds_configs/teacher_$HOSTING.json")
+  [[ -z ${TEACHER_NVME:-} ]] || TEACHER_FLAGS+=(--teacher-nvme "$TEACHER_NVME")
+}
+
 # chain [FLAGS...]: bridge -> data -> distil -> convert, from the knobs of the recipe; FLAGS go to the distillation.
 chain() {
   local run=$RUNS/$NAME
@@ -95,6 +106,7 @@ chain() {
   [[ -z ${STUDENT_MASK:-} ]] || masks+=(--student-mask "$STUDENT_MASK")
   [[ -z ${TEACHER_MASK:-} ]] || masks+=(--teacher-mask "$TEACHER_MASK")
   ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
+  hosting
   local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
 
   stage sample "$PYTHON" -m megatron_tide.data.sample --data "$DATA" --out "$run/sample.jsonl"
@@ -102,6 +114,6 @@ chain() {
   stage data "$PYTHON" -m megatron_tide.data.prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
-    --strategy "$STRATEGY" "$@"
+    --strategy "$STRATEGY" ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} "$@"
   stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf" --overwrite
 }

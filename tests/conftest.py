@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tide.ds_config import use_own_ninja
+
+use_own_ninja()
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

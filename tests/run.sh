@@ -7,6 +7,11 @@ set -euo pipefail
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../recipes/common.sh"
 BUILD_OPS=(--offload)
+if [[ -e /usr/include/libaio.h ]]; then
+  BUILD_OPS+=(--disk)
+else
+  printf 'note: libaio-dev is not installed, so the tests of a teacher on disk are skipped\n'
+fi
 setup_environment requirements.txt tests/requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}

@@ -2,7 +2,8 @@
 
 DeepSpeed compiles an op when it is first used, silently and for minutes, and a build that was killed leaves a lock on
 which the next one waits for ever. This does it in the open: on a machine without a GPU the shared-memory communication
-op, with --offload the CPU Adam that ds_configs with `offload_optimizer` use. An op that is built stays as it is.
+op, with --offload the CPU Adam that ds_configs with `offload_optimizer` use, with --disk the asynchronous disk I/O that
+a teacher on NVMe needs (it takes libaio's header: apt-get install libaio-dev). An op that is built stays as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ import time
 from pathlib import Path
 
 from megatron_tide import cli
+from megatron_tide.ds_config import use_own_ninja
 
-BUILDERS = {"shared-memory communication": "ShareMemCommBuilder", "CPU Adam": "CPUAdamBuilder"}
+BUILDERS = {
+    "shared-memory communication": "ShareMemCommBuilder",
+    "CPU Adam": "CPUAdamBuilder",
+    "disk I/O": "AsyncIOBuilder",
+}
 
 
 def build(title: str, builder: str, folder: Path) -> None:
@@ -38,11 +44,12 @@ def build(title: str, builder: str, folder: Path) -> None:
             time.sleep(0.25)
             taken = time.monotonic() - started
             if taken > 5:  # an op that is built already loads faster
-                line = f"   compiling DeepSpeed's {title} op: {taken:3.0f} s (about a minute, once)"
+                line = f"   compiling DeepSpeed's {title} op: {taken:3.0f} s (a minute or three, once)"
                 print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True)
     if child.returncode:
+        needs = "g++, ninja and libaio-dev" if builder == "AsyncIOBuilder" else "g++ and ninja"
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-        raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}); it needs g++ and ninja; log: {log}")
+        raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}); it needs {needs}; log: {log}")
     if set(folder.glob("*/*.so")) - built:
         print(f"\r   compiled DeepSpeed's {title} op in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
 
@@ -50,11 +57,14 @@ def build(title: str, builder: str, folder: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--offload", action="store_true", help="also the CPU Adam, for offload_optimizer")
+    parser.add_argument("--disk", action="store_true", help="also asynchronous disk I/O, for a teacher on NVMe")
     arguments = parser.parse_args(argv)
     import torch
 
     wanted = [] if torch.cuda.is_available() else ["shared-memory communication"]
     wanted += ["CPU Adam"] if arguments.offload else []
+    wanted += ["disk I/O"] if arguments.disk else []
+    use_own_ninja()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     default = Path.home() / ".cache" / "torch_extensions"

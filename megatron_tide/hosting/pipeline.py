@@ -12,7 +12,9 @@ needs travel back. Shapes are exchanged on the host first, so that no rank waits
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -165,10 +167,30 @@ def _join_pipeline(stages: int) -> tuple[list[int], Any, Any]:
 
 
 def _balanced(units: Sequence[Unit], stages: int) -> list[int]:
-    """Where each stage begins, and the end: the heaviest stage is as light as it can be, by bytes."""
-    from deepspeed.runtime.utils import partition_balanced
+    """Where each stage begins, and the end: the heaviest stage is as light as it can be, by bytes.
 
-    return partition_balanced([unit.flat_bytes for unit in units], stages)
+    DeepSpeed's own ``partition_balanced`` does not always find that. Where several do, the others are even, too.
+    """
+    if stages > len(units):
+        raise ValueError(
+            f"--teacher-deepspeed: pipeline.stages is {stages}, and this teacher has {len(units)} parts "
+            f"(embedding, layers, head): take at most {len(units)} stages"
+        )
+    upto = [0, *itertools.accumulate(unit.flat_bytes for unit in units)]
+
+    @functools.cache
+    def best(count: int, parts: int) -> tuple[int, int, list[int]]:
+        """The first ``count`` units in ``parts`` stages: bytes of the heaviest, the sum of squares, the bounds."""
+        if parts == 1:
+            return upto[count], upto[count] ** 2, [0, count]
+        found = []
+        for cut in range(parts - 1, count):
+            heaviest, squares, bounds = best(cut, parts - 1)
+            last = upto[count] - upto[cut]
+            found.append((max(heaviest, last), squares + last**2, [*bounds, count]))
+        return min(found)
+
+    return best(len(units), stages)[2]
 
 
 def _engine(settings: dict[str, Any], units: Sequence[Unit], sections: Sections, clock: Clock, place: int) -> Any:

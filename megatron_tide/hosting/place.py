@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 from uuid import uuid4
 
 import torch
@@ -18,7 +21,7 @@ from megatron_tide.hosting.pipeline import PipelineTeacher
 from megatron_tide.hosting.resident import ResidentTeacher
 from megatron_tide.hosting.zero3 import Zero3Teacher
 from megatron_tide.models import load_model, resolve_folder
-from megatron_tide.models.load import check_keys
+from megatron_tide.models.load import check_keys, check_shapes
 from megatron_tide.models.sections import Sections, sections_of
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.models.tables import checkpoint_table, module_tensors, tied_aliases
@@ -27,6 +30,7 @@ from megatron_tide.objectives import Strategy
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PLAINEST = {"zero3": "ds_configs/teacher_zero3.json", "pipeline": "ds_configs/teacher_pipeline_2.json"}
 OFFLOADS = ("none", "cpu", "nvme")
+_OWN, _LOCK, _YOUNG_SECONDS = "megatron_tide-", ".lock", 60
 
 
 class Ranks(Protocol):
@@ -92,48 +96,61 @@ def _check_pipeline(settings: dict[str, Any], where: str, teacher: TeacherConfig
 _CHECKS = {"zero3": _check_zero3, "pipeline": _check_pipeline}
 
 
+_SECTIONED: dict[str, Callable[..., Any]] = {"zero3": Zero3Teacher, "pipeline": PipelineTeacher}
+
+
 def host_teacher(folder: str, teacher: TeacherConfig, strategy: Strategy, world: Ranks) -> Any:
     """The teacher of a folder, hosted as the knobs say; a collective of all ranks."""
+    if teacher.teacher_hosting in _SECTIONED:
+        return host_sections(*open_sections(folder), teacher, strategy, world)
+    model = load_model(folder, DTYPES[teacher.teacher_dtype], device=str(world.device))
+    return ResidentTeacher(model, strategy)
+
+
+def host_sections(
+    sections: Sections, source: ShardedFolder, teacher: TeacherConfig, strategy: Strategy, world: Ranks
+) -> Any:
+    """A teacher that is taken in section by section from ``source``; a collective of all ranks."""
     settings = hosting_settings(teacher, world.size)
-    return _HOSTS[teacher.teacher_hosting](folder, DTYPES[teacher.teacher_dtype], strategy, settings, world)
-
-
-def _resident(folder: str, dtype: torch.dtype, strategy: Strategy, settings: dict[str, Any], world: Ranks) -> Any:
-    return ResidentTeacher(load_model(folder, dtype, device=str(world.device)), strategy)
-
-
-def _sectioned(build: Callable[..., Any]) -> Callable[..., Any]:
-    """A host that takes its teacher in section by section."""
-
-    def host(folder: str, dtype: torch.dtype, strategy: Strategy, settings: dict[str, Any], world: Ranks) -> Any:
-        sections, source = open_sections(folder)
-        _own_folder(settings, world)
-        return build(sections, source, dtype, strategy, settings, world.device, world.say)
-
-    return host
+    offload = settings.get("zero_optimization", {}).get("offload_param") or {}
+    if offload.get("device") == "nvme":
+        offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), world.share_from_main(uuid4().hex[:12])))
+    build, dtype = _SECTIONED[teacher.teacher_hosting], DTYPES[teacher.teacher_dtype]
+    return build(sections, source, dtype, strategy, settings, world.device, world.say)
 
 
 def open_sections(folder: str) -> tuple[Sections, ShardedFolder]:
-    """A teacher's sections and its checkpoint, which holds exactly their tensors (else ValueError)."""
+    """A teacher's sections and its checkpoint, which holds exactly their tensors (else ValueError).
+
+    Every rank looks at all of it, headers only: a rank that found a mistake later would leave the others waiting.
+    """
     path = resolve_folder(folder)
     sections, source = sections_of(path), ShardedFolder(path)
-    wanted = checkpoint_table(module_tensors(sections.model))
-    check_keys(source, set(wanted), set(tied_aliases(sections.model)))
+    tensors = module_tensors(sections.model)
+    table = checkpoint_table(tensors)
+    check_keys(source, set(table), set(tied_aliases(sections.model)))
+    check_shapes(source, table, tensors)
     return sections, source
 
 
-def _own_folder(settings: dict[str, Any], world: Ranks) -> None:
-    """A folder of this run's own on the disk that hosts the teacher: two runs on a node must not meet there."""
-    offload = settings.get("zero_optimization", {}).get("offload_param") or {}
-    if offload.get("device") == "nvme":
-        own = Path(offload["nvme_path"]) / f"megatron_tide-{world.share_from_main(uuid4().hex[:12])}"
-        own.mkdir(exist_ok=True)
-        atexit.register(shutil.rmtree, own, ignore_errors=True)
-        offload["nvme_path"] = str(own)
+def own_folder(disk: Path, name: str) -> Path:
+    """A folder of this run's own on the disk that hosts the teacher, gone when the run ends.
+
+    Two runs on a node do not meet there, and what a killed run has left (its lock is free again) is removed.
+    """
+    for old in disk.glob(f"{_OWN}*"):
+        with contextlib.suppress(OSError), (old / _LOCK).open() as lock:
+            if time.time() - old.stat().st_mtime > _YOUNG_SECONDS:  # a younger one may be about to take its lock
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+    own = disk / f"{_OWN}{name}"
+    own.mkdir(exist_ok=True)
+    held = (own / _LOCK).open("a")
+    fcntl.flock(held, fcntl.LOCK_SH)
+    atexit.register(_leave, own, held)
+    return own
 
 
-_HOSTS: dict[str, Callable[..., Any]] = {
-    "resident": _resident,
-    "zero3": _sectioned(Zero3Teacher),
-    "pipeline": _sectioned(PipelineTeacher),
-}
+def _leave(own: Path, held: TextIO) -> None:
+    shutil.rmtree(own, ignore_errors=True)
+    held.close()

@@ -59,21 +59,18 @@ class Unit(nn.Module):
     def fill(self, source: ShardedFolder, device: torch.device, *, read: bool = True) -> None:
         """Take the weights in from a checkpoint, straight to ``device``; ``read=False`` only makes room for ``flat``.
 
-        ValueError for a tensor of another shape than config.json gives it.
+        The checkpoint's tensors have the shapes that config.json gives them (``open_sections`` saw to it).
         """
         flat = torch.zeros(self.flat.numel(), dtype=self.flat.dtype, device=device)
         table = checkpoint_table(self._shapes)
         for key, stored in source.tensors(key for key, slot in table.items() if read or slot.name in self.exact):
             slot = table[key]
-            shape = slot.of(self._shapes).shape
-            if stored.shape != shape:
-                made = f"config.json makes it {list(shape)}"
-                raise ValueError(f"{source.folder}: {key} has shape {list(stored.shape)}, {made}")
+            assert stored.shape == slot.of(self._shapes).shape, key
             if slot.name in self.exact:
                 self.exact[slot.name] = stored.to(device, copy=True)
                 continue
-            start = self._start[slot.name] + (slot.index or 0) * shape.numel()
-            flat[start : start + shape.numel()].copy_(stored.flatten())
+            start = self._start[slot.name] + (slot.index or 0) * stored.numel()
+            flat[start : start + stored.numel()].copy_(stored.flatten())
         self.flat = nn.Parameter(flat, requires_grad=False)
 
 

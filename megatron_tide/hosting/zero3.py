@@ -10,10 +10,12 @@ filled in here. All ranks take the same number of sweeps, each of the same gathe
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_tide.diffusion import Noised
 from megatron_tide.hosting.answers import answers_of, resident_output
@@ -24,7 +26,7 @@ from megatron_tide.models.sections import Sections
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import Strategy, TeacherAnswer
 
-BUFFERS = 3  # units of a disk-hosted teacher in memory: the one at work, the next, and one to spare
+BUFFERS = 2  # units of a disk-hosted teacher in memory: the one at work and the next
 Said = Callable[[str], None]
 
 
@@ -44,7 +46,7 @@ class Zero3Teacher:
         self.strategy = strategy
         self.output = resident_output(sections, source, dtype, device) if strategy.needs_hidden else None
         units = make_units(sections, dtype, output=self.output, gold=strategy.needs_gold)
-        self.engine = _shard(units, source, engine_settings(settings, units, dtype), device, say)
+        self.engine = _shard(units, source, engine_settings(settings, units, dtype, dist.get_world_size()), device, say)
 
     @torch.no_grad()
     def score(self, window: Sequence[Noised]) -> list[TeacherAnswer]:
@@ -57,8 +59,8 @@ class Zero3Teacher:
         return {}
 
 
-def engine_settings(settings: dict[str, Any], units: Sequence[Unit], dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed configuration of a teacher: a ds_configs file plus what follows from its units."""
+def engine_settings(settings: dict[str, Any], units: Sequence[Unit], dtype: torch.dtype, ranks: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a teacher: a ds_configs file plus what follows from its units and the world."""
     settings = copy.deepcopy(settings)
     settings |= {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
     zero = settings["zero_optimization"]
@@ -67,8 +69,8 @@ def engine_settings(settings: dict[str, Any], units: Sequence[Unit], dtype: torc
     zero["stage3_max_live_parameters"] = 4 * max(unit.flat.numel() for unit in units)
     offload = zero.get("offload_param")
     if offload and offload["device"] == "nvme":
-        largest = max(unit.flat.numel() for unit in units)
-        offload |= {"buffer_count": BUFFERS, "buffer_size": largest, "max_in_cpu": 0}
+        share = max(math.ceil(unit.flat.numel() / ranks) for unit in units)
+        offload |= {"buffer_count": BUFFERS, "buffer_size": share, "max_in_cpu": 0}
     return settings
 
 
@@ -77,7 +79,6 @@ def _shard(
 ) -> Any:
     """Load and partition one unit after another; no more than one is ever whole in memory."""
     import deepspeed
-    import torch.distributed as dist
 
     swapper = None
     for number, unit in enumerate(units, 1):

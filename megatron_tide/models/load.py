@@ -22,7 +22,7 @@ from megatron_tide.files import write_json
 from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
 from megatron_tide.models.families import config_dict, meta_model
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
-from megatron_tide.models.tables import checkpoint_table, keeps_precision, module_tensors, tied_aliases
+from megatron_tide.models.tables import Slot, checkpoint_table, keeps_precision, module_tensors, tied_aliases
 
 # Weights, configuration and tokenizers; never code.
 _FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -88,13 +88,10 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
     shapes = module_tensors(model)
     table, aliases = checkpoint_table(shapes), tied_aliases(model)
     check_keys(source, set(table), set(aliases))
+    check_shapes(source, table, shapes)
     ready: dict[str, Tensor] = {}
     for key, stored in source.tensors(table):
         slot = table[key]
-        expected = slot.of(shapes).shape
-        if stored.shape != expected:
-            made = f"config.json makes it {list(expected)}"
-            raise ValueError(f"{source.folder}: {key} has shape {list(stored.shape)}, {made}")
         if slot.index is None:
             # Copied even where nothing changes: a mapped file must not stand behind weights that train.
             kept = stored.dtype if keeps_precision(slot.name) else dtype
@@ -117,6 +114,14 @@ def check_keys(source: ShardedFolder, wanted: set[str], allowed: set[str]) -> No
     if problems:
         found = " and ".join(problems)
         raise ValueError(f"{source.folder}: the checkpoint {found}: not the model that its config.json describes")
+
+
+def check_shapes(source: ShardedFolder, table: dict[str, Slot], tensors: dict[str, Tensor]) -> None:
+    """ValueError unless a folder's tensors have the shapes of the module's; only headers are read."""
+    for key, shape in source.shapes(table):
+        expected = list(table[key].of(tensors).shape)
+        if shape != expected:
+            raise ValueError(f"{source.folder}: {key} has shape {shape}, config.json makes it {expected}")
 
 
 def _check_copies(source: ShardedFolder, aliases: dict[str, str], ready: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -7,8 +7,9 @@ last, so an interrupted write leaves no folder that looks complete.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from megatron_tide.files import read_json, write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+T = TypeVar("T")
 
 
 class ShardedFolder:
@@ -35,6 +37,13 @@ class ShardedFolder:
 
     def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor on CPU) for each of ``keys``, shard by shard. ValueError names a shard that is broken."""
+        return self._each(keys, lambda shard, key: shard.get_tensor(key))
+
+    def shapes(self, keys: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+        """(key, shape) for each of ``keys``: only headers are read. ValueError names a shard that is broken."""
+        return self._each(keys, lambda shard, key: shard.get_slice(key).get_shape())
+
+    def _each(self, keys: Iterable[str], read: Callable[[Any, str], T]) -> Iterator[tuple[str, T]]:
         by_file: dict[str, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._file_of[key], []).append(key)
@@ -43,7 +52,7 @@ class ShardedFolder:
             try:
                 with safe_open(path, framework="pt") as shard:
                     for key in wanted:
-                        yield key, shard.get_tensor(key)
+                        yield key, read(shard, key)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
 

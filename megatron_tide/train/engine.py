@@ -6,6 +6,8 @@ and are filled in here, so that they exist once.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,9 +74,10 @@ def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
         {"params": matrices, "weight_decay": config.train.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=[g for g in groups if g["params"]], config=engine_settings(config, world.size)
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=[g for g in groups if g["params"]], config=engine_settings(config, world.size)
+        )
     for name, parameter in trained_parameters(engine):  # DeepSpeed made its masters from weights it had rounded
         safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
     _make_moments(engine, steps_taken=0)

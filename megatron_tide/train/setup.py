@@ -22,6 +22,7 @@ from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train import checkpoint
 from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.engine import build_engine, engine_settings
+from megatron_tide.train.probe import probe_teacher
 from megatron_tide.train.step import Parts
 from megatron_tide.train.windows import Windows
 from megatron_tide.train.world import World
@@ -93,8 +94,8 @@ def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | N
         data.check(student=student.fingerprint, teacher=teacher, bridge=bridge.fingerprint)
 
 
-def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, Windows]:
-    """Load the models, start the engine, place the teacher."""
+def build(config: DistillConfig, inputs: Inputs, world: World, host: Any = None) -> tuple[Parts, Windows]:
+    """Load the models, start the engine, place the teacher; or take ``host``, one that is placed already."""
     model = load_model(config.paths.student).train()
     block = inputs.data.manifest["student"]["block"]
     if model.config.block_size != block:
@@ -106,9 +107,10 @@ def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, W
         recompute_layers(model)
     engine = build_engine(model, config, world)
     strategy, view = inputs.strategy, None
-    host: Any = NoTeacher()
-    if strategy.needs_teacher:
-        host = host_teacher(config.paths.teacher, config.teacher, strategy, world)
+    if not strategy.needs_teacher:
+        host = NoTeacher()
+    else:
+        host = host or host_teacher(config.paths.teacher, config.teacher, strategy, world)
         view = TeacherView(
             context=CONTEXTS[config.strategy.teacher_context],
             block=inputs.data.manifest["teacher"]["block"],
@@ -126,6 +128,16 @@ def build(config: DistillConfig, inputs: Inputs, world: World) -> tuple[Parts, W
     )
     parts = Parts(engine=engine, host=host, strategy=strategy, world=world, clock=Clock(world.device))
     return parts, windows
+
+
+def probe(config: DistillConfig, inputs: Inputs, parts: Parts, windows: Windows, state: TrainState) -> None:
+    """Before a run's first step, refuse a teacher that knows no more than chance (``probe_teacher``'s ValueError)."""
+    if state.step or config.teacher.skip_teacher_probe or not inputs.strategy.needs_teacher:
+        return
+    side = inputs.data.manifest["teacher"]
+    mean = probe_teacher(parts, windows(0), side["vocab_size"], config.paths.teacher, side["mask_id"])
+    uniform = -math.log(side["vocab_size"])
+    parts.world.say(f"teacher: {mean:.2f} nats a gold token on the first window; a uniform guess is {uniform:.2f}")
 
 
 def starting_point(config: DistillConfig, inputs: Inputs, parts: Parts) -> TrainState:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tide.ds_config import use_own_ninja
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -77,6 +79,7 @@ def join_world() -> World:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it had to guess
+    use_own_ninja()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -36,7 +36,7 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Chain:
-    """Folders of one tiny chain; ``flags(out, **knobs)`` is a run on it."""
+    """Folders of one tiny chain; ``run(out, **knobs)`` is a run on it."""
 
     root: Path
 
@@ -44,11 +44,16 @@ class Chain:
         names = ("student", "teacher", "bridge", "data")
         return {**{name: str(self.root / name) for name in names}, "out": str(out)}
 
+    def run(self, out: Path, **knobs: Any) -> dict[str, Any]:
+        """The knobs of a small run: SMALL, changed by ``knobs``."""
+        return {**self.paths(out), **SMALL, **knobs}
+
     def flags(self, out: Path, **knobs: Any) -> list[str]:
         """The same run as command-line flags."""
         flags = []
-        for name, value in {**self.paths(out), **SMALL, **knobs}.items():
-            flags += [f"--{name.replace('_', '-')}", str(value)]
+        for name, value in self.run(out, **knobs).items():
+            flag = f"--{name.replace('_', '-')}"
+            flags += [flag] if value is True else [flag, str(value)]
         return flags
 
 
@@ -58,9 +63,10 @@ SMALL: dict[str, Any] = {
     "global_batch": 8,
     "micro_batch": 4,
     "max_steps": 4,
-    "lr": 1e-3,
+    "lr": 3e-3,
     "log_every": 1,
     "save_every": 1000,
+    "skip_teacher_probe": True,  # an untrained teacher knows no more than chance
 }
 
 

@@ -23,19 +23,10 @@ CASES = {
     "tide-shared": {"strategy": "tide-shared", "teacher_context": "block_causal"},
     "tide-bridge": {"strategy": "tide-bridge", "masking": "synchronous", "teacher_context": "staircase"},
 }
-KNOBS = {
-    "precision": "fp32",
-    "teacher_dtype": "fp32",
-    "global_batch": 8,
-    "micro_batch": 4,
-    "max_steps": 5,
-    "lr": 3e-3,
-    "log_every": 1,
-}
 
 
 def losses(chain, out, case):
-    curve = run_on_ranks(train_and_tell, 1, {**chain.paths(out), **KNOBS, **CASES[case]}, timeout=200)[0]
+    curve = run_on_ranks(train_and_tell, 1, chain.run(out, max_steps=5, **CASES[case]), timeout=200)[0]
     return {name: curve[name] for name in ("loss/denoise", "loss/distill")}
 
 

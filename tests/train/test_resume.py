@@ -19,13 +19,8 @@ from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
 KNOBS = {
-    "precision": "fp32",
-    "teacher_dtype": "fp32",
-    "global_batch": 8,
     "micro_batch": 2,
     "max_steps": 6,
-    "lr": 3e-3,
-    "log_every": 1,
     "save_every": 3,
     "keep": 9,
     "temperature": 4.0,
@@ -35,7 +30,7 @@ KNOBS = {
 
 
 def train(chain, out, world, **knobs):
-    return run_on_ranks(train_and_tell, world, {**chain.paths(out), **KNOBS, **knobs}, timeout=280)[0]
+    return run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **knobs}), timeout=280)[0]
 
 
 def all_tensors(run, step):

@@ -14,21 +14,15 @@ STEPS = 20
 
 
 def curve_of(chain, out, world, **knobs):
-    values = run_on_ranks(train_and_tell, world, {**chain.paths(out), **SMALL, **knobs}, timeout=280)
+    values = run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **knobs}), timeout=280)
     assert all(value == values[0] for value in values)
     nats = values[0]["denoise/nats_per_masked_token"]
     assert len(nats) < STEPS or sum(nats[-5:]) < sum(nats[:5]), "it should learn"
     return values[0]["loss/total"]
 
 
-SMALL = {
-    "precision": "fp32",
-    "teacher_dtype": "fp32",
-    "global_batch": 8,
-    "micro_batch": 4,
+KNOBS = {
     "max_steps": STEPS,
-    "lr": 3e-3,
-    "log_every": 1,
     "temperature": 4.0,
     "strategy": "tide-bridge",
 }

@@ -18,12 +18,6 @@ from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
 KNOBS = {
-    "precision": "fp32",
-    "teacher_dtype": "fp32",
-    "global_batch": 8,
-    "micro_batch": 4,
-    "max_steps": 4,
-    "lr": 3e-3,
     "log_every": 2,
 }
 
@@ -61,14 +55,14 @@ def test_held_out_measurements_do_not_depend_on_the_ranks(chain, tmp_path):
     measured = []
     for world in (1, 2):
         out = tmp_path / str(world)
-        run_on_ranks(train_and_tell, world, {**chain.paths(out), **KNOBS, **held_out}, timeout=280)
+        run_on_ranks(train_and_tell, world, chain.run(out, **KNOBS, **held_out), timeout=280)
         measured.append(read_curve(out)["validation/bits_per_byte"])
     assert len(measured[0]) == 2
     torch.testing.assert_close(torch.tensor(measured[1]), torch.tensor(measured[0]), rtol=0, atol=1e-5)
 
 
 def test_logs_hold_what_a_reader_needs(chain, tmp_path):
-    run_on_ranks(train_and_tell, 1, {**chain.paths(tmp_path), **KNOBS, "strategy": "tide-bridge"}, timeout=280)
+    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, strategy="tide-bridge"), timeout=280)
     names = set(read_curve(tmp_path))
     assert {
         "loss/total",
@@ -111,7 +105,7 @@ def disk_full_at_second_save(knobs):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
-    knobs = {**chain.paths(tmp_path), **KNOBS, "save_every": 2, "keep": 1}
+    knobs = chain.run(tmp_path, **KNOBS, save_every=2, keep=1)
     for said in run_on_ranks(disk_full_at_second_save, 2, knobs, timeout=200):
         assert "step-00000004" in said
         assert "No space left on device" in said
@@ -137,12 +131,12 @@ def layer_calls(knobs):
 
 
 def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
-    knobs = {**chain.paths(tmp_path), **KNOBS, "strategy": "calm"}
+    knobs = chain.run(tmp_path, **KNOBS, strategy="calm")
     micro_batches = KNOBS["global_batch"] // KNOBS["micro_batch"]
     assert run_on_ranks(layer_calls, 1, knobs) == [micro_batches]
     assert run_on_ranks(layer_calls, 1, {**knobs, "activation_checkpointing": True}) == [2 * micro_batches]
 
 
 def test_keeps_the_last_checkpoints_only(chain, tmp_path):
-    run_on_ranks(train_and_tell, 1, {**chain.paths(tmp_path), **KNOBS, "save_every": 1, "keep": 2}, timeout=200)
+    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, save_every=1, keep=2), timeout=200)
     assert sorted(path.name for path in tmp_path.glob("*step-*")) == ["step-00000003", "step-00000004"]

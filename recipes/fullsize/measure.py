@@ -1,0 +1,92 @@
+"""What a process takes and what a machine can give: memory watched, bytes read, matmul and disk rates."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tide.models.sections import Sections
+
+MATMUL = 2048  # of the square matrices whose product is timed
+
+
+class Parts:
+    """Seconds, bytes read from disk and peak resident memory of named parts, told as they begin and end."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, dict[str, float]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        print(f"== {name}", flush=True)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+        started, read = time.perf_counter(), bytes_read()
+        yield
+        seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM")
+        self.taken[name] = {"seconds": seconds, "bytes_read": bytes_read() - read, "peak_rss_bytes": peak}
+        print(f"   {seconds:.1f} s, peak {peak / 2**30:.2f} GiB", flush=True)
+
+    @property
+    def peak(self) -> float:
+        """Peak resident bytes over all parts."""
+        return max(part["peak_rss_bytes"] for part in self.taken.values())
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """A memory field of /proc/self/status in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def bytes_read() -> int:
+    """Bytes this process has had fetched from a disk (the page cache does not count)."""
+    line = next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes:"))
+    return int(line.split()[1])
+
+
+def stop_above(limit: int) -> None:
+    """End this process with a clear line, should it hold more than ``limit`` bytes; looked at ten times a second."""
+
+    def watch() -> None:
+        while (held := resident_bytes()) <= limit:
+            time.sleep(0.1)
+        print(f"error: this process holds {held / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f}", flush=True)
+        os._exit(2)
+
+    threading.Thread(target=watch, daemon=True, name="memory").start()
+
+
+def folder_bytes(*folders: Path) -> int:
+    """Bytes that files in these folders take on disk."""
+    return sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:
+    """Floating-point operations a second of a square product, the best of some."""
+    left, right = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return 2 * MATMUL**3 / best
+
+
+def sweep_operations(sections: Sections, shapes: list[tuple[int, int]], rows: int) -> float:
+    """Floating-point operations of one sweep: ``shapes`` (sequences, length) of its micro-batches, ``rows`` scored."""
+    config: Any = sections.config
+    routed = config.num_experts_per_tok / config.num_experts
+    per_token = 0.0
+    for layer in sections.layers:
+        for name, tensor in layer.tensors.items():
+            per_token += 2 * tensor.numel() * (routed if ".experts." in f".{name}." else 1.0)
+    attention = 4 * config.num_attention_heads * config.head_dim * len(sections.layers)
+    head = 2 * config.hidden_size * config.vocab_size * rows
+    return head + sum(n * length * (per_token + attention * length) for n, length in shapes)

@@ -1,0 +1,173 @@
+"""One optimizer step at full size, measured part by part: `recipes/fullsize_cpu_proof.sh` makes what it needs.
+
+The parts are the trainer's own (train.setup, hosting, train_step, checkpoint), put together here so that the teacher's
+shards can be made one at a time and every part can be timed. What follows the options below goes to the trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import report
+from megatron_tide import cli
+from megatron_tide.bridge import load_tokenizer
+from megatron_tide.config import DistillConfig, parse
+from megatron_tide.files import read_json, write_json
+from megatron_tide.hosting.place import DTYPES, host_sections, hosting_settings
+from megatron_tide.models import fresh_model, parameter_count, write_folder
+from megatron_tide.models.sections import sections_of
+from megatron_tide.train import checkpoint, setup
+from megatron_tide.train.checkpoint import TrainState
+from megatron_tide.train.step import global_counts, train_step
+from megatron_tide.train.world import join_world, leave_world
+from recipes.fullsize.measure import (
+    Parts,
+    folder_bytes,
+    matmul_rate,
+    stop_above,
+    sweep_operations,
+)
+from recipes.fullsize.shards import MadeShards
+from tools.init_model import complete
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things lie, below the run folder."""
+
+    run: Path
+
+    @property
+    def student(self) -> Path:
+        return self.run / "student"
+
+    @property
+    def teacher(self) -> Path:
+        return self.run / "teacher"
+
+    @property
+    def trained(self) -> Path:
+        return self.run / "trained"
+
+
+def check_disk(folders: Folders, disk: Path, teacher: dict[str, Any], student: dict[str, Any]) -> int:
+    """Say what is needed, and refuse (ValueError) a disk without it; -> bytes."""
+    teacher_bytes, student_count = 2 * parameter_count(teacher), parameter_count(student)
+    # The teacher where it is hosted, its largest shard beside it; the student as it starts (bf16), and a checkpoint.
+    largest = max(sum(t.numel() for t in layer.tensors.values()) for layer in sections_of(teacher).layers)
+    needed = teacher_bytes + 2 * largest + 2 * student_count + 12 * student_count
+    free = min(shutil.disk_usage(place).free for place in (folders.run, disk))
+    print(f"disk: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
+    if free < needed:
+        raise ValueError(f"{disk}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} free; give DISK, another disk")
+    return needed
+
+
+def make_models(folders: Folders, shapes: dict[str, dict[str, Any]], seed: int) -> None:
+    """The student whole, with random weights; of the teacher all but its weights."""
+    for side, folder in (("student", folders.student), ("teacher", folders.teacher)):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        load_tokenizer(folders.run / "tokenizers" / side).save(folder)
+    write_json(folders.teacher / "config.json", shapes["teacher"])
+    write_folder(fresh_model(shapes["student"], seed), folders.student, torch.bfloat16)
+
+
+def trainer_config(folders: Folders, accumulation: int, flags: list[str]) -> DistillConfig:
+    """The run: TIDE-Cross with CompDemo, micro-batches of one sample, one step."""
+    paths = {"student": folders.student, "teacher": folders.teacher, "bridge": folders.run / "bridge"}
+    paths |= {"data": folders.run / "data", "out": folders.trained}
+    own = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    own += ["--strategy", "tide-cross", "--compdemo", "--activation-checkpointing", "--max-steps", "1"]
+    own += ["--micro-batch", "1", "--global-batch", str(accumulation)]
+    return parse([*own, *flags], "")[0]
+
+
+def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
+    """Host the teacher, take one step, save; -> what was measured."""
+    parts, world = Parts(), join_world()
+    inputs = setup.read_inputs(config, world.size)
+    sections, dtype = sections_of(folders.teacher), DTYPES[config.teacher.teacher_dtype]
+    shards = MadeShards(folders.teacher, sections, dtype, seed)
+    settings = hosting_settings(config.teacher, world.size)
+    nvme = Path(settings["zero_optimization"]["offload_param"]["nvme_path"])
+    with parts("make the teacher's shards and take them in"):
+        host = host_sections(sections, shards, config.teacher, inputs.strategy, world)
+    with parts("student and its engine"):
+        built, windows = setup.build(config, inputs, world, host=host)
+    with parts("first sweep over nothing: DeepSpeed learns the order"):
+        host.engine([])
+    with parts("sweep over nothing: what the disk gives"):
+        host.engine([])
+    window = windows(0)
+    counts, _ = global_counts(window, world, False)
+    with parts("optimizer step"):
+        train_step(built, window, counts, progress=0.0)
+    clock = built.clock.read()
+    disk = folder_bytes(nvme, folders.run)
+    with parts("checkpoint"):
+        checkpoint.save(folders.trained, built.engine, TrainState(step=1, total_steps=1), inputs.run, world, keep=1)
+    taken = parts.taken
+    idle = taken["sweep over nothing: what the disk gives"]
+    asked = [noised.teacher.input_ids.shape for noised in window if noised.teacher is not None]
+    work = sweep_operations(sections, [(n, length) for n, length in asked], sum(len(w.teacher_gold) for w in window))
+    rates = {"matmul_flops": matmul_rate(dtype), "disk_bytes_per_second": idle["bytes_read"] / idle["seconds"]}
+    bounds = {
+        "compute_seconds": work / rates["matmul_flops"],
+        "disk_seconds": taken["optimizer step"]["bytes_read"] / rates["disk_bytes_per_second"],
+    }
+    leave_world()
+    return {
+        "peak_rss_bytes": parts.peak,
+        "disk_bytes": max(disk, folder_bytes(nvme, folders.run)),
+        "teacher_bytes": shards.bytes,
+        "teacher_bytes_read": taken["optimizer step"]["bytes_read"],
+        "teacher_tokens": sum(n * length for n, length in asked),
+        "student_tokens": sum(noised.student.input_ids.numel() for noised in window),
+        "sweep_operations": work,
+        "seconds": {
+            "making the teacher's shards": shards.seconds,
+            **{name: part["seconds"] for name, part in taken.items()},
+            "teacher sweep": clock["teacher"],
+            "student forward, backward, update": clock["student"],
+        },
+        "rates": rates,
+        "limits": {**bounds, "sweep_over_the_slower": clock["teacher"] / max(bounds.values())},
+        "parts": taken,
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the recipe's folder")
+    parser.add_argument("--teacher-shape", type=Path, required=True, metavar="JSON", help="config.json of the teacher")
+    parser.add_argument("--student-shape", type=Path, required=True, metavar="JSON", help="config.json of the student")
+    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches in the step (default: %(default)s)")
+    parser.add_argument("--memory-gib", type=float, default=22.0, help="stop above this (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of weights and noise (default: %(default)s)")
+    arguments, flags = parser.parse_known_args(argv)
+    folders, started = Folders(arguments.run), time.perf_counter()
+    stop_above(int(arguments.memory_gib * 2**30))
+    shapes = {}
+    for side, path in (("student", arguments.student_shape), ("teacher", arguments.teacher_shape)):
+        shapes[side] = complete(read_json(path), load_tokenizer(folders.run / "tokenizers" / side))
+    disk = Path(flags[flags.index("--teacher-nvme") + 1])
+    needed = check_disk(folders, disk, shapes["teacher"], shapes["student"])
+    make_models(folders, shapes, arguments.seed)
+    figures = prove(folders, trainer_config(folders, arguments.accumulation, flags), arguments.seed)
+    counts = {f"{side}_parameters": parameter_count(shape) for side, shape in shapes.items()}
+    figures = {**counts, **figures, "disk_needed_bytes": needed, "seconds_in_all": time.perf_counter() - started}
+    report("fullsize_cpu", figures, arguments.run / "report.json")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    cli.run(main)
