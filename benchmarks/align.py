@@ -1,8 +1,10 @@
 """Alignment of 1,000-token texts: cumulative byte offsets in numpy against a plain Python two-pointer loop, in one run.
 
-Both get what data preparation has, an int32 array of token ids per side, and give what it keeps, an int32 array of
-chunk ids per side. The loop knows each token's bytes by a list lookup, numpy each token's length by a table; neither
-compares bytes. Tokenising is not timed. Texts are Python source, the tokenizers the quickstart's two kinds.
+Both get what data preparation has, an int32 array of token ids per side and text, and give what it keeps, an int32
+array of chunk ids per side and text. The loop takes one text after the other, and knows each token's bytes by a list
+lookup. Numpy takes the texts in data preparation's own groups (TEXTS_AT_ONCE); looking up each token's length in a
+table, laying a group's texts end to end and parting them again is timed with the rest. Neither compares bytes.
+Tokenising is not timed. Texts are Python source, the tokenizers the quickstart's two kinds.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 
 from benchmarks.common import paired_seconds, report
 from megatron_tide import cli
-from megatron_tide.bridge import align_lengths, load_tokenizer
+from megatron_tide.bridge import TEXTS_AT_ONCE, align_batch, load_tokenizer
 from megatron_tide.bridge.byte_table import ByteTable
 from tools.train_tokenizers import train_byte_bpe, train_sentencepiece
 
@@ -75,14 +77,21 @@ def main(argv: list[str]) -> None:
         return [two_pointer(left, right, *pieces) for left, right in sides]
 
     def vectorised() -> list[tuple[np.ndarray, np.ndarray, int]]:
-        return [align_lengths(tables[0].lengths(left), tables[1].lengths(right)) for left, right in sides]
+        aligned = []
+        for start in range(0, len(sides), TEXTS_AT_ONCE):
+            group = sides[start : start + TEXTS_AT_ONCE]
+            students = [tables[0].lengths(left) for left, _ in group]
+            teachers = [tables[1].lengths(right) for _, right in group]
+            aligned.extend(align_batch(students, teachers))
+        return aligned
 
-    for ours, theirs in zip(vectorised(), plain()):
+    for ours, theirs in zip(vectorised(), plain(), strict=True):
         agree = np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1]) and ours[2] == theirs[2]
         assert agree, "the two ways disagree"
     seconds = paired_seconds([plain, vectorised], args.rounds)
     figures = {
         "texts": args.texts,
+        "texts_at_once": TEXTS_AT_ONCE,
         "rounds": args.rounds,
         "student_tokens": int(np.mean([len(left) for left, _ in sides])),
         "teacher_tokens": int(np.mean([len(right) for _, right in sides])),

@@ -9,47 +9,63 @@ tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 UNCOVERED = -2
 """Chunk id of a token that no chunk covers."""
 
+TEXTS_AT_ONCE = 16
+"""Texts for one call of ``align_batch``: many enough for numpy's cost a call, few enough for the processor's caches."""
 
-def align_lengths(student_len: np.ndarray, teacher_len: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Chunk ids of both sides from their tokens' byte lengths, [n_s] and [n_t] integers >= 0 with equal sums.
+Chunks = tuple[np.ndarray, np.ndarray, int]
+"""One text: chunk ids int32 of the student's tokens and of the teacher's, and the number of chunks."""
 
-    Returns ``(student_chunk int32 [n_s], teacher_chunk int32 [n_t], n_chunks)``: ids 0 .. n_chunks - 1, never falling,
-    every id on both sides; chunks tile both sides and end exactly at the common byte boundaries. A token of length 0
-    joins the chunk that goes on at its place, or the last chunk at the very end. Where nothing is spelled, but tokens
-    exist, all of them are one chunk. ValueError where the sums differ.
+
+def align_lengths(student_len: np.ndarray, teacher_len: np.ndarray) -> Chunks:
+    """Chunk ids of both sides from their tokens' byte lengths: ``align_batch`` of one text."""
+    return align_batch([student_len], [teacher_len])[0]
+
+
+def align_batch(student_lens: Sequence[np.ndarray], teacher_lens: Sequence[np.ndarray]) -> list[Chunks]:
+    """Chunk ids of both sides of texts from their tokens' byte lengths: a text's are [n_s] and [n_t] integers >= 0 with
+    equal sums.
+
+    Returns, a text, ``(student_chunk int32 [n_s], teacher_chunk int32 [n_t], n_chunks)``: ids 0 .. n_chunks - 1, never
+    falling, every id on both sides; chunks tile both sides and end exactly at the common byte boundaries. A token of
+    length 0 joins the chunk that goes on at its place, or the last chunk at the very end. Where nothing is spelled, but
+    tokens exist, all of them are one chunk. ValueError with a text's sums where they differ.
+
+    The arrays of a side are views of one. ``TEXTS_AT_ONCE`` says how many texts make good use of a call.
     """
-    student_end = np.add.accumulate(student_len, dtype=np.int64)
-    teacher_end = np.add.accumulate(teacher_len, dtype=np.int64)
-    total = int(student_end[-1]) if len(student_end) else 0
-    teacher_total = int(teacher_end[-1]) if len(teacher_end) else 0
-    if total != teacher_total:
-        raise ValueError(f"cannot align: the student's tokens spell {total} bytes, the teacher's {teacher_total}")
-    if total == 0:
-        chunks = int(len(student_end) + len(teacher_end) > 0)
-        return np.zeros(len(student_end), np.int32), np.zeros(len(teacher_end), np.int32), chunks
+    assert len(student_lens) == len(teacher_lens), "a text has two sides"
+    if not student_lens:
+        return []
+    # Texts lie end to end: each one's end is a common boundary, so no chunk reaches into the next text.
+    student, teacher = _lay(student_lens), _lay(teacher_lens)
+    for mine, theirs in zip(pairwise(student.bytes), pairwise(teacher.bytes)):
+        spelled, other = mine[1] - mine[0], theirs[1] - theirs[0]
+        if spelled != other:
+            raise ValueError(f"cannot align: the student's tokens spell {spelled} bytes, the teacher's {other}")
     # By byte offset: does a token of the student end here, does one of the teacher, do both?
+    total = student.bytes[-1]
     common, teacher_ends = np.zeros(total + 1, np.bool_), np.zeros(total + 1, np.bool_)
-    common[student_end] = True
-    teacher_ends[teacher_end] = True
+    common[student.end] = True
+    teacher_ends[teacher.end] = True
     common &= teacher_ends
-    common[0] = False
-    chunks = int(np.count_nonzero(common))
-    student_chunk = _chunk_ids(common[student_end], student_len, chunks)
-    teacher_chunk = _chunk_ids(common[teacher_end], teacher_len, chunks)
-    return student_chunk, teacher_chunk, chunks
+    chunks = [int(np.count_nonzero(common[start + 1 : stop + 1])) for start, stop in pairwise(student.bytes)]
+    sides = zip(_chunk_ids(common, student, chunks), _chunk_ids(common, teacher, chunks))
+    # Tokens that spell nothing end nowhere, yet they are a chunk.
+    return [(left, right, count or int(len(left) + len(right) > 0)) for (left, right), count in zip(sides, chunks)]
 
 
 def align(student_pieces: Sequence[bytes], teacher_pieces: Sequence[bytes]) -> np.ndarray:
     """Align two lists of bytes, one item a token; int64 [C, 4] of (student start, student end, teacher start, teacher
     end).
 
-    The form for people and checks; data preparation works on ids and byte-length tables (``align_lengths``). Rows tile
+    The form for people and checks; data preparation works on ids and byte-length tables (``align_batch``). Rows tile
     both lists in order. ValueError where the joined bytes differ.
     """
     student_bytes, teacher_bytes = b"".join(student_pieces), b"".join(teacher_pieces)
@@ -108,12 +124,39 @@ def common_prefix(left: bytes, right: bytes) -> int:
     return int(unequal.argmax()) if unequal.any() else size
 
 
-def _chunk_ids(closes: np.ndarray, lengths: np.ndarray, chunks: int) -> np.ndarray:
-    step = closes.astype(np.int32)
-    ids = np.add.accumulate(step, dtype=np.int32)
-    if ids[-1] != chunks:
+class _Side(NamedTuple):
+    """One side of T texts, end to end: ``length`` and ``end`` [n] of each token, in bytes; ``tokens`` and ``bytes``
+    [T + 1], where each text starts and the last one ends.
+    """
+
+    length: np.ndarray
+    end: np.ndarray
+    tokens: list[int]
+    bytes: list[int]
+
+
+def _lay(lengths: Sequence[np.ndarray]) -> _Side:
+    length = np.concatenate(lengths)
+    end = np.add.accumulate(length, dtype=np.int64)
+    tokens = [0, *accumulate(map(len, lengths))]
+    return _Side(length, end, tokens, [int(end[stop - 1]) if stop else 0 for stop in tokens])
+
+
+def _chunk_ids(common: np.ndarray, side: _Side, chunks: list[int]) -> list[np.ndarray]:
+    """Chunk id of each token, text by text: the number of its text's ``chunks`` [T] that end before it."""
+    closes = common[side.end]
+    plain = np.count_nonzero(closes) == sum(chunks)
+    if not plain:
         # A token of length 0 at a boundary ended the chunk once more; only tokens with bytes may.
-        step *= lengths > 0
-        return np.minimum(np.add.accumulate(step, dtype=np.int32) - step, np.int32(chunks - 1))
-    ids -= step
-    return ids
+        closes &= side.length > 0
+    ids = np.zeros(len(closes), np.int32)
+    ids[1:] = closes[:-1]
+    for start, count in zip(side.tokens[1:], chunks):
+        if start < len(ids):
+            ids[start] -= count  # every text counts from 0
+    np.add.accumulate(ids, out=ids)
+    if not plain:
+        # Tokens of length 0 after a text's last chunk belong to it.
+        last = np.maximum(np.array(chunks, np.int32) - 1, 0)
+        np.minimum(ids, np.repeat(last, np.diff(side.tokens)), out=ids)
+    return [ids[start:stop] for start, stop in pairwise(side.tokens)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from megatron_tide.bridge.align import align_ends, align_lengths, common_prefix
+from megatron_tide.bridge.align import TEXTS_AT_ONCE, align_batch, align_ends, common_prefix
 from megatron_tide.bridge.tokenizer import Spelling, TextTokenizer
 from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
 from megatron_tide.files import atomic_write, write_json
@@ -30,6 +31,20 @@ VOCAB_MAP = "vocab_map.safetensors"
 _SIDES = ("student", "teacher")
 _IDENTITY = ("fingerprint", "vocab_size", "mask_id", "eos_id", "pad_id")
 _DECIDES = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A text's tokens on both sides, not aligned yet."""
+
+    text: str
+    student: Spelling
+    teacher: Spelling
+
+    @classmethod
+    def of(cls, student: TextTokenizer, teacher: TextTokenizer, text: str) -> Spelled:
+        """Tokenise ``text``, ordinary text without special tokens; ValueError where a tokenizer refuses it."""
+        return cls(text, student.spell(text), teacher.spell(text))
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class Aligned:
 
 class Bridge:
     """Two tokenizers' common ground. Make one with ``build`` or ``load``; the latter needs ``check`` before
-    ``align_text``.
+    it aligns.
     """
 
     def __init__(
@@ -135,8 +150,8 @@ class Bridge:
             self._compare(side, tokenizer, {"fingerprint": tokenizer.fingerprint})
 
     def check(self, student: TextTokenizer, teacher: TextTokenizer) -> Bridge:
-        """Refuse (ValueError) other tokenizers than those it was built for, or with other special tokens;
-        ``align_text`` uses them from then on.
+        """Refuse (ValueError) other tokenizers than those it was built for, or with other special tokens; it
+        aligns with them from then on.
         """
         self.check_vocabularies(student, teacher)
         for side, tokenizer in zip(_SIDES, (student, teacher)):
@@ -184,36 +199,78 @@ class Bridge:
                 "spell one text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
             )
 
-    def align_text(self, text: str) -> Aligned:
-        """Tokenise ``text`` on both sides and align; ordinary text, no special tokens.
+    def spell(self, text: str) -> Spelled:
+        """Tokenise ``text`` on both sides: ordinary text, no special tokens. ValueError where a side refuses it."""
+        return Spelled.of(*self._checked(), text)
+
+    def align(self, spelled: Sequence[Spelled]) -> list[Aligned]:
+        """Align texts, in order; a call costs least a text with TEXTS_AT_ONCE of them.
 
         Where the two sides spell different bytes (one normalises, or has no token for a character), chunks cover the
         longest common beginning and end. A shared tokenizer's tokens are one chunk each.
         """
+        return align_spelled(*self._checked(), spelled, same=self.shared)
+
+    def align_texts(self, texts: Iterable[str]) -> list[Aligned]:
+        """``spell`` and ``align``."""
+        return self.align([self.spell(text) for text in texts])
+
+    def align_text(self, text: str) -> Aligned:
+        """``align_texts`` of one text."""
+        return self.align_texts([text])[0]
+
+    def _checked(self) -> tuple[TextTokenizer, TextTokenizer]:
         if self._tokenizers is None:
             raise ValueError("the bridge was loaded without tokenizers; call check(student, teacher) first")
-        return align_text(*self._tokenizers, text, same=self.shared)
+        return self._tokenizers
 
 
 def align_text(student: TextTokenizer, teacher: TextTokenizer, text: str, *, same: bool = False) -> Aligned:
-    """``Bridge.align_text`` for two tokenizers without a bridge. ``same``: an id means the same on both sides."""
-    left, right = student.spell(text), teacher.spell(text)
-    if same and np.array_equal(left.ids, right.ids):
-        # Token by token, so that one without bytes of its own (a lone dummy prefix) is a chunk too.
-        chunk, size = np.arange(len(left.ids), dtype=np.int32), len(left.data)
-        return Aligned(left.ids, right.ids, chunk, chunk.copy(), len(chunk), size, size)
-    raw = text.encode("utf-8")
-    if left.data == right.data and (left.data == raw or not _unspelled(left, right, student, teacher)):
-        student_chunk, teacher_chunk, chunks = align_lengths(left.lengths, right.lengths)
-        size = len(left.data)
-        return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, size, size)
-    strings, total = [left.data, right.data], max(len(left.data), len(right.data))
-    if _unspelled(left, right, student, teacher):
+    """``align_texts`` of one text."""
+    return align_texts(student, teacher, [text], same=same)[0]
+
+
+def align_texts(
+    student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str], *, same: bool = False
+) -> list[Aligned]:
+    """``Bridge.align_texts`` for two tokenizers without a bridge. ``same``: an id means the same on both sides."""
+    return align_spelled(student, teacher, [Spelled.of(student, teacher, text) for text in texts], same=same)
+
+
+def align_spelled(
+    student: TextTokenizer, teacher: TextTokenizer, spelled: Sequence[Spelled], *, same: bool = False
+) -> list[Aligned]:
+    """``Bridge.align`` for two tokenizers without a bridge. ``same``: an id means the same on both sides."""
+    aligned: dict[int, Aligned] = {}
+    agreeing: list[int] = []
+    for place, both in enumerate(spelled):
+        left, right = both.student, both.teacher
+        if same and np.array_equal(left.ids, right.ids):
+            # Token by token, so that one without bytes of its own (a lone dummy prefix) is a chunk too.
+            chunk, size = np.arange(len(left.ids), dtype=np.int32), len(left.data)
+            aligned[place] = Aligned(left.ids, right.ids, chunk, chunk.copy(), len(chunk), size, size)
+            continue
+        raw = both.text.encode("utf-8")
         # Two sides that both skip a character agree with each other there, yet neither says it.
-        strings.append(raw)
-        total = max(total, len(raw))
-    head = min(common_prefix(left.data, other) for other in strings[1:])
-    tail = min(common_prefix(left.data[head:][::-1], other[head:][::-1]) for other in strings[1:])
+        skipping = not left.data == right.data == raw and _unspelled(left, right, student, teacher)
+        if left.data == right.data and not skipping:
+            agreeing.append(place)
+        else:
+            aligned[place] = _align_ends(left, right, [raw] if skipping else [])
+    student_lens = [spelled[place].student.lengths for place in agreeing]
+    teacher_lens = [spelled[place].teacher.lengths for place in agreeing]
+    for place, chunks in zip(agreeing, align_batch(student_lens, teacher_lens)):
+        left, right = spelled[place].student, spelled[place].teacher
+        aligned[place] = Aligned(left.ids, right.ids, *chunks, len(left.data), len(left.data))
+    return [aligned[place] for place in range(len(spelled))]
+
+
+def _align_ends(left: Spelling, right: Spelling, said: Sequence[bytes]) -> Aligned:
+    """Chunks of the beginning and the end that both sides share with each other, and with what was ``said``."""
+    strings = [right.data, *said]
+    total = max(len(string) for string in (left.data, *strings))
+    head = min(common_prefix(left.data, other) for other in strings)
+    tail = min(common_prefix(left.data[head:][::-1], other[head:][::-1]) for other in strings)
     student_chunk, teacher_chunk, chunks, covered = align_ends(left.lengths, right.lengths, head, tail)
     return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, covered, total)
 
@@ -229,8 +286,7 @@ def _measure(
         ("texts", "bytes", "covered_bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one"), 0
     )
     same_ids = True
-    for text in texts:
-        aligned = align_text(student, teacher, text, same=same)
+    for aligned in _aligned(student, teacher, texts, same):
         same_ids = same_ids and np.array_equal(aligned.student_ids, aligned.teacher_ids)
         totals["texts"] += 1
         totals["bytes"] += aligned.total_bytes
@@ -240,6 +296,12 @@ def _measure(
         totals["chunks"] += aligned.n_chunks
         totals["one_to_one"] += aligned.one_to_one()
     return {**totals, "coverage": totals["covered_bytes"] / max(totals["bytes"], 1)}, same_ids
+
+
+def _aligned(student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str], same: bool) -> Iterator[Aligned]:
+    remaining = iter(texts)
+    while group := list(islice(remaining, TEXTS_AT_ONCE)):
+        yield from align_texts(student, teacher, group, same=same)
 
 
 def _tokens_per_chunk(chunk: np.ndarray, chunks: int) -> np.ndarray:

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.data.encode import REFUSED, Encoder
+from megatron_tide.bridge import TEXTS_AT_ONCE
+from megatron_tide.data.chat import Message
+from megatron_tide.data.encode import Dropped, Encoded, Encoder
 from megatron_tide.data.progress import Progress
 from megatron_tide.data.shard import Sample, read_header, shard_name, write_shard
 from megatron_tide.data.sources import Mixture
 from megatron_tide.files import fingerprint
 
 TOO_LONG = "more characters than max_chars"
-_COUNT_EVERY = 32  # rows between two updates of the shared counter
 _POLL_SECONDS = 0.5
 
 
@@ -70,28 +71,36 @@ def build_shard(job: Job, number: int, counter: Any = None) -> None:
     record: dict[str, Any] = {"settings": fingerprint(job.settings), "number": number, "example": None}
     totals: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
-    for position in job.rows(number):
-        spec, messages = job.mixture.conversation(position)
-        totals["read"] += 1
-        if counter is not None and totals["read"] % _COUNT_EVERY == 0:
+    rows = job.rows(number)
+    for start in range(0, len(rows), TEXTS_AT_ONCE):
+        group = rows[start : start + TEXTS_AT_ONCE]
+        for row in _encode(job, group):
+            if isinstance(row, Dropped):
+                dropped[row.reason] += 1
+                record["example"] = record["example"] or row.error
+                continue
+            samples.append(row.sample)
+            totals["truncated"] += row.truncated
+            totals["covered_bytes"] += row.covered_bytes
+            totals["total_bytes"] += row.total_bytes
+        totals["read"] += len(group)
+        if counter is not None:
             with counter.get_lock():
-                counter.value += _COUNT_EVERY
-        if spec.max_chars is not None and sum(len(message["content"]) for message in messages) > spec.max_chars:
-            dropped[TOO_LONG] += 1
-            continue
-        try:
-            encoded = job.encoder.encode(int(job.mixture.key[position]), messages)
-        except ValueError as error:  # one odd conversation does not stop a mixture of millions; it is counted
-            record["example"] = record["example"] or str(error)
-            encoded = REFUSED
-        if isinstance(encoded, str):
-            dropped[encoded] += 1
-            continue
-        samples.append(encoded.sample)
-        totals["truncated"] += encoded.truncated
-        totals["covered_bytes"] += encoded.covered_bytes
-        totals["total_bytes"] += encoded.total_bytes
+                counter.value += len(group)
     write_shard(job.path(number), samples, record | {"totals": totals, "dropped": dropped})
+
+
+def _encode(job: Job, positions: range) -> list[Encoded | Dropped]:
+    """What comes of the rows at ``positions`` of the mixture; those that are too long first, the others in order."""
+    long: list[Encoded | Dropped] = []
+    rows: list[tuple[int, list[Message]]] = []
+    for position in positions:
+        spec, messages = job.mixture.conversation(position)
+        if spec.max_chars is not None and sum(len(message["content"]) for message in messages) > spec.max_chars:
+            long.append(Dropped(TOO_LONG))
+        else:
+            rows.append((int(job.mixture.key[position]), messages))
+    return long + job.encoder.encode_rows(rows)
 
 
 def build_missing(job: Job, missing: Sequence[int], workers: int) -> None:

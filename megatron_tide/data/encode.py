@@ -1,4 +1,4 @@
-"""One conversation -> one sample: prompts by each side's template, the response in chunks, EOS fill, truncation.
+"""Conversations -> samples, one each: prompts by each side's template, the response in chunks, EOS fill, truncation.
 
 The response is tokenised on its own, never inside the rendered template, so chunks need no re-decoding and the
 template's text is never aligned. The prompt is tokenised exactly as generation will do it.
@@ -6,14 +6,14 @@ template's text is never aligned. The prompt is tokenised exactly as generation 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.bridge import Bridge, TextTokenizer
+from megatron_tide.bridge import Aligned, Bridge, Spelled, TextTokenizer
 from megatron_tide.data.chat import Message, split_response
 from megatron_tide.data.shard import PROMPT, UNCOVERED, Sample, Side
 
@@ -65,6 +65,23 @@ class Encoded:
     total_bytes: int
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Why a row gives no sample; ``error``: what the tokenizer or template said that refused it."""
+
+    reason: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of two-sided data before its alignment: the prompt's ids by side, the response's tokens."""
+
+    key: int
+    prompts: Mapping[str, Ids]
+    response: Spelled
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Turns conversations into samples. Without teacher and bridge the data are one-sided: nothing is aligned."""
@@ -73,24 +90,34 @@ class Encoder:
     teacher: SideSettings | None = None
     bridge: Bridge | None = None
 
-    def encode(self, key: int, messages: list[Message]) -> Encoded | str:
-        """The sample of a conversation; or, as a string, why there is none.
+    def encode_rows(self, rows: Sequence[tuple[int, list[Message]]]) -> list[Encoded | Dropped]:
+        """The sample of each (key, conversation), or why there is none; in order.
 
-        A row that a tokenizer or a chat template refuses raises ValueError.
+        The responses are aligned in one go: ``bridge.TEXTS_AT_ONCE`` rows make good use of it. How rows are grouped
+        does not change what comes of them.
         """
+        read = [self._read(key, messages) for key, messages in rows]
+        responses = [row.response for row in read if isinstance(row, _Row)]
+        aligned = iter(self.bridge.align(responses) if self.bridge else [])
+        return [self._two_sided(row, next(aligned)) if isinstance(row, _Row) else row for row in read]
+
+    def _read(self, key: int, messages: list[Message]) -> _Row | Encoded | Dropped:
+        """All of a row's work before the alignment; of a one-sided row, all of its work."""
         split = split_response(messages)
         if isinstance(split, str):
-            return split
+            return Dropped(split)
         prompt, response = split
-        if self.teacher is None or self.bridge is None:
-            return _one_sided(key, self.student, _prompt(self.student, prompt), response)
-        prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
-        return self._two_sided(key, prompts, response)
+        try:
+            if self.teacher is None or self.bridge is None:
+                return _one_sided(key, self.student, _prompt(self.student, prompt), response)
+            prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
+            return _Row(key, prompts, self.bridge.spell(response))
+        except ValueError as error:  # one odd conversation does not stop a mixture of millions; it is counted
+            return Dropped(REFUSED, str(error))
 
-    def _two_sided(self, key: int, prompts: Mapping[str, Ids], response: str) -> Encoded | str:
+    def _two_sided(self, row: _Row, aligned: Aligned) -> Encoded | Dropped:
         assert self.teacher is not None
-        assert self.bridge is not None
-        aligned = self.bridge.align_text(response)
+        prompts, response = row.prompts, row.response.text
         settings = {"student": self.student, "teacher": self.teacher}
         ids = {"student": aligned.student_ids, "teacher": aligned.teacher_ids}
         chunk = {"student": aligned.student_chunk, "teacher": aligned.teacher_chunk}
@@ -105,12 +132,12 @@ class Encoder:
             ends = {name: chunk_ends(chunk[name], aligned.n_chunks) for name in settings}
             chunks = min(int(np.searchsorted(ends[name], room[name], side="right")) for name in settings)
             if not chunks:
-                return NO_ROOM
+                return Dropped(NO_ROOM)
             kept = {name: int(ends[name][chunks - 1]) for name in settings}
             sides = {n: _cut(prompts[n], ids[n][: kept[n]], chunk[n][: kept[n]]) for n in settings}
             spelled = _bytes(self.student, ids["student"], kept["student"])
         sample = Sample(
-            key=key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=spelled
+            key=row.key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=spelled
         )
         return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes)
 
@@ -123,7 +150,7 @@ def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:
     return ends
 
 
-def _one_sided(key: int, side: SideSettings, prompt: Ids, response: str) -> Encoded | str:
+def _one_sided(key: int, side: SideSettings, prompt: Ids, response: str) -> Encoded | Dropped:
     ids = side.tokenizer.encode(response)
     chunk = np.full(len(ids), UNCOVERED, np.int32)
     room = side.length - len(prompt)
@@ -131,7 +158,7 @@ def _one_sided(key: int, side: SideSettings, prompt: Ids, response: str) -> Enco
     if len(ids) < room:
         student, spelled = _complete(side, prompt, ids, chunk, UNCOVERED, UNCOVERED), total
     elif room < 1:
-        return NO_ROOM
+        return Dropped(NO_ROOM)
     else:
         student, spelled = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
     sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=spelled)

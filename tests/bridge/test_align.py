@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_tide.bridge import align, align_lengths
+from megatron_tide.bridge import align, align_batch, align_lengths
 from megatron_tide.bridge.align import UNCOVERED, align_ends, common_prefix
 from tests.reference.align import chunk_ids, spans
 
@@ -29,6 +29,28 @@ def test_chunks_are_the_definition(data: bytes, left: list[int], right: list[int
     assert (student_chunk.tolist(), teacher_chunk.tolist(), chunks) == chunk_ids(*(side.tolist() for side in lengths))
     assert student_chunk.dtype == teacher_chunk.dtype == np.int32
     assert align(student, teacher).tolist() == [list(row) for row in spans(student, teacher)]
+
+
+@st.composite
+def text_lengths(draw: st.DrawFn) -> list[np.ndarray]:
+    """Byte lengths of a text's tokens on both sides: tokens, sides and texts without bytes are among them."""
+    data = bytes(draw(st.integers(0, 12)))
+    sides = [cut(data, draw(PLACES)) if data or draw(st.booleans()) else [] for _ in range(2)]
+    return [np.array([len(piece) for piece in side], dtype=np.int64) for side in sides]
+
+
+@given(st.lists(text_lengths(), max_size=6))
+def test_texts_aligned_at_once_are_each_the_definition(texts: list[list[np.ndarray]]) -> None:
+    students, teachers = [text[0] for text in texts], [text[1] for text in texts]
+    copies = [side.copy() for side in students + teachers]
+    batch = align_batch(students, teachers)
+    assert len(batch) == len(texts)
+    for student, teacher, found in zip(students, teachers, batch):
+        for student_chunk, teacher_chunk, chunks in (found, align_lengths(student, teacher)):
+            expected = chunk_ids(student.tolist(), teacher.tolist())
+            assert (student_chunk.tolist(), teacher_chunk.tolist(), chunks) == expected
+            assert student_chunk.dtype == teacher_chunk.dtype == np.int32
+    assert all(np.array_equal(side, copy) for side, copy in zip(students + teachers, copies))
 
 
 @given(st.binary(min_size=1, max_size=60), PLACES, PLACES)
@@ -83,6 +105,11 @@ def test_different_bytes_are_refused_with_the_place() -> None:
         align([b"abc", b"d"], [b"abc", b"e"])
     with pytest.raises(ValueError, match="4 bytes, the teacher's 5"):
         align_lengths(np.array([4]), np.array([2, 3]))
+    # Sums that agree over all texts do not make up for a text whose own do not.
+    with pytest.raises(ValueError, match="spell 2 bytes, the teacher's 1"):
+        align_batch([np.array([3]), np.array([2])], [np.array([3]), np.array([1])])
+    with pytest.raises(ValueError, match="spell 2 bytes, the teacher's 1"):
+        align_batch([np.array([2]), np.array([1])], [np.array([1]), np.array([2])])
 
 
 def test_nothing_on_both_sides_and_nothing_on_one() -> None:

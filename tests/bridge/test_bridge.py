@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from megatron_tide.bridge import Aligned, Bridge, TextTokenizer, align_text, load_tokenizer
+from megatron_tide.bridge import Aligned, Bridge, TextTokenizer, align_text, align_texts, load_tokenizer
 from tests.bridge.texts import DECOMPOSED, HARD_TEXTS
 from tests.support.tokenizers import TEXTS, train_byte_bpe
 
@@ -190,6 +190,20 @@ def test_normalisation_on_one_side_uncovers_the_middle(tmp_path: Path, folders: 
     assert covered.startswith("plain words")
     assert covered.endswith("then plain words")
     assert "\u0301" not in covered
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_texts_aligned_at_once_are_each_aligned_alone(tmp_path: Path, folders: Mapping[str, Path], same: bool) -> None:
+    student = normalising(tmp_path, folders["student"])
+    teacher = student if same else load_tokenizer(folders["prefixed"])
+    texts = [TEXTS[0], DECOMPOSED, "", TEXTS[1] + DECOMPOSED + TEXTS[2], " two", TEXTS[3]]
+    together = align_texts(student, teacher, texts, same=same)
+    assert len(together) == len(texts)
+    for text, aligned in zip(texts, together):
+        alone = align_text(student, teacher, text, same=same)
+        assert {name: np.asarray(value).tolist() for name, value in vars(aligned).items()} == {
+            name: np.asarray(value).tolist() for name, value in vars(alone).items()
+        }
 
 
 def test_normalisation_on_both_sides_is_covered(tmp_path: Path, folders: Mapping[str, Path]) -> None:

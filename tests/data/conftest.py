@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
-from megatron_tide.data.encode import Encoder, SideSettings
+from megatron_tide.data.chat import Message
+from megatron_tide.data.encode import Dropped, Encoded, Encoder, SideSettings
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
 
 
@@ -49,6 +50,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     bridge = Bridge.build(student, teacher, TEXTS)
     bridge.save(folder / "bridge")
     return Pair(student_path, teacher_path, folder / "bridge", student, teacher, bridge)
+
+
+def encode(encoder: Encoder, messages: list[Message], key: int = 0) -> Encoded | Dropped:
+    """What comes of one row."""
+    (row,) = encoder.encode_rows([(key, messages)])
+    return row
 
 
 def conversation(number: int) -> list[dict[str, str]]:

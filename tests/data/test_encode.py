@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.data import PROMPT, UNCOVERED, Sample, Side
-from megatron_tide.data.chat import Message
-from megatron_tide.data.encode import NO_ROOM, Encoded, SideSettings, chunk_ends
-from tests.data.conftest import Pair
+from megatron_tide.data.chat import EMPTY_RESPONSE, NO_ASSISTANT, Message
+from megatron_tide.data.encode import NO_ROOM, REFUSED, Dropped, Encoded, SideSettings, chunk_ends
+from megatron_tide.data.shard import pack
+from tests.data.conftest import Pair, conversation, encode
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60) | st.lists(
     st.sampled_from(["return left", "\n    ", "name", "世界", "🏳️‍🌈", "\r\n", "\t", " "]), min_size=1, max_size=40
@@ -34,9 +35,9 @@ def test_truncation_keeps_the_most_whole_chunks_that_fit_both_sides(
     pair: Pair, response: str, student_length: int, teacher_length: int
 ) -> None:
     encoder = pair.encoder(8 * student_length, 16 * teacher_length)
-    encoded = encoder.encode(0, _messages(response))
+    encoded = encode(encoder, _messages(response))
     if not response.strip():
-        assert isinstance(encoded, str)
+        assert encoded == Dropped(EMPTY_RESPONSE)
         return
     aligned = pair.bridge.align_text(response)
     prompts = [len(_prompt(pair, name)) for name in ("student", "teacher")]
@@ -46,7 +47,7 @@ def test_truncation_keeps_the_most_whole_chunks_that_fit_both_sides(
     fits = [c for c in range(1, aligned.n_chunks + 1) if all(end[c - 1] <= r for end, r in zip(ends, room))]
     complete = all(len(ids) + 1 <= r for ids, r in zip(whole, room))
     if not complete and not fits:
-        assert encoded == NO_ROOM
+        assert encoded == Dropped(NO_ROOM)
         return
     assert isinstance(encoded, Encoded)
     sample, teacher = encoded.sample, encoded.sample.teacher
@@ -110,7 +111,7 @@ def test_prompts_are_what_generation_feeds_the_models(pair: Pair) -> None:
         {"role": "assistant", "content": "No."},
         {"role": "user", "content": "Please."},
     ]
-    encoded = pair.encoder(512, 512).encode(3, [*history, {"role": "assistant", "content": "print(1)"}])
+    encoded = encode(pair.encoder(512, 512), [*history, {"role": "assistant", "content": "print(1)"}], key=3)
     assert isinstance(encoded, Encoded)
     assert encoded.sample.key == 3
     for name in ("student", "teacher"):
@@ -120,7 +121,7 @@ def test_prompts_are_what_generation_feeds_the_models(pair: Pair) -> None:
 
 
 def test_special_strings_in_a_response_stay_text(pair: Pair) -> None:
-    encoded = pair.encoder(512, 512).encode(0, _messages("a <|mask|> and <|im_end|> b"))
+    encoded = encode(pair.encoder(512, 512), _messages("a <|mask|> and <|im_end|> b"))
     assert isinstance(encoded, Encoded)
     side = encoded.sample.student
     content = side.ids[side.prompt : side.content_end].tolist()
@@ -131,7 +132,7 @@ def test_a_response_that_fills_its_blocks_gets_one_block_more_for_its_end(pair: 
     one = pair.one_sided(512)
     lengths = set()
     for words in range(1, 30):
-        encoded = one.encode(0, _messages("x" * words))
+        encoded = encode(one, _messages("x" * words))
         assert isinstance(encoded, Encoded)
         side = encoded.sample.student
         assert 1 <= len(side.ids) - side.content_end <= 8
@@ -146,7 +147,7 @@ def test_a_response_that_leaves_no_place_for_its_end_is_cut(pair: Pair, two_side
     for count in range(1, 64):
         response = "@" * count
         left = 64 - prompt - len(pair.student.encode(response))
-        encoded = encoder.encode(0, _messages(response))
+        encoded = encode(encoder, _messages(response))
         assert isinstance(encoded, Encoded)
         assert encoded.truncated == (left < 1)
         assert len(encoded.sample.student.ids) <= 64
@@ -157,10 +158,10 @@ def test_a_response_that_leaves_no_place_for_its_end_is_cut(pair: Pair, two_side
 @settings(max_examples=60, deadline=None)
 @given(response=TEXT.filter(str.strip), length=st.integers(2, 12))
 def test_one_sided_data_have_no_chunks_and_use_all_the_room(pair: Pair, response: str, length: int) -> None:
-    encoded = pair.one_sided(8 * length).encode(0, _messages(response))
+    encoded = encode(pair.one_sided(8 * length), _messages(response))
     prompt, ids = len(_prompt(pair, "student")), pair.student.encode(response)
     if 8 * length <= prompt:
-        assert encoded == NO_ROOM
+        assert encoded == Dropped(NO_ROOM)
         return
     assert isinstance(encoded, Encoded)
     side = encoded.sample.student
@@ -171,6 +172,47 @@ def test_one_sided_data_have_no_chunks_and_use_all_the_room(pair: Pair, response
     assert np.array_equal(side.ids[prompt : prompt + kept], ids[:kept])
     assert encoded.truncated == (prompt + len(ids) + 1 > 8 * length)
     assert side.content_end == prompt + kept - encoded.truncated
+
+
+def _plain(row: Encoded | Dropped) -> object:
+    """All of a row as values that ``==`` compares."""
+    if isinstance(row, Dropped):
+        return row
+    arrays = {name: array.tolist() for name, array in pack([row.sample]).items()}
+    return arrays, row.truncated, row.covered_bytes, row.total_bytes
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_how_rows_are_grouped_does_not_matter(pair: Pair, two_sided: bool) -> None:
+    encoder = pair.encoder() if two_sided else pair.one_sided()
+    rows = [(number, conversation(number)) for number in range(40)]
+    rows[3:3] = [(100, [{"role": "user", "content": "Hi"}]), (101, _messages("x", "word " * 200))]
+    alone = [encode(encoder, messages, key) for key, messages in rows]
+    assert {row.reason for row in alone if isinstance(row, Dropped)} == {NO_ASSISTANT, NO_ROOM}
+    assert {row.truncated for row in alone if isinstance(row, Encoded)} == {True, False}
+    for size in (2, 16, len(rows)):
+        grouped = [row for at in range(0, len(rows), size) for row in encoder.encode_rows(rows[at : at + size])]
+        assert [_plain(row) for row in grouped] == [_plain(row) for row in alone]
+    assert encoder.encode_rows([]) == []
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_a_refused_row_leaves_its_group_as_it_is(pair: Pair, two_sided: bool) -> None:
+    encoder = pair.encoder() if two_sided else pair.one_sided()
+    rows = [(number, conversation(number)) for number in range(5)]
+    refused = {2: _messages("half a pair: \ud800"), 4: _messages("print(1)", "half a pair: \ud800")}
+    for place, messages in refused.items():
+        rows.insert(place, (100 + place, messages))
+    found = encoder.encode_rows(rows)
+    for place, ((key, messages), row) in enumerate(zip(rows, found, strict=True)):
+        if place in refused:
+            assert isinstance(row, Dropped)
+            assert row.reason == REFUSED
+            assert row.error
+            assert "surrogate" in row.error
+        else:
+            assert isinstance(row, Encoded)
+            assert _plain(row) == _plain(encode(encoder, messages, key))
 
 
 @pytest.mark.parametrize(("length", "block"), [(60, 32), (16, 32), (0, 32), (64, 0)])

@@ -19,9 +19,10 @@ import pytest
 
 from megatron_tide.data import PreparedData, prepare
 from megatron_tide.data.build import Job, build_shard
+from megatron_tide.data.encode import Encoded
 from megatron_tide.data.prepare import main
 from megatron_tide.data.shard import shard_name
-from tests.data.conftest import Pair, conversation, write_jsonl
+from tests.data.conftest import Pair, conversation, encode, write_jsonl
 
 Chats = Callable[[int], Path]
 LENGTHS = ["--student-length", "64", "--teacher-length", "128", "--student-block", "8", "--teacher-block", "16"]
@@ -55,8 +56,8 @@ def test_a_prepared_folder_holds_what_the_settings_say(pair: Pair, chats: Chats,
     assert data.manifest["tokens"]["student"] == int(data.stats.student_length.sum())
     encoder = pair.encoder()
     for i in range(len(data)):
-        encoded = encoder.encode(0, conversation(int(data.stats.keys[i])))
-        assert not isinstance(encoded, str)
+        encoded = encode(encoder, conversation(int(data.stats.keys[i])))
+        assert isinstance(encoded, Encoded)
         assert encoded.sample.student.ids.tolist() == data.sample(i).student.ids.tolist()
 
 

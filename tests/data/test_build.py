@@ -1,0 +1,41 @@
+"""One shard: every row counted, those without a sample by their reason, the others in order."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.bridge import TEXTS_AT_ONCE
+from megatron_tide.data.build import TOO_LONG, Job, build_shard
+from megatron_tide.data.encode import REFUSED
+from megatron_tide.data.shard import read_header
+from megatron_tide.data.sources import open_mixture
+from tests.data.conftest import Pair, conversation
+
+ROWS = 2 * TEXTS_AT_ONCE + 5
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_rows_without_a_sample_are_counted_and_the_others_stay_in_order(
+    pair: Pair, tmp_path: Path, two_sided: bool
+) -> None:
+    rows = [{"messages": conversation(number)} for number in range(ROWS)]
+    without = {1: "x" * 3000, 2: "abc\ud800", 3: "abcdef\ud800", TEXTS_AT_ONCE + 3: "a\ud800"}
+    for place, response in without.items():
+        rows[place]["messages"][-1]["content"] = response
+    # Half a surrogate pair has no UTF-8; JSON's own escape can say it.
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"sources": [{"path": "rows.jsonl", "max_chars": 2000}]}))
+    encoder = pair.encoder() if two_sided else pair.one_sided()
+    job = Job(mixture=open_mixture([str(mixture)]), encoder=encoder, shard_rows=ROWS, out=tmp_path, settings={})
+    counter = multiprocessing.get_context("spawn").Value("q", 0)
+    build_shard(job, 0, counter)
+    shard = read_header(job.path(0))
+    assert counter.value == shard.record["totals"]["read"] == ROWS
+    assert shard.record["dropped"] == {TOO_LONG: 1, REFUSED: 3}
+    assert "at character 3," in shard.record["example"]  # of the first refused row
+    assert shard.open()["key"].tolist() == [number for number in range(ROWS) if number not in without]
