@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "ds_configs"
 LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
 SMALL = {"TEACHER_STEPS": "6", "STUDENT_STEPS": "4", "DISTILL_STEPS": "3", "EVAL_SAMPLES": "6"}
 
@@ -95,31 +96,63 @@ def test_quickstart_refuses_an_unknown_argument():
     )
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_quickstart_whole_and_small(tmp_path):
-    runs = tmp_path / "runs"
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The folder of a whole, small quickstart, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
     finished = run("quickstart.sh", timeout=1400, RUNS=str(runs), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
-    report = json.loads((runs / "quickstart" / "report.json").read_text())
+    yield runs / "quickstart", finished.stdout
+    shutil.rmtree(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_quickstart_whole_and_small(quickstart):
+    folder, printed = quickstart
+    report = json.loads((folder / "report.json").read_text())
     strategies = ["bd3lm", "tide-cross", "tide-cross-tidal", "tide-bridge"]
     assert set(report["scores"]) == {"start", *strategies, "teacher"}
     assert len(report["completions"]) == 3
     assert report["peak_process_bytes"] < 6 * 2**30
-    assert "bits per byte" in finished.stdout
+    assert "bits per byte" in printed
     assert {"config.json", "model.safetensors", "README.md", "parity.json"} <= {
-        path.name for path in (runs / "quickstart" / "hf").iterdir()
+        path.name for path in (folder / "hf").iterdir()
     }
-    again = run("quickstart.sh", timeout=300, RUNS=str(runs), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
+    again = run("quickstart.sh", timeout=300, RUNS=str(folder.parent), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
     assert again.returncode == 0
     assert again.stdout.count("done before, skipped") == len(report["stages"])
     for words in readme_commands_on("runs/quickstart"):
-        on_this_run = [word.replace("runs/quickstart", str(runs / "quickstart")) for word in words[1:]]
+        on_this_run = [word.replace("runs/quickstart", str(folder)) for word in words[1:]]
         shown = subprocess.run(
             [sys.executable, *on_this_run], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
         )
         assert shown.returncode == 0, (words, shown.stderr[-2000:])
-    shutil.rmtree(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(1500)
+def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
+    """The chain of the 16B recipe on the quickstart's models, on two ranks: the same losses wherever the teacher is."""
+    folder, _ = quickstart
+    hostings = ["resident", *(path.stem.removeprefix("teacher_") for path in CONFIGS.glob("teacher_*.json"))]
+    hostings = [hosting for hosting in hostings if hosting not in ("pipeline_4", "pipeline_8")]  # more ranks than two
+    knobs = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
+    knobs = {name: str(folder / path) for name, path in knobs.items()}
+    knobs |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}
+    losses = {}
+    for hosting in hostings:
+        flags = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch", "4", "--micro-batch", "1"]
+        flags += ["--max-steps", "3", "--log-every", "1"]
+        disk = {"TEACHER_NVME": str(tmp_path)} if hosting.endswith("nvme") else {}
+        finished = run("distill_16b_to_0.6b.sh", *flags, timeout=400, HOSTING=hosting, NAME=hosting, **knobs, **disk)
+        assert finished.returncode == 0, (hosting, finished.stdout[-2000:], finished.stderr[-2000:])
+        lines = (tmp_path / hosting / "tide-bridge" / "metrics.jsonl").read_text().splitlines()
+        losses[hosting] = [json.loads(line)["loss/total"] for line in lines]
+    assert all(len(curve) == 3 for curve in losses.values())
+    for hosting, curve in losses.items():
+        assert curve == pytest.approx(losses["resident"], abs=1e-5), hosting
 
 
 def readme_commands_on(folder):
