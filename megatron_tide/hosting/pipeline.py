@@ -86,7 +86,7 @@ class PipelineTeacher:
         stages = settings["pipeline"]["stages"]
         units = make_units(sections, dtype, output=self.output, gold=strategy.needs_gold)
         self.members, self.group, self.host_group = _join_pipeline(stages)
-        bounds = _balanced(units, stages)
+        bounds = balanced(units, stages)
         place = self.members.index(dist.get_rank())
         mine = units[bounds[place] : bounds[place + 1]]
         for number, unit in enumerate(mine, 1):
@@ -133,8 +133,8 @@ class PipelineTeacher:
         self.engine.total_loss = None  # DeepSpeed never resets it
         # (inputs, labels): only the first stage looks at inputs, and nobody at labels.
         batches: list[Any] = [((part,), ()) for part in arrivals] or [((), ())] * count
-        if count:
-            self.engine.eval_batch(iter(batches), compute_loss=False, reduce_output=None, num_micro_batches=count)
+        # Also for none: it has a barrier of all pipelines in it.
+        self.engine.eval_batch(iter(batches), compute_loss=False, reduce_output=None, num_micro_batches=count)
 
     def _give_back(self, questions: Sequence[Question], every_sizes: list[list[Sizes]]) -> list[Passage]:
         """This rank's passages, answered: the last stage sends every member its own numbers."""
@@ -166,7 +166,7 @@ def _join_pipeline(stages: int) -> tuple[list[int], Any, Any]:
     return found
 
 
-def _balanced(units: Sequence[Unit], stages: int) -> list[int]:
+def balanced(units: Sequence[Unit], stages: int) -> list[int]:
     """Where each stage begins, and the end: the heaviest stage is as light as it can be, by bytes.
 
     DeepSpeed's own ``partition_balanced`` does not always find that. Where several do, the others are even, too.

@@ -19,6 +19,7 @@ from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.models.tables import checkpoint_table, keeps_precision
 
 ALIGNMENT = 128  # bytes: every tensor starts where the fastest kernels want it
+TOKENS_AT_ONCE = 4096  # through a layer's experts: enough rows for each, and what they take in memory stays bounded
 
 
 class Unit(nn.Module):
@@ -94,10 +95,24 @@ class Layers(Unit):
     def forward(self, passages: Sequence[Passage]) -> None:
         for number, part in enumerate(self.parts, self.first):
             tensors = self.tensors(part)
-            for passage in passages:
-                passage.hidden = self.sections.run_layer(
-                    number, tensors, passage.hidden, passage.cos, passage.sin, passage.mask
-                )
+            for group in _groups(passages):
+                flows = [(passage.hidden, passage.cos, passage.sin, passage.mask) for passage in group]
+                for passage, hidden in zip(group, self.sections.run_layer(number, tensors, flows)):
+                    passage.hidden = hidden
+
+
+def _groups(passages: Sequence[Passage]) -> list[list[Passage]]:
+    """Passages that run through a layer together, of at most :data:`TOKENS_AT_ONCE` unless one alone has more."""
+    groups: list[list[Passage]] = []
+    tokens = 0
+    for passage in passages:
+        size = passage.question.input.input_ids.numel()
+        if not groups or tokens + size > TOKENS_AT_ONCE:
+            groups.append([])
+            tokens = 0
+        groups[-1].append(passage)
+        tokens += size
+    return groups
 
 
 class Head(Unit):

@@ -80,5 +80,8 @@ class Experts(nn.Module):
         out_RH = grouped_mm(silu(gate_RI) * up_RI, self.down_proj.transpose(1, 2), offs=ends_E)
         # Back to the tokens' own order by a permutation, not by index_add: no atomics, so the same sum on every run.
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        out_TKH = out_RH.index_select(0, place_R).view(tokens, chosen, -1)
-        return (out_TKH.float() * weight_TK[..., None]).sum(1).to(hidden_TH.dtype)
+        # One of the K at a time: all of them at once, in fp32, would be the largest tensor of a layer by far.
+        sum_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
+        for place_T, share_T in zip(place_R.view(tokens, chosen).unbind(1), weight_TK.unbind(1)):
+            sum_TH.addcmul_(out_RH.index_select(0, place_T).float(), share_T[:, None])
+        return sum_TH.to(hidden_TH.dtype)

@@ -126,7 +126,14 @@ class LLaDA2Layer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
         """hidden [N, L, H]; cos, sin [N or 1, L, R]; mask as ``attend`` takes it -> [N, L, H]."""
-        hidden = hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask)
+        return self.feed(self.mix(hidden, cos, sin, mask))
+
+    def mix(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
+        """The first half: attention, between the positions of each sequence."""
+        return hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask)
+
+    def feed(self, hidden: Tensor) -> Tensor:
+        """The second half: the feed-forward network or the experts, for each position on its own."""
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

@@ -8,7 +8,7 @@ Shapes: N batch, L length, H hidden size, M rows asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from megatron_tide.models.llada2 import rotary
 from megatron_tide.models.tables import module_tensors, tied_aliases
 
 Tensors = Mapping[str, Tensor]
+Flow = tuple[Tensor, Tensor, Tensor, Mask | None]  # hidden [N, L, H], cos, sin, mask: of one micro-batch
 
 
 class Layout(Protocol):
@@ -36,8 +37,8 @@ class Layout(Protocol):
         """Cosines and sines for positions [N, L], of the type and device of ``like``."""
         ...
 
-    def arguments(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> dict[str, Any]:
-        """What a layer's ``forward`` is called with."""
+    def run_layer(self, layer: nn.Module, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
+        """A layer with the weights ``tensors`` over several flows: their next hidden states."""
         ...
 
 
@@ -50,8 +51,26 @@ class _LLaDA2:
     def rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(position_ids, self._size, self._theta, like.dtype)
 
-    def arguments(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> dict[str, Any]:
-        return {"hidden": hidden, "cos": cos, "sin": sin, "mask": mask}
+    def run_layer(self, layer: nn.Module, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
+        named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
+        return functional_call(_Together(layer), named, (flows,))
+
+
+class _Together(nn.Module):
+    """An LLaDA2 layer over several flows: attention in each, then all their tokens through the experts at once.
+
+    An expert's weights are read once for all of them, and its matmul has that many more rows.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def forward(self, flows: Sequence[Flow]) -> list[Tensor]:
+        mixed = [self.layer.mix(*flow) for flow in flows]
+        fed_TH = self.layer.feed(torch.cat([hidden.flatten(0, 1) for hidden in mixed])[None])[0]
+        parts = fed_TH.split([hidden.shape[:2].numel() for hidden in mixed])
+        return [part.view_as(hidden) for part, hidden in zip(parts, mixed)]
 
 
 class _Qwen3:
@@ -66,8 +85,16 @@ class _Qwen3:
         self._rotary = self._rotary.to(like.device)
         return self._rotary(like, position_ids)
 
-    def arguments(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> dict[str, Any]:
-        return {"hidden_states": hidden, "attention_mask": mask, "position_embeddings": (cos, sin)}
+    def run_layer(self, layer: nn.Module, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
+        return [
+            functional_call(
+                layer,
+                dict(tensors),
+                (),
+                {"hidden_states": hidden, "attention_mask": mask, "position_embeddings": (cos, sin)},
+            )
+            for hidden, cos, sin, mask in flows
+        ]
 
 
 _LAYOUTS: dict[str, type] = {"a2d-qwen3": _Qwen3, "llada2_moe": _LLaDA2}
@@ -99,12 +126,9 @@ class Sections:
         hidden = nn.functional.embedding(input_ids, tensors["weight"])
         return hidden, *self.layout.rotary(position_ids, hidden)
 
-    def run_layer(
-        self, number: int, tensors: Tensors, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None
-    ) -> Tensor:
-        """One layer: [N, L, H] -> [N, L, H]; ``mask`` as ``attention_mask_for`` returns it."""
-        layer = self.model.get_submodule(f"{self.layout.layers}.{number}")
-        return functional_call(layer, dict(tensors), (), self.layout.arguments(hidden, cos, sin, mask))
+    def run_layer(self, number: int, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
+        """One layer over several flows, whose masks ``attention_mask_for`` gave: the next hidden states of each."""
+        return self.layout.run_layer(self.model.get_submodule(f"{self.layout.layers}.{number}"), tensors, flows)
 
     def run_norm(self, tensors: Tensors, rows: Tensor) -> Tensor:
         """The last norm, [M, H] -> [M, H]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,8 @@ def tiny_teacher_config(**changes: Any) -> dict[str, Any]:
 def hub_tensors(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Random tensors under the public checkpoint's keys; nothing stays neutral, neither norms nor biases."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = _llada2(config) if config["model_type"] == "llada2_moe" else _qwen3(config)
     tensors = {}
-    for key, shape in shapes:
+    for key, shape in _shapes(config):
         tensor = torch.randn(shape, generator=generator) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
         if key.endswith("norm.weight"):
             tensor += 1
@@ -109,6 +109,36 @@ def write_hub_folder(
     index = {"metadata": {"total_size": total}, "weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def stream_hub_folder(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
+    """As :func:`write_hub_folder`, but a layer at a time, each a shard, all from one pool of random numbers: for models
+    that should never be whole in memory. -> bytes of each shard.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    by_shard: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for key, shape in _shapes(config):
+        part = ".".join(key.split(".")[:3]) if ".layers." in key else "outer"
+        by_shard.setdefault(f"{part}.safetensors", []).append((key, shape))
+    largest = max(math.prod(shape) for shapes in by_shard.values() for _, shape in shapes)
+    pool = torch.randn(largest + 10007, generator=torch.Generator().manual_seed(0)) * config["hidden_size"] ** -0.5
+    file_of, sizes = {}, {}
+    for name, shapes in by_shard.items():
+        tensors = {}
+        for key, shape in shapes:
+            start = len(file_of) * 31 % 10007
+            values = pool[start : start + math.prod(shape)].view(shape)
+            tensors[key] = values.clone() if key.endswith("expert_bias") else values.to(dtype, copy=True)
+            file_of[key] = name
+        save_file(tensors, folder / name)
+        sizes[name] = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return sizes
+
+
+def _shapes(config: dict[str, Any]) -> Shapes:
+    return _llada2(config) if config["model_type"] == "llada2_moe" else _qwen3(config)
 
 
 def _qwen3(config: dict[str, Any]) -> Shapes:
