@@ -20,21 +20,25 @@ from megatron_tide.objectives import Strategy
 from megatron_tide.train import setup
 from megatron_tide.train.windows import Windows
 from megatron_tide.train.world import World
+from tests.support.disk import HAS_DISK_IO
 from tests.support.models import write_hub_folder
 
 Knobs = dict[str, Any]
 
 
 def hostings(disk: Path) -> dict[str, Knobs]:
-    """The knobs of each hosting; ``disk`` is the folder of the one that needs it. Pipelines are by stages."""
+    """The knobs of each hosting that works here; ``disk`` is the folder of the one that needs it. Pipelines are by
+    stages.
+    """
     one_stage = disk / "pipeline_1.json"
     one_stage.write_text('{"pipeline": {"stages": 1}}')
     files = {stages: f"ds_configs/teacher_pipeline_{stages}.json" for stages in (2, 4)} | {1: str(one_stage)}
     nvme = {"teacher_deepspeed": "ds_configs/teacher_zero3_nvme.json", "teacher_nvme": str(disk)}
+    on_disk = {"zero3_nvme": {"teacher_hosting": "zero3", **nvme}} if HAS_DISK_IO else {}
     return {
         "zero3": {"teacher_hosting": "zero3"},
         "zero3_cpu": {"teacher_hosting": "zero3", "teacher_deepspeed": "ds_configs/teacher_zero3_cpu.json"},
-        "zero3_nvme": {"teacher_hosting": "zero3", **nvme},
+        **on_disk,
         **{
             f"pipeline_{stages}": {"teacher_hosting": "pipeline", "teacher_deepspeed": file}
             for stages, file in files.items()

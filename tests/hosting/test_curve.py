@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.hosting.hosts import hostings
+from tests.support.disk import needs_disk_io
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
 
@@ -29,7 +30,7 @@ def resident(chain, mixture, tmp_path_factory):
     return curve
 
 
-@pytest.mark.parametrize("hosting", ["zero3", "zero3_nvme", "pipeline_2"])
+@pytest.mark.parametrize("hosting", ["zero3", pytest.param("zero3_nvme", marks=needs_disk_io), "pipeline_2"])
 def test_twenty_steps_agree(chain, mixture, resident, tmp_path, hosting):
     curve = curve_of(chain, mixture, tmp_path / "run", **hostings(tmp_path)[hosting])
     for name in ("loss/total", "loss/distill", "train/grad_norm"):

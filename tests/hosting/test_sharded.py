@@ -9,6 +9,7 @@ import pytest
 
 from megatron_tide.train.world import World
 from tests.hosting.hosts import host_of, hostings, joined, living_bytes, start_counting, teacher_folder, windows_of
+from tests.support.disk import needs_disk_io
 from tests.support.lab import stored
 from tests.support.models import tiny_teacher_config
 from tests.support.ranks import run_on_ranks
@@ -100,7 +101,7 @@ def test_a_rank_holds_its_share_of_every_unit(measured, parts, hosting):
             assert 0 <= now - sum(parts[:place]) / 2 <= max(parts) * (1 + SLACK), "one unit after another"
 
 
-@pytest.mark.parametrize("hosting", ["zero3", "zero3_cpu", "zero3_nvme"])
+@pytest.mark.parametrize("hosting", ["zero3", "zero3_cpu", pytest.param("zero3_nvme", marks=needs_disk_io)])
 def test_a_sweep_has_the_unit_at_work_and_the_next_in_memory(measured, parts, hosting):
     for rank in measured:
         whole = rank[hosting]["whole"]
@@ -108,6 +109,7 @@ def test_a_sweep_has_the_unit_at_work_and_the_next_in_memory(measured, parts, ho
         assert set(whole) <= {1, 2}
 
 
+@needs_disk_io
 def test_on_disk_only_buffers_stay_in_memory(measured, parts):
     """Two shares of the largest unit; units whose share is under 1 MiB, which DeepSpeed does not put on disk."""
     small = [part for part in parts if part / 2 < 2**20]
