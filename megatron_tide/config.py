@@ -106,7 +106,6 @@ class TeacherConfig:
     skip_teacher_probe: bool = knob(
         False, "do not check before step 1 that the teacher knows the data better than chance", decides=False
     )
-    skip_plan: bool = knob(False, "do not refuse a run that tools/plan.py expects not to fit", decides=False)
     teacher_dtype: str = knob("bf16", "precision of the teacher's weights", choices=("bf16", "fp32"))
 
 
