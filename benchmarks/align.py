@@ -54,8 +54,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--tokens", type=int, default=1000, help="student tokens a text (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=64, help="texts a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=100, help="rounds, of which the median (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=256, help="texts a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds, of which the median (default: %(default)s)")
     args = parser.parse_args(argv)
     source = [
         Path(inspect.getfile(module)).read_text(encoding="utf-8") for module in (ast, argparse, inspect, tempfile)
