@@ -7,8 +7,9 @@ cache), score the same tokens of the same window with CompDemo, and must agree b
   ours    units of one tensor; every unit serves the whole window, so the teacher is read once
 
 The plain way prefetches: its buckets hold a whole layer, its buffers several tensors ahead, and its trace is complete
-before timing. The teacher has the real widths and experts, but fewer layers, and a vocabulary cut alike, so that the
-head keeps its share. Tokens are the positions that the teacher computes: micro-batches x samples x length x 2 halves.
+before timing. The teacher has the real widths, but two of the layers with experts, and a vocabulary cut alike, so that
+the head keeps its share. Tokens are the positions that the teacher computes: micro-batches x samples x length x 2
+halves. The longer the samples, the more of the sweep is computing, and the less is gained by reading once.
 
 The experts. One layer's, at the real sizes: E stacked experts by ``Experts`` against a loop over those that are hit:
 ``torch.mm`` with views of the same tensors (``loop``), or with copies kept as [E, in, out] (``loop_in_out``).
@@ -165,8 +166,9 @@ def counted(way: Callable[[], object]) -> int:
 def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
     """Both ways of scoring a window from disk; everything that is written lies in ``disk``."""
     dtype = getattr(torch, options.dtype)
-    config = {**read_json(options.config), "num_hidden_layers": options.layers, "vocab_size": options.vocabulary}
-    config |= {"mask_token_id": options.vocabulary - 1, "pad_token_id": 0, "eos_token_id": 0}
+    config = {**read_json(options.config), "num_hidden_layers": options.layers, "first_k_dense_replace": 0}
+    config |= {"vocab_size": options.vocabulary, "mask_token_id": options.vocabulary - 1}
+    config |= {"pad_token_id": 0, "eos_token_id": 0}
     window = make_window(config, options.micro_batches, options.samples, options.length)
     source = disk / "teacher"
     settings = {}
@@ -290,7 +292,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", default=CONFIG, help="the teacher's widths (default: the 16B one's)"
     )
-    parser.add_argument("--layers", type=int, default=3, help="layers on disk, the first dense (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, help="layers, all with experts (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=19648, help="tokens (default: %(default)s, an eighth)")
     parser.add_argument("--micro-batches", type=int, default=8, help="in a window (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="in a micro-batch (default: %(default)s)")

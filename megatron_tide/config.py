@@ -106,6 +106,9 @@ class TeacherConfig:
     skip_teacher_probe: bool = knob(
         False, "do not check before step 1 that the teacher knows the data better than chance", decides=False
     )
+    skip_plan: bool = knob(
+        False, "start even where the plan (tools/plan.py) says that the run does not fit this machine", decides=False
+    )
     teacher_dtype: str = knob("bf16", "precision of the teacher's weights", choices=("bf16", "fp32"))
 
 

@@ -4,7 +4,7 @@
 # You get:   runs/fullsize_cpu/report.json: seconds and bytes of every part, peak memory, against what this machine can
 #            do (matmul rate, disk rate). It shows that hosting works at full size, not that a model gets better: the
 #            weights are random, from a seed, in the true shapes (512 / 1024 tokens, CompDemo, two micro-batches a step).
-# Machine:   2 cores, 24 GiB of memory, 45 GB of free disk that can read fast, g++ and libaio-dev; about 20 minutes.
+# Machine:   2 cores, 24 GiB of memory, 45 GB of free disk that can read fast, g++ and libaio-dev; about 10 minutes.
 # Launch:    bash recipes/fullsize_cpu_proof.sh                     run again, it starts the proof over
 #            DISK=/local_nvme bash recipes/fullsize_cpu_proof.sh    where the teacher lies (default: the run folder)
 #            DRY_RUN=1 bash recipes/fullsize_cpu_proof.sh           print the commands
@@ -34,7 +34,8 @@ hosting
 [[ $DRY_RUN == 1 ]] || trap 'rm -rf "$TEACHER_NVME" "$run/student" "$run/teacher" "$run/trained"' EXIT
 
 stage corpus "$PYTHON" recipes/fullsize/corpus.py --out "$run/corpus.jsonl"
-stage tokenizers "$PYTHON" tools/train_tokenizers.py --data "$run/corpus.jsonl" \
+# So few tokens for the teacher that it needs two for one of the student: both lengths are filled.
+stage tokenizers "$PYTHON" tools/train_tokenizers.py --data "$run/corpus.jsonl" --teacher-vocab 430 \
   --student-out "$run/tokenizers/student" --teacher-out "$run/tokenizers/teacher"
 tokenizers=(--student "$run/tokenizers/student" --teacher "$run/tokenizers/teacher")
 stage bridge "$PYTHON" -m megatron_tide.bridge "${tokenizers[@]}" --sample "$run/corpus.jsonl" --out "$run/bridge"

@@ -54,6 +54,8 @@ def hosting_settings(teacher: TeacherConfig, world_size: int) -> dict[str, Any]:
         ValueError: one line: which file or flag, what is wrong, the mend.
     """
     hosting, path = teacher.teacher_hosting, teacher.teacher_deepspeed
+    if teacher.teacher_nvme and hosting != "zero3":
+        raise ValueError(f"--teacher-nvme {teacher.teacher_nvme}: --teacher-hosting {hosting} puts nothing on disk")
     if hosting not in PLAINEST:
         if path:
             raise ValueError(f"--teacher-deepspeed {path}: a resident teacher has none; give --teacher-hosting as well")
@@ -65,10 +67,10 @@ def hosting_settings(teacher: TeacherConfig, world_size: int) -> dict[str, Any]:
 
 
 def _check_zero3(settings: dict[str, Any], where: str, teacher: TeacherConfig, world_size: int) -> None:
-    zero = settings.get("zero_optimization", {})
+    zero = _part(settings, "zero_optimization", where)
     if zero.get("stage") != 3:
         raise ValueError(f"{where}: zero_optimization.stage is {zero.get('stage')}; --teacher-hosting zero3 takes 3")
-    offload = zero.get("offload_param") or {}
+    offload = _part(zero, "offload_param", where)
     device = offload.get("device", "none")
     if device not in OFFLOADS:
         raise ValueError(f"{where}: offload_param.device is {device!r}; it is one of {', '.join(OFFLOADS)}")
@@ -84,13 +86,24 @@ def _check_zero3(settings: dict[str, Any], where: str, teacher: TeacherConfig, w
 
 
 def _check_pipeline(settings: dict[str, Any], where: str, teacher: TeacherConfig, world_size: int) -> None:
-    stages = settings.get("pipeline", {}).get("stages")
+    stages = _part(settings, "pipeline", where).get("stages")
     if not isinstance(stages, int) or stages < 1:
         raise ValueError(f"{where}: pipeline.stages is {stages!r}; it is the number of ranks that share the teacher")
-    if settings.get("zero_optimization", {}).get("stage", 0) > 1:
+    if _part(settings, "zero_optimization", where).get("stage", 0) > 1:
         raise ValueError(f"{where}: a pipeline takes no ZeRO stage 2 or 3; remove zero_optimization")
     if world_size % stages:
-        raise ValueError(f"{where}: {world_size} ranks are no multiple of its {stages} stages")
+        raise ValueError(
+            f"{where}: {stages} stages cannot be shared out over {world_size} rank(s); start a multiple of {stages} "
+            f"ranks, or take a file with other stages"
+        )
+
+
+def _part(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A section of a DeepSpeed JSON; {} if there is none."""
+    part = settings.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{where}: {name} is {part!r}; it is an object, as in the files of ds_configs/")
+    return part
 
 
 _CHECKS = {"zero3": _check_zero3, "pipeline": _check_pipeline}
@@ -112,7 +125,7 @@ def host_sections(
 ) -> Any:
     """A teacher that is taken in section by section from ``source``; a collective of all ranks."""
     settings = hosting_settings(teacher, world.size)
-    offload = settings.get("zero_optimization", {}).get("offload_param") or {}
+    offload = (settings.get("zero_optimization") or {}).get("offload_param") or {}
     if offload.get("device") == "nvme":
         offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), world.share_from_main(uuid4().hex[:12])))
     build, dtype = _SECTIONED[teacher.teacher_hosting], DTYPES[teacher.teacher_dtype]

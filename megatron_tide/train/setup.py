@@ -16,7 +16,7 @@ from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.data import GlobalOrder, PreparedData
 from megatron_tide.diffusion import CONTEXTS, TeacherView
-from megatron_tide.hosting import NoTeacher, host_teacher, hosting_settings
+from megatron_tide.hosting import NoTeacher, check_plan, host_teacher, hosting_settings
 from megatron_tide.models import load_model, recompute_layers
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train import checkpoint
@@ -95,7 +95,13 @@ def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | N
 
 
 def build(config: DistillConfig, inputs: Inputs, world: World, host: Any = None) -> tuple[Parts, Windows]:
-    """Load the models, start the engine, place the teacher; or take ``host``, one that is placed already."""
+    """Load the models, start the engine, place the teacher; or take ``host``, one that is placed already.
+
+    Raises:
+        ValueError: also for a run that cannot fit here, before anything is loaded.
+    """
+    if host is None:
+        check_plan(config, inputs.strategy, inputs.data.stats, world)
     model = load_model(config.paths.student).train()
     block = inputs.data.manifest["student"]["block"]
     if model.config.block_size != block:

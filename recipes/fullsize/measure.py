@@ -64,8 +64,9 @@ def stop_above(limit: int) -> None:
 
 
 def folder_bytes(*folders: Path) -> int:
-    """Bytes that files in these folders take on disk."""
-    return sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*") if path.is_file())
+    """Bytes that files in these folders take on disk; one may lie in another."""
+    files = {path.resolve() for folder in folders for path in folder.rglob("*") if path.is_file()}
+    return sum(file.stat().st_blocks * 512 for file in files)
 
 
 def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:

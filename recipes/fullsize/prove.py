@@ -124,12 +124,14 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
         "compute_seconds": work / rates["matmul_flops"],
         "disk_seconds": taken["optimizer step"]["bytes_read"] / rates["disk_bytes_per_second"],
     }
+    stats = inputs.data.stats
     leave_world()
     return {
         "peak_rss_bytes": parts.peak,
         "disk_bytes": max(disk, folder_bytes(nvme, folders.run)),
         "teacher_bytes": shards.bytes,
         "teacher_bytes_read": taken["optimizer step"]["bytes_read"],
+        "longest_sample": {"student": int(stats.student_length.max()), "teacher": int(stats.teacher_length.max())},
         "teacher_tokens": sum(n * length for n, length in asked),
         "student_tokens": sum(noised.student.input_ids.numel() for noised in window),
         "sweep_operations": work,

@@ -118,7 +118,8 @@ def test_on_disk_only_buffers_stay_in_memory(measured, parts):
         held = rank["zero3_nvme"]
         bound = (buffers + sum(small) / 2) * (1 + SLACK)
         assert held["loaded"] <= bound
-        assert max(held["swept"]) <= bound < sum(parts) / 5
+        # gloo's thread may still hold the last unit of a sweep, whole
+        assert max(held["swept"]) <= bound + parts[-1] < sum(parts) / 5
         assert held["on disk"] >= sum(parts) - sum(small)
 
 

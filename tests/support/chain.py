@@ -69,6 +69,9 @@ SMALL: dict[str, Any] = {
     "skip_teacher_probe": True,  # an untrained teacher knows no more than chance
 }
 
+LEFT_TO_THE_TOOL = {"mask_token_id", "eos_token_id", "pad_token_id"}
+PREPARING = ["--workers", "1", "--shard-rows", "16"]
+
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Short instructions with code answers of various lengths."""
@@ -82,26 +85,45 @@ def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
+def _configs() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tiny ones, as large a vocabulary as their tokenizers need."""
+    student, teacher = tiny_student_config(), tiny_teacher_config()
+    del student["vocab_size"], teacher["vocab_size"]
+    return student, teacher
+
+
 def make_chain(root: Path, rows: int = 48) -> Chain:
-    """Build everything below ``root``."""
+    """A tiny chain below ``root``, of :func:`conversations`; its ``one_sided`` is data for the student alone."""
+    chain = build_chain(root, conversations(rows), *_configs(), BLOCK, (96, 96))
+    student = ["--student", str(root / "student"), "--student-length", "96", "--student-block", str(BLOCK)]
+    prepare.main([*student, "--data", str(root / "corpus.jsonl"), *PREPARING, "--out", str(root / "one_sided")])
+    return chain
+
+
+def build_chain(
+    root: Path,
+    talks: list[dict[str, Any]],
+    student: dict[str, Any],
+    teacher: dict[str, Any],
+    block: int,
+    lengths: tuple[int, int],
+) -> Chain:
+    """A chain below ``root`` of ``talks`` and two configs; ``lengths``: the student's and the teacher's, in tokens."""
     root.mkdir(parents=True, exist_ok=True)
     corpus = root / "corpus.jsonl"
-    talks = conversations(rows)
     corpus.write_text("".join(json.dumps(row) + "\n" for row in talks))
     texts = TEXTS + [message["content"] for row in talks for message in row["messages"]]
     train_byte_bpe(root / "tokenizers" / "student", texts, 320)
     train_sentencepiece(root / "tokenizers" / "teacher", texts, 400)
-    for side, config in (("student", tiny_student_config()), ("teacher", tiny_teacher_config())):
+    flags = ["--data", str(corpus), *PREPARING, "--bridge", str(root / "bridge"), "--out", str(root / "data")]
+    sides = {"student": student, "teacher": teacher}
+    for seed, (side, config), length in zip((1, 2), sides.items(), lengths):
         shapes = root / f"{side}.json"
-        left_to_the_tool = {"vocab_size", "mask_token_id", "eos_token_id", "pad_token_id"}
-        kept = {key: value for key, value in config.items() if key not in left_to_the_tool}
-        shapes.write_text(json.dumps({**kept, "block_size": BLOCK}))
-        init_model.make(shapes, str(root / "tokenizers" / side), 1 if side == "student" else 2, root / side, False)
-    student, teacher = (load_tokenizer(root / side) for side in ("student", "teacher"))
-    Bridge.build(student, teacher, [row["messages"][1]["content"] for row in talks]).save(root / "bridge")
-    both = ["--student", str(root / "student"), "--student-length", "96", "--student-block", str(BLOCK)]
-    other = ["--teacher", str(root / "teacher"), "--teacher-length", "96", "--teacher-block", str(BLOCK)]
-    common = ["--data", str(corpus), "--workers", "1", "--shard-rows", "16"]
-    prepare.main([*both, *other, *common, "--bridge", str(root / "bridge"), "--out", str(root / "data")])
-    prepare.main([*both, *common, "--out", str(root / "one_sided")])
+        kept = {key: value for key, value in config.items() if key not in LEFT_TO_THE_TOOL}
+        shapes.write_text(json.dumps({**kept, "block_size": block}))
+        init_model.make(shapes, str(root / "tokenizers" / side), seed, root / side, False)
+        flags += [f"--{side}", str(root / side), f"--{side}-length", str(length), f"--{side}-block", str(block)]
+    loaded = [load_tokenizer(root / side) for side in sides]
+    Bridge.build(*loaded, [row["messages"][1]["content"] for row in talks]).save(root / "bridge")
+    prepare.main(flags)
     return Chain(root)

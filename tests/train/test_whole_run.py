@@ -132,7 +132,7 @@ def layer_calls(knobs):
 
 def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
     knobs = chain.run(tmp_path, **KNOBS, strategy="calm")
-    micro_batches = KNOBS["global_batch"] // KNOBS["micro_batch"]
+    micro_batches = knobs["global_batch"] // knobs["micro_batch"]
     assert run_on_ranks(layer_calls, 1, knobs) == [micro_batches]
     assert run_on_ranks(layer_calls, 1, {**knobs, "activation_checkpointing": True}) == [2 * micro_batches]
 

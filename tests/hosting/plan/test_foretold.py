@@ -1,0 +1,86 @@
+"""Against what processes really take: two small runs, and the proof at full size as it was measured."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.config import from_flat
+from megatron_tide.data import PreparedData
+from megatron_tide.files import read_json
+from megatron_tide.hosting.plan.check import asked_of, job_of
+from megatron_tide.hosting.plan.fit import every_hosting, plan
+from megatron_tide.hosting.plan.machine import GIB, Machine
+from recipes.fullsize import prove
+from tests.support.chain import SMALL
+from tests.support.disk import needs_disk_io
+from tests.support.medium import make_medium_chain
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import train_and_tell
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SHAPES = REPOSITORY / "megatron_tide" / "models" / "configs"
+TOLERANCE = 0.15
+ACCUMULATION = 2  # the recipe's
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory):
+    return make_medium_chain(tmp_path_factory.mktemp("medium"))
+
+
+def train_and_weigh(knobs):
+    """Train on this rank; its peak resident bytes."""
+    train_and_tell(knobs)
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def resident_bytes(job, name):
+    """Of one rank without GPU, at its peak."""
+    hosting = next(item for item in every_hosting() if item.name == name)
+    return plan(job, Machine(1, 0, 64 * GIB), hosting).host_resident.bytes
+
+
+RESIDENT = {"precision": "fp32", "teacher_dtype": "fp32", "max_steps": 4}
+FROM_DISK = {
+    "precision": "bf16",
+    "teacher_dtype": "bf16",
+    "max_steps": 6,
+    "compdemo": True,
+    "teacher_hosting": "zero3",
+    "teacher_deepspeed": "ds_configs/teacher_zero3_nvme.json",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "knobs"), [("resident", RESIDENT), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
+)
+def test_peak_memory_is_foretold(medium, tmp_path, name, knobs):
+    knobs = {**medium.paths(tmp_path / "run"), **SMALL, "global_batch": 2, "micro_batch": 1, **knobs}
+    knobs |= {"skip_teacher_probe": True} | ({"teacher_nvme": str(tmp_path)} if name == "zero3_nvme" else {})
+    config, stats = from_flat(knobs), PreparedData.open(knobs["data"]).stats
+    longest = int(stats.student_length.max()), int(stats.teacher_length.max())
+    job = job_of(config, 1, asked_of(config.strategy, False, *longest))
+    foretold = resident_bytes(job, name)
+    (measured,) = run_on_ranks(train_and_weigh, 1, knobs, timeout=280)
+    assert foretold == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_the_full_size_proof_was_foretold(tmp_path):
+    """The committed report, against the plan of the very run that the recipe makes."""
+    measured = read_json(REPOSITORY / "benchmarks" / "results" / "fullsize_cpu.json")
+    folders = prove.Folders(tmp_path)
+    for folder, shape in ((folders.student, "qwen3_0.6b.json"), (folders.teacher, "llada2_mini.json")):
+        folder.mkdir()
+        shutil.copy(SHAPES / shape, folder / "config.json")
+    flags = ["--teacher-hosting", "zero3", "--teacher-deepspeed", "ds_configs/teacher_zero3_nvme.json"]
+    config = prove.trainer_config(folders, ACCUMULATION, flags)
+    longest = measured["longest_sample"]
+    job = job_of(config, 1, asked_of(config.strategy, False, longest["student"], longest["teacher"]))
+    assert job.teacher.parameters == pytest.approx(measured["teacher_parameters"], rel=1e-6)  # and router biases
+    assert job.student.parameters == measured["student_parameters"]
+    assert resident_bytes(job, "zero3_nvme") == pytest.approx(measured["peak_rss_bytes"], rel=TOLERANCE)

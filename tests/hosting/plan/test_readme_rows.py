@@ -1,0 +1,78 @@
+"""README's table "you have -> set this": each row's knobs run through the recipe, and its plan fits its machine.
+
+A row's second cell holds its machine as tools/plan.py takes it, and its third code spans of knobs (NAME=VALUE) and
+flags, as one would type them before and after the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.config import parse
+from tools import plan
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SHAPES = REPOSITORY / "megatron_tide" / "models" / "configs"
+RECIPE = "recipes/distill_16b_to_0.6b.sh"
+HEADER = "| you have |"
+
+
+def rows_of(text):
+    """[(machine's flags, knobs, training flags), ...] of the table."""
+    lines = iter(text.splitlines())
+    found = []
+    for line in lines:
+        if not line.startswith(HEADER):
+            continue
+        next(lines)  # |---|
+        for row in lines:
+            if not row.startswith("|"):
+                break
+            _, machine, settings, *_ = [cell.strip() for cell in row.strip("|").split(" | ")]
+            words = [word for span in re.findall(r"`([^`]+)`", settings) for word in shlex.split(span)]
+            knobs = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+            flags = [word for word in words if not re.match(r"[A-Z_]+=", word)]
+            found.append((shlex.split(machine.strip("`")), knobs, flags))
+    return found
+
+
+ROWS = rows_of((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+
+
+def test_there_are_rows():
+    assert len(ROWS) >= 5
+
+
+@pytest.mark.parametrize(("machine", "knobs", "flags"), ROWS, ids=lambda value: " ".join(value))
+def test_row_loads_dry_runs_and_fits(machine, knobs, flags, tmp_path, capsys):
+    gpus = machine[machine.index("--gpus") + 1]
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "DRY_RUN": "1",
+        "NPROC": str(max(1, int(gpus))),
+        "STUDENT": str(SHAPES / "qwen3_0.6b.json"),
+        "TEACHER": str(SHAPES / "llada2_mini.json"),
+        **knobs,
+    }
+    finished = subprocess.run(
+        ["bash", str(REPOSITORY / RECIPE), *flags], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    training = shlex.split(lines[next(n for n, line in enumerate(lines) if line.startswith("# train-")) + 1])
+    given = training[training.index("megatron_tide.distill") + 1 :]
+    config, _ = parse(given, "")
+    assert config.teacher.teacher_hosting == knobs["HOSTING"].partition("_")[0]
+    assert plan.main([*machine, *given, "--json", str(tmp_path / "plan.json")]) == 0
+    planned = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    mine = next(item for item in planned if item["hosting"] == knobs["HOSTING"])
+    assert mine["fits"], mine["lacks"]

@@ -1,0 +1,109 @@
+"""tools/plan.py: a table for a machine, the flags to set, one clear line where nothing fits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_tide import cli
+from tools import plan
+
+EIGHT = ["--gpus", "8", "--gpu-mem", "24", "--host-mem", "256", "--nvme", "500"]
+
+
+def told(capsys, *argv):
+    status = plan.main(list(argv))
+    return status, capsys.readouterr().out
+
+
+def test_table_of_eight_small_gpus(capsys):
+    status, printed = told(capsys, *EIGHT)
+    assert status == 0
+    assert "8 GPU(s) of 24 GiB, 256 GiB of host memory, 500 GB free on disk" in printed
+    assert "teacher  16.256 B, bf16" in printed
+    assert "64 samples: 8 rank(s) x 2 micro-batches of 4" in printed
+    rows = {line.split()[0]: line for line in printed.splitlines() if line.endswith("fits") or "  no: " in line}
+    assert rows["zero3"].endswith("fits")
+    assert "no: each GPU lacks" in rows["resident"]
+    assert "set: --teacher-hosting pipeline --teacher-deepspeed ds_configs/teacher_pipeline_" in printed
+    assert "teacher weights" in printed
+
+
+def test_disk_hosting_asks_for_a_folder(capsys):
+    status, printed = told(capsys, "--gpus", "1", "--gpu-mem", "24", "--host-mem", "32", "--nvme", "500")
+    assert status == 0
+    assert "set: --teacher-hosting zero3 --teacher-deepspeed ds_configs/teacher_zero3_nvme.json" in printed
+    assert "HOSTING=zero3_nvme TEACHER_NVME=FOLDER" in printed
+
+
+def test_changes_that_make_it_fit(capsys):
+    status, printed = told(capsys, "--gpus", "1", "--gpu-mem", "16", "--host-mem", "64")
+    assert status == plan.EXIT_NOTHING_FITS
+    assert "nothing fits as it is; closest is zero3_cpu: each GPU: needs" in printed
+    assert "set: --activation-checkpointing --teacher-hosting zero3" in printed
+    again, printed = told(capsys, "--gpus", "1", "--gpu-mem", "16", "--host-mem", "64", "--activation-checkpointing")
+    assert again == 0
+    assert "recomputed layers" in printed
+
+
+def test_nothing_helps(capsys):
+    status, printed = told(capsys, "--gpus", "1", "--gpu-mem", "4", "--host-mem", "8")
+    assert status == plan.EXIT_NOTHING_FITS
+    changes = "--activation-checkpointing --micro-batch 1 --deepspeed ds_configs/zero2_offload.json"
+    assert f"nothing fits with {changes}: " in printed
+    assert "too little" in printed
+
+
+def test_training_knobs_count(capsys):
+    _, plain = told(capsys, *EIGHT)
+    _, doubled = told(capsys, *EIGHT, "--compdemo", "--teacher-length", "2048")
+    assert "2048 positions a sample, twice (CompDemo)" in doubled
+    assert plain != doubled
+    status, alone = told(capsys, *EIGHT, "--strategy", "bd3lm")
+    assert status == 0
+    assert "\nteacher  " not in alone
+    assert "set: nothing, the defaults fit" in alone
+
+
+def test_json_holds_everything(capsys, tmp_path):
+    told(capsys, *EIGHT, "--json", str(tmp_path / "plan.json"))
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["machine"]["ranks"] == 8
+    assert {item["hosting"] for item in written["plans"]} >= {"resident", "zero3", "zero3_nvme", "pipeline_8"}
+    for item in written["plans"]:
+        assert item["gpu"]["bytes"] == sum(item["gpu"]["parts"].values())
+        assert item["fits"] == (not item["lacks"])
+        assert item["expected_teacher_seconds"] > 0
+
+
+def test_this_machine_is_the_default(capsys):
+    told(capsys)
+    status, printed = told(capsys, "--strategy", "bd3lm", "--gpus", "0")
+    assert status in (0, plan.EXIT_NOTHING_FITS)
+    assert "machine  no GPU, 1 rank(s), " in printed
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gpus", "9", "--gpu-mem", "24"], "--global-batch 64 is no multiple of --micro-batch 4 x 9 ranks"),
+        (["--teacher", "/nowhere"], "/nowhere: no such folder, and the hub does not give its config.json"),
+        (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, argv, said):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(plan.main, argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert {"--gpus", "--gpu-mem", "--host-mem", "--nvme", "--nodes", "--json", "--disk-gbs"} <= set(shown.split())
