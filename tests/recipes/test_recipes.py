@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.disk import HAS_DISK_IO
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "ds_configs"
 LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
 SMALL = {"TEACHER_STEPS": "6", "STUDENT_STEPS": "4", "DISTILL_STEPS": "3", "EVAL_SAMPLES": "6"}
 
@@ -127,6 +130,32 @@ def test_quickstart_whole_and_small(quickstart):
             [sys.executable, *on_this_run], cwd=REPOSITORY, capture_output=True, text=True, timeout=200
         )
         assert shown.returncode == 0, (words, shown.stderr[-2000:])
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(1500)
+def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
+    """The chain of the 16B recipe on the quickstart's models, on two ranks: the same losses wherever the teacher is."""
+    folder, _ = quickstart
+    hostings = ["resident", *(path.stem.removeprefix("teacher_") for path in CONFIGS.glob("teacher_*.json"))]
+    here = {"pipeline_4": False, "pipeline_8": False, "zero3_nvme": HAS_DISK_IO}  # more ranks than two; libaio
+    hostings = [hosting for hosting in hostings if here.get(hosting, True)]
+    knobs = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
+    knobs = {name: str(folder / path) for name, path in knobs.items()}
+    knobs |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}
+    losses = {}
+    for hosting in hostings:
+        flags = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch", "4", "--micro-batch", "1"]
+        flags += ["--max-steps", "3", "--log-every", "1"]
+        disk = {"TEACHER_NVME": str(tmp_path)} if hosting.endswith("nvme") else {}
+        finished = run("distill_16b_to_0.6b.sh", *flags, timeout=400, HOSTING=hosting, NAME=hosting, **knobs, **disk)
+        assert finished.returncode == 0, (hosting, finished.stdout[-2000:], finished.stderr[-2000:])
+        lines = (tmp_path / hosting / "tide-bridge" / "metrics.jsonl").read_text().splitlines()
+        losses[hosting] = [json.loads(line)["loss/total"] for line in lines]
+    assert all(len(curve) == 3 for curve in losses.values())
+    for hosting, curve in losses.items():
+        assert curve == pytest.approx(losses["resident"], abs=1e-5), hosting
 
 
 def readme_commands_on(folder):
