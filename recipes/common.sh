@@ -4,7 +4,9 @@
 #
 # A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before and no
 # stage before it ran since. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
-# DRY_RUN=1 prints the commands instead.
+# DRY_RUN=1 prints the commands instead. ONLY="sample bridge data" runs those stages and leaves the others out ("train"
+# stands for every train-*). LAUNCHER=srun starts the ranks with Slurm (slurm/job.sh sets it), in place of torchrun.
+# Ctrl-C, TERM and USR1 reach the stage under way, which saves what it has; the recipe then ends with status 130.
 
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,6 +17,8 @@ export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # libra
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
 DRY_RUN=${DRY_RUN:-0}
 RUNS=${RUNS:-runs} # everything a recipe makes goes to $RUNS/$NAME
+ONLY=${ONLY:-}
+LAUNCHER=${LAUNCHER:-torchrun}
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}
 PYTHON=${PYTHON:-$REPO/.venv/bin/python} # another interpreter that has everything may be given; .venv is made here
 
@@ -46,32 +50,94 @@ setup_environment() {
   "$PYTHON" tools/build_ops.py ${ops[@]+"${ops[@]}"}
 }
 
+# wanted STAGE: whether ONLY names it. Words of ONLY that named a stage are kept, to tell at the end which did not.
+ONLY_SEEN=
+wanted() {
+  [[ -n $ONLY ]] || return 0
+  local word
+  for word in $ONLY; do
+    if [[ $1 == "$word" || $1 == "$word"-* && $word == train ]]; then
+      ONLY_SEEN+=" $word "
+      return 0
+    fi
+  done
+  return 1
+}
+
+at_the_end() {
+  local status=$? word
+  ((status == 0)) || exit "$status"
+  for word in $ONLY; do
+    [[ $ONLY_SEEN == *" $word "* ]] || fail "ONLY=\"$ONLY\": this recipe has no stage '$word'; DRY_RUN=1 lists them"
+  done
+}
+[[ -z $ONLY ]] || trap at_the_end EXIT
+
+ASKED='' CHILD=''
+# asked SIGNAL: hand a request to stop to the stage under way, and start no other.
+asked() {
+  ASKED=$1
+  [[ -z $CHILD || $1 == INT ]] || kill -s "$1" "$CHILD" 2>/dev/null || true # a terminal sends INT to the stage itself
+}
+
 LAST_STAMP=
 # stage NAME COMMAND...: run a command once, after the stages before it.
 stage() {
-  local stamp=$RUNS/$NAME/.stages/$1.json
+  local stage=$1 stamp=$RUNS/$NAME/.stages/$1.json status=0
+  shift
+  if ! wanted "$stage"; then
+    printf '# %s: left out (ONLY="%s")\n' "$stage" "$ONLY"
+    [[ ! -e $stamp ]] || LAST_STAMP=$stamp
+    return 0
+  fi
   if [[ $DRY_RUN == 1 ]]; then
-    printf '# %s\n' "$1"
-    shift
+    printf '# %s\n' "$stage"
     printf '%q ' "$@"
     printf '\n'
     return 0
   fi
-  shift
-  "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} -- "$@" || exit $?
+  # In the background, because bash acts on a signal only when the command in the foreground has ended, but breaks
+  # off `wait` for it. Before the first stage nothing is worth saving, and signals end the recipe at once.
+  trap 'asked TERM' TERM
+  trap 'asked USR1' USR1
+  trap 'asked INT' INT
+  [[ -z $ASKED ]] || exit 130
+  "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} -- "$@" <&0 &
+  CHILD=$!
+  [[ -z $ASKED ]] || asked "$ASKED" # it came before CHILD was set
+  while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD" || true; done
+  wait "$CHILD" || status=$? # bash remembers it
+  CHILD=
+  ((status == 0)) || exit "$status"
   LAST_STAMP=$stamp
 }
 
-# launcher RANKS: how to start a training run of that many ranks on this node, in the array LAUNCH.
+# launcher RANKS: how to start a training run of that many ranks on every node, in the array LAUNCH.
 # NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say so when there are several nodes.
 launcher() {
+  local torchrun=(-m torch.distributed.run --nproc-per-node "$1"
+    --signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1") # each is passed on to the ranks, which save
   LAUNCH=("$PYTHON")
-  if ((${NNODES:-1} > 1)); then
-    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$1" --nnodes "$NNODES" --node-rank "${NODE_RANK:?}"
-      --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
-  elif (($1 > 1)); then
-    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$1" --standalone)
-  fi
+  case $LAUNCHER in
+    srun)
+      # Ranks that were asked to stop leave with 130 one after the other: the first must not have the others killed
+      # (--kill-on-bad-exit=0), but ranks that lost one of theirs for another reason must not stay for long (--wait).
+      local flags=()
+      read -ra flags <<<"${SRUN_FLAGS:-}"
+      LAUNCH=(srun --nodes="${NNODES:-1}" --ntasks-per-node="$1" --kill-on-bad-exit=0 --wait=30
+        ${flags[@]+"${flags[@]}"} bash slurm/rank.sh "$PYTHON")
+      ;;
+    torchrun)
+      export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save; torch gives 30
+      if ((${NNODES:-1} > 1)); then
+        LAUNCH+=("${torchrun[@]}" --nnodes "$NNODES" --node-rank "${NODE_RANK:?}"
+          --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
+      elif (($1 > 1)); then
+        LAUNCH+=("${torchrun[@]}" --standalone)
+      fi
+      ;;
+    *) fail "LAUNCHER=$LAUNCHER: take torchrun or srun" ;;
+  esac
 }
 
 # distil OUT FLAGS...: one training run as a stage named after its folder, on NPROC ranks (default: one a GPU).
@@ -81,7 +147,7 @@ distil() {
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
   ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
   launcher "$ranks"
-  if [[ $DRY_RUN != 1 ]] && ((${#LAUNCH[@]} > 1)); then # one clear line now, rather than one a rank later
+  if [[ $DRY_RUN != 1 ]] && wanted "train-$(basename "$out")" && ((${#LAUNCH[@]} > 1)); then # one clear line now, rather than one a rank later
     WORLD_SIZE=$((ranks * ${NNODES:-1})) "$PYTHON" -m megatron_tide.distill --out "$out" "$@" --dry-run >/dev/null || exit $?
   fi
   if ((gpus == 0)); then # torchrun would give every CPU rank one thread

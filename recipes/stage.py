@@ -2,6 +2,8 @@
 
 The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command and is not
 older than the stamp of the stage before it; so an edited knob, or an earlier stage that ran again, runs it again.
+
+Asked to stop (Ctrl-C, TERM, USR1), the command is asked likewise, given its time to save, and the status is 130.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
+
+STOPPED = 130
 
 
 def read(path: str) -> dict:
@@ -21,6 +26,54 @@ def read(path: str) -> dict:
         return json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError):
         return {}
+
+
+@dataclass
+class Child:
+    """The command, and which signals it was asked to stop with."""
+
+    command: list[str]
+    asked: set[int] = field(default_factory=set)
+    process: subprocess.Popen | None = None
+
+    @property
+    def is_srun(self) -> bool:
+        return Path(self.command[0]).name == "srun"
+
+    @property
+    def is_torchrun(self) -> bool:
+        return "torch.distributed.run" in self.command
+
+    def run(self) -> int:
+        """The command's status as a shell counts it."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+        self.process = subprocess.Popen(self.command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        for number in list(self.asked):  # asked before there was a process
+            self._pass_on(number)
+        status = self.process.wait()
+        return 128 - status if status < 0 else status
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked.add(number)
+        if self.process is not None:
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        assert self.process is not None
+        if number == signal.SIGINT:  # a terminal sends it to the command too
+            return
+        # srun hands USR1 to its tasks; TERM has it kill them, with no time to save.
+        self.process.send_signal(signal.SIGUSR1 if self.is_srun else number)
+
+    def was_stopped(self, status: int) -> bool:
+        """Whether it ended because it was asked to, rather than for a reason of its own."""
+        if not self.asked:
+            return False
+        if self.is_srun and signal.SIGTERM in self.asked and status == 0:
+            return True  # when Slurm cancels a job, srun gives its tasks up, and leaves with 0
+        by_signal = {128 + number for number in (*self.asked, signal.SIGUSR1 if self.is_srun else 0)}
+        return status == STOPPED or status in by_signal - {128} or (self.is_torchrun and status == 1)
 
 
 def main(argv: list[str]) -> int:
@@ -36,13 +89,13 @@ def main(argv: list[str]) -> int:
         return 0
     print(f"\n== {name}", flush=True)
     started = time.time()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command too, which saves what it has
-    process = subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    status = process.wait()
+    child = Child(command)
+    status = child.run()
     finished = time.time()
+    if child.was_stopped(status):
+        print(f"stage {name}: stopped as asked; run the same recipe again to go on", flush=True)
+        return STOPPED
     if status:
-        status = 128 - status if status < 0 else status
         print(f"error: stage {name} stopped with status {status}; run the same recipe again to go on", file=sys.stderr)
         return status
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -1,0 +1,168 @@
+# shellcheck shell=bash
+# What every script in this folder shares: one Slurm job that runs one recipe, saves when it must stop, and goes on.
+# Sourced, from the repository's folder; `job recipes/NAME.sh FLAGS...` does all of it.
+#
+# The batch script runs the recipe once, on the first node; training alone goes to all nodes, through srun. Knobs come
+# from the environment, the recipe's and these:
+#   MAX_ATTEMPTS  how often one job may start, the first time included; then it fails instead of coming back
+#   PROLOGUE      a file sourced first, for what this cluster needs (modules, proxies, caches); see slurm/README.md
+#   SRUN_FLAGS    more flags for srun, such as those of a container plugin
+
+set -euo pipefail
+MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
+ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
+RECIPE='' ASKED='' CHILD='' LOG='' AGAIN=''
+
+fail() {
+  printf 'failed: %s\n' "$*"
+  exit 2
+}
+
+# asked SIGNAL: by Slurm, to stop; the recipe hands it on to what it runs. TERM weighs more: it comes last.
+asked() {
+  [[ $ASKED == TERM ]] || ASKED=$1
+  [[ -z $CHILD ]] || kill -s "$1" "$CHILD" 2>/dev/null || true
+}
+
+open_log() {
+  export NAME=${NAME:-$(basename "$RECIPE" .sh)} RUNS=${RUNS:-runs}
+  export LOGS=$RUNS/$NAME/logs
+  mkdir -p "$LOGS" || fail "cannot make $LOGS: RUNS must be a folder that every node can write to"
+  LOG=$LOGS/$SLURM_JOB_ID.log
+  printf 'everything is in %s\n' "$(cd "$LOGS" && pwd)/$SLURM_JOB_ID.log"
+  exec >>"$LOG" 2>&1
+  printf '== attempt %s of %s: job %s on %s, %s\n' "$ATTEMPT" "$MAX_ATTEMPTS" "$SLURM_JOB_ID" "$SLURM_JOB_NODELIST" \
+    "$(date '+%F %T')"
+}
+
+prologue() {
+  local file=${PROLOGUE:-slurm/cluster.sh}
+  if [[ -e $file ]]; then
+    set +eu # files that load modules rarely are this strict
+    # shellcheck source=/dev/null
+    source "$file"
+    set -eu
+  elif [[ -n ${PROLOGUE:-} ]]; then
+    fail "PROLOGUE=$PROLOGUE: no such file (from $PWD)"
+  fi
+}
+
+# rendezvous: what torch needs to know of the allocation, and the recipe of how to start ranks.
+rendezvous() {
+  local ranks=${SLURM_NTASKS_PER_NODE:-} gpus=${SLURM_GPUS_ON_NODE:-0}
+  [[ $ranks =~ ^[1-9][0-9]*$ ]] || fail "ranks a node are not known; next: sbatch --ntasks-per-node=8 ..."
+  [[ ! $gpus =~ ^[1-9][0-9]*$ ]] || ((ranks <= gpus)) ||
+    fail "$ranks ranks but $gpus GPUs a node; next: sbatch --ntasks-per-node=$gpus --gpus-per-node=$gpus ..."
+  export LAUNCHER=srun NPROC=$ranks NNODES=$SLURM_NNODES
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # two jobs that share a node do not meet
+  [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
+}
+
+# run_recipe FLAGS...: its status. In the background, so that a signal is acted on at once.
+run_recipe() {
+  local status=0
+  bash "$RECIPE" "$@" </dev/null &
+  CHILD=$!
+  [[ -z $ASKED ]] || asked "$ASKED" # it came before CHILD was set
+  while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD" || true; done
+  wait "$CHILD" || status=$?
+  CHILD=''
+  return "$status"
+}
+
+# this_attempt FILE: what it says since the last "== attempt" line.
+this_attempt() { tac "$1" | sed '/^== attempt /q' | tac; }
+
+# last_error FILE: the last line there that says what went wrong: of one of our commands, or the end of a traceback.
+last_error() {
+  local line
+  line=$(this_attempt "$1" | grep -E '^error: ' | grep -vE '^error: stage .* stopped with status' | tail -n 1)
+  [[ -n $line ]] || line=$(this_attempt "$1" | grep -E '^[A-Za-z_.]+(Error|Exception|Interrupt)(:|$)' | tail -n 1)
+  printf '%s' "${line#error: }"
+}
+
+# reason STATUS: why the recipe failed, in one line. The rank that left first is the cause; the others only lost it.
+reason() {
+  local first rank log line
+  first=$(this_attempt "$LOG" | grep -E '^srun: error: .*tasks? [0-9]' | head -n 1) || true
+  rank=$(sed -nE 's/.*tasks? ([0-9]+).*/\1/p' <<<"$first")
+  if [[ -n $rank && ! $first =~ "Exited with exit code" ]]; then
+    printf 'rank %s was killed (%s): by hand, or for want of memory' "$rank" "${first#srun: error: }"
+    return
+  fi
+  for log in ${rank:+"$LOGS/$SLURM_JOB_ID.rank$rank.log"} "$LOG"; do
+    [[ -e $log ]] || continue
+    line=$(last_error "$log") || true
+    if [[ -n $line ]]; then
+      [[ $log == "$LOG" ]] || line+=" (rank $rank)"
+      printf '%s' "$line"
+      return
+    fi
+  done
+  printf 'the recipe ended with status %s%s' "$1" "${first:+ (${first#srun: error: })}"
+}
+
+# come_back STATUS: Slurm said that it will take the nodes away; take the job's place in the queue again.
+come_back() {
+  local answer
+  if ((ATTEMPT >= MAX_ATTEMPTS)); then
+    printf 'failed: preempted %s times (MAX_ATTEMPTS=%s), %s; next: %s\n' "$ATTEMPT" "$MAX_ATTEMPTS" "$(saved)" "$AGAIN"
+    exit "$1"
+  fi
+  trap '' TERM USR1 # a job that is requeued is ended first: the last line is then said
+  printf 'preempted: %s and requeued (attempt %s of %s)\n' "$(saved)" "$ATTEMPT" "$MAX_ATTEMPTS"
+  if ! answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    printf 'failed: preempted, and not requeued: %s; next: %s\n' "$answer" "$AGAIN"
+    exit "$1"
+  fi
+  exit 0
+}
+
+# saved: whether training wrote a checkpoint as it stopped. Stages before it keep what they have finished, at any time.
+saved() {
+  if this_attempt "$LOG" | grep -q 'stopped as asked, saved'; then
+    printf 'saved'
+  else
+    printf 'nothing new to save'
+  fi
+}
+
+# conclude STATUS: the last line of the log, always one, and the job's status.
+conclude() {
+  local status=$1 run=$RUNS/$NAME
+  if ((status == 0)); then
+    if [[ -n ${ONLY:-} && " $ONLY " != *" convert "* ]]; then
+      printf 'finished: %s in %s; next: the stages that ONLY="%s" left out\n' "$ONLY" "$run" "$ONLY"
+    else
+      printf 'finished: %s; next: %s tools/generate.py %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
+    fi
+    exit 0
+  fi
+  case $ASKED in
+    TERM)
+      printf 'cancelled: %s; next: %s (or wait, if Slurm itself requeues it)\n' "$(saved)" "$AGAIN"
+      exit $((status == 130 ? 143 : status))
+      ;;
+    USR1) ! ((status == 130 || status == 138)) || come_back 130 ;; # 138: before it had anything to save
+  esac
+  printf 'failed: %s; next: mend that, then %s\n' "$(reason "$status")" "$AGAIN"
+  exit "$status"
+}
+
+# job RECIPE FLAGS...
+job() {
+  local status=0
+  RECIPE=$1
+  shift
+  AGAIN="sbatch slurm/$(basename "$RECIPE")$( (($# == 0)) || printf ' %q' "$@")"
+  [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a script for Slurm; next: $AGAIN, or without Slurm: bash $RECIPE"
+  trap 'asked USR1' USR1
+  trap 'asked TERM' TERM
+  open_log
+  [[ $MAX_ATTEMPTS =~ ^[1-9][0-9]*$ ]] || fail "MAX_ATTEMPTS=$MAX_ATTEMPTS is no number of attempts; next: give one, or none"
+  prologue
+  rendezvous
+  run_recipe "$@" || status=$?
+  conclude "$status"
+}
