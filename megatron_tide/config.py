@@ -144,7 +144,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveConfig:
-    """Checkpoints, logs, resuming."""
+    """Checkpoints, logs, resuming, giving up."""
 
     save_every: int = knob(500, "steps between checkpoints; the last step is always saved", decides=False)
     keep: int = knob(2, "how many checkpoints stay", decides=False)
@@ -157,6 +157,9 @@ class SaveConfig:
     log_every: int = knob(10, "steps between log lines and TensorBoard points", decides=False)
     eval_every: int = knob(0, "steps between measurements on --validation; 0 = never", decides=False)
     eval_samples: int = knob(256, "samples of --validation that are measured", decides=False)
+    stall_seconds: float = knob(
+        900.0, "a rank that does not move for so long ends the run, which names it", decides=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

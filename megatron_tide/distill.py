@@ -50,29 +50,23 @@ def dry_run(config: DistillConfig) -> int:
 
 
 def train(config: DistillConfig, world: Any) -> int:
-    from megatron_tide.evaluate import student_side, validate
+    from megatron_tide.lock import locked
     from megatron_tide.train import setup
     from megatron_tide.train.loop import Loop, StopRequest
-
-    inputs = setup.read_inputs(config, world.size)
-    out = Path(config.paths.out)
-    if world.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-    parts, windows = setup.build(config, inputs, world)
-    state = setup.starting_point(config, inputs, parts)
-    setup.probe(config, inputs, parts, windows, state)
-    if world.is_main:
-        write_json(out / "run.json", inputs.run)
-
-    def measure() -> dict[str, float]:
-        held_out, batch = inputs.validation, config.train.micro_batch
-        assert held_out is not None
-        side, samples = student_side(held_out), config.save.eval_samples
-        return validate(parts.engine.module, held_out, side, world=world, samples=samples, batch_size=batch)
+    from megatron_tide.train.watch import Watch
 
     stop = StopRequest()
-    stop.install()
-    state = Loop(config, parts, windows, inputs.run).train(state, stop, measure)
+    stop.install()  # asked while models load: it ends before its first step
+    inputs = setup.read_inputs(config, world.size)
+    out = Path(config.paths.out)
+    with locked(out, world), Watch(world, config.save.stall_seconds):
+        parts, windows = setup.build(config, inputs, world)
+        state = setup.starting_point(config, inputs, parts)
+        setup.probe(config, inputs, parts, windows, state)
+        if world.is_main:
+            write_json(out / "run.json", inputs.run)
+        measure = setup.measurement(config, inputs, parts)
+        state = Loop(config, parts, windows, inputs.run).train(state, stop, measure)
     finished = state.step == state.total_steps
     how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
     world.say(f"step {state.step}/{state.total_steps}: {how} ({out})")

@@ -84,6 +84,11 @@ def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
     return engine
 
 
+def left_out(engine: Any) -> bool:
+    """Whether the last optimizer step was left out because the gradient's norm, a global one, was not finite."""
+    return bool(engine.optimizer.overflow)
+
+
 def set_learning_rate(engine: Any, lr: float) -> None:
     """The schedule is a pure function of the step, so there is no scheduler state to save."""
     for group in engine.optimizer.param_groups:

@@ -14,7 +14,8 @@ from typing import Any
 from megatron_tide.config import DistillConfig
 from megatron_tide.train import checkpoint
 from megatron_tide.train.checkpoint import TrainState
-from megatron_tide.train.engine import set_learning_rate
+from megatron_tide.train.engine import left_out, set_learning_rate
+from megatron_tide.train.guard import Guard
 from megatron_tide.train.metrics import Journal, Sums, peak_memory
 from megatron_tide.train.schedule import learning_rate
 from megatron_tide.train.step import Parts, global_counts, to_device, train_step
@@ -53,22 +54,31 @@ class Loop:
         """
         parts, save, total = self.parts, self.config.save, state.total_steps
         journal = Journal(self.folder, parts.world, total, state.step)
+        guard = Guard(self.folder, self.windows, parts.world)
         sums, since, saved = Sums(), time.perf_counter(), state.step
         for window in self.windows.from_step(state.step, total):
+            parts.world.trace.moved(state.step + 1)
             counts, stopped = global_counts(window, parts.world, bool(stop.signal))
             if stopped:
                 break
             lr = self._learning_rate(state)
             set_learning_rate(parts.engine, lr)
             step_sums = train_step(parts, to_device(window, parts.world.device), counts, state.step / total)
-            sums.add_step(step_sums, sum(noised.tokens for noised in window))
+            if left_out(parts.engine):
+                guard.left_out(state, step_sums)
+            else:
+                guard.taken()
+                sums.add_step(step_sums, sum(noised.tokens for noised in window))
             state = state.after_step(self.config.train.global_batch)
-            if state.step % save.log_every == 0 or state.step == total:
+            if guard.before and guard.exhausted:
+                self._save(guard.before)
+                raise guard.refusal()
+            if sums.steps and (state.step % save.log_every == 0 or state.step == total):
                 since = self._log(journal, state, sums, since, lr)
                 sums = Sums()
             if save.eval_every and state.step % save.eval_every == 0:
                 journal.write(state.step, measure())
-            if state.step % save.save_every == 0:
+            if state.step % save.save_every == 0 and not guard.before:
                 saved = self._save(state)
         if saved != state.step:
             self._save(state)

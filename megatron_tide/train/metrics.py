@@ -25,6 +25,7 @@ class Sums:
         self.losses: dict[str, torch.Tensor] = {}
         self.tokens = 0  # that the student is trained on, of this rank
         self.steps = 0
+        self.forwards: list[torch.Tensor] = []  # the loss of each micro-batch, in order
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
         for name, (total, count) in metrics.items():

@@ -6,6 +6,7 @@ Every refusal happens before the first step, on every rank alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,20 @@ def probe(config: DistillConfig, inputs: Inputs, parts: Parts, windows: Windows,
     mean = probe_teacher(parts, windows(0), side["vocab_size"], config.paths.teacher, side["mask_id"])
     uniform = -math.log(side["vocab_size"])
     parts.world.say(f"teacher: {mean:.2f} nats a gold token on the first window; a uniform guess is {uniform:.2f}")
+
+
+def measurement(config: DistillConfig, inputs: Inputs, parts: Parts) -> Callable[[], dict[str, float]]:
+    """What ``--eval-every`` measures: the student's held-out values (a collective)."""
+
+    def measure() -> dict[str, float]:
+        from megatron_tide.evaluate import student_side, validate
+
+        held_out, batch = inputs.validation, config.train.micro_batch
+        assert held_out is not None
+        side, samples = student_side(held_out), config.save.eval_samples
+        return validate(parts.engine.module, held_out, side, world=parts.world, samples=samples, batch_size=batch)
+
+    return measure
 
 
 def starting_point(config: DistillConfig, inputs: Inputs, parts: Parts) -> TrainState:

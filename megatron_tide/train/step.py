@@ -38,6 +38,7 @@ def train_step(parts: Parts, window: Sequence[Noised], counts: Counts, progress:
         answers = parts.host.score(window)
     with parts.clock("student"):
         for noised, answer in zip(window, answers):
+            parts.world.trace.moved()
             strength_B = strategy.strength(progress, noised.t)
             hidden_MH = masked_rows(model, noised.student)
             scores = strategy.score(hidden_MH, model.head_weight, noised, answer, strength_B)
@@ -47,6 +48,7 @@ def train_step(parts: Parts, window: Sequence[Noised], counts: Counts, progress:
             loss = denoise + strategy.distill_weight * distill
             parts.engine.backward(loss * parts.world.size, scale_wrt_gas=False)
             parts.engine.step()
+            sums.forwards.append(loss.detach())
             sums.add_loss("loss/total", loss)
             sums.add_loss("loss/denoise", denoise)
             sums.add_loss("loss/distill", distill)

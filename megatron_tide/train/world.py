@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,18 +20,20 @@ import torch
 import torch.distributed as dist
 
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.train.trace import Trace
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """One rank's view of the run. ``host_group`` is a gloo group over all ranks."""
+    """One rank's view of the run. ``host_group`` is a gloo group over all ranks; ``trace``: what this one is doing."""
 
     rank: int
     size: int
     device: torch.device
     host_group: Any
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def is_main(self) -> bool:
@@ -68,6 +70,14 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
+    def gather_to_main(self, value: Any) -> list[Any]:
+        """What each rank passes, by rank, on rank 0; [] on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.host_group)
+        return values if self.is_main else []
+
 
 def join_world() -> World:
     """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does."""
@@ -80,6 +90,8 @@ def join_world() -> World:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it had to guess
     use_own_ninja()
+    trace = Trace()
+    trace.watch_collectives()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -95,7 +107,11 @@ def join_world() -> World:
             )
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return World(
-        rank=dist.get_rank(), size=dist.get_world_size(), device=device, host_group=dist.new_group(backend="gloo")
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        host_group=dist.new_group(backend="gloo"),
+        trace=trace,
     )
 
 
