@@ -165,7 +165,8 @@ hosting() {
   [[ -z ${TEACHER_NVME:-} ]] || TEACHER_FLAGS+=(--teacher-nvme "$TEACHER_NVME")
 }
 
-# chain [FLAGS...]: bridge -> data -> distil -> convert, from the knobs of the recipe; FLAGS go to the distillation.
+# chain [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the knobs of the recipe; FLAGS go
+# to the distillation.
 chain() {
   local run=$RUNS/$NAME
   local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
@@ -182,4 +183,9 @@ chain() {
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
     --strategy "$STRATEGY" ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} "$@"
   stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf" --overwrite
+  [[ -n ${EVAL_DATA:-} ]] || return 0 # a prepared folder that nothing was trained on
+  local device=cpu
+  ! nvidia-smi --list-gpus >/dev/null 2>&1 || device=cuda
+  stage evaluate "$PYTHON" tools/evaluate.py --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
+    --device "$device" --json "$run/scores.json"
 }

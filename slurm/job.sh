@@ -130,18 +130,21 @@ saved() {
 
 # conclude STATUS: the last line of the log, always one, and the job's status.
 conclude() {
-  local status=$1 run=$RUNS/$NAME
+  local status=$1 run=$RUNS/$NAME lost
   if ((status == 0)); then
-    if [[ -n ${ONLY:-} && " $ONLY " != *" convert "* ]]; then
-      printf 'finished: %s in %s; next: the stages that ONLY="%s" left out\n' "$ONLY" "$run" "$ONLY"
-    else
-      printf 'finished: %s; next: %s tools/generate.py %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
-    fi
+    case " ${ONLY:-convert} " in
+      *" convert "*)
+        printf 'finished: %s; next: %s tools/generate.py %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
+        ;;
+      *" train"*) printf 'finished: %s in %s; next: ONLY=convert %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
+      *) printf 'finished: %s in %s; next: ONLY="train convert" %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
+    esac
     exit 0
   fi
   case $ASKED in
     TERM)
-      printf 'cancelled: %s; next: %s (or wait, if Slurm itself requeues it)\n' "$(saved)" "$AGAIN"
+      lost=$(this_attempt "$LOG" | sed -nE 's/^srun: error: (Node failure on .*)/\1, /p' | head -n 1)
+      printf 'cancelled: %s%s; next: %s (or wait, if Slurm itself requeues it)\n' "$lost" "$(saved)" "$AGAIN"
       exit $((status == 130 ? 143 : status))
       ;;
     USR1) ! ((status == 130 || status == 138)) || come_back 130 ;; # 138: before it had anything to save

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The work of slurm/RECIPE.sh as three jobs, each on the nodes that it needs, each waiting for the one before it:
+#   prepare  sample, bridge, data                            processors, no GPU
+#   distil   the training                                    GPUs, as slurm/RECIPE.sh asks for them
+#   convert  checkpoint -> Hugging Face folder               processors; with EVAL_DATA also its scores, on one GPU
+#
+#   bash slurm/chain.sh distill_16b_to_0.6b --max-steps 1000           flags go to the training
+#   DRY_RUN=1 bash slurm/chain.sh distill_16b_to_0.6b                  print the sbatch commands
+#   PREPARE_SBATCH="--partition=cpu" bash slurm/chain.sh distill_16b_to_0.6b
+#
+# Knobs, beside the recipe's own: PREPARE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for each sbatch; they win),
+# EVAL_DATA (a prepared folder that nothing was trained on: scores of it go to runs/NAME/scores.json).
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+name=${1:-} JOBS=()
+[[ -n $name && -f slurm/$name.sh && -f recipes/$name.sh ]] ||
+  fail "'$name' is no recipe with a script in slurm/; take bash slurm/chain.sh distill_16b_to_0.6b [FLAGS...]"
+shift
+flags=("$@")
+[[ ${DRY_RUN:-0} == 1 ]] || command -v sbatch >/dev/null || fail "sbatch not found: run this where jobs are submitted"
+[[ -z ${EVAL_DATA:-} || -d ${EVAL_DATA:-} ]] || fail "EVAL_DATA=$EVAL_DATA: no such folder; make it with megatron_tide.data.prepare"
+if [[ -n ${ONLY:-} ]]; then fail "ONLY=\"$ONLY\" is what this script sets; for some stages alone: ONLY=... sbatch slurm/$name.sh"; fi
+
+# A chain that could not be submitted whole leaves no job behind.
+trap '((${#JOBS[@]} == 3)) || ((${#JOBS[@]} == 0)) || scancel "${JOBS[@]}"' EXIT
+
+# submit STAGES OPTIONS...: one job of those stages, after the one submitted before it.
+submit() {
+  local only=$1 command id
+  shift
+  ((${#JOBS[@]} == 0)) || set -- "--dependency=afterok:${JOBS[-1]}" --kill-on-invalid-dep=yes "$@"
+  command=(sbatch --parsable "$@" "slurm/$name.sh" ${flags[@]+"${flags[@]}"})
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf 'ONLY=%q' "$only"
+    printf ' %q' "${command[@]}"
+    printf '\n'
+    JOBS+=("ID$((${#JOBS[@]} + 1))")
+    return
+  fi
+  id=$(ONLY=$only "${command[@]}") || fail "sbatch refused the job of '$only'; what it said is above"
+  JOBS+=("${id%%;*}")
+}
+
+one_node=(--nodes=1 --ntasks-per-node=1 --cpus-per-task=16)
+read -ra prepare <<<"${PREPARE_SBATCH:-}"
+read -ra distil <<<"${DISTIL_SBATCH:-}"
+read -ra convert <<<"${CONVERT_SBATCH:-}"
+submit "sample bridge data" --job-name="$name-prepare" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
+submit train --job-name="$name-distil" ${distil[@]+"${distil[@]}"}
+if [[ -n ${EVAL_DATA:-} ]]; then
+  submit "convert evaluate" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=1 ${convert[@]+"${convert[@]}"}
+else
+  submit convert --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=0 ${convert[@]+"${convert[@]}"}
+fi
+[[ ${DRY_RUN:-0} == 1 ]] && exit 0
+
+printf 'prepare %s, distil %s, convert %s\n' "${JOBS[@]}"
+printf 'watch:  squeue --jobs=%s   tail -F %s/%s/logs/%s.log\n' "$(IFS=,; echo "${JOBS[*]}")" "${RUNS:-runs}" \
+  "${NAME:-$name}" "${JOBS[0]}"
+printf 'stop:   scancel %s\n' "${JOBS[*]}"
