@@ -40,8 +40,9 @@ def main(argv: list[str]) -> int:
 def dry_run(config: DistillConfig) -> int:
     """Everything that can be checked without loading weights; prints the run."""
     from megatron_tide.train.setup import read_inputs
+    from megatron_tide.train.world import launched_ranks
 
-    inputs = read_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    inputs = read_inputs(config, launched_ranks())
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
     print(
         f"dry run: {len(inputs.data)} samples, {inputs.total_steps} steps of {config.train.global_batch}; all is well"

@@ -42,3 +42,11 @@ def use_own_ninja() -> None:
     own = str(Path(sys.executable).parent)
     if own not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = own + os.pathsep + os.environ.get("PATH", os.defpath)
+
+
+def section(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A section of a DeepSpeed JSON that ``where`` names; {} if there is none, ValueError if it is no object."""
+    part = settings.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"{where}: {name} is {part!r}; it is an object, as in the files of ds_configs/")
+    return part

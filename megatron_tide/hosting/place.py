@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 
 from megatron_tide.config import TeacherConfig
-from megatron_tide.ds_config import read_ds_config
+from megatron_tide.ds_config import read_ds_config, section
 from megatron_tide.hosting.pipeline import PipelineTeacher
 from megatron_tide.hosting.resident import ResidentTeacher
 from megatron_tide.hosting.zero3 import Zero3Teacher
@@ -67,10 +67,10 @@ def hosting_settings(teacher: TeacherConfig, world_size: int) -> dict[str, Any]:
 
 
 def _check_zero3(settings: dict[str, Any], where: str, teacher: TeacherConfig, world_size: int) -> None:
-    zero = _part(settings, "zero_optimization", where)
+    zero = section(settings, "zero_optimization", where)
     if zero.get("stage") != 3:
         raise ValueError(f"{where}: zero_optimization.stage is {zero.get('stage')}; --teacher-hosting zero3 takes 3")
-    offload = _part(zero, "offload_param", where)
+    offload = section(zero, "offload_param", where)
     device = offload.get("device", "none")
     if device not in OFFLOADS:
         raise ValueError(f"{where}: offload_param.device is {device!r}; it is one of {', '.join(OFFLOADS)}")
@@ -86,24 +86,16 @@ def _check_zero3(settings: dict[str, Any], where: str, teacher: TeacherConfig, w
 
 
 def _check_pipeline(settings: dict[str, Any], where: str, teacher: TeacherConfig, world_size: int) -> None:
-    stages = _part(settings, "pipeline", where).get("stages")
+    stages = section(settings, "pipeline", where).get("stages")
     if not isinstance(stages, int) or stages < 1:
         raise ValueError(f"{where}: pipeline.stages is {stages!r}; it is the number of ranks that share the teacher")
-    if _part(settings, "zero_optimization", where).get("stage", 0) > 1:
+    if section(settings, "zero_optimization", where).get("stage", 0) > 1:
         raise ValueError(f"{where}: a pipeline takes no ZeRO stage 2 or 3; remove zero_optimization")
     if world_size % stages:
         raise ValueError(
             f"{where}: {stages} stages cannot be shared out over {world_size} rank(s); start a multiple of {stages} "
             f"ranks, or take a file with other stages"
         )
-
-
-def _part(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A section of a DeepSpeed JSON; {} if there is none."""
-    part = settings.get(name) or {}
-    if not isinstance(part, dict):
-        raise ValueError(f"{where}: {name} is {part!r}; it is an object, as in the files of ds_configs/")
-    return part
 
 
 _CHECKS = {"zero3": _check_zero3, "pipeline": _check_pipeline}

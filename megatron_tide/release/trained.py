@@ -119,7 +119,7 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
 def _step_folder(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give a run folder or one of its {PREFIX}* folders")
-    if (path / WEIGHTS).is_file() and (path / STATE).is_file():
+    if any((path / name).is_file() for name in (STATE, CHECKSUMS)):
         return path
     steps = sorted(folder for folder in path.glob(f"{PREFIX}*") if (folder / CHECKSUMS).is_file())
     if not steps:

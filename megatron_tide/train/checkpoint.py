@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_tide.files import sha256_file
+from megatron_tide.files import read_json, sha256_file
 from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
 from megatron_tide.train.world import World
 
@@ -43,6 +43,9 @@ class TrainState:
 
     def after_step(self, samples: int) -> TrainState:
         return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
+
+
+_STATE = [field.name for field in fields(TrainState)]
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -86,8 +89,7 @@ def restore(folder: Path, engine: Any) -> TrainState:
     Raises:
         ValueError: when its parameters are not this model's.
     """
-    description = json.loads((folder / STATE).read_text())
-    state = TrainState(**description["state"])
+    state = TrainState(**read_description(folder)["state"])
     with safe_open(folder / WEIGHTS, "pt") as weights:
         stored = set(weights.keys())
     wanted = {name for name, _ in trained_parameters(engine)}
@@ -101,8 +103,16 @@ def restore(folder: Path, engine: Any) -> TrainState:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """``{"state": ..., "run": ...}`` of a checkpoint."""
-    return json.loads((folder / STATE).read_text())
+    """``{"state": ..., "run": ...}`` of a checkpoint.
+
+    Raises:
+        ValueError: for a file that is no such thing.
+    """
+    found = read_json(folder / STATE, "take another checkpoint")
+    state = found.get("state")
+    if not isinstance(found.get("run"), dict) or not isinstance(state, dict) or set(state) != set(_STATE):
+        raise ValueError(f"{folder / STATE}: does not describe a checkpoint of this version; take another checkpoint")
+    return found
 
 
 def newest_whole(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
@@ -126,7 +136,9 @@ def verify(folder: Path) -> None:
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so this is not a whole checkpoint") from None
+        sums = None
+    if not isinstance(sums, dict):
+        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so this is not a whole checkpoint")
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_tide.config import DistillConfig
-from megatron_tide.ds_config import read_ds_config
+from megatron_tide.ds_config import read_ds_config, section
 from megatron_tide.train.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -28,7 +28,7 @@ def student_ds_config(path: str) -> dict[str, Any]:
         ValueError: as ``read_ds_config``, or for a ZeRO stage that the student cannot use.
     """
     settings = read_ds_config(path, "--deepspeed")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    stage = section(settings, "zero_optimization", f"--deepspeed {path}").get("stage", 0)
     if stage not in (1, 2):
         raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage}; the student takes 1 or 2")
     return settings

@@ -187,9 +187,10 @@ def _resume_folder(config: DistillConfig, world: World) -> Path | None:
         checkpoint.verify(Path(resume))
         return Path(resume)
     # Rank 0 checks the sums once for all: the files are shared, reading them world times is not a better check.
-    found = str(checkpoint.newest_whole(out, world.say) or "") if world.is_main else ""
-    found = world.share_from_main(found)
-    return Path(found) if found else None
+    found = world.share_from_main(checkpoint.newest_whole(out, world.say) if world.is_main else None)
+    if found is None and any(out.glob(f"{checkpoint.PREFIX}*")):
+        raise ValueError(f"{out}: none of its checkpoints is whole; remove them to start over, or take another --out")
+    return found
 
 
 def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:

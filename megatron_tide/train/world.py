@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.train.trace import Trace
 
+LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -79,8 +80,29 @@ class World:
         return values if self.is_main else []
 
 
+def launched_ranks() -> int:
+    """How many ranks the launcher's environment speaks of; 1 without a launcher.
+
+    Raises:
+        ValueError: a number of the environment that is none, or a rank outside its world.
+    """
+    found = {name: os.environ.get(name, default) for name, default in LAUNCH.items()}
+    for name, value in found.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name}={value!r} in the environment: a launcher sets it to a whole number; unset it")
+    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if rank >= size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} in the environment: ranks count from 0; unset both")
+    return size
+
+
 def join_world() -> World:
-    """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does."""
+    """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does.
+
+    Raises:
+        ValueError: as :func:`launched_ranks`.
+    """
+    launched_ranks()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
