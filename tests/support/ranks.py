@@ -18,7 +18,8 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: 
     Raises AssertionError with the traceback of a rank that failed, or naming the ranks that did not answer in time;
     no process is left behind either way.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
     answers: Any = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,0 +1,16 @@
+"""Imported once, in the process that ranks of tests are forked from: they start in no time, and start nothing else.
+
+One thread a rank: the number is read when torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import deepspeed  # noqa: F401
+from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+import megatron_tide.evaluate
+import megatron_tide.train.setup  # noqa: F401

@@ -1,0 +1,83 @@
+"""A run goes on at another number of ranks than it was stopped at: same batches, same noise, the same curve."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_tide.config import from_flat
+from tests.support.launch import ranks, steps_logged, wait_until
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import read_curve
+
+pytestmark = pytest.mark.ranks
+STEPS = 12
+KNOBS = {"micro_batch": 2, "max_steps": STEPS, "strategy": "tide-bridge", "temperature": 4.0}
+
+
+def train_until(knobs, step):
+    """Train on this rank; asked to stop once ``step`` steps are taken."""
+    from megatron_tide import distill
+    from megatron_tide.train import loop
+    from megatron_tide.train.world import join_world, leave_world
+
+    plain = loop.global_counts
+
+    def counts(window, world, asked):
+        return plain(window, world, asked or world.trace.step > step)
+
+    loop.global_counts = counts
+    world = join_world()
+    try:
+        return distill.train(from_flat(knobs), world)
+    finally:
+        leave_world()
+
+
+def test_four_two_one_four(chain, tmp_path):
+    whole, parts = chain.run(tmp_path / "whole", **KNOBS), chain.run(tmp_path / "parts", **KNOBS)
+    assert run_on_ranks(train_until, 2, whole, STEPS, timeout=200) == [0, 0]
+    for world, step in ((4, 3), (2, 6), (1, 9), (4, STEPS)):
+        ended = run_on_ranks(train_until, world, parts, step, timeout=280)
+        assert ended == [0 if step == STEPS else 130] * world
+        assert (tmp_path / "parts" / f"step-{step:08d}").is_dir()
+    theirs, ours = (read_curve(tmp_path / name) for name in ("whole", "parts"))
+    assert ours["step"] == theirs["step"] == list(range(1, STEPS + 1))
+    torch.testing.assert_close(torch.tensor(ours["loss/total"]), torch.tensor(theirs["loss/total"]), rtol=0, atol=1e-4)
+    last = [load_file(tmp_path / name / f"step-{STEPS:08d}" / "model.safetensors") for name in ("whole", "parts")]
+    for name, tensor in last[0].items():
+        torch.testing.assert_close(last[1][name], tensor, rtol=1e-3, atol=2e-4)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system that holds two checkpoints of the tiny student, and not three; where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_small_disk_leaves_the_checkpoint_before_whole(chain, small_disk, tmp_path):
+    from megatron_tide.train.checkpoint import newest_whole
+
+    out = small_disk / "run"
+    flags = chain.flags(out, **{**KNOBS, "max_steps": 4000, "save_every": 1, "keep": 9})
+    with ranks(["-m", "megatron_tide.distill", *flags], 1, tmp_path) as processes:
+        wait_until(lambda: processes[0].poll() is not None or steps_logged(out) > 90, processes)
+        assert processes[0].wait(timeout=30) == 2
+    printed = (tmp_path / "rank0").read_text()
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in line
+    assert "--resume auto" in line
+    whole = newest_whole(out, print)
+    assert whole is not None
+    assert f"could not save {out}/step-{int(whole.name[5:]) + 1:08d}" in line
+    assert not list(out.glob(".saving-*"))
