@@ -3,16 +3,17 @@
 One rank trains a tiny student with TIDE-Cross in fp32, a checkpoint every step. It is killed with SIGKILL at random
 moments: some anywhere in its life, some after it has taken a step, some while a checkpoint is being written. Started
 again with --resume auto, it must begin at the newest whole checkpoint, and its last weights must be those of a run that
-nobody touched, bit for bit.
+nobody touched, bit for bit. Each life is a process of its own, forked from one that has imported everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import re
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -25,13 +26,22 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common import report
-from megatron_tide import cli
+from megatron_tide import cli, distill
 from megatron_tide.train import checkpoint
 from tests.support.chain import Chain, make_chain
 
-LIFE = 9.0  # seconds: about what it takes to start and take some steps
+LIFE = 4.0  # seconds: about what it takes to start and take some steps
 SETTLED = 2.0  # seconds after the first step of a life
+KILLED = -signal.SIGKILL
 DRAFTS = f"{checkpoint.TEMPORARY}*"
+
+
+def train(flags: list[str], log: str) -> None:
+    """One life: the product's own command."""
+    printed = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(printed, stream)
+    cli.run(distill.main, flags)
 
 
 class Soak:
@@ -40,32 +50,34 @@ class Soak:
     def __init__(self, chain: Chain, out: Path, steps: int, seed: int) -> None:
         self.out, self.chance = out, random.Random(seed)
         knobs: dict[str, Any] = {"max_steps": steps, "save_every": 1, "keep": 2, "strategy": "tide-cross"}
-        self.command = [sys.executable, "-m", "megatron_tide.distill", *chain.flags(out, **knobs)]
+        self.flags = chain.flags(out, **knobs)
+        self.processes = multiprocessing.get_context("forkserver")
+        self.processes.set_forkserver_preload(["tests.support.preload"])
         self.kills = self.kills_in_save = self.lost_steps = self.corrupt_resumes = 0
 
     def live(self, moment: str | None) -> bool:
         """Start, and kill at a ``moment`` (None: let it be); -> whether the run has finished."""
         whole = self._newest_whole()
         log = self.out.with_suffix(".log")
-        with log.open("wb") as printed:
-            process = subprocess.Popen(self.command, stdout=printed, stderr=subprocess.STDOUT)
-            if moment is not None:
-                MOMENTS[moment](self, process, log)
-                if process.poll() is None:
-                    process.kill()
-                    self.kills += 1
-            process.wait()
-        if process.returncode == -9 and any(self.out.glob(DRAFTS)):
+        log.write_bytes(b"")
+        process = self.processes.Process(target=train, args=(self.flags, str(log)))
+        process.start()
+        if moment is not None:
+            MOMENTS[moment](self, process, log)
+            process.kill()
+        process.join()
+        self.kills += process.exitcode == KILLED
+        if process.exitcode == KILLED and any(self.out.glob(DRAFTS)):
             self.kills_in_save += 1
-        self._check(whole, log.read_text(errors="replace"), process.returncode)
-        return process.returncode == 0
+        self._check(whole, log.read_text(errors="replace"), process.exitcode)
+        return process.exitcode == 0
 
     def _newest_whole(self) -> Path | None:
         return checkpoint.newest_whole(self.out, lambda line: None)
 
-    def _check(self, whole: Path | None, printed: str, status: int) -> None:
+    def _check(self, whole: Path | None, printed: str, status: int | None) -> None:
         """Compare where this life began with the newest checkpoint that was whole when the last one ended."""
-        if status not in (0, -9):
+        if status not in (0, KILLED):
             raise RuntimeError(f"a life ended by itself with status {status}:\n{printed[-3000:]}")
         began = re.search(r"resuming from (\S+) at step (\d+)", printed)
         if began and whole is None:
@@ -77,21 +89,21 @@ class Soak:
         elif not began and whole is not None and "step " in printed:
             self.lost_steps += int(whole.name.removeprefix(checkpoint.PREFIX))
 
-    def _first_step(self, process: subprocess.Popen, log: Path) -> None:
-        while process.poll() is None and b"\nstep" not in b"\n" + log.read_bytes():
+    def _first_step(self, process: Any, log: Path) -> None:
+        while process.is_alive() and b"\nstep" not in b"\n" + log.read_bytes():
             time.sleep(0.01)
 
-    def anywhere(self, process: subprocess.Popen, log: Path) -> None:
+    def anywhere(self, process: Any, log: Path) -> None:
         time.sleep(self.chance.uniform(0, LIFE))
 
-    def after_a_step(self, process: subprocess.Popen, log: Path) -> None:
+    def after_a_step(self, process: Any, log: Path) -> None:
         self._first_step(process, log)
         time.sleep(self.chance.uniform(0, SETTLED))
 
-    def in_a_save(self, process: subprocess.Popen, log: Path) -> None:
+    def in_a_save(self, process: Any, log: Path) -> None:
         self._first_step(process, log)
         time.sleep(self.chance.uniform(0, 0.3))
-        while process.poll() is None and not any(self.out.glob(DRAFTS)):
+        while process.is_alive() and not any(self.out.glob(DRAFTS)):
             time.sleep(0.0005)
         time.sleep(self.chance.uniform(0, 0.01))
 

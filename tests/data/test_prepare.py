@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from megatron_tide.data.encode import Encoded
 from megatron_tide.data.prepare import main
 from megatron_tide.data.shard import shard_name
 from tests.data.conftest import Pair, conversation, encode, write_jsonl
+from tests.support.disk import small_disk
 
 Chats = Callable[[int], Path]
 LENGTHS = ["--student-length", "64", "--teacher-length", "128", "--student-block", "8", "--teacher-block", "16"]
@@ -268,26 +269,20 @@ def test_a_full_disk_leaves_what_is_finished(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> object:
-    """A file system of 64 KiB, where the machine lets us mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        yield disk
 
 
 @pytest.mark.slow
-def test_a_small_disk_ends_a_run_with_one_line(pair: Pair, chats: Chats, small_disk: Path) -> None:
-    command = [*RUN, *_flags(pair, chats(600), small_disk / "out", "--workers", "2")]
+def test_a_small_disk_ends_a_run_with_one_line(pair: Pair, chats: Chats, tiny_disk: Path) -> None:
+    command = [*RUN, *_flags(pair, chats(600), tiny_disk / "out", "--workers", "2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr
-    finished = _shards(small_disk / "out")
+    finished = _shards(tiny_disk / "out")
     assert finished > 0
     assert f"{finished} of 38 shards are finished" in done.stderr
 

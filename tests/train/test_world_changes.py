@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_tide.config import from_flat
+from megatron_tide.train.checkpoint import newest_whole
+from tests.support.disk import small_disk
 from tests.support.launch import ranks, steps_logged, wait_until
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve
@@ -53,22 +52,12 @@ def test_four_two_one_four(chain, tmp_path):
         torch.testing.assert_close(last[1][name], tensor, rtol=1e-3, atol=2e-4)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system that holds two checkpoints of the tiny student, and not three; where one may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def test_a_small_disk_leaves_the_checkpoint_before_whole(chain, tmp_path):
+    with small_disk(tmp_path / "disk", "800k") as disk:  # some checkpoints of the tiny student, and not nine
+        check_small_disk(chain, disk / "run", tmp_path)
 
 
-def test_a_small_disk_leaves_the_checkpoint_before_whole(chain, small_disk, tmp_path):
-    from megatron_tide.train.checkpoint import newest_whole
-
-    out = small_disk / "run"
+def check_small_disk(chain, out, tmp_path):
     flags = chain.flags(out, **{**KNOBS, "max_steps": 4000, "save_every": 1, "keep": 9})
     with ranks(["-m", "megatron_tide.distill", *flags], 1, tmp_path) as processes:
         wait_until(lambda: processes[0].poll() is not None or steps_logged(out) > 90, processes)
