@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -18,7 +19,8 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        status = EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         if os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
             raise

@@ -90,6 +90,35 @@ def test_knobs_come_from_the_environment():
     assert words[words.index("--strategy") + 1] == "tide-bridge"
 
 
+def test_only_leaves_the_other_stages_out():
+    shown = run("distill_16b_to_0.6b.sh", DRY_RUN="1", ONLY="bridge train").stdout.splitlines()
+    kept = [line.removeprefix("# ") for line in shown if line.startswith("# ") and "left out" not in line]
+    assert kept == ["bridge", "train-tide-cross"]
+    assert [line for line in shown if "left out" in line] == [
+        f'# {name}: left out (ONLY="bridge train")' for name in ("sample", "data", "convert")
+    ]
+    assert len(shown) == 3 + 2 * 2
+
+
+def test_only_refuses_a_stage_that_is_not_there():
+    refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", ONLY="sample trian")
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == (
+        "error: ONLY=\"sample trian\": this recipe has no stage 'trian'; DRY_RUN=1 lists them"
+    )
+
+
+def test_srun_starts_the_ranks_when_it_is_asked_for():
+    knobs = {"LAUNCHER": "srun", "NNODES": "2", "NPROC": "4", "SRUN_FLAGS": "--cpu-bind=none"}
+    words = commands("distill_16b_to_0.6b.sh", **knobs)["train-tide-cross"]
+    launch = words[: words.index("-m")]
+    flags = ["--nodes=2", "--ntasks-per-node=4", "--kill-on-bad-exit=0", "--wait=30", "--cpu-bind=none"]
+    assert launch == ["srun", *flags, "bash", "slurm/rank.sh", sys.executable]
+    refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", LAUNCHER="mpirun")
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == "error: LAUNCHER=mpirun: take torchrun or srun"
+
+
 def test_quickstart_refuses_an_unknown_argument():
     refused = run("quickstart.sh", "--frsh")
     assert refused.returncode == 2

@@ -85,7 +85,7 @@ def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-def _configs() -> tuple[dict[str, Any], dict[str, Any]]:
+def tiny_configs() -> tuple[dict[str, Any], dict[str, Any]]:
     """Tiny ones, as large a vocabulary as their tokenizers need."""
     student, teacher = tiny_student_config(), tiny_teacher_config()
     del student["vocab_size"], teacher["vocab_size"]
@@ -94,7 +94,7 @@ def _configs() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def make_chain(root: Path, rows: int = 48) -> Chain:
     """A tiny chain below ``root``, of :func:`conversations`; its ``one_sided`` is data for the student alone."""
-    chain = build_chain(root, conversations(rows), *_configs(), BLOCK, (96, 96))
+    chain = build_chain(root, conversations(rows), *tiny_configs(), BLOCK, (96, 96))
     student = ["--student", str(root / "student"), "--student-length", "96", "--student-block", str(BLOCK)]
     prepare.main([*student, "--data", str(root / "corpus.jsonl"), *PREPARING, "--out", str(root / "one_sided")])
     return chain

@@ -1,0 +1,137 @@
+"""The scripts themselves: read by bash, by shellcheck and by Slurm; refusals are one line that says the mend."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+JOBS = ("slurm/distill_16b_to_0.6b.sh", "slurm/distill_8b_to_0.6b.sh")
+SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("[rs]*/*.sh") if path.is_file())
+
+
+def run(*line, folder=REPOSITORY, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "ONLY"))}
+    return subprocess.run(
+        line, cwd=folder, capture_output=True, text=True, timeout=60, env={**clean, **environment}, check=False
+    )
+
+
+def options(script):
+    """The names and values of its #SBATCH lines."""
+    lines = (REPOSITORY / script).read_text().splitlines()
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", "\n".join(lines), flags=re.M))
+
+
+def test_all_scripts_are_looked_at():
+    assert {*JOBS, "slurm/chain.sh", "slurm/job.sh", "slurm/rank.sh", "recipes/common.sh"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_reads_it(script):
+    read = run("bash", "-n", script)
+    assert read.returncode == 0, read.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_has_nothing_to_say(script):
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("NOT TESTED: shellcheck is not installed")
+    checked = run(checker, "-x", script)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_every_option_is_read_and_explained(script):
+    lines = (REPOSITORY / script).read_text().splitlines()
+    first_command = next(i for i, line in enumerate(lines) if line.strip() and not line.startswith("#"))
+    assert not any("SBATCH" in line for line in lines[first_command:]), "Slurm stops reading at the first command"
+    assert sum(line.startswith("#SBATCH") for line in lines) == len(options(script))
+    given = options(script)
+    assert given["signal"].startswith("B:USR1@")
+    assert given["ntasks-per-node"] == given["gpus-per-node"]
+    assert given["open-mode"] == "append"
+    assert "requeue" in given
+    assert given["job-name"] == Path(script).stem
+
+
+@pytest.mark.parametrize("script", JOBS)
+def test_no_training_flag_is_set_here(script):
+    calls = [line for line in (REPOSITORY / script).read_text().splitlines() if line.startswith("job ")]
+    assert calls == [f'job recipes/{Path(script).name} "$@"']
+    assert f"NAME=${{NAME:-{Path(script).stem}}}" in (REPOSITORY / "recipes" / Path(script).name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", JOBS)
+def test_slurm_would_take_it(cluster, script):
+    cluster.call("sbatch", "--test-only", script, cwd=REPOSITORY)
+    refused = cluster.call("sbatch", "--test-only", "--gpus-per-node=9", script, cwd=REPOSITORY, check=False)
+    assert refused.returncode != 0, "this cluster takes everything, so the line above says nothing"
+
+
+def test_elsewhere_it_says_where_to_submit_it(tmp_path):
+    refused = run("bash", str(REPOSITORY / JOBS[0]), folder=tmp_path, SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_ID="1")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"error: no slurm/job.sh in {tmp_path}; submit from the repository: cd REPOSITORY && sbatch {JOBS[0]}"
+    ]
+
+
+def test_without_slurm_it_names_both_ways():
+    refused = run("bash", JOBS[0], "--lr", "1e-4")
+    assert refused.returncode == 2
+    expected = f"failed: this is a script for Slurm; next: sbatch {JOBS[0]} --lr 1e-4, or without Slurm: bash recipes/"
+    assert refused.stdout.startswith(expected)
+    assert len(refused.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": ""}, "ranks a node are not known; next: sbatch --ntasks-per-node=8 ..."),
+        (
+            {"SLURM_GPUS_ON_NODE": "4"},
+            "8 ranks but 4 GPUs a node; next: sbatch --ntasks-per-node=4 --gpus-per-node=4 ...",
+        ),
+        ({"MAX_ATTEMPTS": "many"}, "MAX_ATTEMPTS=many is no number of attempts; next: give one, or none"),
+        ({"PROLOGUE": "no/such.sh"}, f"PROLOGUE=no/such.sh: no such file (from {REPOSITORY})"),
+    ],
+)
+def test_a_mistake_in_the_allocation_is_the_last_line(tmp_path, environment, said):
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "8"}
+    refused = run("bash", JOBS[0], **{**job, "RUNS": str(tmp_path), "NAME": "run", **environment})
+    assert refused.returncode == 2
+    assert refused.stdout.strip() == f"everything is in {tmp_path}/run/logs/7.log"
+    assert (tmp_path / "run" / "logs" / "7.log").read_text().splitlines()[-1] == f"failed: {said}"
+
+
+def test_chain_submits_three_jobs_each_after_the_other():
+    more = {"PREPARE_SBATCH": "--partition=cpu", "DISTIL_SBATCH": "--nodes=4", "EVAL_DATA": str(REPOSITORY / "tests")}
+    shown = run("bash", "slurm/chain.sh", "distill_16b_to_0.6b", "--lr", "1e-4", DRY_RUN="1", **more)
+    prepare, distil, convert = shown.stdout.splitlines()
+    assert prepare.startswith("ONLY=sample\\ bridge\\ data sbatch --parsable ")
+    assert "--partition=cpu slurm/distill_16b_to_0.6b.sh --lr 1e-4" in prepare
+    assert "--dependency" not in prepare
+    assert distil.startswith("ONLY=train sbatch --parsable --dependency=afterok:ID1 --kill-on-invalid-dep=yes ")
+    assert "--nodes=4 slurm/distill_16b_to_0.6b.sh" in distil
+    assert convert.startswith("ONLY=convert\\ evaluate sbatch --parsable --dependency=afterok:ID2 ")
+
+
+def test_chain_refuses_what_it_does_not_know(tmp_path):
+    for arguments, environment, said in (
+        (["nothing"], {}, "error: 'nothing' is no recipe with a script in slurm/; "),
+        (["distill_16b_to_0.6b"], {"EVAL_DATA": str(tmp_path / "none")}, f"error: EVAL_DATA={tmp_path}/none: no such"),
+        (["distill_16b_to_0.6b"], {"ONLY": "train"}, 'error: ONLY="train" is what this script sets; '),
+    ):
+        refused = run("bash", "slurm/chain.sh", *arguments, DRY_RUN="1", **environment)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith(said)
+        assert len(refused.stderr.splitlines()) == 1
