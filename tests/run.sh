@@ -12,6 +12,8 @@ if [[ -e /usr/include/libaio.h ]]; then
 else
   printf 'note: libaio-dev is not installed, so the tests of a teacher on disk are skipped\n'
 fi
+command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] ||
+  printf 'note: slurmctld, slurmd, slurm-client, munge are not installed, so the tests on a Slurm cluster are skipped\n'
 setup_environment requirements.txt tests/requirements.txt
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}

@@ -43,6 +43,23 @@ def test_link_leads_somewhere(target):
     assert target.startswith("https://") or (REPOSITORY / target).exists()
 
 
+SLURM = (REPOSITORY / "slurm" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_cluster_readme_names_things_that_exist():
+    for path in re.findall(r"^(?:\S+=\S+ )*(?:sbatch|bash)(?: --\S+)* (slurm/\S+)", SLURM, flags=re.M):
+        assert (REPOSITORY / path).is_file()
+    for name in re.findall(r"^\| `([\w.]+\.sh)`", SLURM, flags=re.M):
+        assert (REPOSITORY / "slurm" / name).is_file() or name == "cluster.sh"
+    hostings = set(re.findall(r"^\| [^|]* \| `(\w+)` \|", SLURM, flags=re.M))
+    assert {"resident", "zero3_cpu"} <= hostings
+    for hosting in hostings - {"resident", "HOSTING"}:
+        assert (REPOSITORY / "ds_configs" / f"teacher_{hosting}.json").is_file()
+    job = (REPOSITORY / "slurm" / "job.sh").read_text(encoding="utf-8")
+    for word in re.findall(r"^\| `(\w+:)` \|", SLURM, flags=re.M):
+        assert f"'{word} " in job
+
+
 def test_every_strategy_is_in_the_table():
     from megatron_tide.objectives import STRATEGIES
 
