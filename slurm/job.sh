@@ -8,7 +8,7 @@
 #   PROLOGUE      a file sourced first, for what this cluster needs (modules, proxies, caches); see slurm/README.md
 #   SRUN_FLAGS    more flags for srun, such as those of a container plugin
 
-set -euo pipefail
+set -eu # not pipefail: what reads a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
 RECIPE='' ASKED='' CHILD='' LOG='' AGAIN=''
@@ -55,6 +55,7 @@ rendezvous() {
     fail "$ranks ranks but $gpus GPUs a node; next: sbatch --ntasks-per-node=$gpus --gpus-per-node=$gpus ..."
   export LAUNCHER=srun NPROC=$ranks NNODES=$SLURM_NNODES
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  [[ -n $MASTER_ADDR ]] || fail "scontrol names no host of '$SLURM_JOB_NODELIST'; next: $AGAIN, or ask who runs the cluster"
   export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # two jobs that share a node do not meet
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
 }

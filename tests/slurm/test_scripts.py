@@ -135,3 +135,54 @@ def test_chain_refuses_what_it_does_not_know(tmp_path):
         assert refused.returncode == 2
         assert refused.stderr.startswith(said)
         assert len(refused.stderr.splitlines()) == 1
+
+
+FILLER = "step 1/9  loss 7.9612\n" * 20_000  # more than a pipe holds
+ATTEMPT = "== attempt {} of 20: job 7 on a\n"
+SAID = "step 3/9: stopped as asked, saved; the same command goes on from here\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        (ATTEMPT.format(1) + FILLER + SAID, "saved"),
+        (ATTEMPT.format(1) + SAID + FILLER, "saved"),
+        (ATTEMPT.format(1) + FILLER + SAID + ATTEMPT.format(2) + FILLER, "nothing new to save"),
+        (ATTEMPT.format(1) + FILLER + ATTEMPT.format(2) + SAID + FILLER, "saved"),
+    ],
+)
+def test_whether_this_attempt_saved_is_read_from_a_log_of_any_length(tmp_path, log, expected):
+    (tmp_path / "7.log").write_text(log)
+    told = run("bash", "-c", f"source slurm/job.sh; LOG={tmp_path}/7.log; saved")
+    assert (told.returncode, told.stdout) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    ("log", "ranks", "expected"),
+    [
+        ("error: no bridge\nerror: stage data stopped with status 2; run it again\n", {}, "no bridge"),
+        ("nothing\n", {}, "the recipe ended with status 9"),
+        (
+            "srun: error: n2: task 3: Out Of Memory\nerror: gone\nsrun: error: n1: task 0: Exited with exit code 1\n",
+            {0: "error: rank 3 is gone\n"},
+            "rank 3 was killed (n2: task 3: Out Of Memory): by hand, or for want of memory",
+        ),
+        (
+            "srun: error: n2: tasks 2-3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n",
+            {2: "Traceback\nValueError: old\n== attempt 2: rank 2\nTraceback\nRuntimeError: NCCL\n", 0: "error: no\n"},
+            "RuntimeError: NCCL (rank 2)",
+        ),
+        (
+            "srun: error: n2: task 2: Exited with exit code 1\n",
+            {2: "silent\n"},
+            "the recipe ended with status 9 (n2: task 2: Exited with exit code 1)",
+        ),
+    ],
+)
+def test_the_reason_is_that_of_the_rank_that_left_first(tmp_path, log, ranks, expected):
+    (tmp_path / "7.log").write_text(ATTEMPT.format(1) + "error: of old\n" + ATTEMPT.format(2) + log + FILLER)
+    for rank, text in ranks.items():
+        (tmp_path / f"7.rank{rank}.log").write_text(text)
+    lines = f"source slurm/job.sh; SLURM_JOB_ID=7 LOGS={tmp_path} LOG={tmp_path}/7.log; reason 9"
+    told = run("bash", "-c", lines)
+    assert (told.returncode, told.stdout) == (0, expected), told.stderr
