@@ -3,7 +3,8 @@
 The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command and is not
 older than the stamp of the stage before it; so an edited knob, or an earlier stage that ran again, runs it again.
 
-Asked to stop (Ctrl-C, TERM, USR1), the command is asked likewise, given its time to save, and the status is 130.
+While it runs, no other job may run a stage of the same folder. Asked to stop (Ctrl-C, TERM, USR1), it asks the command
+likewise, gives it its time to save, and leaves with 130.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from megatron_tide.lock import RunLock
 
 STOPPED = 130
 
@@ -90,7 +93,12 @@ def main(argv: list[str]) -> int:
     print(f"\n== {name}", flush=True)
     started = time.time()
     child = Child(command)
-    status = child.run()
+    try:
+        with RunLock(Path(arguments.stamp).parent):
+            status = child.run()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finished = time.time()
     if child.was_stopped(status):
         print(f"stage {name}: stopped as asked; run the same recipe again to go on", flush=True)
@@ -100,7 +108,6 @@ def main(argv: list[str]) -> int:
         return status
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     record = {"command": command, "finished": finished, "seconds": finished - started, "peak_process_bytes": peak}
-    Path(arguments.stamp).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.stamp).write_text(json.dumps(record, indent=1))
     print(f"== {name}: {record['seconds']:.0f} s", flush=True)
     return 0

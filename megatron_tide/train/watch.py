@@ -3,10 +3,11 @@
 Each rank tells the others what it is doing and since when, through the store that the process group was made with. A
 thread on each rank looks at what all tell:
 
-    silent    nothing new from a rank for SILENT seconds: its process is dead or frozen, or its machine is gone
-    stalled   a rank tells that it has not moved for --stall-seconds
+    silent    nothing new from a rank: its process is dead or frozen, or its machine is gone
+    stalled   a rank tells that it has not moved
 
-Either way the ranks that are left name it, its step and its last collective, and leave with status EXIT_LOST.
+After --stall-seconds of either, or at once when a collective fails and a rank is silent, the ranks that are left name
+it, its step and its last collective, and leave with status EXIT_LOST.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch.distributed as dist
 from megatron_tide.train.world import World
 
 EXIT_LOST = 3
-SILENT = 45.0  # seconds; more than any call that keeps Python's threads from running
 BEAT = 1.0
 PATIENCE = 10.0  # seconds in which a collective's error is explained
 
@@ -104,7 +104,7 @@ class Watch:
 
     def _judge(self) -> None:
         silent = max(range(self._world.size), key=lambda rank: self._seen[rank].silence)
-        if self._seen[silent].silence > min(SILENT, self._stall):
+        if self._seen[silent].silence > self._stall:
             self._leave(silent, f"{self._named(silent)} does not answer for {self._seen[silent].silence:.0f} s")
         if max(seen.age for seen in self._seen) > self._stall:
             # Those that wait for it are in a collective; it is not, or it entered one first.

@@ -55,3 +55,18 @@ def test_a_failed_stage_says_so_and_is_not_done(tmp_path):
     assert failed.returncode == 2
     assert "stage one stopped with status 2" in failed.stderr
     assert not stamp.exists()
+
+
+def test_two_jobs_on_one_folder(tmp_path):
+    first, second = tmp_path / "s" / "first.json", tmp_path / "s" / "second.json"
+    line = [sys.executable, str(STAGE), str(first), "--", sys.executable, "-c", "input()"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "s" / ".lock").exists():
+            assert process.poll() is None
+        refused = stage(second, *append(tmp_path / "log", "a"))
+        process.communicate("\n", timeout=60)
+    assert refused.returncode == 2
+    assert f"(process {process.pid} on " in refused.stderr
+    assert not (tmp_path / "log").exists()
+    assert first.exists()
+    assert stage(second, *append(tmp_path / "log", "a")).returncode == 0
