@@ -104,17 +104,25 @@ reason() {
   printf 'the recipe ended with status %s%s' "$1" "${first:+ (${first#srun: error: })}"
 }
 
-# come_back STATUS: Slurm said that it will take the nodes away; take the job's place in the queue again.
+# a_node_is_lost: whether the first node still starts a step, and all of them together do not. Training ends soon after a
+# node does, Slurm itself notices after its SlurmdTimeout, often 5 minutes: too late to requeue a job that has failed.
+a_node_is_lost() {
+  local probe=(timeout -k 5 60 srun --overlap)
+  ((SLURM_NNODES > 1)) && "${probe[@]}" --nodes=1 --ntasks=1 --nodelist="$MASTER_ADDR" true >/dev/null 2>&1 &&
+    ! "${probe[@]}" --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" true >/dev/null 2>&1
+}
+
+# come_back STATUS WHY: the nodes are taken away, or one is lost; take the job's place in the queue again.
 come_back() {
   local answer
   if ((ATTEMPT >= MAX_ATTEMPTS)); then
-    printf 'failed: preempted %s times (MAX_ATTEMPTS=%s), %s; next: %s\n' "$ATTEMPT" "$MAX_ATTEMPTS" "$(saved)" "$AGAIN"
+    printf 'failed: %s at attempt %s (MAX_ATTEMPTS=%s), %s; next: %s\n' "$2" "$ATTEMPT" "$MAX_ATTEMPTS" "$(saved)" "$AGAIN"
     exit "$1"
   fi
   trap '' TERM USR1 # a job that is requeued is ended first: the last line is then said
-  printf 'preempted: %s and requeued (attempt %s of %s)\n' "$(saved)" "$ATTEMPT" "$MAX_ATTEMPTS"
-  if ! answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
-    printf 'failed: preempted, and not requeued: %s; next: %s\n' "$answer" "$AGAIN"
+  printf '%s: %s and requeued (attempt %s of %s)\n' "$2" "$(saved)" "$ATTEMPT" "$MAX_ATTEMPTS"
+  if ! answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) && [[ $answer != *"pending execution"* ]]; then # Slurm was first
+    printf 'failed: %s, and not requeued: %s; next: %s\n' "$2" "$answer" "$AGAIN"
     exit "$1"
   fi
   exit 0
@@ -148,8 +156,9 @@ conclude() {
       printf 'cancelled: %s%s; next: %s (or wait, if Slurm itself requeues it)\n' "$lost" "$(saved)" "$AGAIN"
       exit $((status == 130 ? 143 : status))
       ;;
-    USR1) ! ((status == 130 || status == 138)) || come_back 130 ;; # 138: before it had anything to save
+    USR1) ! ((status == 130 || status == 138)) || come_back 130 preempted ;; # 138: before it had anything to save
   esac
+  ((status == 2)) || ! a_node_is_lost || come_back "$status" "lost a node"
   printf 'failed: %s; next: mend that, then %s\n' "$(reason "$status")" "$AGAIN"
   exit "$status"
 }

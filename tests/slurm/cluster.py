@@ -63,7 +63,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sc
 ReturnToService=2
 JobRequeue=1
 EnforcePartLimits=ALL
-KillWait=10
+KillWait=5
 MinJobAge=3600
 SlurmctldTimeout=10
 SlurmdTimeout=6
@@ -158,6 +158,16 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         self.call("slurmd", "-f", str(self.conf), "-N", node)
+
+    def kill_node(self, node: str, job: Job) -> None:
+        """What is seen of a node that lost its power: its daemon and all processes of a job there are gone."""
+        there = set(job.processes()) & set(processes_with(f"SLURMD_NODENAME={node}"))
+        keepers = {parent(pid) for pid in there}
+        keepers = {pid for pid in keepers if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"slurmstepd")}
+        assert there
+        assert keepers
+        for pid in (self.daemon(f"slurmd.{node}"), *keepers, *there):
+            os.kill(pid, signal.SIGKILL)
 
     def daemon(self, name: str) -> int:
         """The process of slurmctld, munged, or slurmd.NODE; 0 if there is none."""

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.slurm.cluster import NODES, parent, wait_for
+from tests.slurm.cluster import NODES, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(200)]
 LONG = ("--max-steps", "4000")
@@ -54,15 +54,13 @@ def test_a_node_that_fails_ends_the_job(desk, no_process_left):
     job = desk.train("lost", *LONG, nodes=2, sbatch=("--no-requeue",))
     no_process_left(job)
     desk.after_the_first_step("lost")
-    rank = job.rank(1)
     started = time.monotonic()
-    for process in (desk.cluster.daemon(f"slurmd.{NODES[1]}"), parent(rank), rank):
-        os.kill(process, signal.SIGKILL)
+    desk.cluster.kill_node(NODES[1], job)
     try:
         assert job.wait(60) in {"NODE_FAIL", "FAILED"}
         wait_for(lambda: not job.processes(), 60 - (time.monotonic() - started), "the end of every process")
         assert job.status != 0
-        assert job.last_line.startswith(("cancelled: Node failure on ", "failed: "))
+        assert job.last_line.startswith(("cancelled: Node failure on ", "failed: lost a node, and not requeued: "))
         assert "; next: " in job.last_line
     finally:
         desk.cluster.start_node(NODES[1])

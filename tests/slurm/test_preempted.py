@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.slurm.cluster import NODES, wait_for
 from tests.slurm.conftest import STEPS
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(280)]
@@ -49,7 +50,7 @@ def test_preempted_requeued_and_resumed_is_bit_for_bit(desk, whole, nodes, no_pr
         (
             (),
             {"MAX_ATTEMPTS": "1"},
-            "failed: preempted 1 times (MAX_ATTEMPTS=1), saved; next: sbatch slurm/distill_16b",
+            "failed: preempted at attempt 1 (MAX_ATTEMPTS=1), saved; next: sbatch slurm/distill_16b",
         ),
         (("--no-requeue",), {}, "failed: preempted, and not requeued: "),
     ],
@@ -66,6 +67,26 @@ def test_a_job_that_cannot_come_back_saves_and_fails(desk, stub, tmp_path, no_pr
     assert "step 1/2: stopped as asked, saved" in job.text()
     assert job.last_line.startswith(said)
     assert "; next: " in job.last_line
+
+
+def test_a_job_that_loses_a_node_comes_back(desk, stub, no_process_left):
+    """The nodes' own daemon and the rank die at once; nobody tells the job, and Slurm does not know yet."""
+    once = '[[ ! -e $RUNS/$NAME/before ]] || exit 0; touch "$RUNS/$NAME/ready.$RANK"; '
+    wait = 'sleep 3; touch "$RUNS/$NAME/before"; exit 3'
+    job = desk.train("node", nodes=2, SRUN_FLAGS="--wait=2", PYTHON=stub(once + wait))
+    no_process_left(job)
+    job.ready()
+    desk.cluster.kill_node(NODES[1], job)
+    try:
+        wait_for(lambda: job.restarts == 1, 60, "the job to be requeued")
+    finally:
+        desk.cluster.start_node(NODES[1])
+    assert job.wait(60) == "COMPLETED"
+    before = job.text().partition("== attempt 2 of 20: ")[0].splitlines()
+    assert before[-1].startswith(
+        ("lost a node: nothing new to save and requeued (attempt 1 of 20)", "cancelled: Node f")
+    )
+    assert job.last_line.startswith("finished: train in ")
 
 
 def test_preempted_before_anything_was_saved_it_comes_back_too(desk, stub, no_process_left):
