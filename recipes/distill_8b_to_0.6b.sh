@@ -7,6 +7,8 @@
 # Launch:    bash recipes/distill_8b_to_0.6b.sh                      every GPU of this machine
 #            NPROC=4 bash recipes/distill_8b_to_0.6b.sh              four of them
 #            DRY_RUN=1 bash recipes/distill_8b_to_0.6b.sh            print the commands
+#            ONLY="sample bridge data" bash recipes/distill_8b_to_0.6b.sh   some of the stages: sample bridge data train convert
+#            sbatch slurm/distill_8b_to_0.6b.sh                    on a Slurm cluster
 # Arguments go to the distillation:  ... --preset ours --max-steps 1000   (python -m megatron_tide.distill --help)
 # Stopped, by whatever? Run the same line again: finished stages are skipped, training goes on from its checkpoint.
 
@@ -23,7 +25,7 @@ TEACHER_MASK=${TEACHER_MASK:-151665}                                # its tokeni
 HOSTING=${HOSTING:-resident}                                        # where the teacher lives; the table is in README.md
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Python code that comes with the hub folders
-# NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launch() in common.sh
+# NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh
 # ---
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -11,11 +11,17 @@
 set -eu # not pipefail: what reads a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
-RECIPE='' ASKED='' CHILD='' LOG='' AGAIN=''
+RECIPE='' ASKED='' CHILD='' LOG='' AGAIN='' TOLD=''
 
 fail() {
+  TOLD=1
   printf 'failed: %s\n' "$*"
   exit 2
+}
+
+# However this script ends, its last line says so.
+at_the_end() {
+  [[ -n $TOLD ]] || printf 'failed: the job script itself stopped, with status %s; next: mend what is above, then %s\n' "$1" "$AGAIN"
 }
 
 # asked SIGNAL: by Slurm, to stop; the recipe hands it on to what it runs. TERM weighs more: it comes last.
@@ -115,6 +121,7 @@ a_node_is_lost() {
 # come_back STATUS WHY: the nodes are taken away, or one is lost; take the job's place in the queue again.
 come_back() {
   local answer
+  TOLD=1
   if ((ATTEMPT >= MAX_ATTEMPTS)); then
     printf 'failed: %s at attempt %s (MAX_ATTEMPTS=%s), %s; next: %s\n' "$2" "$ATTEMPT" "$MAX_ATTEMPTS" "$(saved)" "$AGAIN"
     exit "$1"
@@ -140,6 +147,7 @@ saved() {
 # conclude STATUS: the last line of the log, always one, and the job's status.
 conclude() {
   local status=$1 run=$RUNS/$NAME lost
+  TOLD=1
   if ((status == 0)); then
     case " ${ONLY:-convert} " in
       *" convert "*)
@@ -172,6 +180,7 @@ job() {
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a script for Slurm; next: $AGAIN, or without Slurm: bash $RECIPE"
   trap 'asked USR1' USR1
   trap 'asked TERM' TERM
+  trap 'at_the_end $?' EXIT
   open_log
   [[ $MAX_ATTEMPTS =~ ^[1-9][0-9]*$ ]] || fail "MAX_ATTEMPTS=$MAX_ATTEMPTS is no number of attempts; next: give one, or none"
   prologue

@@ -113,6 +113,16 @@ def test_a_mistake_in_the_allocation_is_the_last_line(tmp_path, environment, sai
     assert (tmp_path / "run" / "logs" / "7.log").read_text().splitlines()[-1] == f"failed: {said}"
 
 
+def test_a_prologue_that_ends_the_script_is_told_too(tmp_path):
+    (tmp_path / "mine.sh").write_text("exit 5\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "RUNS": str(tmp_path), "NAME": "run"}
+    ended = run("bash", JOBS[0], PROLOGUE=str(tmp_path / "mine.sh"), **job)
+    assert ended.returncode == 5
+    assert (tmp_path / "run" / "logs" / "7.log").read_text().splitlines()[1:] == [
+        f"failed: the job script itself stopped, with status 5; next: mend what is above, then sbatch {JOBS[0]}"
+    ]
+
+
 def test_chain_submits_three_jobs_each_after_the_other():
     more = {"PREPARE_SBATCH": "--partition=cpu", "DISTIL_SBATCH": "--nodes=4", "EVAL_DATA": str(REPOSITORY / "tests")}
     shown = run("bash", "slurm/chain.sh", "distill_16b_to_0.6b", "--lr", "1e-4", DRY_RUN="1", **more)
