@@ -30,4 +30,5 @@ TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Pyt
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 setup_environment requirements.txt
-chain "$@"
+# One line, because bash reads a script as it goes, and this one may have been edited by the time the chain is through.
+chain "$@"; exit

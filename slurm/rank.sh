@@ -17,19 +17,25 @@ fi
 
 # Rank 0 prints to two places. Slurm kills what is left of a task when its first process ends: this shell therefore stays
 # until `tee` has written the last line. Signals may come to every process of the task or to this one alone.
-exec 3> >(trap '' INT TERM USR1 && exec tee -a "$log")
-writer=$!
-child=
+# A function, because bash reads a script as it goes, and this one may be edited while training runs.
+rank_0() {
+  local writer status=0
+  exec 3> >(trap '' INT TERM USR1 && exec tee -a "$log")
+  writer=$!
+  child=
+  trap 'pass_on TERM' TERM
+  trap 'pass_on USR1' USR1
+  trap : INT
+  "$@" >&3 2>&1 3>&- &
+  child=$!
+  exec 3>&-
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+  wait "$child" || status=$?
+  while kill -0 "$writer" 2>/dev/null; do wait "$writer" || true; done
+  exit "$status"
+}
+
 # shellcheck disable=SC2329 # traps call it
 pass_on() { [[ -z $child ]] || kill -s "$1" "$child" 2>/dev/null || true; }
-trap 'pass_on TERM' TERM
-trap 'pass_on USR1' USR1
-trap : INT
-"$@" >&3 2>&1 3>&- &
-child=$!
-exec 3>&-
-while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-status=0
-wait "$child" || status=$?
-while kill -0 "$writer" 2>/dev/null; do wait "$writer" || true; done
-exit "$status"
+
+rank_0 "$@"
