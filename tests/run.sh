@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that tells whether the project is sound: set-up, linters, types, scripts, tests. Fast checks first.
-#   bash tests/run.sh             all of it (about 20 minutes on 2 cores)
+#   bash tests/run.sh             all of it (about 20 minutes on 2 cores, after set-up)
 #   bash tests/run.sh -k bridge   arguments go to pytest, in place of the linters
 
 set -euo pipefail
@@ -16,11 +16,12 @@ command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] ||
   printf 'note: slurmctld, slurmd, slurm-client, munge are not installed, so the tests on a Slurm cluster are skipped\n'
 setup_environment requirements.txt tests/requirements.txt
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 pytest=("$PYTHON" -m pytest)
 if (($#)); then
   exec "${pytest[@]}" "$@"
 fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two files of tests at a time
+pytest+=(--numprocesses 2 --dist loadfile)
 
 bin=$(dirname "$PYTHON")
 mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
