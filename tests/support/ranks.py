@@ -15,6 +15,8 @@ from typing import Any
 def run_on_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 180) -> list[Any]:
     """``[function(*args) of rank 0, of rank 1, ...]``; ``function`` must be importable, results must pickle.
 
+    Ranks are forked from one process that lives as long as the tests: they have its environment and standard streams.
+
     Raises AssertionError with the traceback of a rank that failed, or naming the ranks that did not answer in time;
     no process is left behind either way.
     """
