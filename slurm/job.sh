@@ -158,6 +158,8 @@ conclude() {
     esac
     exit 0
   fi
+  # Asking takes seconds, in which Slurm may have noticed by itself, and say so with TERM.
+  [[ -n $ASKED ]] || ((status == 2)) || ! a_node_is_lost || come_back "$status" "lost a node"
   case $ASKED in
     TERM)
       lost=$(this_attempt "$LOG" | sed -nE 's/^srun: error: (Node failure on .*)/\1, /p' | head -n 1)
@@ -166,7 +168,6 @@ conclude() {
       ;;
     USR1) ! ((status == 130 || status == 138)) || come_back 130 preempted ;; # 138: before it had anything to save
   esac
-  ((status == 2)) || ! a_node_is_lost || come_back "$status" "lost a node"
   printf 'failed: %s; next: mend that, then %s\n' "$(reason "$status")" "$AGAIN"
   exit "$status"
 }
