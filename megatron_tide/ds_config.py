@@ -50,3 +50,8 @@ def section(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise ValueError(f"{where}: {name} is {part!r}; it is an object, as in the files of ds_configs/")
     return part
+
+
+def offload_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Where a DeepSpeed JSON that has been checked puts its parameters (``offload_param``); {} for the device."""
+    return (settings.get("zero_optimization") or {}).get("offload_param") or {}

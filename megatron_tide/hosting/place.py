@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 
 from megatron_tide.config import TeacherConfig
-from megatron_tide.ds_config import read_ds_config, section
+from megatron_tide.ds_config import offload_of, read_ds_config, section
 from megatron_tide.hosting.pipeline import PipelineTeacher
 from megatron_tide.hosting.resident import ResidentTeacher
 from megatron_tide.hosting.zero3 import Zero3Teacher
@@ -117,7 +117,7 @@ def host_sections(
 ) -> Any:
     """A teacher that is taken in section by section from ``source``; a collective of all ranks."""
     settings = hosting_settings(teacher, world.size)
-    offload = (settings.get("zero_optimization") or {}).get("offload_param") or {}
+    offload = offload_of(settings)
     if offload.get("device") == "nvme":
         offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), world.share_from_main(uuid4().hex[:12])))
     build, dtype = _SECTIONED[teacher.teacher_hosting], DTYPES[teacher.teacher_dtype]

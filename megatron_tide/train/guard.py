@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.metrics import Sums
@@ -68,6 +67,6 @@ class Guard:
         return odd
 
 
-def _listed(keys: list[Any], most: int = 8) -> str:
+def _listed(keys: list[int], most: int = 8) -> str:
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(map(str, keys[:most])) + more

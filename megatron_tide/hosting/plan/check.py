@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megatron_tide.config import DistillConfig, StrategyConfig
 from megatron_tide.data.store import Stats
-from megatron_tide.ds_config import read_ds_config
+from megatron_tide.ds_config import offload_of, read_ds_config
 from megatron_tide.hosting.place import DTYPES, hosting_settings
 from megatron_tide.hosting.plan.fit import Hosting, advice, every_hosting, plan, plans
 from megatron_tide.hosting.plan.job import Job, Model, staircase_length
@@ -169,6 +169,6 @@ def local_machine(ranks: int, disk: Path | None) -> Machine:
 def nvme_folder(settings: dict[str, Any], given: str) -> Path | None:
     """The folder on disk that a teacher would use: a hosting's own, the one given, or what the ds_configs file says."""
     hostings = [settings, *(hosting.settings for hosting in every_hosting())]
-    offloads = [hosting.get("zero_optimization", {}).get("offload_param") or {} for hosting in hostings]
+    offloads = [offload_of(hosting) for hosting in hostings]
     named = [given, *(offload["nvme_path"] for offload in offloads if "nvme_path" in offload)]
     return next((Path(folder) for folder in named if folder and Path(folder).is_dir()), None)

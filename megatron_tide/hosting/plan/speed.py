@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from megatron_tide.ds_config import offload_of
 from megatron_tide.hosting.plan.job import Job, Model
 from megatron_tide.hosting.plan.machine import GB, Machine
 from megatron_tide.hosting.plan.teacher import heaviest_stage, teacher_units
@@ -50,7 +51,7 @@ def teacher_seconds(job: Job, teacher: Model, machine: Machine, settings: dict[s
         return _piped(job, teacher, settings["pipeline"]["stages"], compute, rates)
     if not settings:
         return compute
-    device = (settings["zero_optimization"].get("offload_param") or {}).get("device", "none")
+    device = offload_of(settings).get("device", "none")
     held = sum(unit.flat_bytes for unit in teacher_units(job, teacher))
     gather = held * (job.ranks - 1) / job.ranks / (GB * rates.gather_gbs)
     upload = held / job.ranks / (GB * rates.pcie_gbs) if machine.has_gpus and device != "none" else 0.0

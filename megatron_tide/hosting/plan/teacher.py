@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.ds_config import offload_of
 from megatron_tide.hosting.pipeline import balanced
 from megatron_tide.hosting.plan.books import Books
 from megatron_tide.hosting.plan.job import FP32, Job, Model
@@ -46,7 +47,7 @@ def add_resident(books: Books, job: Job, teacher: Model, settings: dict[str, Any
 
 
 def add_zero3(books: Books, job: Job, teacher: Model, settings: dict[str, Any]) -> None:
-    offload = settings["zero_optimization"].get("offload_param") or {}
+    offload = offload_of(settings)
     sizes = [unit.flat_bytes for unit in teacher_units(job, teacher)]
     _PLACES[offload.get("device", "none")](books, job, sizes, offload)
     _output(books, job, teacher)

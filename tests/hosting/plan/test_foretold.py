@@ -14,6 +14,7 @@ from megatron_tide.hosting.plan.check import asked_of, job_of
 from megatron_tide.hosting.plan.fit import every_hosting, plan
 from megatron_tide.hosting.plan.machine import GIB, Machine
 from recipes.fullsize import prove
+from tests.hosting.hosts import rss_bytes
 from tests.support.chain import SMALL
 from tests.support.disk import needs_disk_io
 from tests.support.medium import make_medium_chain
@@ -34,8 +35,7 @@ def medium(tmp_path_factory):
 def train_and_weigh(knobs):
     """Train on this rank; its peak resident bytes."""
     train_and_tell(knobs)
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+    return rss_bytes("VmHWM")
 
 
 def resident_bytes(job, name):
