@@ -1,11 +1,12 @@
 """Checkpoint -> text: block decoding with an exact KV cache, and prompts around it.
 
-The sampler itself is ``megatron_tide.models.generation_a2d``: one file, shared with every release.
+The sampler itself is ``megatron_tide.models.decoding_a2d``: one file, shared with every release.
 """
 
-from megatron_tide.generate.complete import Completion, complete, prompt_ids
-from megatron_tide.generate.prompts import Prompt, from_prepared, read_prompts
-from megatron_tide.models.generation_a2d import BlockDecoder, DecodingRule, decoding_rule
+from megatron_tide.generate.complete import Completion, complete, prompt_ids, stream
+from megatron_tide.generate.prompts import Prompt, from_prepared, from_text, read_prompts
+from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+from megatron_tide.models.generation_a2d import decoding_rule
 
 __all__ = [
     "BlockDecoder",
@@ -15,6 +16,8 @@ __all__ = [
     "complete",
     "decoding_rule",
     "from_prepared",
+    "from_text",
     "prompt_ids",
     "read_prompts",
+    "stream",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +10,24 @@ import numpy as np
 import torch
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.models.generation_a2d import BlockDecoder, decoding_rule
+from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+from megatron_tide.models.generation_a2d import decoding_rule
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a character whose last bytes are still to come
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt: its ids (the end of text included where it came), its text, and whether it came."""
+    """The answer to one prompt: its ids (the end of text included where it came), its text, and whether it came.
+
+    ``prompt``: the prompt's ids, its mask tokens filled in. ``passes``: forward passes of the batch it was in.
+    """
 
     ids: list[int]
     text: str
     finished: bool
     passes: int
-    """Forward passes of the batch it was in."""
+    prompt: list[int]
 
 
 def prompt_ids(tokenizer: TextTokenizer, messages: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -45,17 +51,14 @@ def complete(
     ``progress(done)`` is called after each batch.
 
     Raises:
-        ValueError: an empty prompt, a wrong knob, or a model that cannot decode in blocks.
+        ValueError: an empty prompt or a wrong knob.
     """
-    if not hasattr(model, "generate"):
-        raise ValueError(f"{type(model).__name__} cannot decode in blocks here; give an a2d-qwen3 model (a student)")
     if batch_size < 1:
         raise ValueError(f"generate: batch size {batch_size}; give 1 or more")
     for place, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"generate: prompt {place} is empty")
-    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    rule = decoding_rule(model, None, ids | knobs)
+    rule = _rule(model, tokenizer, knobs)
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers: dict[int, Completion] = {}
     for first in range(0, len(order), batch_size):
@@ -64,10 +67,59 @@ def complete(
         decoder = BlockDecoder(model, batch, rule, [seed + place for place in places])
         for _ in decoder.run():
             pass
-        for place, answer in zip(places, decoder.completions()):
+        for place, answer, prompt_ids in zip(places, decoder.completions(), decoder.prompts()):
             found = answer.tolist()
-            ended = found[-1] in rule.eos_token_ids
-            answers[place] = Completion(found, tokenizer.decode(found), ended, decoder.passes)
+            ended = bool(found) and found[-1] in rule.eos_token_ids
+            text = tokenizer.decode(found)
+            answers[place] = Completion(found, text, ended, decoder.passes, prompt_ids.tolist())
         if progress is not None:
             progress(len(answers))
     return [answers[place] for place in range(len(prompts))]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One answer after a pass: its ids up to the end of the block under way, and which of them are decided.
+
+    ``new_text``: what has become certain since the moment before; a block's text comes when the block is finished.
+    """
+
+    ids: list[int]
+    decided: list[bool]
+    new_text: str
+
+
+def stream(
+    model: Any, tokenizer: TextTokenizer, prompt: np.ndarray | Sequence[int], *, seed: int = 0, **knobs: Any
+) -> Iterator[Moment]:
+    """Answer one prompt, moment by moment: the ``new_text`` of all of them is the text that ``complete`` returns.
+
+    Raises:
+        ValueError: an empty prompt or a wrong knob.
+    """
+    if len(prompt) == 0:
+        raise ValueError("generate: the prompt is empty")
+    ids = torch.as_tensor(np.asarray(prompt), dtype=torch.int64)
+    decoder = BlockDecoder(model, [ids], _rule(model, tokenizer, knobs), [seed])
+    told = ""
+    for block_is_done in decoder.run():
+        text = told
+        if block_is_done:
+            text = tokenizer.decode(decoder.completions(settled=True)[0].tolist()).rstrip(_UNFINISHED)
+        yield _moment(decoder, text[len(told) :])
+        told = text
+    text = tokenizer.decode(decoder.completions()[0].tolist())
+    if text != told:
+        yield _moment(decoder, text[len(told) :])
+
+
+def _moment(decoder: BlockDecoder, new_text: str) -> Moment:
+    begin = int(decoder.answer_dev_B[0])
+    ids = decoder.completions()[0][: max(0, decoder.end - begin)].tolist()
+    decided = ~decoder.undecided_BL[0, begin : begin + len(ids)]
+    return Moment(ids, decided.tolist(), new_text)
+
+
+def _rule(model: Any, tokenizer: TextTokenizer, knobs: dict[str, Any]) -> DecodingRule:
+    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return decoding_rule(model, None, ids | knobs)

@@ -1,9 +1,9 @@
 """The student: a Qwen3 decoder that attends wherever its mask lets it, with a masked-token head.
 
-Used for training and, with ``generation_a2d.py``, shipped inside releases (``trust_remote_code=True``), so it may
-import torch and transformers only, and must run under transformers 4.57 as well as 5.x. The weights, their names and
-the arithmetic are transformers' own Qwen3; what differs is attention: no mask means bidirectional, and a mask is taken
-as given.
+Used for training and, with ``generation_a2d.py`` and ``decoding_a2d.py``, shipped inside releases
+(``trust_remote_code=True``), so it may import torch and transformers only, and must run under transformers 4.57 as well
+as 5.x. The weights, their names and the arithmetic are transformers' own Qwen3; what differs is attention: no mask
+means bidirectional, and a mask is taken as given.
 
 Shapes: B batch, Q queries, K keys, L length, H hidden size, V vocabulary, D head dimension.
 """
@@ -102,7 +102,7 @@ class A2DQwen3Config(Qwen3Config):
         self.mask_token_id = mask_token_id
 
 
-class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):
+class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):  # type: ignore[misc]
     """Qwen3 with attention as its mask says, and logits for the token AT each position (no shift).
 
     ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [B, L, V]. Training never calls that: it

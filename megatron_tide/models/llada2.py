@@ -9,6 +9,8 @@ Shapes: N batch, L length, H hidden size, V vocabulary, D head dimension, R rota
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MaskedLMOutput
 
 from megatron_tide.models.a2d_qwen3 import Mask, attend, attention_mask_for
+from megatron_tide.models.decoding_a2d import BlockCache
 from megatron_tide.models.experts import Experts, Router
+from megatron_tide.models.generation_a2d import BlockGeneration
 from megatron_tide.models.llada2_config import LLaDA2Config
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class RMSNorm(nn.Module):
@@ -63,13 +69,17 @@ class Attention(nn.Module):
         self.key_layernorm = RMSNorm(self.size, config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, remember: Remember | None = None
+    ) -> Tensor:
         fused = self.query_key_value(hidden).unflatten(-1, (-1, self.size))
         query, key, value = (
             part.transpose(1, 2) for part in fused.split((self.heads, self.kv_heads, self.kv_heads), 2)
         )
         query = rotate(self.query_layernorm(query), cos, sin)
         key = rotate(self.key_layernorm(key), cos, sin)
+        if remember is not None:
+            key, value = remember(key, value)
         mixed = attend(query, key, value, mask, self.size**-0.5)
         return self.dense(mixed.transpose(1, 2).flatten(2))
 
@@ -124,13 +134,20 @@ class LLaDA2Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
-        """hidden [N, L, H]; cos, sin [N or 1, L, R]; mask as ``attend`` takes it -> [N, L, H]."""
-        return self.feed(self.mix(hidden, cos, sin, mask))
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, remember: Remember | None = None
+    ) -> Tensor:
+        """hidden [N, L, H]; cos, sin [N or 1, L, R]; mask as ``attend`` takes it -> [N, L, H].
 
-    def mix(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None) -> Tensor:
+        ``remember`` is given this layer's keys and values and returns those to attend to: the cache of generation.
+        """
+        return self.feed(self.mix(hidden, cos, sin, mask, remember))
+
+    def mix(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, remember: Remember | None = None
+    ) -> Tensor:
         """The first half: attention, between the positions of each sequence."""
-        return hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask)
+        return hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask, remember)
 
     def feed(self, hidden: Tensor) -> Tensor:
         """The second half: the feed-forward network or the experts, for each position on its own."""
@@ -155,21 +172,24 @@ class LLaDA2Decoder(nn.Module):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         return hidden, *rotary(position_ids, self.config.rotary_size, self.config.rope_theta, hidden.dtype)
 
-    def forward(self, input_ids: Tensor, mask: Mask | None, position_ids: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, mask: Mask | None, position_ids: Tensor | None, cache: BlockCache | None = None
+    ) -> Tensor:
         hidden, cos, sin = self.embed(input_ids, position_ids)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, cos, sin, mask, use_reentrant=False)
             else:
-                hidden = layer(hidden, cos, sin, mask)
+                remember = None if cache is None else functools.partial(cache.update, layer_idx=index)
+                hidden = layer(hidden, cos, sin, mask, remember)
         return self.norm(hidden)
 
 
-class LLaDA2MoeModelLM(nn.Module):
+class LLaDA2MoeModelLM(BlockGeneration, nn.Module):
     """LLaDA2 with its head: ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [N, L, V].
 
-    No mask means bidirectional, a mask is taken as given (None, [N, L] padding, [N, 1, Q, K] bool or additive,
-    BlockMask).
+    ``generate`` decodes in blocks, as the student does. No mask means bidirectional, a mask is taken as given (None,
+    [N, L] padding, [N, 1, Q, K] bool or additive, BlockMask).
     """
 
     def __init__(self, config: LLaDA2Config) -> None:
@@ -192,10 +212,14 @@ class LLaDA2MoeModelLM(nn.Module):
         return self.lm_head.weight.device
 
     def backbone(
-        self, input_ids: Tensor, attention_mask: Mask | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Mask | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: BlockCache | None = None,
     ) -> Tensor:
-        """Normed hidden states [N, L, H]."""
-        return self.model(input_ids, attention_mask_for(attention_mask, self.dtype), position_ids)
+        """Normed hidden states [N, L, H]; ``past_key_values`` is attended to and appended to."""
+        return self.model(input_ids, attention_mask_for(attention_mask, self.dtype), position_ids, past_key_values)
 
     def forward(
         self,

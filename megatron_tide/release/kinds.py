@@ -25,7 +25,7 @@ class Kind:
 
 
 SELF_CONTAINED = Kind(
-    code=(MODELS / "a2d_qwen3.py", MODELS / "generation_a2d.py"),
+    code=tuple(MODELS / name for name in ("a2d_qwen3.py", "generation_a2d.py", "decoding_a2d.py")),
     auto_map={"AutoConfig": "a2d_qwen3.A2DQwen3Config", "AutoModelForMaskedLM": "a2d_qwen3.A2DQwen3LMHeadModel"},
     prober="transformers",
     needs_package=False,

@@ -24,8 +24,7 @@ def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs:
     """For each prompt: its ids, logits of it and a block of masks behind it, and a greedy answer of two blocks; and
     one that no end of text cuts short, since a young model ends at once and would then be asked for little.
 
-    ``knobs`` go to ``generate`` (none for a release: its own files must say). A model without ``generate`` gives the
-    likeliest token at each of those positions instead of an answer.
+    ``knobs`` go to ``generate`` (none for a release: its own files must say).
     """
     answers: dict[str, torch.Tensor] = {}
     for number, prompt in enumerate(prompts):
@@ -35,9 +34,6 @@ def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs:
         attend = (of_block.unsqueeze(1) >= of_block)[None, None]
         logits = model(ids, attention_mask=attend, position_ids=torch.arange(length).unsqueeze(0)).logits[0]
         answers |= {f"ids.{number}": torch.tensor(prompt), f"logits.{number}": logits}
-        if not hasattr(model, "generate"):
-            answers[f"tokens.{number}"] = logits.argmax(-1)
-            continue
         asked = torch.tensor([prompt])
         knobs = {**knobs, "max_new_tokens": 2 * block, "tokens_per_step": max(1, block // PASSES_PER_BLOCK)}
         answers[f"tokens.{number}"] = model.generate(asked, **knobs)[0, len(prompt) :]

@@ -10,12 +10,19 @@ import pytest
 import torch
 
 from megatron_tide.models import load_model
-from megatron_tide.models.generation_a2d import BlockCache, BlockDecoder, DecodingRule, committed
+from megatron_tide.models.decoding_a2d import BlockCache, BlockDecoder, DecodingRule, choose_tokens, committed
+from tests.reference.generate import fill_in
 from tests.reference.generate import generate as plain
-from tests.support.models import tiny_student_config, write_hub_folder
+from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
 
 PAD, MASK, BLOCK = 1, 2, 4
 ENDS = (5, 9, 13, 17)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    config = tiny_teacher_config(vocab_size=24)
+    return load_model(write_hub_folder(Path(tmp_path_factory.mktemp("teacher")), config, seed=5))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +67,87 @@ def test_same_tokens_as_the_plain_way(
             answer = output[row, width:].tolist()
             assert answer[: len(expected)] == expected
             assert set(answer[len(expected) :]) <= {PAD}
+
+
+@pytest.mark.parametrize("lengths", SHAPES, ids=str)
+def test_the_teacher_decodes_with_the_same_cache(teacher: Any, lengths: tuple[int, ...]) -> None:
+    ids = {"block_size": BLOCK, "mask_token_id": MASK, "pad_token_id": PAD, "eos_token_ids": ENDS}
+    prompts = prompts_of(lengths, 2)
+    asked = padded(prompts, "left")
+    output = teacher.generate(**asked, max_new_tokens=13, tokens_per_step=2, **ids)
+    for prompt, row in zip(prompts, output.tolist()):
+        knobs: dict[str, Any] = {"max_new_tokens": 13, "tokens_per_step": 2, "threshold": None}
+        expected = plain(teacher, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **knobs)
+        assert row[asked["input_ids"].shape[1] :][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_least_confident_first(model: Any, threshold: float | None) -> None:
+    knobs: dict[str, Any] = {"max_new_tokens": 14, "tokens_per_step": 1, "threshold": threshold}
+    differ = 0
+    for prompt in prompts_of((3, 6, 8), 5):
+        expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=(), least_confident_first=True, **knobs)
+        asked = torch.tensor([prompt])
+        found = model.generate(asked, **knobs, eos_token_ids=(), least_confident_first=True)[0, len(prompt) :].tolist()
+        assert found == expected
+        differ += found != model.generate(asked, **knobs, eos_token_ids=())[0, len(prompt) :].tolist()
+    assert differ or threshold
+
+
+@pytest.mark.parametrize("per_step", [1, 3])
+def test_masks_of_a_prompt_are_filled_in(model: Any, per_step: int) -> None:
+    """Alone and batched: holes in the first block, across blocks, at the end; then also with an answer behind them."""
+    holes = [(0, 1), (5, 6, 7, 8), (2, 9, 13), (16,)]
+    prompts = prompts_of((6, 11, 14, 17), 6)
+    for prompt, places in zip(prompts, holes):
+        for place in places:
+            prompt[place] = MASK
+    knobs: dict[str, Any] = {"tokens_per_step": per_step, "eos_token_ids": ENDS}
+    expected = [fill_in(model, p, block=BLOCK, mask_id=MASK, eos_ids=ENDS, tokens_per_step=per_step) for p in prompts]
+    asked = padded(prompts, "right")
+    filled = model.generate(**asked, **knobs, max_new_tokens=0)
+    for row, (prompt, wanted) in enumerate(zip(prompts, expected)):
+        assert filled[row, : len(prompt)].tolist() == wanted
+        assert model.generate(torch.tensor([prompt]), **knobs, max_new_tokens=0).tolist() == [wanted]
+        assert not set(wanted) & {MASK}
+    aligned = prompts_of((12,), 7)[0]
+    aligned[5] = MASK
+    both = model.generate(torch.tensor([aligned]), **knobs, max_new_tokens=9)[0].tolist()
+    wanted = fill_in(model, aligned, block=BLOCK, mask_id=MASK, eos_ids=ENDS, tokens_per_step=per_step)
+    rule: dict[str, Any] = {"max_new_tokens": 9, "tokens_per_step": per_step, "threshold": None}
+    answer = plain(model, wanted, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **rule)
+    assert both[: 12 + len(answer)] == wanted + answer
+
+
+def test_a_streamer_gets_prompt_and_blocks(model: Any) -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.pieces: list[list[int]] = []
+            self.ended = False
+
+        def put(self, value: torch.Tensor) -> None:
+            assert not self.ended
+            self.pieces.append(value.tolist())
+
+        def end(self) -> None:
+            self.ended = True
+
+    told, prompt = Told(), prompts_of((6,), 8)[0]
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_ids=(), streamer=told)
+    assert told.ended
+    assert [len(piece) for piece in told.pieces] == [6, 2, 4, 4, 2]
+    assert [token for piece in told.pieces for token in piece] == output[0].tolist()
+    with pytest.raises(ValueError, match="one prompt"):
+        model.generate(torch.tensor([prompt, prompt]), streamer=told)
+
+
+def test_steps_are_passes_for_the_whole_answer(model: Any) -> None:
+    prompt = torch.tensor([prompts_of((8,), 9)[0]])
+    for steps, per_step in ((12, 1), (6, 2), (5, 3), (1, 12), (40, 1)):
+        by_steps = model.generate(prompt, max_new_tokens=12, steps=steps, eos_token_ids=())
+        assert torch.equal(
+            by_steps, model.generate(prompt, max_new_tokens=12, tokens_per_step=per_step, eos_token_ids=())
+        )
 
 
 def test_rows_do_end_early_and_at_different_places(model: Any) -> None:
@@ -123,8 +211,6 @@ def test_temperature_draws_by_row_and_seed(model: Any) -> None:
 
 def test_temperature_follows_the_softmax() -> None:
     """Frequencies of many draws against softmax(logits / T), the mask token left out."""
-    from megatron_tide.models.generation_a2d import choose_tokens
-
     logits = torch.tensor([1.0, 0.0, 5.0, 2.0])
     rule = DecodingRule(block_size=4, mask_token_id=2, eos_token_ids=(), pad_token_id=0, temperature=0.7)
     count = 20000
@@ -162,6 +248,8 @@ def test_cache_forgets_what_was_not_committed() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"num_beams": 2}, "num_beams"),
         ({"seed": [1, 2, 3]}, "seeds"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 4, "tokens_per_step": 2}, "give one of them"),
     ],
 )
 def test_wrong_knobs_are_named(model: Any, knobs: dict[str, Any], word: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.data import PreparedData
-from megatron_tide.generate import complete, from_prepared, read_prompts
+from megatron_tide.generate import complete, from_prepared, read_prompts, stream
 from megatron_tide.generate.prompts import from_messages, from_text
 from megatron_tide.models import load_model
 from tests.support.lab import Lab, response
@@ -41,6 +41,29 @@ def test_answers_are_the_models_own_in_order(model: Any, tokenizer: TextTokenize
         for size in (1, 4)
     ]
     assert [answer.ids for answer in drawn[0]] == [answer.ids for answer in drawn[1]]
+
+
+def test_the_teacher_answers_too(lab: Lab) -> None:
+    teacher, tokenizer = load_model(lab.teacher), load_tokenizer(lab.teacher)
+    prompts = [from_text(tokenizer, text).ids for text in ("hi", "a longer question, and why?")]
+    together = complete(teacher, tokenizer, prompts, max_new_tokens=7)
+    assert [answer.ids for answer in together] == [
+        complete(teacher, tokenizer, [prompt], max_new_tokens=7)[0].ids for prompt in prompts
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_tells_the_same_text(model: Any, tokenizer: TextTokenizer, seed: int) -> None:
+    prompt = from_text(tokenizer, "what is it?").ids
+    knobs: dict[str, Any] = {"max_new_tokens": 21, "temperature": 1.5, "seed": seed}
+    moments = list(stream(model, tokenizer, prompt, **knobs))
+    [answer] = complete(model, tokenizer, [prompt], **knobs)
+    assert "".join(moment.new_text for moment in moments) == answer.text
+    assert moments[-1].ids[: len(answer.ids)] == answer.ids
+    assert [sum(moment.decided) for moment in moments[:3]] == [1, 2, 3]
+    for moment in moments:
+        undecided = {token for token, decided in zip(moment.ids, moment.decided) if not decided}
+        assert undecided <= {tokenizer.mask_id}
 
 
 def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer) -> None:
@@ -85,8 +108,8 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: TextTokenizer, content: 
 def test_what_cannot_be_answered_is_said(lab: Lab, model: Any, tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         complete(model, tokenizer, [[1, 2], []])
-    with pytest.raises(ValueError, match="cannot decode in blocks"):
-        complete(load_model(lab.teacher), load_tokenizer(lab.teacher), [[1, 2]])
+    with pytest.raises(ValueError, match="prompt is empty"):
+        next(stream(model, tokenizer, []))
     with pytest.raises(ValueError, match="unknown argument top_k"):
         complete(model, tokenizer, [[1, 2]], top_k=3)
     with pytest.raises(ValueError, match="message before the answer"):

@@ -27,15 +27,19 @@ def generate(
     max_new_tokens: int,
     tokens_per_step: int,
     threshold: float | None,
+    least_confident_first: bool = False,
 ) -> list[int]:
     """The greedy answer to one prompt, cut after its first end of text."""
+    order = -1 if least_confident_first else 1
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_new_tokens:
         start = len(tokens) // block * block
         tokens += [mask_id] * (start + block - len(tokens))
         undecided = set(range(max(start, len(prompt)), start + block))
         while undecided:
-            for position, token in most_confident(model, tokens, undecided, block, mask_id, tokens_per_step, threshold):
+            for position, token in most_confident(
+                model, tokens, undecided, block, mask_id, tokens_per_step, threshold, order
+            ):
                 tokens[position] = token
                 undecided.remove(position)
         if any(token in eos_ids for token in tokens[max(start, len(prompt)) :]):
@@ -55,8 +59,14 @@ def most_confident(
     mask_id: int,
     tokens_per_step: int,
     threshold: float | None,
+    order: int = 1,
+    inside: int = 0,
+    never_inside: tuple[int, ...] = (),
 ) -> list[tuple[int, int]]:
-    """(position, token) pairs that one pass decides."""
+    """(position, token) pairs that one pass decides; ``order`` -1: the least confident ones.
+
+    ``never_inside``: tokens that no position before ``inside`` may take.
+    """
     length = len(tokens)
     logits = model(
         torch.tensor([tokens]),
@@ -66,11 +76,35 @@ def most_confident(
     found = []
     for position in sorted(undecided):
         row = logits[position].clone()
-        row[mask_id] = float("-inf")
+        for token in (mask_id, *(never_inside if position < inside else ())):
+            row[token] = float("-inf")
         token = int(row.argmax())
         found.append((float(torch.softmax(row, -1)[token]), position, token))
-    found.sort(key=lambda item: (-item[0], item[1]))
+    found.sort(key=lambda item: (-order * item[0], item[1]))
     chosen = found[:tokens_per_step]
     if threshold is not None:
         chosen += [item for item in found[tokens_per_step:] if item[0] > threshold]
     return [(position, token) for _, position, token in chosen]
+
+
+@torch.no_grad()
+def fill_in(
+    model: Any, prompt: list[int], *, block: int, mask_id: int, eos_ids: tuple[int, ...], tokens_per_step: int
+) -> list[int]:
+    """The prompt with its mask tokens decided, block after block, each seeing the text up to its own end; no EOS."""
+    tokens = list(prompt)
+    for start in range(0, len(prompt), block):
+        undecided = {place for place in range(start, min(start + block, len(prompt))) if prompt[place] == mask_id}
+        seen = tokens[: start + block]
+        seen += [mask_id] * (start + block - len(seen))
+        tail = set(range(len(prompt), start + block)) if undecided else set()
+        while undecided:
+            both = undecided | tail
+            for place, token in most_confident(
+                model, seen, both, block, mask_id, tokens_per_step, None, 1, len(prompt), eos_ids
+            ):
+                seen[place] = token
+                undecided.discard(place)
+                tail.discard(place)
+        tokens[start : start + block] = seen[start : len(prompt)]
+    return tokens

@@ -208,7 +208,7 @@ def test_wrong_code_fails_the_gate(
 
     def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
         whole(trained, tokenizer, kind, out, **options)
-        file = out / "generation_a2d.py"
+        file = out / "decoding_a2d.py"
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new, 1))
 

@@ -1,0 +1,285 @@
+"""Block decoding for block diffusion language models: the sampler of the package and of every release.
+
+This file travels into release folders beside the modelling file, so it needs torch only and imports nothing of this
+project.
+
+How a text is made (batch rows B, slots L, block size b, undecided positions R, vocabulary V)::
+
+    slots      | pad block | prompt block | p p p m m m | m m m m m m |   m = mask, decided block by block
+    pass 1       [ every prompt block, and the first block with masks ]      <- encodes the prompt and decides at once
+    pass 2..       [ the same block, a few masks fewer ]
+    next block     [ that block, finished | the next one, all masks ]        <- caches one, decides in the other
+
+Blocks sit at multiples of the block size of each row's own positions, as in training; the first decoded block may hold
+the end of the prompt. Rows with shorter prompts are moved right by WHOLE blocks, so that the batch decodes in step. A
+block attends to itself and to everything before it; the keys and values of finished blocks never change, which is
+what makes the cache exact. The head runs on undecided positions only.
+
+A prompt may hold mask tokens: they are filled in, in their turn, seeing everything up to the end of their own block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingRule:
+    """How a block is decided.
+
+    Every pass guesses all undecided positions and masks the least confident guesses again, but for ``tokens_per_step``
+    of them; with a ``threshold`` (LLaDA2's rule, published with 0.95) each guess whose probability exceeds it stays as
+    well. ``least_confident_first`` turns the order round: of the guesses, those least sure of stay first (for study:
+    what is left is then easy). ``temperature`` 0 takes the likeliest token; above it, a token is drawn from
+    softmax(logits / temperature). Confidence is the chosen token's probability without temperature. The mask token is
+    never chosen. ``max_new_tokens`` 0 only fills the masks of the prompt in.
+    """
+
+    block_size: int
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    tokens_per_step: int = 1
+    threshold: float | None = None
+    temperature: float = 0.0
+    least_confident_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"generate: {name} is {getattr(self, name)}; give {least} or more")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"generate: threshold is {self.threshold}; it is a probability, give 0 to 1")
+        if self.temperature < 0.0 or not math.isfinite(self.temperature):
+            raise ValueError(f"generate: temperature is {self.temperature}; give 0 (greedy) or more")
+
+
+class BlockCache:
+    """Keys and values per layer in one buffer of fixed capacity; what transformers' attention calls ``update`` on.
+
+    A pass writes its keys behind the committed part and sees committed + own; writing again overwrites. So a pass over
+    an unfinished block leaves nothing behind, and ``commit`` keeps what the last pass wrote. Nothing is ever copied.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store ``key``, ``value`` [B, heads, n, D] of one layer; return views of everything up to them."""
+        if layer_idx == len(self._keys):
+            self._keys.append(key.new_empty(*key.shape[:2], self.capacity, key.shape[-1]))
+            self._values.append(value.new_empty(*value.shape[:2], self.capacity, value.shape[-1]))
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        end = self.length + key.shape[2]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Committed slots; transformers asks for it."""
+        return self.length
+
+    def commit(self, count: int) -> None:
+        """Keep the first ``count`` slots that the last pass wrote."""
+        self.length += count
+
+
+def choose_tokens(
+    logits_RV: torch.Tensor, rule: DecodingRule, generators: Sequence[torch.Generator], rows_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and confidence for each undecided position: (int64 [R], fp32 [R]).
+
+    ``rows_R`` says which batch row a position belongs to; each row draws from its own generator, so a row's text does
+    not depend on which rows it was batched with.
+    """
+    logits_RV = logits_RV.float()
+    logits_RV[:, rule.mask_token_id] = float("-inf")
+    if rule.temperature == 0.0:
+        tokens_R = logits_RV.argmax(-1)
+    else:
+        noise_RV = torch.empty_like(logits_RV)
+        for row in rows_R.unique().tolist():
+            mine = (rows_R == row).nonzero().squeeze(-1)
+            draws = torch.empty(len(mine), logits_RV.shape[1]).exponential_(generator=generators[row])
+            noise_RV[mine] = draws.log().neg().to(logits_RV.device)
+        tokens_R = (logits_RV / rule.temperature + noise_RV).argmax(-1)  # Gumbel-max: a draw from the softmax
+    chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+    return tokens_R, (chosen_R - logits_RV.logsumexp(-1)).exp()
+
+
+def committed(confidence_Bb: torch.Tensor, rule: DecodingRule) -> torch.Tensor:
+    """Which positions of a block this pass decides, bool [B, b]; decided ones come in with confidence -1.
+
+    Equal confidences are settled left to right, so that the result does not depend on how a sort is made.
+    """
+    urgency_Bb = confidence_Bb
+    if rule.least_confident_first:
+        urgency_Bb = torch.where(confidence_Bb < 0.0, -2.0, -confidence_Bb)
+    order = urgency_Bb.sort(dim=-1, descending=True, stable=True).indices
+    rank_Bb = order.argsort(dim=-1)
+    take_Bb = rank_Bb < rule.tokens_per_step
+    if rule.threshold is not None:
+        take_Bb = take_Bb | (confidence_Bb > rule.threshold)
+    return take_Bb & (confidence_Bb >= 0.0)
+
+
+class BlockDecoder:
+    """One batch of prompts being continued.
+
+    ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
+    ``head_weight [V, H]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way.
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[torch.Tensor], rule: DecodingRule, seeds: Sequence[int]) -> None:
+        if not prompts:
+            raise ValueError("generate: no prompt; give at least one")
+        if len(seeds) != len(prompts):
+            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+        self.model, self.rule, self.passes, self.end = model, rule, 0, 0
+        self.device = model.head_weight.device
+        block, count = rule.block_size, len(prompts)
+        prompts = [prompt.to("cpu") for prompt in prompts]
+        holes = [prompt == rule.mask_token_id for prompt in prompts]
+        self.fills = any(bool(hole.any()) for hole in holes)
+        if rule.max_new_tokens == 0 and not all(bool(hole.any()) for hole in holes):
+            raise ValueError("generate: max_new_tokens is 0, and a prompt holds no mask to fill in; give 1 or more")
+        self.prompt_B = torch.tensor([len(prompt) for prompt in prompts])
+        opens = [int(hole.nonzero()[0, 0]) if hole.any() else len(hole) for hole in holes]
+        first_B = torch.tensor(opens) // block  # the block where a row's decoding begins
+        self.first = int(first_B.max())
+        self.shift_B = (self.first - first_B) * block
+        self.blocks_B = -(-(self.prompt_B + rule.max_new_tokens) // block) - first_B
+        length = (self.first + int(self.blocks_B.max())) * block
+        canvas = torch.full((count, length), rule.mask_token_id)
+        undecided = torch.ones(count, length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            start, end = int(self.shift_B[row]), int(self.shift_B[row] + self.prompt_B[row])
+            canvas[row, :start] = rule.pad_token_id
+            canvas[row, start:end] = prompt
+            undecided[row, :start] = False
+            undecided[row, start:end] = holes[row]
+        self.tokens_BL, self.undecided_BL = canvas.to(self.device), undecided.to(self.device)
+        self.shift_dev_B = self.shift_B.to(self.device)
+        self.answer_dev_B = (self.shift_B + self.prompt_B).to(self.device)  # the slot where a row's answer begins
+        self.shifted = bool(self.shift_B.any())
+        self.eos = torch.tensor(rule.eos_token_ids, dtype=torch.int64, device=self.device)
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.cache = BlockCache(length)
+
+    @torch.no_grad()
+    def run(self) -> Iterator[bool]:
+        """Decode block after block; after every pass, yields whether it has finished its block.
+
+        By then ``tokens_BL`` and ``undecided_BL`` have moved on.
+        """
+        finished_B = torch.zeros(len(self.prompt_B), dtype=torch.bool, device=self.device)
+        blocks_B = self.blocks_B.to(self.device)
+        for number in range(int(self.blocks_B.max())):
+            start = (self.first + number) * self.rule.block_size
+            end = self.end = start + self.rule.block_size
+            finished_B = finished_B | (blocks_B <= number)
+            open_Bb = self._still_open(start, end, finished_B)
+            is_open = bool(open_Bb.any())
+            while is_open:
+                self._decide(start, end, open_Bb)
+                open_Bb = self._still_open(start, end, finished_B)
+                is_open = bool(open_Bb.any())
+                yield not is_open
+            finished_B = finished_B | self._ends(start, end).any(-1)
+            if finished_B.all():
+                return
+
+    def _decide(self, start: int, end: int, open_Bb: torch.Tensor) -> None:
+        hidden_BQH = self._forward(end)[:, start - end :]
+        rows_R, places_R = open_Bb.nonzero(as_tuple=True)
+        logits_RV = hidden_BQH[rows_R, places_R] @ self.model.head_weight.to(hidden_BQH.dtype).T
+        if self.fills:  # a text goes on behind what is filled in, so it can't end there
+            inside_R = start + places_R < self.answer_dev_B[rows_R]
+            logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(inside_R.unsqueeze(1), float("-inf"))
+        tokens_R, confidence_R = choose_tokens(logits_RV, self.rule, self.generators, rows_R)
+        confidence_Bb = torch.full(open_Bb.shape, -1.0, device=self.device)
+        confidence_Bb[rows_R, places_R] = confidence_R
+        take_Bb = committed(confidence_Bb, self.rule)
+        proposal_Bb = self.tokens_BL[:, start:end].clone()
+        proposal_Bb[rows_R, places_R] = tokens_R
+        self.tokens_BL[:, start:end] = torch.where(take_Bb, proposal_Bb, self.tokens_BL[:, start:end])
+        self.undecided_BL[:, start:end] &= ~take_Bb
+
+    def _forward(self, end: int) -> torch.Tensor:
+        """Hidden states of every slot from the committed ones up to ``end``; commits those of finished blocks."""
+        block, begin = self.rule.block_size, self.cache.length
+        query_Q = torch.arange(begin, end, device=self.device)
+        hidden = self.model.backbone(
+            self.tokens_BL[:, begin:end],
+            attention_mask=self._attend(query_Q),
+            position_ids=(query_Q - self.shift_dev_B.unsqueeze(1)).clamp(min=0),
+            past_key_values=self.cache,
+        )
+        self.cache.commit(end - block - begin)
+        self.passes += 1
+        return hidden
+
+    def _attend(self, query_Q: torch.Tensor) -> torch.Tensor | None:
+        """bool [B, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""
+        block, end = self.rule.block_size, int(self.cache.length + len(query_Q))
+        if len(query_Q) == block and not self.shifted:
+            return None
+        key_K = torch.arange(end, device=self.device)
+        seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
+        real_BK = key_K >= self.shift_dev_B.unsqueeze(1)
+        own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot sees itself: softmax over nothing is NaN
+        return ((seen_QK & real_BK.unsqueeze(1)) | own_QK).unsqueeze(1)
+
+    def _ends(self, start: int, end: int) -> torch.Tensor:
+        """Decided end-of-text tokens of the answer in these slots, bool [B, end - start]."""
+        slots = torch.arange(start, end, device=self.device)
+        answer_Bb = slots >= self.answer_dev_B.unsqueeze(1)
+        is_eos_Bb = torch.isin(self.tokens_BL[:, start:end], self.eos)
+        return is_eos_Bb & answer_Bb & ~self.undecided_BL[:, start:end]
+
+    def _still_open(self, start: int, end: int, finished_B: torch.Tensor) -> torch.Tensor:
+        """Undecided positions of the rows whose answer can still change in these slots, bool [B, end - start].
+
+        What lies behind an end of text, or behind ``max_new_tokens``, is cut off in the end, and what is decided stays:
+        a row needs no further pass once everything before that point is decided.
+        """
+        slots = torch.arange(start, end, device=self.device)
+        limit_B = self.answer_dev_B + self.rule.max_new_tokens
+        kept_Bb = (self._ends(start, end).cumsum(-1) == 0) & (slots < limit_B.unsqueeze(1))
+        undecided_Bb = self.undecided_BL[:, start:end]
+        waiting_B = (undecided_Bb & kept_Bb).any(-1) & ~finished_B
+        return undecided_Bb & waiting_B.unsqueeze(1)
+
+    def prompts(self) -> list[torch.Tensor]:
+        """Each row's prompt, int64, with what was filled in so far."""
+        spans = zip(self.tokens_BL, self.shift_B.tolist(), self.prompt_B.tolist())
+        return [tokens[start : start + length] for tokens, start, length in spans]
+
+    def completions(self, settled: bool = False) -> list[torch.Tensor]:
+        """Each row's answer so far, int64, cut after its first end of text (kept) and at ``max_new_tokens``.
+
+        ``settled``: cut before its first undecided token as well.
+        """
+        answers = []
+        for row in range(len(self.prompt_B)):
+            begin = int(self.shift_B[row] + self.prompt_B[row])
+            answer = self.tokens_BL[row, begin : begin + self.rule.max_new_tokens]
+            undecided = self.undecided_BL[row, begin : begin + len(answer)]
+            if settled and undecided.any():
+                answer = answer[: int(undecided.int().argmax())]
+            ends = (torch.isin(answer, self.eos) & ~undecided[: len(answer)]).nonzero()
+            answers.append(answer[: int(ends[0, 0]) + 1] if len(ends) else answer)
+        return answers
