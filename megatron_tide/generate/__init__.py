@@ -4,7 +4,8 @@ The sampler itself is ``megatron_tide.models.decoding_a2d``: one file, shared wi
 """
 
 from megatron_tide.generate.complete import Completion, complete, prompt_ids, stream
-from megatron_tide.generate.prompts import Prompt, from_prepared, from_text, read_prompts
+from megatron_tide.generate.prompts import Prompt, from_prepared, from_text, read_prompts, with_holes
+from megatron_tide.generate.terminal import chat
 from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
 from megatron_tide.models.generation_a2d import decoding_rule
 
@@ -13,6 +14,7 @@ __all__ = [
     "Completion",
     "DecodingRule",
     "Prompt",
+    "chat",
     "complete",
     "decoding_rule",
     "from_prepared",
@@ -20,4 +22,5 @@ __all__ = [
     "prompt_ids",
     "read_prompts",
     "stream",
+    "with_holes",
 ]

@@ -1,9 +1,10 @@
-"""Where prompts come from: the command line, a text or JSONL file, prepared data."""
+"""Where prompts come from: the command line, a text or JSONL file, prepared data; and answers with holes to fill in."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ import numpy as np
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.data import PreparedData
 from megatron_tide.data.chat import ASSISTANT, parse_messages
-from megatron_tide.generate.complete import prompt_ids
+from megatron_tide.generate.complete import Completion, prompt_ids
+
+HOLE = re.compile(r"<mask:(\d+)>")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids`` for the model; ``shown``: the same for people; ``reference``: the answer on record, if there is one."""
+    """``ids`` for the model; ``shown``: the same for people; ``reference``: the answer on record, if there is one.
+
+    ``begun``: how many of the last ids belong to the answer already, masks to fill in among them.
+    """
 
     ids: np.ndarray
     shown: str
     reference: str | None = None
+    begun: int = 0
+
+    def answer(self, tokenizer: TextTokenizer, completion: Completion) -> str:
+        """The whole answer: what was begun, filled in, and what was written behind it."""
+        begun = completion.prompt[len(completion.prompt) - self.begun :]
+        return tokenizer.decode([*begun, *completion.ids])
 
 
 def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> Prompt:
@@ -38,6 +50,24 @@ def from_text(tokenizer: TextTokenizer, text: str, system: str | None = None) ->
     """One user message, after a system message where one is given."""
     before = [{"role": "system", "content": system}] if system else []
     return from_messages(tokenizer, [*before, {"role": "user", "content": text}])
+
+
+def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
+    """``prompt`` with the answer begun: in ``answer``, ``<mask:N>`` stands for N tokens to fill in.
+
+    A hole sees the text before it and the rest of its own block, as everything a block model writes does.
+
+    Raises:
+        ValueError: no hole, or an empty one.
+    """
+    parts = HOLE.split(answer)  # text, size, text, size, ..., text
+    sizes = [int(size) for size in parts[1::2]]
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"--infill {answer!r}: mark each hole as <mask:N>, N tokens from 1 on")
+    begun: list[int] = []
+    for place, part in enumerate(parts):
+        begun += [tokenizer.mask_id] * int(part) if place % 2 else tokenizer.encode(part).tolist() if part else []
+    return replace(prompt, ids=np.concatenate([prompt.ids, np.array(begun, dtype=np.int32)]), begun=len(begun))
 
 
 def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.data import PreparedData
-from megatron_tide.generate import complete, from_prepared, read_prompts, stream
-from megatron_tide.generate.prompts import from_messages, from_text
+from megatron_tide.generate import chat, complete, from_prepared, from_text, read_prompts, stream, with_holes
+from megatron_tide.generate.prompts import from_messages
+from megatron_tide.generate.terminal import MASKED
 from megatron_tide.models import load_model
 from tests.support.lab import Lab, response
 
@@ -64,6 +66,56 @@ def test_a_stream_tells_the_same_text(model: Any, tokenizer: TextTokenizer, seed
     for moment in moments:
         undecided = {token for token, decided in zip(moment.ids, moment.decided) if not decided}
         assert undecided <= {tokenizer.mask_id}
+
+
+def test_holes_of_an_answer_are_filled_in(model: Any, tokenizer: TextTokenizer) -> None:
+    prompt = with_holes(tokenizer, from_text(tokenizer, "hi"), "def f(<mask:3>):\n    return <mask:2>")
+    assert (prompt.ids == tokenizer.mask_id).sum() == 5
+    [answer] = complete(model, tokenizer, [prompt.ids], max_new_tokens=0)
+    assert (answer.ids, tokenizer.mask_id in answer.prompt) == ([], False)
+    expected = model.generate(torch.tensor([prompt.ids.tolist()]), max_new_tokens=0)[0].tolist()
+    assert answer.prompt == expected
+    text = prompt.answer(tokenizer, answer)
+    assert text.startswith("def f(")
+    assert "):\n    return " in text
+    for wrong in ("no hole", "<mask:0>", "<mask:x>"):
+        with pytest.raises(ValueError, match="mask:N"):
+            with_holes(tokenizer, prompt, wrong)
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers what was written."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_chat_remembers_and_shows_masks(model: Any, tokenizer: TextTokenizer, is_terminal: bool) -> None:
+    lines, screen = iter(["hello", "and?", "/new", "hello", ""]), Screen(is_terminal)
+    knobs: dict[str, Any] = {"max_new_tokens": 18, "tokens_per_step": 2}
+    tokens, seconds = chat(model, tokenizer, ask=lambda _: next(lines), out=screen, **knobs)
+    first = complete(model, tokenizer, [from_text(tokenizer, "hello").ids], **knobs)[0]
+    turns = [("user", "hello"), ("assistant", first.text), ("user", "and?")]
+    talk = from_messages(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    second = complete(model, tokenizer, [talk.ids], **knobs)[0]
+    assert tokens == 2 * len(first.ids) + len(second.ids)
+    assert seconds > 0
+    assert (MASKED in screen.getvalue()) == is_terminal
+    if not is_terminal:
+        body = screen.getvalue().split("\n", 1)[1]
+        assert body == f"{first.text}\n{second.text}\n{first.text}\n"
+
+
+def test_a_chat_ends_with_its_input(model: Any, tokenizer: TextTokenizer) -> None:
+    def ask(_: str) -> str:
+        raise EOFError
+
+    assert chat(model, tokenizer, ask=ask, out=io.StringIO()) == (0, 0.0)
 
 
 def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer) -> None:

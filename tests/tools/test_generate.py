@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -32,9 +33,26 @@ def test_prepared_prompts_with_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
         assert row["reference"].startswith("value_")
 
 
+def test_infilling(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    tool.main([str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = 1", "--steps", "4"])
+    printed = capsys.readouterr().out
+    assert "--- answer\na = " in printed
+    assert "\nb = 1\n" in printed
+    assert printed.splitlines()[-1].startswith("3 tokens")
+
+
+def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    tool.main([str(lab.student), "--chat", "--max-new-tokens", "9", "--threshold", "0.0"])
+    assert "tokens/s" in capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
+        (["--file", "nowhere.jsonl", "--infill", "<mask:1>"], "--infill"),
+        (["--prompt", "x", "--infill", "no hole"], "<mask:N>"),
+        (["--prompt", "x", "--steps", "0"], "steps"),
         (["--prompt", "x", "--threshold", "7"], "threshold"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "nowhere"], "nowhere"),

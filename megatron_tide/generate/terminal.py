@@ -1,0 +1,87 @@
+"""A chat in the terminal: the block under way on one line, where its masks can be seen resolving."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from megatron_tide.bridge import TextTokenizer
+from megatron_tide.generate.complete import Moment, prompt_ids, stream
+
+MASKED = "░"
+_CLEAR_LINE = "\r\033[K"
+HELP = "an empty line ends the chat; /new forgets what was said"
+
+
+class LiveText:
+    """Prints text as it becomes certain, and on a terminal, behind it, the block that is being decided."""
+
+    def __init__(self, tokenizer: TextTokenizer, out: TextIO) -> None:
+        self._tokenizer, self._out, self._live = tokenizer, out, out.isatty()
+        self._line = ""  # what stands on the terminal's last line and is certain
+
+    def show(self, moment: Moment) -> None:
+        if self._live:
+            self._out.write(_CLEAR_LINE + self._line)
+        self._out.write(moment.new_text)
+        self._line = (self._line + moment.new_text).rpartition("\n")[2]
+        if self._live:
+            self._out.write(self._shortened(self.under_way(moment)))
+        self._out.flush()
+
+    def close(self) -> None:
+        self._out.write((_CLEAR_LINE + self._line if self._live else "") + "\n")
+
+    def under_way(self, moment: Moment) -> str:
+        """What the moment knows behind its certain text: decided tokens as text on one line, others as ``MASKED``."""
+        first = moment.decided.index(False) if False in moment.decided else len(moment.ids)
+        shown = ""
+        for token, decided in zip(moment.ids[first:], moment.decided[first:]):
+            shown += self._tokenizer.decode([token]) if decided else MASKED
+        return shown.replace("\n", "⏎").replace("\t", " ")
+
+    def _shortened(self, text: str) -> str:
+        room = shutil.get_terminal_size().columns - 1 - len(self._line)
+        return text[: max(0, room)]
+
+
+def chat(
+    model: Any,
+    tokenizer: TextTokenizer,
+    *,
+    system: str | None = None,
+    seed: int = 0,
+    ask: Callable[[str], str] = input,
+    out: TextIO = sys.stdout,
+    **knobs: Any,
+) -> tuple[int, float]:
+    """Talk until an empty line or the end of input; -> (tokens written, seconds they took).
+
+    ``knobs``: fields of ``DecodingRule``. ``ask(prompt)`` reads the user's next line.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    said, tokens, seconds, turn = list(opening), 0, 0.0, 0
+    out.write(f"({HELP})\n")
+    while True:
+        try:
+            line = ask("you> ").strip()
+        except EOFError:
+            line = ""
+        if not line:
+            return tokens, seconds
+        if line == "/new":
+            said = list(opening)
+            continue
+        said.append({"role": "user", "content": line})
+        live, started, answer, moment = LiveText(tokenizer, out), time.perf_counter(), "", None
+        for moment in stream(model, tokenizer, prompt_ids(tokenizer, said), seed=seed + turn, **knobs):
+            answer += moment.new_text
+            live.show(moment)
+        live.close()
+        seconds += time.perf_counter() - started
+        tokens += len(moment.ids) if moment else 0
+        said.append({"role": "assistant", "content": answer})
+        turn += 1
