@@ -80,6 +80,26 @@ def paired_seconds(
     return [statistics.median(times) for times in taken]
 
 
+def peak_extra(way: Callable[[], object]) -> int:
+    """Bytes of resident memory that ``way`` adds, at its peak, to what this process holds before it.
+
+    Raises:
+        ValueError: on another system than Linux.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except OSError as error:
+        raise ValueError(f"{error.filename}: this benchmark measures memory on Linux only ({error.strerror})") from None
+    before = _kilobytes("VmRSS")
+    way()
+    return (_kilobytes("VmHWM") - before) * 1024
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

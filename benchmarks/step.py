@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import paired_seconds, report
+from benchmarks.common import paired_seconds, peak_extra, report
 from megatron_tide import cli
 from megatron_tide.data.batch import Batch, Tokens
 from megatron_tide.diffusion import Noised, Synchronous, noise, staircase_mask, view
@@ -114,23 +114,13 @@ class Step:
         return loss, torch.cat([parameter.grad.flatten().float() for parameter in self.model.parameters()])
 
 
-def _kilobytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise ValueError(f"/proc/self/status has no {field}: this benchmark measures memory on Linux only")
-
-
 def peak_extra_bytes(way: str, dtype: torch.dtype) -> int:
     """In this process: the peak of resident memory within one step, less what was resident before it."""
     step = Step(dtype)
     step.take(1, BLOCK)
     step.run(way)
     step.take(SAMPLES, LENGTH)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    before = _kilobytes("VmRSS")
-    step.run(way)
-    return (_kilobytes("VmHWM") - before) * 1024
+    return peak_extra(lambda: step.run(way))
 
 
 def measure_apart(way: str, dtype: str) -> int:

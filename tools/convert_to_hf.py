@@ -2,11 +2,12 @@
 
     python tools/convert_to_hf.py runs/quickstart/tide-cross runs/quickstart/hf
     python tools/convert_to_hf.py runs/NAME/step-00000500 out/ --dtype float32 --max-shard-size 2GB
+    python tools/convert_to_hf.py runs/NAME/tide-cross out/ --push-to-hub me/my-student --private
 
 The folder holds safetensors, config, tokenizer, generation config, the modelling code for trust_remote_code, and a
 model card with the run's provenance. Before it appears, a fresh process loads it offline with transformers alone, and
 its logits and greedy tokens must equal the training weights' exactly; otherwise nothing is left. No GPU is needed, and
-memory for about one copy of the model.
+memory for about one copy of the model. A checkpoint of any ZeRO stage and any number of ranks is converted alike.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--start", default=None, help="the folder the run began from, if it has moved since")
     parser.add_argument("--name", default=None, help="the model's name in its card [the name of OUT]")
     parser.add_argument("--license", default="apache-2.0", help="licence named in the card [apache-2.0]")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="then upload it to the hub, e.g. me/my-student")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make the repository private")
     arguments = parser.parse_args(argv)
-    from megatron_tide.release import Options, convert, parse_size
+    from megatron_tide.release import Hub, Options, convert, parse_size
 
+    if arguments.private and not arguments.push_to_hub:
+        raise ValueError("--private is for --push-to-hub NAME; give both or neither")
+    hub = None
+    if arguments.push_to_hub:  # asked now: a missing login should not be found out after the work
+        hub = Hub(arguments.push_to_hub, private=arguments.private, overwrite=arguments.overwrite)
     options = Options(
         dtype=arguments.dtype,
         max_shard_bytes=parse_size(arguments.max_shard_size),
@@ -47,6 +55,8 @@ def main(argv: list[str]) -> int:
         f"{arguments.out}: released; {parity['logit_rows']} rows of logits and {parity['greedy_tokens']} greedy tokens "
         f"equal the training weights' bit for bit"
     )
+    if hub is not None:
+        print(f"{arguments.out}: uploaded to {hub.push(Path(arguments.out))}")
     return 0
 
 

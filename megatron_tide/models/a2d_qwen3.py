@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
+from transformers import AttentionInterface, Cache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
+from .decoding_a2d import BlockCache  # named here too: of a release, transformers 4 takes what this file itself imports
 from .generation_a2d import BlockGenerationMixin
 
 ATTENTION = "a2d_qwen3"
@@ -137,9 +138,9 @@ class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):  # type: 
         input_ids: Tensor,
         attention_mask: Mask | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: BlockCache | Cache | None = None,
     ) -> Tensor:
-        """Normed hidden states [B, L, H]; ``past_key_values``, a transformers cache, is attended to and appended to."""
+        """Normed hidden states [B, L, H]; ``past_key_values`` is attended to and appended to."""
         mask = attention_mask_for(attention_mask, self.model.embed_tokens.weight.dtype)
         return self.model(
             input_ids=input_ids,
@@ -154,7 +155,7 @@ class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):  # type: 
         input_ids: Tensor,
         attention_mask: Mask | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: BlockCache | Cache | None = None,
         **_: Any,
     ) -> MaskedLMOutput:
         """Logits [B, L, V]; ``attention_mask`` as :func:`attention_mask_for` takes it, ``position_ids`` [B or 1, L]."""

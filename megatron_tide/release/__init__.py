@@ -2,6 +2,20 @@
 
 from megatron_tide.release.convert import Options, convert
 from megatron_tide.release.export import DTYPES, parse_size
+from megatron_tide.release.push import Hub
+from megatron_tide.release.scores import Score, write_scores
 from megatron_tide.release.trained import Opened, Trained, open_model, open_trained
 
-__all__ = ["DTYPES", "Opened", "Options", "Trained", "convert", "open_model", "open_trained", "parse_size"]
+__all__ = [
+    "DTYPES",
+    "Hub",
+    "Opened",
+    "Options",
+    "Score",
+    "Trained",
+    "convert",
+    "open_model",
+    "open_trained",
+    "parse_size",
+    "write_scores",
+]

@@ -9,6 +9,7 @@ from typing import Any
 import megatron_tide
 from megatron_tide.release.export import Generation
 from megatron_tide.release.kinds import Kind
+from megatron_tide.release.scores import HEADING
 from megatron_tide.release.trained import Trained
 
 PAPER = "https://arxiv.org/abs/2604.26951"
@@ -28,6 +29,7 @@ def model_card(
         _table("Knobs of the run", _flat_knobs(trained.run["config"])),
         _data(trained),
         _table("Metrics at the last logged step", trained.metrics or {"none": "this run kept no metrics.jsonl"}),
+        f"{HEADING}\n\nNot measured yet: `python tools/evaluate.py` does, and writes them here with `--card`.",
         _table("Parity with the training weights", parity),
         _limits(license_id),
     ]
@@ -112,6 +114,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | `max_new_tokens` | longest answer; it ends earlier at the end-of-text token |
 | `tokens_per_step` | tokens decided in each pass of the model (default 1: the most careful) |
 | `threshold` | also decide every token whose probability exceeds this, e.g. 0.9: faster |
+| `steps` | passes for the whole answer, instead of `tokens_per_step` |
+| `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
 | `temperature`, `seed` | 0 (default) takes the likeliest token; above it, tokens are drawn, reproducibly |
 
 Blocks hold {knobs.block_size} tokens. Token ids: mask {knobs.mask_token_id}, end of text {knobs.eos_token_id}."""

@@ -1,0 +1,208 @@
+"""Block decoding at the 0.6B shape against the plain way and against an autoregressive model of the same size.
+
+All of it in one run, with the same random weights, batch and number of new tokens:
+
+  ours       the sampler of every release: exact cache, head on undecided positions, a block committed by the next one's
+             first pass
+  plain      the block diffusion sampler as it is usually written: before each block the whole prefix is encoded again,
+             every pass works on a copy of that cache, and logits are made for all positions of every call
+  ar         transformers' own greedy ``generate`` of a Qwen3ForCausalLM with the same weights
+  threshold  ours, with a confidence threshold that decides about 2.5 tokens a pass (found by bisection: random weights
+             have no confidence of their own)
+
+No text ends early. ``speedup_*`` are ratios of seconds, for each case and, at the top, for the case they are worst in;
+``identical_tokens`` says whether ours and plain wrote the same tokens. In bf16 that is not a matter of course: the two
+multiply matrices of other shapes. Memory is what a call adds at its peak to the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.common import peak_extra, report
+from megatron_tide import cli
+from megatron_tide.files import read_json
+from megatron_tide.models import fresh_model
+from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+
+CONFIG = Path(__file__).parents[1] / "megatron_tide/models/configs/qwen3_0.6b.json"
+BLOCK, SEED = 32, 0
+TOKENS_A_PASS = 2.5
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one way wrote, [B, new], and what it took."""
+
+    tokens: Tensor
+    passes: int
+    seconds: float
+    bytes: int
+
+    def figures(self) -> dict[str, float]:
+        new = self.tokens.shape[1]
+        return {
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens.numel() / self.seconds,
+            "passes": self.passes,
+            "tokens_a_pass": new / self.passes,
+            "ms_a_pass": 1000 * self.seconds / self.passes,
+            "extra_bytes": self.bytes,
+        }
+
+
+def timed(way: Callable[[], tuple[Tensor, int]]) -> Written:
+    taken: list[Any] = []
+
+    def run() -> None:
+        start = time.perf_counter()
+        taken.extend(way())
+        taken.append(time.perf_counter() - start)
+
+    extra = peak_extra(run)
+    tokens, passes, seconds = taken
+    return Written(tokens, passes, seconds, extra)
+
+
+def ours(model: Any, prompts: Tensor, new: int, threshold: float | None = None) -> tuple[Tensor, int]:
+    mask = model.config.vocab_size - 1
+    rule = DecodingRule(
+        block_size=BLOCK,
+        mask_token_id=mask,
+        eos_token_ids=(),
+        pad_token_id=mask,
+        max_new_tokens=new,
+        threshold=threshold,
+    )
+    decoder = BlockDecoder(model, list(prompts), rule, [SEED] * len(prompts))
+    for _ in decoder.run():
+        pass
+    return torch.stack(decoder.completions()), decoder.passes
+
+
+@torch.no_grad()
+def plain(model: Any, prompts: Tensor, new: int) -> tuple[Tensor, int]:
+    """Prompts that end with a block; one token a pass in every row."""
+    mask, text, passes = model.config.vocab_size - 1, prompts, 0
+    for _ in range(0, new, BLOCK):
+        length = text.shape[1]
+        of_block = torch.arange(length) // BLOCK
+        prefix, places = DynamicCache(), torch.arange(length, length + BLOCK).unsqueeze(0)
+        model(text, (of_block.unsqueeze(1) >= of_block)[None, None], torch.arange(length).unsqueeze(0), prefix)
+        block = torch.full((len(prompts), BLOCK), mask)
+        for _ in range(BLOCK):
+            logits = model(block, None, places, copy.deepcopy(prefix)).logits
+            logits[..., mask] = -torch.inf
+            confidence, tokens = logits.float().softmax(-1).max(-1)
+            confidence[block != mask] = -1.0
+            place = confidence.argmax(-1, keepdim=True)
+            block = block.scatter(1, place, tokens.gather(1, place))
+            passes += 1
+        text = torch.cat((text, block), 1)
+    return text[:, prompts.shape[1] :], passes
+
+
+def autoregressive(model: Any, prompts: Tensor, new: int) -> tuple[Tensor, int]:
+    asked = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    written = model.generate(prompts, attention_mask=torch.ones_like(prompts), **asked)
+    return written[:, prompts.shape[1] :], new
+
+
+def autoregressive_model(model: Any) -> Any:
+    """transformers' Qwen3 with the very weights of ``model`` (shared, not copied), and none of its code of ours."""
+    values = {key: value for key, value in read_json(CONFIG).items() if key != "model_type"}
+    with torch.device("meta"):
+        causal = Qwen3ForCausalLM(Qwen3Config(**values))
+    causal.load_state_dict(model.state_dict(), assign=True, strict=False)
+    causal.tie_weights()
+    causal.model.rotary_emb = type(causal.model.rotary_emb)(causal.config)
+    return causal.eval()
+
+
+def threshold_for(model: Any, prompts: Tensor, wanted: float) -> float:
+    """The confidence threshold at which ours decides about ``wanted`` tokens a pass, over two blocks."""
+    low, high, new = 0.0, 1.0, 2 * BLOCK
+    for _ in range(40):
+        middle = (low * high) ** 0.5 if low else high / 4
+        rate = new / ours(model, prompts, new, middle)[1]
+        if abs(rate - wanted) < 0.1 or high / max(low, 1e-12) < 1.0001:
+            return middle
+        low, high = (middle, high) if rate > wanted else (low, middle)
+    return middle
+
+
+def case(model: Any, causal: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(SEED)
+    prompts = torch.randint(model.config.vocab_size - 1, (batch, prompt), generator=generator)
+    threshold = threshold_for(model, prompts, TOKENS_A_PASS)
+    written = {
+        "ours": timed(lambda: ours(model, prompts, new)),
+        "threshold": timed(lambda: ours(model, prompts, new, threshold)),
+        "ar": timed(lambda: autoregressive(causal, prompts, new)),
+        "plain": timed(lambda: plain(model, prompts, new)),
+    }
+    seconds = {name: way.seconds for name, way in written.items()}
+    same = written["ours"].tokens == written["plain"].tokens
+    return {
+        "batch": batch,
+        "prompt": prompt,
+        "new": new,
+        "speedup_plain": seconds["plain"] / seconds["ours"],
+        "speedup_ar_one_token": seconds["ar"] / seconds["ours"],
+        "speedup_ar_threshold": seconds["ar"] / seconds["threshold"],
+        "identical_tokens": bool(same.all()),
+        "identical_share": float(same.float().mean()),
+        **{name: way.figures() for name, way in written.items()},
+    }
+
+
+def figures(batches: list[int], lengths: list[int], prompt: int, dtype: str) -> dict[str, Any]:
+    """Everything that the report holds."""
+    for name, length in (("--prompt", prompt), *(("--new", new) for new in lengths)):
+        if length % BLOCK:
+            raise ValueError(f"{name} {length}: the plain way takes whole blocks of {BLOCK} only")
+    model = fresh_model(read_json(CONFIG), SEED).to(getattr(torch, dtype)).eval()
+    causal = autoregressive_model(model)
+    warm = torch.zeros(1, BLOCK, dtype=torch.int64)
+    for way, subject in ((ours, model), (plain, model), (autoregressive, causal)):
+        way(subject, warm, BLOCK)
+    cases = []
+    for batch in batches:
+        for new in lengths:
+            cases.append(case(model, causal, batch, prompt, new))
+            shown = {key: round(value, 3) for key, value in cases[-1].items() if not isinstance(value, dict)}
+            print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+    names = ("speedup_plain", "speedup_ar_one_token", "speedup_ar_threshold")
+    return {
+        **{name: min(entry[name] for entry in cases) for name in names},
+        "identical_tokens": all(entry["identical_tokens"] for entry in cases),
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "cases": cases,
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes (default: %(default)s)")
+    parser.add_argument("--new", type=int, nargs="+", default=[64, 256], help="new tokens (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights")
+    options = parser.parse_args(argv)
+    report("generate", figures(options.batch, options.new, options.prompt, options.dtype), options.json)
+
+
+if __name__ == "__main__":
+    cli.run(main)

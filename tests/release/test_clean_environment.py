@@ -1,0 +1,90 @@
+"""A release in an environment that holds torch and transformers and nothing else of ours, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_tide.bridge import load_tokenizer
+from megatron_tide.generate import complete, from_text
+from megatron_tide.models import load_model
+from megatron_tide.release import Options, convert
+from tests.support.lab import Lab, write_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PINS = dict(line.split("==") for line in (REPOSITORY / "requirements.txt").read_text().split() if "==" in line)
+OLDEST = "4.57.6"
+QUESTIONS = ["Hello!", "Write a function.\n\n" * 5]
+KNOBS = {"max_new_tokens": 20, "tokens_per_step": 2}
+
+PROGRAM = """
+import importlib.util, json, sys
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, TextStreamer, __version__
+
+for name in ("megatron_tide", "deepspeed", "datasets", "sentencepiece"):
+    assert importlib.util.find_spec(name) is None, name
+torch.set_num_threads(1)
+folder, questions, knobs = json.loads(sys.stdin.read())
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+answers = []
+for question in questions:
+    chat = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    output = model.generate(inputs["input_ids"], streamer=streamer, **knobs)
+    answers.append(output[0, inputs["input_ids"].shape[1]:].tolist())
+print()
+print(json.dumps({"transformers": __version__, "answers": answers}))
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a fresh virtual environment with torch."""
+    folder = tmp_path_factory.mktemp("clean") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    install(folder / "bin" / "python", f"torch=={PINS['torch']}", "numpy")
+    return folder / "bin" / "python"
+
+
+def install(python: Path, *packages: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", *packages]
+    subprocess.run(command, check=True, timeout=400, env=environment, cwd=python.parent)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_loads_and_writes_the_same_tokens(lab: Lab, python: Path, tmp_path: Path) -> None:
+    """Under the oldest transformers we name and under the one we pin."""
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    release = tmp_path / "hf"
+    convert(checkpoint, release, Options())
+    tokenizer = load_tokenizer(release)
+    prompts = [from_text(tokenizer, question).ids for question in QUESTIONS]
+    torch.set_num_threads(1)
+    expected = [answer.ids for answer in complete(load_model(release), tokenizer, prompts, batch_size=1, **KNOBS)]
+    for version in (OLDEST, PINS["transformers"]):
+        install(python, f"transformers=={version}")
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [str(python), "-c", PROGRAM],
+            input=json.dumps([str(release), QUESTIONS, KNOBS]),
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            timeout=240,
+        )
+        assert done.returncode == 0, (version, done.stderr[-2000:])
+        told = json.loads(done.stdout.splitlines()[-1])
+        assert told == {"transformers": version, "answers": expected}

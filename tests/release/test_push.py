@@ -1,0 +1,84 @@
+"""--push-to-hub against a hub that is a folder: what is asked first, what is uploaded, how refusals read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+
+from megatron_tide.release import Hub
+
+
+class FolderHub:
+    """The part of ``HfApi`` that is used, with a folder as its storage."""
+
+    def __init__(self, folder: Path, fail: Exception | None = None) -> None:
+        self.folder, self.fail, self.private = folder, fail, None
+
+    def whoami(self) -> dict[str, str]:
+        if isinstance(self.fail, LocalTokenNotFoundError):
+            raise self.fail
+        return {"name": "me"}
+
+    def repo_exists(self, name: str) -> bool:
+        return (self.folder / name).is_dir()
+
+    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> str:
+        assert exist_ok
+        if self.fail is not None:
+            raise self.fail
+        self.private = private
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
+        return f"https://hub.example/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        assert commit_message == f"Release {folder_path.name}"
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Path:
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_uploads_everything_once(tmp_path: Path, release: Path) -> None:
+    api = FolderHub(tmp_path / "hub")
+    url = Hub("me/student", private=True, overwrite=False, api=api).push(release)
+    assert (url, api.private) == ("https://hub.example/me/student", True)
+    assert (tmp_path / "hub/me/student/config.json").read_text() == "{}"
+    with pytest.raises(ValueError, match=r"me/student: exists on the hub.*--overwrite"):
+        Hub("me/student", private=True, overwrite=False, api=api)
+    Hub("me/student", private=True, overwrite=True, api=api).push(release)
+
+
+@pytest.mark.parametrize(
+    ("name", "fail", "word"),
+    [
+        ("me/a b", None, "a b"),
+        ("me/student", LocalTokenNotFoundError("no token"), "hf auth login"),
+        ("me/student", HTTPError("403 Forbidden\nno rights"), "403 Forbidden no rights"),
+        ("me/student", ConnectionError("no route"), "no route"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path: Path, release: Path, name: str, fail: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=word) as caught:
+        Hub(name, private=False, overwrite=False, api=FolderHub(tmp_path / "hub", fail)).push(release)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_real_client_has_what_is_called() -> None:
+    """So that the stand-in above is not the only thing this works with."""
+    import inspect
+
+    from huggingface_hub import HfApi
+
+    for name in ("whoami", "repo_exists", "create_repo", "upload_folder"):
+        theirs = inspect.signature(getattr(HfApi, name)).parameters
+        wanted = set(inspect.signature(getattr(FolderHub, name)).parameters) - {"self", "name"}
+        assert wanted <= set(theirs)

@@ -1,0 +1,57 @@
+"""Measured scores in the model card: written once, replaced when measured again, the rest of the card untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.release import Score, write_scores
+
+CARD = """---
+license: apache-2.0
+---
+
+# student
+
+## Scores
+
+Not measured yet.
+
+## Parity with the training weights
+
+| | |
+|---|---|
+| rows | 3 |
+
+## Limits
+"""
+
+
+def score(task: str, value: float, how: str = "greedy") -> Score:
+    return Score(task=task, metric="pass@1", value=value, low=value - 0.1, high=value + 0.1, count=164, how=how)
+
+
+def test_scores_stand_once_and_the_rest_stays(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(CARD)
+    write_scores(tmp_path, [score("humaneval", 0.25), score("mbpp", 0.5, "a | b")])
+    assert "| humaneval | pass@1 | 0.25 | 0.15 to 0.35 | 164 | greedy |" in card.read_text()
+    assert "| mbpp | pass@1 | 0.5 | 0.4 to 0.6 | 164 | a \\| b |" in card.read_text()
+    write_scores(tmp_path, [score("humaneval", 0.75)])
+    text = card.read_text()
+    assert text.count("## Scores") == 1
+    assert text.count("| humaneval |") == 1
+    assert "| humaneval | pass@1 | 0.75 |" in text
+    assert "| mbpp | pass@1 | 0.5 |" in text
+    before, after = CARD.split("## Scores\n\nNot measured yet.\n\n")
+    assert text.startswith(before)
+    assert text.endswith(after)
+
+
+def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no model card"):
+        write_scores(tmp_path, [score("mbpp", 0.5)])
+    (tmp_path / "README.md").write_text("# something else\n")
+    with pytest.raises(ValueError, match="has no model card"):
+        write_scores(tmp_path, [score("mbpp", 0.5)])
