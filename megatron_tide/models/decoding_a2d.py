@@ -3,7 +3,7 @@
 This file travels into release folders beside the modelling file, so it needs torch only and imports nothing of this
 project.
 
-How a text is made (batch rows B, slots L, block size b, undecided positions R, vocabulary V)::
+How a text is made (batch rows B, of which A still go on; slots L, block size b, undecided positions R, vocabulary V)::
 
     slots      | pad block | prompt block | p p p m m m | m m m m m m |   m = mask, decided block by block
     pass 1       [ every prompt block, and the first block with masks ]      <- encodes the prompt and decides at once
@@ -13,7 +13,7 @@ How a text is made (batch rows B, slots L, block size b, undecided positions R, 
 Blocks sit at multiples of the block size of each row's own positions, as in training; the first decoded block may hold
 the end of the prompt. Rows with shorter prompts are moved right by WHOLE blocks, so that the batch decodes in step. A
 block attends to itself and to everything before it; the keys and values of finished blocks never change, which is
-what makes the cache exact. The head runs on undecided positions only.
+what makes the cache exact. The head runs on undecided positions only. A row whose answer has ended leaves the batch.
 
 A prompt may hold mask tokens: they are filled in, in their turn, seeing everything up to the end of their own block.
 """
@@ -66,7 +66,8 @@ class BlockCache:
     """Keys and values per layer in one buffer of fixed capacity; what transformers' attention calls ``update`` on.
 
     A pass writes its keys behind the committed part and sees committed + own; writing again overwrites. So a pass over
-    an unfinished block leaves nothing behind, and ``commit`` keeps what the last pass wrote. Nothing is ever copied.
+    an unfinished block leaves nothing behind, and ``commit`` keeps what the last pass wrote. Nothing is copied, but for
+    rows that move up when others leave the batch (``keep``).
     """
 
     def __init__(self, capacity: int) -> None:
@@ -78,11 +79,12 @@ class BlockCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``key``, ``value`` [B, heads, n, D] of one layer; return views of everything up to them."""
+        """Store ``key``, ``value`` [A, heads, n, D] of one layer; return views of everything up to them."""
         if layer_idx == len(self._keys):
             self._keys.append(key.new_empty(*key.shape[:2], self.capacity, key.shape[-1]))
             self._values.append(value.new_empty(*value.shape[:2], self.capacity, value.shape[-1]))
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        rows = len(key)
+        keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
         end = self.length + key.shape[2]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
@@ -95,6 +97,13 @@ class BlockCache:
     def commit(self, count: int) -> None:
         """Keep the first ``count`` slots that the last pass wrote."""
         self.length += count
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Of the rows there are, keep those at ``places`` (ascending), in place."""
+        for tensor in (*self._keys, *self._values):
+            for new, old in enumerate(places):
+                if new != old:
+                    tensor[new, :, : self.length] = tensor[old, :, : self.length]
 
 
 def choose_tokens(
@@ -140,7 +149,8 @@ class BlockDecoder:
     """One batch of prompts being continued.
 
     ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
-    ``head_weight [V, H]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way.
+    ``head_weight [V, H]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way; ``rows_A``
+    are the rows still being continued (A of the B), in the order the cache has them.
     """
 
     def __init__(self, model: Any, prompts: Sequence[torch.Tensor], rule: DecodingRule, seeds: Sequence[int]) -> None:
@@ -172,6 +182,8 @@ class BlockDecoder:
             undecided[row, :start] = False
             undecided[row, start:end] = holes[row]
         self.tokens_BL, self.undecided_BL = canvas.to(self.device), undecided.to(self.device)
+        self.rows_A = torch.arange(count, device=self.device)
+        self.blocks_dev_B = self.blocks_B.to(self.device)
         self.shift_dev_B = self.shift_B.to(self.device)
         self.answer_dev_B = (self.shift_B + self.prompt_B).to(self.device)  # the slot where a row's answer begins
         self.shifted = bool(self.shift_B.any())
@@ -185,83 +197,83 @@ class BlockDecoder:
 
         By then ``tokens_BL`` and ``undecided_BL`` have moved on.
         """
-        finished_B = torch.zeros(len(self.prompt_B), dtype=torch.bool, device=self.device)
-        blocks_B = self.blocks_B.to(self.device)
         for number in range(int(self.blocks_B.max())):
             start = (self.first + number) * self.rule.block_size
             end = self.end = start + self.rule.block_size
-            finished_B = finished_B | (blocks_B <= number)
-            open_Bb = self._still_open(start, end, finished_B)
-            is_open = bool(open_Bb.any())
+            open_Ab = self._open(start, end)
+            is_open = bool(open_Ab.any())
             while is_open:
-                self._decide(start, end, open_Bb)
-                open_Bb = self._still_open(start, end, finished_B)
-                is_open = bool(open_Bb.any())
+                self._decide(start, end, open_Ab)
+                open_Ab = self._open(start, end)
+                is_open = bool(open_Ab.any())
                 yield not is_open
-            finished_B = finished_B | self._ends(start, end).any(-1)
-            if finished_B.all():
+            alive_A = (self.blocks_dev_B[self.rows_A] > number + 1) & ~self._ends(start, end).any(-1)
+            if not alive_A.all():
+                self.rows_A = self.rows_A[alive_A]
+                self.cache.keep(alive_A.nonzero().squeeze(-1).tolist())
+            if not len(self.rows_A):
                 return
 
-    def _decide(self, start: int, end: int, open_Bb: torch.Tensor) -> None:
-        hidden_BQH = self._forward(end)[:, start - end :]
-        rows_R, places_R = open_Bb.nonzero(as_tuple=True)
-        logits_RV = hidden_BQH[rows_R, places_R] @ self.model.head_weight.to(hidden_BQH.dtype).T
+    def _decide(self, start: int, end: int, open_Ab: torch.Tensor) -> None:
+        hidden_AQH = self._forward(end)[:, start - end :]
+        at_R, places_R = open_Ab.nonzero(as_tuple=True)
+        rows_R = self.rows_A[at_R]
+        logits_RV = hidden_AQH[at_R, places_R] @ self.model.head_weight.to(hidden_AQH.dtype).T
         if self.fills:  # a text goes on behind what is filled in, so it can't end there
             inside_R = start + places_R < self.answer_dev_B[rows_R]
             logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(inside_R.unsqueeze(1), float("-inf"))
         tokens_R, confidence_R = choose_tokens(logits_RV, self.rule, self.generators, rows_R)
-        confidence_Bb = torch.full(open_Bb.shape, -1.0, device=self.device)
-        confidence_Bb[rows_R, places_R] = confidence_R
-        take_Bb = committed(confidence_Bb, self.rule)
-        proposal_Bb = self.tokens_BL[:, start:end].clone()
-        proposal_Bb[rows_R, places_R] = tokens_R
-        self.tokens_BL[:, start:end] = torch.where(take_Bb, proposal_Bb, self.tokens_BL[:, start:end])
-        self.undecided_BL[:, start:end] &= ~take_Bb
+        confidence_Ab = torch.full(open_Ab.shape, -1.0, device=self.device)
+        confidence_Ab[at_R, places_R] = confidence_R
+        take_R = committed(confidence_Ab, self.rule)[at_R, places_R]
+        rows_R, slots_R = rows_R[take_R], start + places_R[take_R]
+        self.tokens_BL[rows_R, slots_R] = tokens_R[take_R]
+        self.undecided_BL[rows_R, slots_R] = False
 
     def _forward(self, end: int) -> torch.Tensor:
         """Hidden states of every slot from the committed ones up to ``end``; commits those of finished blocks."""
         block, begin = self.rule.block_size, self.cache.length
         query_Q = torch.arange(begin, end, device=self.device)
-        hidden = self.model.backbone(
-            self.tokens_BL[:, begin:end],
-            attention_mask=self._attend(query_Q),
-            position_ids=(query_Q - self.shift_dev_B.unsqueeze(1)).clamp(min=0),
+        shift_A1 = self.shift_dev_B[self.rows_A].unsqueeze(1)
+        hidden_AQH = self.model.backbone(
+            self.tokens_BL[self.rows_A, begin:end],
+            attention_mask=self._attend(query_Q, shift_A1),
+            position_ids=(query_Q - shift_A1).clamp(min=0),
             past_key_values=self.cache,
         )
         self.cache.commit(end - block - begin)
         self.passes += 1
-        return hidden
+        return hidden_AQH
 
-    def _attend(self, query_Q: torch.Tensor) -> torch.Tensor | None:
-        """bool [B, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""
+    def _attend(self, query_Q: torch.Tensor, shift_A1: torch.Tensor) -> torch.Tensor | None:
+        """bool [A, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""
         block, end = self.rule.block_size, int(self.cache.length + len(query_Q))
         if len(query_Q) == block and not self.shifted:
             return None
         key_K = torch.arange(end, device=self.device)
         seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
-        real_BK = key_K >= self.shift_dev_B.unsqueeze(1)
+        real_AK = key_K >= shift_A1
         own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot sees itself: softmax over nothing is NaN
-        return ((seen_QK & real_BK.unsqueeze(1)) | own_QK).unsqueeze(1)
+        return ((seen_QK & real_AK.unsqueeze(1)) | own_QK).unsqueeze(1)
 
     def _ends(self, start: int, end: int) -> torch.Tensor:
-        """Decided end-of-text tokens of the answer in these slots, bool [B, end - start]."""
+        """Decided end-of-text tokens of the answer in these slots, bool [A, end - start]."""
         slots = torch.arange(start, end, device=self.device)
-        answer_Bb = slots >= self.answer_dev_B.unsqueeze(1)
-        is_eos_Bb = torch.isin(self.tokens_BL[:, start:end], self.eos)
-        return is_eos_Bb & answer_Bb & ~self.undecided_BL[:, start:end]
+        answer_Ab = slots >= self.answer_dev_B[self.rows_A].unsqueeze(1)
+        is_eos_Ab = torch.isin(self.tokens_BL[self.rows_A, start:end], self.eos)
+        return is_eos_Ab & answer_Ab & ~self.undecided_BL[self.rows_A, start:end]
 
-    def _still_open(self, start: int, end: int, finished_B: torch.Tensor) -> torch.Tensor:
-        """Undecided positions of the rows whose answer can still change in these slots, bool [B, end - start].
+    def _open(self, start: int, end: int) -> torch.Tensor:
+        """Undecided positions of the rows whose answer can still change in these slots, bool [A, end - start].
 
         What lies behind an end of text, or behind ``max_new_tokens``, is cut off in the end, and what is decided stays:
         a row needs no further pass once everything before that point is decided.
         """
         slots = torch.arange(start, end, device=self.device)
-        limit_B = self.answer_dev_B + self.rule.max_new_tokens
-        kept_Bb = (self._ends(start, end).cumsum(-1) == 0) & (slots < limit_B.unsqueeze(1))
-        undecided_Bb = self.undecided_BL[:, start:end]
-        waiting_B = (undecided_Bb & kept_Bb).any(-1) & ~finished_B
-        return undecided_Bb & waiting_B.unsqueeze(1)
+        limit_A = self.answer_dev_B[self.rows_A] + self.rule.max_new_tokens
+        kept_Ab = (self._ends(start, end).cumsum(-1) == 0) & (slots < limit_A.unsqueeze(1))
+        undecided_Ab = self.undecided_BL[self.rows_A, start:end]
+        return undecided_Ab & (undecided_Ab & kept_Ab).any(-1, keepdim=True)
 
     def prompts(self) -> list[torch.Tensor]:
         """Each row's prompt, int64, with what was filled in so far."""

@@ -229,6 +229,31 @@ def test_equal_confidences_are_settled_left_to_right() -> None:
     assert committed(confidence, rule).int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0]]
 
 
+def test_rows_that_ended_leave_the_batch(model: Any) -> None:
+    """A row whose answer has ended costs no more: the last passes see fewer rows."""
+    rule = DecodingRule(block_size=BLOCK, mask_token_id=MASK, eos_token_ids=ENDS, pad_token_id=PAD, max_new_tokens=24)
+    prompts = [torch.tensor(prompt) for prompt in prompts_of((3, 17, 8, 12, 1, 5), 1)]
+    decoder = BlockDecoder(model, prompts, rule, range(len(prompts)))
+    rows = [len(decoder.rows_A) for _ in decoder.run()]
+    assert rows == sorted(rows, reverse=True)
+    assert len(set(rows)) > 2
+    lengths = [len(answer) for answer in decoder.completions()]
+    blocks = [-(-(len(prompt) % BLOCK + length) // BLOCK) for prompt, length in zip(prompts, lengths)]
+    assert rows[0] == len(prompts)
+    assert max(blocks) > min(blocks)
+
+
+def test_cache_keeps_the_rows_that_stay() -> None:
+    cache = BlockCache(4)
+    rows = torch.arange(8.0).view(4, 1, 2, 1)
+    cache.update(rows, rows + 10, 0)
+    cache.commit(2)
+    cache.keep([1, 3])
+    keys, values = cache.update(rows[:2, :, :1], rows[:2, :, :1], 0)
+    assert keys.squeeze().tolist() == [[2, 3, 0], [6, 7, 2]]
+    assert values.squeeze().tolist() == [[12, 13, 0], [16, 17, 2]]
+
+
 def test_cache_forgets_what_was_not_committed() -> None:
     cache = BlockCache(8)
     first = torch.arange(4.0).view(1, 1, 4, 1)
