@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tide.release import Options, convert
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
 
@@ -54,6 +55,21 @@ def test_same_curve(chain, untouched, tmp_path, world, knobs):
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(losses), rtol=0, atol=1e-5)
     for name, tensor in load_file(tmp_path / f"step-{STEPS:08d}" / "model.safetensors").items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-3, atol=2e-4)
+
+
+def test_any_checkpoint_becomes_a_release(chain, tmp_path):
+    """Of any ZeRO stage and number of ranks, with optimizer offload or without: the same weights, parity and all."""
+    releases = {}
+    for name, world, settings in (("one", 1, "zero1"), ("two", 2, "zero2"), ("offload", 2, "zero2_offload")):
+        run, out = tmp_path / name, tmp_path / f"{name}-hf"
+        curve_of(chain, run, world, max_steps=2, strategy="bd3lm", deepspeed=f"ds_configs/{settings}.json")
+        parity = convert(run, out, Options(dtype="float32"))
+        assert parity["largest_logit_difference"] == 0.0
+        releases[name] = load_file(out / "model.safetensors")
+    for name, tensors in releases.items():
+        assert tensors.keys() == releases["one"].keys()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, releases["one"][key], rtol=1e-3, atol=2e-4, msg=f"{name}: {key}")
 
 
 @pytest.mark.parametrize("strategy", ["bd3lm", "tide-cross", "tide-shared", "kl"])
