@@ -118,9 +118,9 @@ def autoregressive(model: Any, prompts: Tensor, new: int) -> tuple[Tensor, int]:
     return written[:, prompts.shape[1] :], new
 
 
-def autoregressive_model(model: Any) -> Any:
-    """transformers' Qwen3 with the very weights of ``model`` (shared, not copied), and none of its code of ours."""
-    values = {key: value for key, value in read_json(CONFIG).items() if key != "model_type"}
+def autoregressive_model(model: Any, config: dict[str, Any]) -> Any:
+    """transformers' Qwen3 with the very weights of ``model`` (shared, not copied), and none of our code."""
+    values = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
         causal = Qwen3ForCausalLM(Qwen3Config(**values))
     causal.load_state_dict(model.state_dict(), assign=True, strict=False)
@@ -144,7 +144,7 @@ def threshold_for(model: Any, prompts: Tensor, wanted: float) -> float:
 def case(model: Any, causal: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(SEED)
     prompts = torch.randint(model.config.vocab_size - 1, (batch, prompt), generator=generator)
-    threshold = threshold_for(model, prompts, TOKENS_A_PASS)
+    threshold = threshold_for(model, prompts[:1], TOKENS_A_PASS)
     written = {
         "ours": timed(lambda: ours(model, prompts, new)),
         "threshold": timed(lambda: ours(model, prompts, new, threshold)),
@@ -171,8 +171,9 @@ def figures(batches: list[int], lengths: list[int], prompt: int, dtype: str) -> 
     for name, length in (("--prompt", prompt), *(("--new", new) for new in lengths)):
         if length % BLOCK:
             raise ValueError(f"{name} {length}: the plain way takes whole blocks of {BLOCK} only")
-    model = fresh_model(read_json(CONFIG), SEED).to(getattr(torch, dtype)).eval()
-    causal = autoregressive_model(model)
+    config = read_json(CONFIG)
+    model = fresh_model(config, SEED).to(getattr(torch, dtype)).eval()
+    causal = autoregressive_model(model, config)
     warm = torch.zeros(1, BLOCK, dtype=torch.int64)
     for way, subject in ((ours, model), (plain, model), (autoregressive, causal)):
         way(subject, warm, BLOCK)
