@@ -14,7 +14,7 @@ else
 fi
 command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] ||
   printf 'note: slurmctld, slurmd, slurm-client, munge are not installed, so the tests on a Slurm cluster are skipped\n'
-setup_environment requirements.txt tests/requirements.txt
+setup_environment requirements.txt requirements-eval.txt tests/requirements.txt
 
 pytest=("$PYTHON" -m pytest)
 if (($#)); then

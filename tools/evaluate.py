@@ -1,20 +1,26 @@
-"""Held-out likelihood of models in one table: the diffusion bound in bits per byte, with the same masks for every row.
+"""Scores of models: held-out likelihood, HumanEval, and the benchmarks of the paper through lm-eval, in one table.
 
+    python tools/evaluate.py runs/quickstart/hf --tasks humaneval
+    python tools/evaluate.py student=runs/x/hf teacher=org/LLaDA2.0-mini ar=org/Qwen3-0.6B --out runs/scores \\
+        --tasks gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp --device cuda --dtype bfloat16
     python tools/evaluate.py --data runs/quickstart/test-data --teacher runs/quickstart/teacher \\
         --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --json scores.json
 
-A model is a folder in hub format, a hub name, or a checkpoint of the trainer, written PATH or NAME=PATH. Students read
-the student's half of two-sided prepared data and teachers the teacher's, so that all of them guess the same bytes from
-the same bytes. Intervals are 95 % bootstrap over samples; differences are paired, to the first student.
+A model is a folder in hub format, a hub name, or a checkpoint of the trainer, written PATH or NAME=PATH. One of
+model_type qwen3 is the autoregressive baseline; all others decode in blocks. Settings are the paper's (--preset paper).
+Answers are kept sample by sample in --out: run again, an evaluation goes on where it was. Intervals are 95 % bootstrap.
+
+likelihood (the default) is the diffusion bound in bits per byte on --data, with the same masks for every row: students
+read the student's half of two-sided prepared data and teachers the teacher's, so that all of them guess the same bytes
+from the same bytes. Differences are paired, to the first student. Any task of lm-eval that generates can be named too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,62 +28,66 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_tide import cli
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    path: str
-    report: Any
-    seconds: float
+LIKELIHOOD = "likelihood"
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="prepared folder that no model was trained on")
-    parser.add_argument(
-        "--student", action="append", default=[], metavar="[NAME=]PATH", help="may be given several times"
-    )
-    parser.add_argument(
-        "--teacher", action="append", default=[], metavar="[NAME=]PATH", help="may be given several times"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", nargs="*", metavar="[NAME=]MODEL", help="models for every task")
+    add("--student", action="append", default=[], metavar="[NAME=]PATH", help="a model, as a student; repeatable")
+    add("--teacher", action="append", default=[], metavar="[NAME=]PATH", help="a model, as a teacher; repeatable")
+    add("--tasks", nargs="+", default=[LIKELIHOOD], metavar="TASK", help="likelihood, a benchmark, a task of lm-eval")
+    add("--out", help="folder for answers, sample by sample [MODEL/evaluation]")
+    add("--json", metavar="FILE", help="also write everything as JSON")
+    add("--seed", type=int, default=0, help="of masks, draws and bootstrap [0]")
+    add("--batch-size", type=int, default=8, help="samples at once; changes speed only [8]")
+    add("--dtype", choices=("bfloat16", "float32"), default="float32", help="precision [float32]")
+    add("--device", default="cpu", help="cpu or cuda [cpu]")
+
+    bound = parser.add_argument_group("likelihood")
+    bound.add_argument("--data", help="prepared folder that no model was trained on")
+    bound.add_argument(
         "--teacher-context",
         choices=("staircase", "full", "block_causal"),
         default="staircase",
         help="what teachers attend to; the staircase gives them what students see [staircase]",
     )
-    parser.add_argument("--samples", type=int, default=0, help="of the data, spread evenly over it [all]")
-    parser.add_argument("--draws", type=int, default=8, help="timesteps a sample, one in each of as many strata [8]")
-    parser.add_argument("--seed", type=int, default=0, help="of masks and bootstrap [0]")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples at once; changes speed only [8]")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="precision [float32]")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
-    parser.add_argument("--json", metavar="FILE", help="also write everything, by timestep too, as JSON")
+    bound.add_argument("--samples", type=int, default=0, help="of the data, spread evenly over it [all]")
+    bound.add_argument("--draws", type=int, default=8, help="timesteps a sample, one in each of as many strata [8]")
+
+    put = parser.add_argument_group("benchmarks").add_argument
+    put("--preset", choices=("paper",), default="paper", help="settings of each benchmark [paper]")
+    put("--limit", type=int, default=0, help="only so many samples of each task, for a look [all]")
+    put("--max-new-tokens", type=int, dest="new_tokens", help="longest answer [the preset's: 256 or 3]")
+    put("--steps", type=int, help="passes for a whole answer [one a token]")
+    put("--few-shot", type=int, help="examples in a prompt [the preset's: none; bbh 3]")
+    put("--temperature", type=float, help="0 takes the likeliest token [0]")
+    put("--no-chat-template", action="store_false", default=None, dest="chat_template", help="plain text")
+    put("--samples-per-problem", type=int, default=1, help="of HumanEval, for pass@10 and pass@100 [1]")
+    put("--include-path", action="append", default=[], metavar="FOLDER", help="further tasks of lm-eval")
+    put("--workers", type=int, default=0, help="programs run at a time [one a core]")
+    put("--unsafe-programs", action="store_true", help="run programs even where this machine cannot hold them")
     arguments = parser.parse_args(argv)
-    if not arguments.student and not arguments.teacher:
-        parser.error("give at least one --student or --teacher")
+    if not (arguments.model or arguments.student or arguments.teacher):
+        parser.error("give at least one model")
     return arguments
 
 
 def main(argv: list[str]) -> int:
     arguments = arguments_of(argv)
-    from megatron_tide.data import PreparedData
-    from megatron_tide.evaluate import student_side, teacher_side
-
-    data = PreparedData.open(arguments.data)
-    models = [(text, student_side(data)) for text in arguments.student]
-    models += [(text, teacher_side(data, arguments.teacher_context)) for text in arguments.teacher]
-    names = [named(text)[0] for text, _ in models]
+    models = [named(text) for text in (*arguments.model, *arguments.student, *arguments.teacher)]
+    names = [name for name, _ in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two models are called {twice[0]!r}; tell them apart with NAME=PATH")
-    rows = [measure(text, side, data, arguments) for text, side in models]
-    print(table(rows))
+    tasks = list(dict.fromkeys(arguments.tasks))
+    content = measured(arguments) if LIKELIHOOD in tasks else {}
+    benchmarks = [task for task in tasks if task != LIKELIHOOD]
+    if benchmarks:
+        content["benchmarks"] = asked(benchmarks, models, arguments)
     if arguments.json:
-        content = json.dumps(record(rows, data, arguments), indent=1)
-        Path(arguments.json).write_text(content + "\n", encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -87,81 +97,77 @@ def named(text: str) -> tuple[str, str]:
     return (name, path) if equals else (Path(text).name, text)
 
 
-def measure(text: str, side: Any, data: Any, arguments: argparse.Namespace) -> Row:
-    from megatron_tide.bridge import load_tokenizer
-    from megatron_tide.data.progress import Progress
-    from megatron_tide.evaluate import evaluate_likelihood
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print the table of likelihoods; -> what it says, for programs."""
+    if not arguments.data:
+        raise ValueError("likelihood is measured on held-out data: add --data, a prepared folder, or choose --tasks")
+    from megatron_tide.data import PreparedData
+    from megatron_tide.evaluate import student_side, teacher_side
+    from megatron_tide.evaluate.answerers import check_has_bound
+    from megatron_tide.evaluate.comparison import Measuring, likelihood_record, likelihood_table, measure_model
     from megatron_tide.release import DTYPES, open_model
 
-    name, path = named(text)
-    opened = open_model(path, DTYPES[arguments.dtype], arguments.device)
-    if load_tokenizer(opened.folder).fingerprint != data.manifest[side.name]["fingerprint"]:
-        raise ValueError(f"{path}: {arguments.data} was prepared for a {side.name} with another tokenizer")
-    started = time.perf_counter()
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or Progress(total, name)
-        bar.update(done)
-
-    report = evaluate_likelihood(
-        opened.model,
-        data,
-        side,
+    data = PreparedData.open(arguments.data)
+    how = Measuring(
+        data=data,
+        context=arguments.teacher_context,
         samples=arguments.samples,
         draws=arguments.draws,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
-        progress=progress,
+        dtype=DTYPES[arguments.dtype],
+        device=arguments.device,
     )
-    bar.close()
-    return Row(name, path, report, time.perf_counter() - started)
+    models: list[tuple[str, Any]] = [(text, None) for text in arguments.model]
+    models += [(text, student_side(data)) for text in arguments.student]
+    models += [(text, teacher_side(data, arguments.teacher_context)) for text in arguments.teacher]
+    for text in arguments.model:
+        check_has_bound(named(text)[1])
+    rows = [measure_model(*named(text), side, how, open_model) for text, side in models]
+    print(likelihood_table(rows))
+    return likelihood_record(rows, how)
 
 
-def first_student(rows: list[Row]) -> Row | None:
-    return next((row for row in rows if row.report.side == "student"), None)
+def asked(names: list[str], models: list[tuple[str, str]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table of benchmarks; -> what it says, for programs."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, before they are imported; ours tells the time left
+    from megatron_tide.evaluate.answerers import open_answerer
+    from megatron_tide.evaluate.asking import Asking
+    from megatron_tide.evaluate.benchmarks import check_benchmarks, chosen, record, run_benchmark, table
+    from megatron_tide.lock import RunLock
+    from megatron_tide.release import DTYPES, open_model
 
-
-def table(rows: list[Row]) -> str:
-    """For people: one line a model."""
-    base, width = first_student(rows), max(5, *(len(row.name) for row in rows))
-    head = (
-        f"{'model':<{width}}  {'side':<7}  {'bits per byte':<25}  {'less the first student':<27}  masked-token accuracy"
-    )
-    lines = [head, "-" * len(head)]
-    for row in rows:
-        difference = "" if base is None or row is base else f"{row.report.minus(base.report):+}"
-        lines.append(
-            f"{row.name:<{width}}  {row.report.side:<7}  {row.report.bits_per_byte!s:<25}  {difference:<27}  "
-            f"{row.report.accuracy}"
+    changed = ("new_tokens", "steps", "few_shot", "temperature", "chat_template")
+    changes = {name: getattr(arguments, name) for name in changed}
+    presets = {name: chosen(name, arguments.preset, changes) for name in names}
+    check_benchmarks(names)
+    folders = [results_folder(name, path, arguments.out) for name, path in models]
+    results = []
+    for (name, path), folder in zip(models, folders):
+        asking = Asking(
+            answerer=open_answerer(path, DTYPES[arguments.dtype], arguments.device, open_model),
+            folder=folder,
+            seed=arguments.seed,
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            samples_per_problem=arguments.samples_per_problem,
+            workers=arguments.workers,
+            unsafe_programs=arguments.unsafe_programs,
         )
-    return "\n".join(lines)
+        with RunLock(folder):
+            for task, preset in presets.items():
+                results.append(run_benchmark(task, preset, asking, name, path, arguments.include_path))
+    print(table(results))
+    return record(results)
 
 
-def record(rows: list[Row], data: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """For programs: settings, and every model with its numbers."""
-    base = first_student(rows)
-    return {
-        "data": {"folder": str(data.folder), "fingerprint": data.fingerprint},
-        "settings": {
-            "samples": rows[0].report.samples,
-            "draws": arguments.draws,
-            "seed": arguments.seed,
-            "teacher_context": arguments.teacher_context,
-            "dtype": arguments.dtype,
-        },
-        "models": [
-            {
-                "name": row.name,
-                "path": row.path,
-                **row.report.to_dict(),
-                "minus_first_student": row.report.minus(base.report).to_dict() if base else None,
-                "seconds": row.seconds,
-            }
-            for row in rows
-        ],
-    }
+def results_folder(name: str, path: str, out: str | None) -> Path:
+    """Where a model's answers are kept: below ``--out``, or in the model's own folder."""
+    if out:
+        return Path(out) / name
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: no folder here to keep answers in; add --out FOLDER")
+    return Path(path) / "evaluation"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import resource
 import struct
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 # Name -> number on (x86_64, aarch64); None where an architecture has no such call.
@@ -74,6 +75,7 @@ def main() -> None:
     """Read the order, give up the rights, run the parts; the token goes to the result pipe if all went well."""
     result = int(sys.argv[1])
     order = json.load(sys.stdin)
+    run, write, leave = exec, os.write, os._exit  # what a program does to modules and builtins changes no name here
     sys.path.pop(0)  # the folder of this file
     try:
         missing = confine(order)
@@ -81,16 +83,17 @@ def main() -> None:
             raise Refused("; ".join(missing))
         module = types.ModuleType("program")
         sys.modules["program"] = module
-        for number, part in enumerate(order["parts"]):
-            exec(compile(part, f"<part {number}>", "exec"), module.__dict__)
+        parts = [compile(part, f"<part {number}>", "exec") for number, part in enumerate(order["parts"])]
+        for part in parts:
+            run(part, module.__dict__)
     except Refused as error:
         reason = f"sandbox: {error}"
     except BaseException as error:  # SystemExit and KeyboardInterrupt end a program early: it did not pass
         reason = f"{type(error).__name__}: {str(error)[:200]}"
     else:
         reason = order["token"]
-    os.write(result, reason.encode("utf-8", "replace"))
-    os._exit(0)
+    write(result, reason.encode("utf-8", "replace"))
+    leave(0)
 
 
 def confine(order: dict[str, Any]) -> list[str]:
@@ -133,23 +136,23 @@ def _hide_files(_: dict[str, Any]) -> None:
     handled = struct.pack("=QQQ", rights, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     rules = _checked(libc.syscall(create, handled, ctypes.c_size_t(len(handled)), 0))
     for path in sorted(_readable()):
-        try:
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:
+        if not path.exists():
             continue
-        allowed = _READ_FILE | (_READ_FOLDER if os.path.isdir(path) else 0)
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        allowed = _READ_FILE | (_READ_FOLDER if path.is_dir() else 0)
         _checked(libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, place), 0))
         os.close(place)
     _checked(libc.syscall(restrict, rules, 0))
     os.close(rules)
 
 
-def _readable() -> set[str]:
+def _readable() -> set[Path]:
     """The standard library, shared libraries where they lie, time zones; and this process's own empty folder."""
-    with open("/proc/self/maps") as maps:
-        mapped = {os.path.dirname(line.split(maxsplit=5)[5].strip()) for line in maps if ".so" in line}
-    libraries = {os.path.join(root, name) for root in (sys.base_prefix, "/usr", "/") for name in ("lib", "lib64")}
-    return {*filter(None, sys.path), *mapped, *libraries, "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", "."}
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {Path(line.split(maxsplit=5)[5].strip()).parent for line in maps if ".so" in line}
+    libraries = {Path(root, name) for root in (sys.base_prefix, "/usr", "/") for name in ("lib", "lib64")}
+    others = {Path(path) for path in ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", ".")}
+    return {Path(path) for path in sys.path if path} | mapped | libraries | others
 
 
 def _filter_calls(_: dict[str, Any]) -> None:

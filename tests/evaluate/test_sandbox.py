@@ -1,0 +1,225 @@
+"""The sandbox: what passes, what does not, and programs that try to do harm."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.evaluate import sandbox
+from megatron_tide.evaluate.sandbox import LIMITS, broken_promises, require_sandbox, run_program, run_programs
+from tests.evaluate.hostile import HOSTILE, KEEP
+
+SHORT = replace(LIMITS, cpu_seconds=1, wall_seconds=2.5, memory_bytes=1 << 28)
+SECRET = "a-token-that-nobody-may-see"
+CONTENT = "untouched"
+CHECK = ["def check(candidate):\n    assert candidate(2) == 3", "check(f)"]
+
+
+@dataclass
+class World:
+    """What a hostile program finds around it, all of it the test's own."""
+
+    folder: Path
+    victim: Path
+    server: socket.socket
+
+    def program(self, text: str) -> str:
+        port = str(self.server.getsockname()[1])
+        filled = text.replace("VICTIM", str(self.victim)).replace("FOLDER", str(self.folder)).replace("PORT", port)
+        return KEEP + filled
+
+    def unharmed(self) -> None:
+        assert self.victim.read_text() == CONTENT
+        assert self.victim.stat().st_mode & 0o777 == 0o600
+        assert [path.name for path in self.folder.iterdir()] == [self.victim.name]
+        with pytest.raises(BlockingIOError):
+            self.server.accept()  # nobody called
+        assert left_behind() == []
+
+
+def left_behind() -> list[str]:
+    """Processes that work below our temporary folder, and what lies there: private folders are there."""
+    place, found = tempfile.gettempdir(), [path.name for path in Path(tempfile.gettempdir()).iterdir()]
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str((process / "cwd").readlink()).startswith(place):
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    folder, private = tmp_path / "home", tmp_path / "private"
+    folder.mkdir()
+    private.mkdir()
+    victim = folder / "victim"
+    victim.write_text(CONTENT)
+    victim.chmod(0o600)
+    monkeypatch.setattr(tempfile, "tempdir", str(private))
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield World(folder, victim, server)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_do_no_harm(world: World, name: str) -> None:
+    text, ending = HOSTILE[name]
+    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    outcome = run_program([world.program(text), "def f(x): return 1", *CHECK], SHORT)
+    assert not outcome.passed
+    assert re.search(ending, outcome.reason), outcome.reason
+    assert SECRET not in outcome.reason
+    assert time.monotonic() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 64 << 10  # KiB
+    world.unharmed()
+
+
+def test_what_they_try_is_harm(world: World) -> None:
+    """The same attempts, outside: the victim can be read, the port answers, so it is the sandbox that forbids them."""
+    read = world.program("assert open('VICTIM').read()\nimport socket\nsocket.create_connection(('127.0.0.1', PORT))")
+    exec(compile(read, "<outside>", "exec"), {})
+    world.server.accept()[0].close()
+
+
+def test_right_and_wrong_programs() -> None:
+    right = run_program(["def f(x): return x + 1", *CHECK])
+    assert right.passed
+    assert right.reason == ""
+    assert run_program(["def f(x): return x + 2", *CHECK]).reason == "AssertionError: "
+    assert run_program(["def f(x) return", *CHECK]).reason.startswith("SyntaxError")
+    assert run_program(["x = 1", *CHECK]).reason.startswith("NameError")
+    assert run_program(["import no_such_module"]).reason.startswith("ModuleNotFoundError")
+
+
+def test_programs_have_the_standard_library_and_an_empty_folder() -> None:
+    program = """
+import bisect, collections, copy, dataclasses, datetime, decimal, functools, hashlib, heapq, itertools, json, math, os
+import queue, random, re, statistics, string, sys, time, typing, zoneinfo
+@dataclasses.dataclass
+class Point:
+    x: int
+assert Point(1) == Point(1) and hashlib.md5(b"x").hexdigest() and zoneinfo.ZoneInfo("UTC")
+assert os.listdir() == [] and os.urandom(4) and random.random() < 1 and sys.stdin.read() == ""
+print("said", file=sys.stderr)
+"""
+    outcome = run_program([program])
+    assert outcome.passed, outcome.reason
+
+
+def test_the_same_program_ends_the_same_way_every_time() -> None:
+    program = ["raise SystemExit(' '.join({'a', 'b', 'c', 'd', 'e', 'f'}))"]
+    assert len({outcome.reason for outcome in run_programs([program] * 4)}) == 1
+
+
+def test_many_are_told_apart_and_counted() -> None:
+    seen: list[int] = []
+    programs = [[f"assert {number} % 2 == 0"] for number in range(6)]
+    outcomes = run_programs(programs, workers=2, progress=seen.append)
+    assert [outcome.passed for outcome in outcomes] == [True, False] * 3
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_this_machine_keeps_every_promise() -> None:
+    assert broken_promises() == ()
+    require_sandbox()
+
+
+def test_a_machine_without_protections_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each protection in turn taken away: its absence is seen, in words, and nothing runs."""
+    source = sandbox.JAIL.read_text()
+    taken = {
+        "_limit": "bounded memory|allowed",
+        "_hide_files": "no reading of other files \\(SystemExit: it was allowed\\)",
+        "_filter_calls": "no process \\(",
+    }
+    for step, word in taken.items():
+        weak = tmp_path / f"{step}.py"
+        weak.write_text(source.replace(f"def {step}(", f"def {step}(_: object) -> None:\n    pass\n\n\ndef _unused("))
+        monkeypatch.setattr(sandbox, "JAIL", weak)
+        broken_promises.cache_clear()
+        with pytest.raises(ValueError, match=word) as refused:
+            require_sandbox()
+        assert "--unsafe-programs" in str(refused.value)
+    broken_promises.cache_clear()
+
+
+def test_a_protection_that_fails_stops_the_program(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = tmp_path / "jail.py"
+    weak.write_text(sandbox.JAIL.read_text().replace("create, add, restrict = 444", "create, add, restrict = 9999"))
+    monkeypatch.setattr(sandbox, "JAIL", weak)
+    broken_promises.cache_clear()
+    assert run_program(["pass"]).reason.startswith("sandbox: hide files: Landlock is not there")
+    assert run_program(["pass"], strict=False).passed
+    require_sandbox(unsafe=True)
+    assert "warning: programs written by a model cannot be run safely here" in capsys.readouterr().err
+    broken_promises.cache_clear()
+
+
+def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
+    broken_promises.cache_clear()
+    with pytest.raises(ValueError, match="on Linux only, and this is darwin"):
+        require_sandbox()
+    broken_promises.cache_clear()
+
+
+def test_the_filter_of_each_architecture_refuses_by_default() -> None:
+    """The BPF program run by hand: a listed call goes, a conditional one by its argument, all others are refused."""
+    from megatron_tide.evaluate import jail
+
+    for column, arch in jail.ARCHITECTURES.values():
+        code = jail._filter(column, arch, me=77)
+
+        def verdict(number: int, *arguments: int, arch: int = arch, code: list[bytes] = code) -> int:
+            return interpreted(code, number, arch, arguments)
+
+        go, refuse = jail._GO, jail._REFUSE
+        numbers = {n[column] for n in jail.ALLOWED.values() if n[column] is not None}
+        assert all(verdict(number) == go for number in numbers)
+        conditional = {n[column] for n in (jail.OPENAT, jail.IOCTL, jail.FCNTL, jail.PRLIMIT)}
+        conditional |= {n[column] for n in (jail.KILL, jail.TKILL, jail.TGKILL)}
+        assert all(verdict(n, 1 << 20, 1 << 20, 1 << 20) == refuse for n in set(range(600)) - numbers - conditional)
+        opened = jail.OPENAT[column]
+        assert verdict(opened, 0, 0, os.O_RDONLY | os.O_CLOEXEC) == go
+        assert {verdict(opened, 0, 0, flag) for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)} == {refuse}
+        assert verdict(jail.KILL[column], 77) == go
+        assert verdict(jail.KILL[column], 78) == refuse
+        assert verdict(jail.PRLIMIT[column], 0, 0, 0) == go
+        assert verdict(jail.PRLIMIT[column], 0, 0, 1 << 32) == refuse
+        assert verdict(jail.FCNTL[column], 0, 8) == refuse  # F_SETOWN
+        assert verdict(0, arch=1234) == jail._DIE
+
+
+def interpreted(code: list[bytes], number: int, arch: int, arguments: tuple[int, ...]) -> int:
+    """What a classic BPF program of the four instructions in use says about a call."""
+    import struct
+
+    padded = (*arguments, *(0,) * (6 - len(arguments)))
+    data = struct.pack("=IIQ6Q", number, arch, 0, *padded)
+    place, held = 0, 0
+    while True:
+        operation, then, otherwise, value = struct.unpack("=HBBI", code[place])
+        if operation == 0x20:
+            held = struct.unpack_from("=I", data, value)[0]
+        elif operation == 0x54:
+            held &= value
+        elif operation == 0x15:
+            place += then if held == value else otherwise
+        else:
+            assert operation == 0x06
+            return int(value)
+        place += 1
