@@ -170,16 +170,16 @@ def _open_autoregressive(path: str, dtype: torch.dtype, device: str, _: OpenMode
 
     folder = resolve_folder(path)
     try:
-        model, found = Qwen3ForCausalLM.from_pretrained(
+        loaded: Any = Qwen3ForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as a Qwen3 model ({str(error).strip().splitlines()[0]})") from None
-    wrong = sorted(name for names in found.values() for name in names)
+    model, found = loaded
+    wrong = sorted(str(name) for names in found.values() for name in names)
     if wrong:  # transformers fills in what is missing with random numbers
         raise ValueError(f"{path}: its tensors are not those of the Qwen3 that config.json describes ({wrong[0]}, ...)")
-    module: Any = model.eval()
-    return AutoregressiveAnswerer(module.to(device), load_tokenizer(folder))
+    return AutoregressiveAnswerer(model.to(device).eval(), load_tokenizer(folder))
 
 
 # A checkpoint of the trainer has no config.json of its own: it is a student.

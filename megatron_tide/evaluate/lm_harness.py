@@ -1,4 +1,4 @@
-"""lm-eval's tasks asked of our models: the registered model ``tide``, and the run of one benchmark.
+"""lm-eval's tasks asked of our models: the run of one benchmark, task or group.
 
 lm-eval (an optional extra) brings prompts, filters and metrics; answers come from ``Asking``, sample by sample on disk.
 Its own bootstrap is left out for ours, over the samples of all subtasks together. Programs of MBPP are never run by it.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.data.progress import Progress
-from megatron_tide.evaluate.asking import Asking, Score, cut, mean
+from megatron_tide.evaluate.asking import Asking, Score, mean
 from megatron_tide.evaluate.humaneval import judge
 from megatron_tide.evaluate.lm_tasks import mbpp
 from megatron_tide.evaluate.presets import Preset
@@ -22,7 +21,6 @@ from megatron_tide.evaluate.sandbox import require_sandbox
 from megatron_tide.evaluate.store import Store
 
 OUR_TASKS = Path(__file__).with_name("lm_tasks")
-MODEL = "tide"
 # Tasks whose answers are programs: (sample's row, code) -> parts for the sandbox.
 PROGRAMS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {"mbpp_instruct_sandboxed": mbpp.program_of}
 
@@ -32,71 +30,6 @@ def require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("this task needs lm-eval: pip install -r requirements-eval.txt")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-
-
-def lm_model(asking: Asking, preset: Preset, store: Store) -> Any:
-    """Our model as lm-eval sees it, registered there as ``tide``."""
-    from lm_eval.api.model import LM
-    from lm_eval.api.registry import register_model
-
-    class TideLM(LM):
-        """Generates; scores no given text, because a diffusion model has a bound in place of a likelihood."""
-
-        def generate_until(self, requests: list[Any]) -> list[str]:
-            return _generate(requests, asking, preset, store)
-
-        def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            raise ValueError(
-                f"task {requests[0].task_name} compares likelihoods, which a diffusion model does not have; take a "
-                "task that generates (output_type generate_until), or --tasks likelihood for the diffusion bound"
-            )
-
-        def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            raise ValueError(
-                f"task {requests[0].task_name} measures perplexity, which a diffusion model does not have; "
-                "--tasks likelihood measures its bound in bits per byte"
-            )
-
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            tokenizer = asking.answerer.tokenizer
-            if add_generation_prompt:
-                return tokenizer.render(chat_history)
-            # An answer that is begun for the model: templates differ in how they close one, so none is asked to.
-            return tokenizer.render(chat_history[:-1]) + chat_history[-1]["content"]
-
-        @property
-        def tokenizer_name(self) -> str:
-            return asking.answerer.tokenizer.fingerprint
-
-    return register_model(MODEL)(TideLM)() if not _registered() else TideLM()
-
-
-def _registered() -> bool:
-    from lm_eval.api.registry import model_registry
-
-    return MODEL in model_registry
-
-
-def _generate(requests: list[Any], asking: Asking, preset: Preset, store: Store) -> list[str]:
-    """Answers in the order of the requests, task by task, each cut before the first string that ends it."""
-    by_task: dict[tuple[str, int], list[int]] = defaultdict(list)
-    seen: Counter[tuple[str, int, int]] = Counter()
-    names = []
-    for place, request in enumerate(requests):
-        name = (request.task_name, request.doc_id, request.idx)
-        draw, seen[name] = seen[name], seen[name] + 1
-        names.append(f"{request.task_name}/{request.doc_id}.{request.idx}#{draw}")
-        by_task[request.task_name, draw].append(place)
-    progress, done, texts = Progress(len(requests), preset.task), 0, [""] * len(requests)
-    for (_, draw), places in by_task.items():
-        prompts = [(names[place], requests[place].args[0]) for place in places]
-        answers = asking.ask(store, preset, prompts, progress, done, draw * len(places))
-        for place, answer in zip(places, answers):
-            until = requests[place].args[1].get("until", [])
-            texts[place] = cut(answer.text, [until] if isinstance(until, str) else until)
-        done += len(places)
-    progress.close()
-    return texts
 
 
 def lm_task(asking: Asking, preset: Preset, include: Sequence[str] = ()) -> list[Score]:
@@ -110,11 +43,13 @@ def lm_task(asking: Asking, preset: Preset, include: Sequence[str] = ()) -> list
         require_sandbox(asking.unsafe_programs)
     from lm_eval import simple_evaluate
 
+    from megatron_tide.evaluate.lm_model import TideLM  # it is a model of lm-eval's, which is an optional extra
+
     manager = _manager(preset, include)
     store = asking.store(preset.task, preset)
     try:
         results = simple_evaluate(
-            lm_model(asking, preset, store),
+            TideLM(asking, preset, store),
             tasks=[preset.task],
             num_fewshot=preset.few_shot,
             limit=asking.limit or None,
@@ -141,7 +76,7 @@ def _manager(preset: Preset, include: Sequence[str]) -> Any:
             raise ValueError(f"{folder}: no such folder of tasks")
     theirs = Path(lm_eval.tasks.__file__).parent
     # Later folders win, so a user's task of the same name stands for lm-eval's.
-    folders = [*([theirs / preset.folder] if preset.folder else []), OUR_TASKS, *include]
+    folders = [*(theirs / name for name in preset.folders), OUR_TASKS, *include]
     for everything in (False, True):
         manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=everything)
         if preset.task in manager.all_tasks:

@@ -21,8 +21,8 @@ class Preset:
 
     task: str
     """lm-eval's name; ``humaneval_instruct`` is asked and scored by this package itself (``humaneval``)."""
-    folder: str = ""
-    """Where below lm-eval's own tasks it is defined; empty for tasks of this package and of the user."""
+    folders: tuple[str, ...] = ()
+    """Where below lm-eval's own tasks it is defined; none for tasks of this package and of the user."""
     headline: tuple[str, str] | None = None
     """(metric, filter) that the published number is put beside."""
     new_tokens: int = 256
@@ -43,18 +43,18 @@ class Preset:
 PAPER = {
     "gsm8k": Preset(
         task="gsm8k_cot",
-        folder="gsm8k",
+        folders=("gsm8k",),
         headline=("exact_match", "flexible-extract"),
         note="the paper does not say which of the task's two filters it reports",
     ),
     "math": Preset(
         task="minerva_math",
-        folder="minerva_math",
+        folders=("minerva_math", "benchmarks"),
         headline=("math_verify", "none"),
         note="the paper does not say which of the task's two metrics it reports",
     ),
-    "bbh": Preset(task="bbh", folder="bbh", headline=("exact_match", "get-answer"), few_shot=3),
-    "mmlu_pro": Preset(task="mmlu_pro", folder="mmlu_pro", headline=("exact_match", "custom-extract")),
+    "bbh": Preset(task="bbh", folders=("bbh",), headline=("exact_match", "get-answer"), few_shot=3),
+    "mmlu_pro": Preset(task="mmlu_pro", folders=("mmlu_pro",), headline=("exact_match", "custom-extract")),
     "hellaswag": Preset(
         task="hellaswag_generative",
         headline=("exact_match", "letter"),
@@ -64,7 +64,7 @@ PAPER = {
     ),
     "mmlu": Preset(
         task="mmlu_generative",
-        folder="mmlu/generative",
+        folders=("mmlu/generative",),
         headline=("exact_match", "get_response"),
         new_tokens=3,
         steps=3,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-BLOCK = re.compile(r"```(?:\w+)?\n?(.*?)\n?```", re.DOTALL)
+BLOCK = re.compile(r"```(?:\w*\n)?(.*?)\n?```", re.DOTALL)  # a language stands alone on the first line
 
 
 def code_of(responses: list[list[str]], docs: list[dict[str, Any]]) -> list[list[str]]:
@@ -14,7 +14,7 @@ def code_of(responses: list[list[str]], docs: list[dict[str, Any]]) -> list[list
 
 
 def _code(response: str) -> str:
-    found = BLOCK.search(f"```{response}") or BLOCK.search(f"```{response.replace('```python', '```')}")
+    found = BLOCK.search(f"```{response}")
     return found[1] if found else ""
 
 

@@ -1,0 +1,52 @@
+"""The paper's benchmarks: settings, tasks that exist, and the published table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from megatron_tide.evaluate.benchmarks import OWN, chosen
+from megatron_tide.evaluate.lm_harness import _manager
+from megatron_tide.evaluate.presets import PAPER, preset_of, published, published_row
+
+
+def test_settings_are_those_of_the_paper() -> None:
+    """A token a pass, blocks of 32, greedy; three tokens where a letter is asked for; examples for BBH only."""
+    assert len(PAPER) == 8
+    for name, preset in PAPER.items():
+        tokens = 3 if name in ("mmlu", "hellaswag") else 256
+        assert (preset.new_tokens, preset.steps, preset.tokens_per_step) == (tokens, tokens, 1)
+        assert (preset.block_size, preset.temperature) == (32, 0.0)
+        assert preset.few_shot == (3 if name == "bbh" else 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(PAPER) - set(OWN)))
+def test_every_task_exists_without_looking_through_all_of_lm_eval(name: str) -> None:
+    manager = _manager(PAPER[name], ())
+    assert PAPER[name].task in manager.all_tasks
+    assert len(manager.all_tasks) < 200
+
+
+def test_the_published_table_is_whole() -> None:
+    """Its column averages are the ones the paper prints."""
+    table = published()
+    assert set(table["rows"]) == set(PAPER)
+    assert set(table["shown"]) <= set(table["columns"])
+    printed = [40.91, 32.67, 30.55, 30.79, 33.55, 32.25, 33.83, 34.20]
+    for place, average in enumerate(printed):
+        column = [row[place] for row in table["rows"].values()]
+        assert math.isclose(sum(column) / 8, average, abs_tol=0.0051)
+    assert published_row("humaneval")["B: Shared"] == 48.78
+    assert published_row("another") == {}
+
+
+def test_changes_are_made_and_checked() -> None:
+    assert chosen("gsm8k", "paper", {"new_tokens": None, "steps": None}) == PAPER["gsm8k"]
+    changed = chosen("gsm8k", "paper", {"new_tokens": 64, "steps": None, "temperature": 0.5})
+    assert (changed.new_tokens, changed.steps, changed.temperature) == (64, 64, 0.5)
+    assert chosen("gsm8k", "paper", {"new_tokens": 64, "steps": 10}).tokens_per_step == 7
+    assert preset_of("somebody's task").few_shot is None
+    for mistake in ({"new_tokens": 0}, {"steps": 0}, {"temperature": -1.0}, {"temperature": math.nan}):
+        with pytest.raises(ValueError, match="gsm8k: "):
+            chosen("gsm8k", "paper", mistake)

@@ -1,0 +1,181 @@
+"""tools/evaluate.py with benchmarks: students, checkpoints and the autoregressive baseline by one command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tide import cli
+from megatron_tide.data import PreparedData
+from megatron_tide.evaluate import evaluate_likelihood, student_side, teacher_side
+from megatron_tide.evaluate.presets import published_row
+from megatron_tide.lock import RunLock
+from megatron_tide.models import load_model
+from tests.support.answering import write_autoregressive
+from tests.support.lab import Lab, write_checkpoint
+from tests.support.launch import REPOSITORY, wait_until
+from tests.support.lm_data import write_task
+from tools import evaluate as tool
+
+SHORT = ["--max-new-tokens", "8", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def baseline(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_autoregressive(tmp_path_factory.mktemp("ar") / "ar", lab.student)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    write_task(folder, "gsm8k", count=40)
+    write_task(folder, "mbpp", count=4)
+    return folder
+
+
+def samples(file: Path) -> list[dict]:
+    return [row for row in map(json.loads, file.read_text().splitlines()) if "key" in row]
+
+
+def test_one_table_for_every_kind_of_model(
+    lab: Lab, baseline: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    models = [f"start={lab.student}", f"moved={tmp_path / 'run'}", f"ar={baseline}"]
+    flags = ["--tasks", "humaneval", "gsm8k", "mbpp", "--limit", "4", "--include-path", str(tasks)]
+    out, scores = tmp_path / "out", tmp_path / "scores.json"
+    tool.main([*models, *flags, *SHORT, "--out", str(out), "--json", str(scores)])
+    found = json.loads(scores.read_text())["benchmarks"]
+    assert [(one["model"], one["benchmark"]) for one in found] == [
+        (model, task) for model in ("start", "moved", "ar") for task in ("humaneval", "gsm8k", "mbpp")
+    ]
+    assert all(score["n"] == 4 for one in found for score in one["scores"])
+    assert found[0]["scores"][0]["published"] == published_row("humaneval")
+    decoders = [one["settings"]["decoder"] for one in found[::3]]
+    assert decoders == ["block diffusion", "block diffusion", "autoregressive"]
+    assert len({one["settings"]["model"] for one in found}) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:4] == ["model", "benchmark", "metric", "ours"]
+    (row,) = (line for line in lines if line.startswith("ar ") and "humaneval" in line)
+    assert row.split()[-4:] == [
+        f"{published_row('humaneval')[name]:.2f}" for name in ("AR 0.6B", "BD3LM", "A: Cross", "B: Shared")
+    ]
+    assert any("not the paper's settings: new_tokens 8, steps 8" in line for line in lines)
+    answers = {name: samples(next((out / name).glob("gsm8k_cot-*"))) for name in ("start", "moved", "ar")}
+    assert all(len(rows) == 4 for rows in answers.values())
+    assert all(1 <= row["value"]["tokens"] <= 8 for rows in answers.values() for row in rows)
+    assert answers["start"] != answers["moved"] != answers["ar"]
+
+
+def test_several_samples_of_each_problem(lab: Lab, tmp_path: Path) -> None:
+    """Drawn with a seed of their own each; another seed is another file."""
+    flags = ["--tasks", "humaneval", "--limit", "2", "--samples-per-problem", "10", "--temperature", "1", *SHORT]
+    scores = tmp_path / "scores.json"
+    for seed in ("3", "3", "4"):
+        tool.main([f"s={lab.student}", *flags, "--seed", seed, "--out", str(tmp_path), "--json", str(scores)])
+    (one,) = json.loads(scores.read_text())["benchmarks"]
+    assert [score["metric"] for score in one["scores"]] == ["pass@1", "pass@10"]
+    first, second = (samples(path) for path in (tmp_path / "s").glob("humaneval-[0-9a-f]*"))
+    assert len(first) == len(second) == 20
+    assert len({row["value"]["text"] for row in first}) > 15
+    assert first != second
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_goes_on_to_the_same_results(lab: Lab, tasks: Path, tmp_path: Path) -> None:
+    flags = ["--tasks", "gsm8k", "--include-path", str(tasks), "--max-new-tokens", "24", "--batch-size", "1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    def command(out: Path) -> list[str]:
+        return [f"s={lab.student}", *flags, "--out", str(out), "--json", str(out.with_suffix(".json"))]
+
+    def answered() -> int:
+        return sum(len(samples_so_far(path)) for path in killed.glob("s/gsm8k_cot-*"))
+
+    process = subprocess.Popen([sys.executable, "tools/evaluate.py", *command(killed)], cwd=REPOSITORY, env=os.environ)
+    wait_until(lambda: answered() > 0, [process])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = answered()
+    assert 0 < before < 40
+    (file,) = killed.glob("s/gsm8k_cot-*")
+    with file.open("ab") as torn:
+        torn.write(b'{"key": "gsm8k_cot/39.0#0", "inp')
+    tool.main(command(killed))
+    tool.main(command(whole))
+    assert file.read_bytes() == (whole / "s" / file.name).read_bytes()
+    results = [json.loads(out.with_suffix(".json").read_text())["benchmarks"][0] for out in (killed, whole)]
+    assert results[0]["scores"] == results[1]["scores"]
+    assert results[0]["scores"][0]["n"] == 40
+
+
+def samples_so_far(file: Path) -> list[bytes]:
+    return [line for line in file.read_bytes().split(b"\n")[1:-1] if line]
+
+
+def test_results_are_kept_in_the_models_folder(lab: Lab, tmp_path: Path) -> None:
+    step = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    tool.main([str(step.parent), "--tasks", "humaneval", "--limit", "1", *SHORT])
+    assert len(list((step.parent / "evaluation").glob("humaneval-*.jsonl"))) == 2
+
+
+def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    flags = ["--tasks", "likelihood", "--data", str(lab.data), "--draws", "2", "--json", str(scores)]
+    tool.main([f"a={lab.student}", f"b={lab.teacher}", *flags])
+    found = json.loads(scores.read_text())["models"]
+    data = PreparedData.open(lab.data)
+    student = evaluate_likelihood(load_model(lab.student), data, student_side(data), draws=2)
+    teacher = evaluate_likelihood(load_model(lab.teacher), data, teacher_side(data), draws=2)
+    assert [one["side"] for one in found] == ["student", "teacher"]
+    assert found[0]["bits_per_byte"] == student.bits_per_byte.to_dict()
+    assert found[1]["minus_first_student"] == teacher.minus(student).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["STUDENT"], "add --data, a prepared folder"),
+        (
+            ["STUDENT", "--tasks", "humaneval", "gsm8k", "--samples-per-problem", "2", "--temperature", "1"],
+            "gsm8k: several",
+        ),
+        (["STUDENT", "--tasks", "humaneval", "--samples-per-problem", "2"], "add --temperature"),
+        (["STUDENT", "--tasks", "humaneval", "--max-new-tokens", "0"], "humaneval: 0 new tokens"),
+        (["some/model", "--tasks", "humaneval"], "add --out FOLDER"),
+        (["./nowhere", "--tasks", "humaneval", "--out", "OUT"], "nowhere: no such folder"),
+        (["BASELINE", "--data", "DATA"], "has no diffusion bound"),
+        (["STUDENT", "--data", "TEACHERS"], "prepared for models with other tokenizers"),
+        (["a=STUDENT", "a=BASELINE", "--tasks", "humaneval"], "two models are called 'a'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    lab: Lab, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], word: str
+) -> None:
+    real = {
+        "STUDENT": lab.student,
+        "BASELINE": baseline,
+        "DATA": lab.data,
+        "TEACHERS": lab.teacher_data,
+        "OUT": tmp_path,
+    }
+    for name, path in real.items():
+        flags = [flag.replace(name, str(path)) for flag in flags]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(tool.main, [*flags, *(["--limit", "1"] if "humaneval" in flags else [])])
+    error = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert word in error
+    assert error.count("error: ") == 1
+    assert error.splitlines()[-1].startswith("error: ")
+
+
+def test_two_evaluations_do_not_write_to_one_folder(lab: Lab, tmp_path: Path) -> None:
+    with RunLock(tmp_path / "s"), pytest.raises(ValueError, match="works in it"):
+        tool.main([f"s={lab.student}", "--tasks", "humaneval", "--limit", "1", *SHORT, "--out", str(tmp_path)])
