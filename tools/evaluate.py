@@ -140,7 +140,12 @@ def asked(names: list[str], models: list[tuple[str, str]], arguments: argparse.N
     changed = ("new_tokens", "steps", "few_shot", "temperature", "chat_template")
     changes = {name: getattr(arguments, name) for name in changed}
     presets = {name: chosen(name, arguments.preset, changes) for name in names}
-    check_benchmarks(names)
+    check_benchmarks(
+        presets,
+        samples_per_problem=arguments.samples_per_problem,
+        unsafe_programs=arguments.unsafe_programs,
+        include=arguments.include_path,
+    )
     folders = [results_folder(name, path, arguments.out) for name, path in models]
     results = []
     for (name, path), folder in zip(models, folders):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_tide.evaluate.asking import Asking, Score
 from megatron_tide.evaluate.humaneval import humaneval, read_problems
-from megatron_tide.evaluate.lm_harness import lm_task, require_lm_eval
+from megatron_tide.evaluate.lm_harness import PROGRAMS, check_lm_task, lm_task
 from megatron_tide.evaluate.presets import Preset, preset_of, published, published_row
+from megatron_tide.evaluate.sandbox import require_sandbox
 
 # Benchmarks that are asked and scored here; every other one is a task of lm-eval.
 OWN: dict[str, Callable[[Asking, Preset], list[Score]]] = {"humaneval": humaneval}
@@ -51,16 +52,27 @@ def chosen(benchmark: str, name: str, changes: dict[str, Any]) -> Preset:
     return preset
 
 
-def check_benchmarks(names: Sequence[str]) -> None:
-    """Whether what the benchmarks need is installed, before a model is opened.
+def check_benchmarks(
+    presets: Mapping[str, Preset], *, samples_per_problem: int, unsafe_programs: bool, include: Sequence[str]
+) -> None:
+    """Whether all of it can be done, before a model is opened: packages, names, the sandbox.
 
     Raises:
-        ValueError: naming what is not.
+        ValueError: naming what is in the way.
     """
-    if any(name in OWN for name in names):
-        read_problems()
-    if any(name not in OWN for name in names):
-        require_lm_eval()
+    for name, preset in presets.items():
+        if name in OWN:
+            read_problems()
+            if samples_per_problem > 1 and preset.temperature == 0.0:
+                raise ValueError(
+                    f"{name}: several samples are all the same at temperature 0; add --temperature 0.8, say"
+                )
+        else:
+            check_lm_task(preset, include)
+            if samples_per_problem > 1:
+                raise ValueError(f"{name}: several samples a problem are for {', '.join(OWN)} only")
+    if any(name in OWN or preset.task in PROGRAMS for name, preset in presets.items()):
+        require_sandbox(unsafe_programs)
 
 
 def run_benchmark(
@@ -68,8 +80,6 @@ def run_benchmark(
 ) -> Result:
     """Ask one model one benchmark; what it answered before under the same settings is not asked again."""
     started = time.perf_counter()
-    if asking.samples_per_problem > 1 and benchmark not in OWN:
-        raise ValueError(f"{benchmark}: several samples a problem are for {', '.join(OWN)} only")
     own = OWN.get(benchmark)
     scores = own(asking, preset) if own else lm_task(asking, preset, include)
     return Result(name, path, benchmark, preset, scores, asking.settings(preset), time.perf_counter() - started)

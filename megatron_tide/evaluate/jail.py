@@ -151,8 +151,9 @@ def _readable() -> set[Path]:
     maps = Path("/proc/self/maps").read_text().splitlines()
     mapped = {Path(line.split(maxsplit=5)[5].strip()).parent for line in maps if ".so" in line}
     libraries = {Path(root, name) for root in (sys.base_prefix, "/usr", "/") for name in ("lib", "lib64")}
-    others = {Path(path) for path in ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", ".")}
-    return {Path(path) for path in sys.path if path} | mapped | libraries | others
+    named = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    others = ("/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo", ".")
+    return {Path(path) for path in (*sys.path, *named, *others) if path} | mapped | libraries
 
 
 def _filter_calls(_: dict[str, Any]) -> None:

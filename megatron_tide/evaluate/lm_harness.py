@@ -25,8 +25,12 @@ OUR_TASKS = Path(__file__).with_name("lm_tasks")
 PROGRAMS: dict[str, Callable[[dict[str, Any], str], list[str]]] = {"mbpp_instruct_sandboxed": mbpp.program_of}
 
 
-def require_lm_eval() -> None:
-    """Raises: ValueError, where the optional extra is not installed."""
+def check_lm_task(preset: Preset, include: Sequence[str] = ()) -> None:
+    """Raises: ValueError, where lm-eval is not installed or nobody knows the task."""
+    _manager(preset, include)
+
+
+def _require_lm_eval() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("this task needs lm-eval: pip install -r requirements-eval.txt")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -38,25 +42,27 @@ def lm_task(asking: Asking, preset: Preset, include: Sequence[str] = ()) -> list
     Raises:
         ValueError: no lm-eval, no such task, data that cannot be had, or a task that does not generate.
     """
-    require_lm_eval()
+    manager = _manager(preset, include)
     if preset.task in PROGRAMS:
         require_sandbox(asking.unsafe_programs)
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
     from megatron_tide.evaluate.lm_model import TideLM  # it is a model of lm-eval's, which is an optional extra
 
-    manager = _manager(preset, include)
     store = asking.store(preset.task, preset)
     try:
-        results = simple_evaluate(
+        loaded = manager.load([preset.task])
+        for task in loaded["tasks"].values():
+            if preset.few_shot is not None or task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=preset.few_shot or 0)
+            task.set_fewshot_seed(seed=asking.seed)
+        results = evaluate(
             TideLM(asking, preset, store),
-            tasks=[preset.task],
-            num_fewshot=preset.few_shot,
+            loaded,
             limit=asking.limit or None,
             bootstrap_iters=0,
             apply_chat_template=preset.chat_template,
-            task_manager=manager,
-            fewshot_random_seed=asking.seed,
+            fewshot_as_multiturn=preset.chat_template,
         )
     except (OSError, ImportError) as error:  # data sets that cannot be downloaded, packages that a task needs
         raise ValueError(f"task {preset.task}: {' '.join(str(error).split())[:300]}") from None
@@ -69,6 +75,7 @@ def lm_task(asking: Asking, preset: Preset, include: Sequence[str] = ()) -> list
 
 def _manager(preset: Preset, include: Sequence[str]) -> Any:
     """lm-eval's index of the tasks in question; of all its tasks, which takes long, only for a name unknown so far."""
+    _require_lm_eval()
     import lm_eval.tasks
 
     for folder in include:
