@@ -49,8 +49,10 @@ class Asking:
     unsafe_programs: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.samples_per_problem < 1 or self.limit < 0:
-            raise ValueError("evaluate: batch size and samples per problem must be 1 or more, and a limit 0 or more")
+        if self.batch_size < 1 or self.samples_per_problem < 1 or self.limit < 0 or self.workers < 0:
+            raise ValueError(
+                "evaluate: batch size and samples per problem must be 1 or more, a limit and workers 0 or more"
+            )
 
     @cached_property
     def fingerprint(self) -> str:

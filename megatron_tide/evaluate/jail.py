@@ -3,6 +3,7 @@
 Started as a script, ``python -s -S -B jail.py RESULT_FD`` with a JSON order on standard input, so it imports nothing of
 the project and nothing but the standard library. Before the program runs, the process
 
+- arranges to die with the evaluation that started it;
 - sets its resource limits (CPU seconds, address space, no file of any size, few descriptors, no core);
 - drops every capability (root keeps none) and can never gain one;
 - lets Landlock take away the reading of every file but the interpreter's own library;
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 import types
@@ -60,7 +62,7 @@ FCNTLS = (0, 1, 2, 3, 1030)  # duplicate, inheritance, flags. Not F_SETOWN: it s
 _LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _GO, _REFUSE, _DIE = 0x7FFF0000, 0x00050000 | 38, 0x80000000  # allow; ENOSYS, which libc takes as "not there"; kill
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
-_NO_NEW_PRIVS, _SECCOMP, _FILTER_MODE = 38, 22, 2
+_PARENT_DEATH_SIGNAL, _NO_NEW_PRIVS, _SECCOMP, _FILTER_MODE = 1, 38, 22, 2
 _READ_FILE, _READ_FOLDER = 1 << 2, 1 << 3
 _CAPABILITIES_V3 = 0x20080522
 
@@ -99,12 +101,19 @@ def main() -> None:
 def confine(order: dict[str, Any]) -> list[str]:
     """Give up every right that a computation does not need; -> what could not be given up, in words."""
     missing: list[str] = []
-    for step in (_limit, _drop_capabilities, _hide_files, _filter_calls):
+    for step in (_die_with_parent, _limit, _drop_capabilities, _hide_files, _filter_calls):
         try:
             step(order)
         except (OSError, ValueError, AttributeError) as error:
             missing.append(f"{step.__name__.strip('_').replace('_', ' ')}: {error}")
     return missing
+
+
+def _die_with_parent(order: dict[str, Any]) -> None:
+    """An evaluation that is killed leaves no program behind, not even one that only sleeps."""
+    _checked(libc.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != order["parent"]:  # it was killed before this
+        os._exit(1)
 
 
 def _limit(order: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def run_program(parts: Sequence[str], limits: Limits = LIMITS, *, strict: bool =
     ``strict``: without every protection the program is not run, and the reason begins with "sandbox:".
     """
     token = secrets.token_hex(16)
-    order = {"parts": list(parts), "token": token, "limits": asdict(limits), "strict": strict}
+    order = {"parts": list(parts), "token": token, "limits": asdict(limits), "strict": strict, "parent": os.getpid()}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as sent:
         sent.write(json.dumps(order).encode())

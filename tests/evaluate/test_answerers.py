@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_tide.bridge import load_tokenizer
 from megatron_tide.evaluate.answerers import (
     Answerer,
     AutoregressiveAnswerer,
@@ -24,6 +25,7 @@ from megatron_tide.generate import complete
 from megatron_tide.release import open_model
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab, write_checkpoint
+from tests.support.models import tiny_wedlm_config, write_hub_folder
 
 PRESET = Preset(task="t", new_tokens=12, steps=6)
 
@@ -47,6 +49,16 @@ def test_each_type_has_its_answerer(lab: Lab, baseline: Path, tmp_path: Path) ->
     assert isinstance(opened(baseline), AutoregressiveAnswerer)
     for path in (lab.student, lab.teacher, step, step.parent):
         assert isinstance(opened(path), BlockAnswerer)
+
+
+def test_a_shared_vocabulary_teacher_decodes_in_the_papers_blocks(lab: Lab, tmp_path: Path) -> None:
+    """WeDLM's config names neither block nor mask."""
+    load_tokenizer(lab.student).save(tmp_path)
+    write_hub_folder(tmp_path, tiny_wedlm_config(vocab_size=320))
+    answerer = opened(tmp_path)
+    assert answerer.settings(PRESET)["block_size"] == 32
+    (answer,) = answerer.answer(prompts(answerer)[:1], PRESET, seed=0, batch_size=1)
+    assert 1 <= answer.tokens <= 12
 
 
 def test_blocks_are_those_of_the_model_and_passes_those_of_the_preset(lab: Lab) -> None:

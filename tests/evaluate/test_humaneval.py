@@ -122,8 +122,8 @@ def test_cut_and_mean() -> None:
 
 
 def test_mistakes(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for knobs in ({"batch_size": 0}, {"samples_per_problem": 0}, {"limit": -1}):
-        with pytest.raises(ValueError, match="1 or more, and a limit 0 or more"):
+    for knobs in ({"batch_size": 0}, {"samples_per_problem": 0}, {"limit": -1}, {"workers": -1}):
+        with pytest.raises(ValueError, match="1 or more, a limit and workers 0 or more"):
             asking(knows(lab), tmp_path, **knobs)
     answerer = knows(lab)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

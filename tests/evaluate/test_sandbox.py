@@ -6,6 +6,8 @@ import os
 import re
 import resource
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import pytest
 from megatron_tide.evaluate import sandbox
 from megatron_tide.evaluate.sandbox import LIMITS, broken_promises, require_sandbox, run_program, run_programs
 from tests.evaluate.hostile import HOSTILE, KEEP
+from tests.support.launch import REPOSITORY, wait_until
 
 SHORT = replace(LIMITS, cpu_seconds=1, wall_seconds=2.5, memory_bytes=1 << 28)
 SECRET = "a-token-that-nobody-may-see"
@@ -121,6 +124,29 @@ print("said", file=sys.stderr)
 def test_the_same_program_ends_the_same_way_every_time() -> None:
     program = ["raise SystemExit(' '.join({'a', 'b', 'c', 'd', 'e', 'f'}))"]
     assert len({outcome.reason for outcome in run_programs([program] * 4)}) == 1
+
+
+def test_a_killed_evaluation_leaves_no_program_behind(world: World) -> None:
+    """A program that only sleeps uses up no limit: it goes with the process that started it."""
+    code = (
+        "import sys, tempfile\nfrom megatron_tide.evaluate.sandbox import run_program\n"
+        "tempfile.tempdir = sys.argv[1]\nprint('ready', flush=True)\n"
+        "run_program(['import time\\nwhile True: time.sleep(1)'])"
+    )
+    line = [sys.executable, "-c", code, tempfile.gettempdir()]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        wait_until(lambda: len(left_behind()) == 2, [process], seconds=20)  # its folder, and itself
+        process.kill()
+    wait_until_gone()
+    assert len(left_behind()) == 1  # the folder: nobody was left to remove it
+
+
+def wait_until_gone() -> None:
+    deadline = time.monotonic() + 10
+    while len(left_behind()) > 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def test_many_are_told_apart_and_counted() -> None:
