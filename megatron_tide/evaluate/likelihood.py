@@ -196,28 +196,25 @@ def evaluate_likelihood(
         seed=seed,
         bits_per_byte=ratio(nats_n / math.log(2.0), sums.bytes, seed),
         accuracy=ratio(sums.right.sum(1), sums.masked.sum(1), seed),
-        by_timestep=_by_timestep(sums),
+        by_timestep=_by_timestep(sums, seed),
         nats=nats_n,
         bytes=sums.bytes,
         keys=data.stats.keys[indices],
     )
 
 
-def _by_timestep(sums: Sums) -> list[dict[str, float]]:
-    """Bits a masked token and accuracy in ``BINS`` equal bins of t; a bin without a masked token is left out."""
+def _by_timestep(sums: Sums, seed: int) -> list[dict[str, float]]:
+    """Bits a masked token and accuracy, with intervals, in ``BINS`` equal bins of t; an empty bin is left out."""
     bin_nK = np.clip((sums.t * BINS).astype(int), 0, BINS - 1)
     rows = []
     for number in range(BINS):
-        here = bin_nK == number
-        masked = float(sums.masked[here].sum())
-        if masked:
-            rows.append(
-                {
-                    "low": number / BINS,
-                    "high": (number + 1) / BINS,
-                    "masked_tokens": masked,
-                    "bits_per_masked_token": float(sums.nats[here].sum()) / masked / math.log(2.0),
-                    "masked_token_accuracy": float(sums.right[here].sum()) / masked,
-                }
-            )
+        here_nK = bin_nK == number
+        nats_n, right_n, masked_n = ((part * here_nK).sum(1) for part in (sums.nats, sums.right, sums.masked))
+        if not masked_n.any():
+            continue
+        row = {"low": number / BINS, "high": (number + 1) / BINS, "masked_tokens": float(masked_n.sum())}
+        bits, accuracy = ratio(nats_n / math.log(2.0), masked_n, seed), ratio(right_n, masked_n, seed)
+        for name, estimate in (("bits_per_masked_token", bits), ("masked_token_accuracy", accuracy)):
+            row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        rows.append(row)
     return rows

@@ -150,6 +150,10 @@ def test_bins_add_up(models: dict[str, Any], data: PreparedData) -> None:
     masked = sum(row["masked_tokens"] for row in report.by_timestep)
     right = sum(row["masked_tokens"] * row["masked_token_accuracy"] for row in report.by_timestep)
     assert right / masked == pytest.approx(report.accuracy.value)
+    for row in report.by_timestep:
+        for name in ("bits_per_masked_token", "masked_token_accuracy"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+    assert any(row["bits_per_masked_token_low"] < row["bits_per_masked_token_high"] for row in report.by_timestep)
     assert [row["low"] for row in report.by_timestep] == sorted(row["low"] for row in report.by_timestep)
     assert json.loads(json.dumps(report.to_dict()))["bits_per_byte"]["value"] == report.bits_per_byte.value
 

@@ -21,7 +21,7 @@ from megatron_tide.evaluate.sandbox import LIMITS, broken_promises, require_sand
 from tests.evaluate.hostile import HOSTILE, KEEP
 from tests.support.launch import REPOSITORY, wait_until
 
-SHORT = replace(LIMITS, cpu_seconds=1, wall_seconds=2.5, memory_bytes=1 << 28)
+SHORT = replace(LIMITS, cpu_seconds=1, wall_seconds=1.5, memory_bytes=1 << 28)
 SECRET = "a-token-that-nobody-may-see"
 CONTENT = "untouched"
 CHECK = ["def check(candidate):\n    assert candidate(2) == 3", "check(f)"]

@@ -139,7 +139,7 @@ def write_task(folder: Path, name: str, count: int = 8) -> list[Row]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = next(line.split(":")[1].strip(' "') for line in local.yaml.read_text().splitlines() if "task" in line[:6])
     lines = [f"include: {local.yaml}", f"task: {task}", "dataset_path: json", "dataset_name: null"]
-    lines += ["dataset_kwargs:", "  data_files:"]
+    lines += ["dataset_kwargs:", f"  cache_dir: {folder / 'cache'}", "  data_files:"]
     lines += [f"    {split}: {data}" for split in (local.split, *local.others)]
     (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
     if local.group:
