@@ -98,6 +98,7 @@ def test_what_was_answered_is_not_asked_again(lab: Lab, tmp_path: Path) -> None:
 LOGLIKELIHOOD = """task: {name}
 dataset_path: json
 dataset_kwargs:
+  cache_dir: {data}.cache
   data_files:
     test: {data}
 test_split: test

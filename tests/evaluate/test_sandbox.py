@@ -121,6 +121,18 @@ print("said", file=sys.stderr)
     assert outcome.passed, outcome.reason
 
 
+def test_a_program_does_not_find_its_order(world: World) -> None:
+    """Neither the token nor the tests come through any descriptor, nor through what a module keeps."""
+    search = (
+        "found = []\nfor fd in range(64):\n    try:\n        os.lseek(fd, 0, 0)\n    except OSError: pass\n    try:\n"
+        "        if fd < 3 or os.fstat(fd).st_size: found.append(os.read(fd, 100))\n    except OSError: pass\n"
+        "assert set(found) <= {b''}, found\nassert len(sys.argv) == 1, sys.argv\n"
+        "main = sys.modules['__main__']\nassert not {'token', 'order', 'parts'} & set(vars(main))"
+    )
+    outcome = run_program([world.program(search)])
+    assert outcome.passed, outcome.reason
+
+
 def test_the_same_program_ends_the_same_way_every_time() -> None:
     program = ["raise SystemExit(' '.join({'a', 'b', 'c', 'd', 'e', 'f'}))"]
     assert len({outcome.reason for outcome in run_programs([program] * 4)}) == 1
