@@ -40,6 +40,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--tasks", nargs="+", default=[LIKELIHOOD], metavar="TASK", help="likelihood, a benchmark, a task of lm-eval")
     add("--out", help="folder for answers, sample by sample [MODEL/evaluation]")
     add("--json", metavar="FILE", help="also write everything as JSON")
+    add("--card", action="store_true", help="also write the scores of each release into its model card")
     add("--seed", type=int, default=0, help="of masks, draws and bootstrap [0]")
     add("--batch-size", type=int, default=8, help="samples at once; changes speed only [8]")
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help="precision [float32]")
@@ -81,6 +82,11 @@ def main(argv: list[str]) -> int:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two models are called {twice[0]!r}; tell them apart with NAME=PATH")
+    from megatron_tide.release import card_scores, has_card, write_scores
+
+    cards = [path for _, path in models if arguments.card and has_card(path)]
+    if arguments.card and not cards:
+        raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py makes one")
     tasks = list(dict.fromkeys(arguments.tasks))
     content = measured(arguments) if LIKELIHOOD in tasks else {}
     benchmarks = [task for task in tasks if task != LIKELIHOOD]
@@ -88,6 +94,8 @@ def main(argv: list[str]) -> int:
         content["benchmarks"] = asked(benchmarks, models, arguments)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path in cards:
+        write_scores(path, card_scores(content, path))
     return 0
 
 

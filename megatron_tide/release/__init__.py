@@ -3,7 +3,7 @@
 from megatron_tide.release.convert import Options, convert
 from megatron_tide.release.export import DTYPES, parse_size
 from megatron_tide.release.push import Hub
-from megatron_tide.release.scores import Score, write_scores
+from megatron_tide.release.scores import Score, card_scores, has_card, write_scores
 from megatron_tide.release.trained import Opened, Trained, open_model, open_trained
 
 __all__ = [
@@ -13,7 +13,9 @@ __all__ = [
     "Options",
     "Score",
     "Trained",
+    "card_scores",
     "convert",
+    "has_card",
     "open_model",
     "open_trained",
     "parse_size",

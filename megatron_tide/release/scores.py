@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HEADING = "## Scores"
 PLACE = "## Parity"  # the section that the scores stand before
@@ -25,6 +26,12 @@ class Score:
     how: str
 
 
+def has_card(folder: str | Path) -> bool:
+    """Whether ``folder`` is a release with a model card."""
+    card = Path(folder) / "README.md"
+    return card.is_file() and PLACE in card.read_text(encoding="utf-8")
+
+
 def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     """Put ``scores`` into the model card of the release ``folder``, in place of those of the same tasks and metrics.
 
@@ -32,7 +39,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
         ValueError: ``folder`` is not a release.
     """
     card = Path(folder) / "README.md"
-    if not card.is_file() or PLACE not in card.read_text(encoding="utf-8"):
+    if not has_card(folder):
         raise ValueError(f"{folder}: has no model card to write scores into; tools/convert_to_hf.py makes one")
     text = card.read_text(encoding="utf-8")
     lines = _kept(text, {(score.task, score.metric) for score in scores})
@@ -46,6 +53,36 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     draft = card.with_name(".README.md.partial")
     draft.write_text(text, encoding="utf-8")
     draft.replace(card)
+
+
+def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
+    """What the record of tools/evaluate.py (its ``--json``) holds about the model at ``path``."""
+    scores = []
+    settings = content.get("settings", {})
+    for model in content.get("models", ()):
+        if model["path"] != path:
+            continue
+        how = f"diffusion bound, {settings['draws']} timesteps a sample, seed {settings['seed']}, {settings['dtype']}"
+        task = f"held-out text ({Path(content['data']['folder']).name})"
+        for metric in ("bits_per_byte", "masked_token_accuracy"):
+            estimate = model[metric]
+            scores.append(
+                Score(task=task, metric=metric.replace("_", " "), count=model["samples"], how=how, **estimate)
+            )
+    for benchmark in content.get("benchmarks", ()):
+        if benchmark["path"] != path:
+            continue
+        preset = benchmark["preset"]
+        shots = "the task's own" if preset["few_shot"] is None else preset["few_shot"]
+        how = f"{preset['task']}, {shots} shots, {preset['new_tokens']} tokens in {preset['steps']} passes"
+        how += f", temperature {preset['temperature']:g}"
+        for score in benchmark["scores"]:
+            metric = score["metric"] if score["filter"] == "none" else f"{score['metric']} {score['filter']}"
+            estimate = {name: 100 * score[name] for name in ("value", "low", "high")}
+            scores.append(
+                Score(task=benchmark["benchmark"], metric=f"{metric}, %", count=score["n"], how=how, **estimate)
+            )
+    return scores
 
 
 def _kept(text: str, replaced: set[tuple[str, str]]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.release import Score, write_scores
+from megatron_tide.release import Score, card_scores, write_scores
 
 CARD = """---
 license: apache-2.0
@@ -55,3 +55,29 @@ def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# something else\n")
     with pytest.raises(ValueError, match="has no model card"):
         write_scores(tmp_path, [score("mbpp", 0.5)])
+
+
+def test_the_record_of_an_evaluation_becomes_rows() -> None:
+    estimate = {"value": 0.5, "low": 0.25, "high": 0.75}
+    record = {
+        "data": {"folder": "runs/x/test-data"},
+        "settings": {"draws": 8, "seed": 0, "dtype": "float32"},
+        "models": [
+            {"path": path, "samples": 9, "bits_per_byte": estimate, "masked_token_accuracy": estimate}
+            for path in ("hf", "other")
+        ],
+        "benchmarks": [
+            {
+                "path": "hf",
+                "benchmark": "gsm8k",
+                "preset": {"task": "gsm8k_cot", "few_shot": 0, "new_tokens": 256, "steps": 128, "temperature": 0.0},
+                "scores": [{"metric": "exact_match", "filter": "strict", "n": 7, **estimate}],
+            }
+        ],
+    }
+    bits, accuracy, exact = card_scores(record, "hf")
+    assert (bits.task, bits.metric, bits.value, bits.count) == ("held-out text (test-data)", "bits per byte", 0.5, 9)
+    assert accuracy.metric == "masked token accuracy"
+    assert (exact.metric, exact.low, exact.high) == ("exact_match strict, %", 25.0, 75.0)
+    assert exact.how == "gsm8k_cot, 0 shots, 256 tokens in 128 passes, temperature 0"
+    assert card_scores(record, "nowhere") == []

@@ -47,19 +47,19 @@ def test_one_table_for_every_kind_of_model(
     lab: Lab, baseline: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
-    models = [f"start={lab.student}", f"moved={tmp_path / 'run'}", f"ar={baseline}"]
+    models = [f"start={lab.student}", f"moved={tmp_path / 'run'}", f"ar={baseline}", f"teacher={lab.teacher}"]
     flags = ["--tasks", "humaneval", "gsm8k", "mbpp", "--limit", "2", "--include-path", str(tasks)]
     out, scores = tmp_path / "out", tmp_path / "scores.json"
     tool.main([*models, *flags, *SHORT, "--out", str(out), "--json", str(scores)])
     found = json.loads(scores.read_text())["benchmarks"]
     assert [(one["model"], one["benchmark"]) for one in found] == [
-        (model, task) for model in ("start", "moved", "ar") for task in ("humaneval", "gsm8k", "mbpp")
+        (model, task) for model in ("start", "moved", "ar", "teacher") for task in ("humaneval", "gsm8k", "mbpp")
     ]
     assert all(score["n"] == 2 for one in found for score in one["scores"])
     assert found[0]["scores"][0]["published"] == published_row("humaneval")
     decoders = [one["settings"]["decoder"] for one in found[::3]]
-    assert decoders == ["block diffusion", "block diffusion", "autoregressive"]
-    assert len({one["settings"]["model"] for one in found}) == 3
+    assert decoders == ["block diffusion", "block diffusion", "autoregressive", "block diffusion"]
+    assert len({one["settings"]["model"] for one in found}) == 4
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["model", "benchmark", "metric", "ours"]
     (row,) = (line for line in lines if line.startswith("ar ") and "humaneval" in line)

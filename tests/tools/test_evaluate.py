@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [line.split()[0] for line in lines] == ["model", "-" * len(lines[1]), "start", "moved", "teacher"]
     assert f"{start.bits_per_byte}" in lines[2]
     assert f"{teacher.minus(start):+}" in lines[4]
+
+
+def test_scores_reach_the_model_card(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    release = shutil.copytree(lab.student, tmp_path / "hf")
+    (release / "README.md").write_text("# hf\n\n## Scores\n\nNot measured yet.\n\n## Parity\n")
+    flags = ["--data", str(lab.data), "--draws", "1", "--samples", "4", "--card"]
+    tool.main([*flags, "--student", f"start={lab.student}", "--student", str(release)])
+    card = (release / "README.md").read_text()
+    assert card.count("| held-out text (data) | bits per byte | ") == 1
+    assert "Not measured yet" not in card
+    with pytest.raises(SystemExit):
+        cli.run(tool.main, [*flags, "--student", str(lab.student)])
+    assert "--card: none of these models is a release" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("swap", [("--student", "teacher"), ("--teacher", "student")])
