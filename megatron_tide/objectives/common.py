@@ -1,4 +1,5 @@
-"""Small things every objective needs: a name looked up in a table, a precision, and a mean over a global count."""
+"""Small things every objective needs: a name looked up in a table, a precision, a mean over a global count, and metrics
+by bins."""
 
 from __future__ import annotations
 
@@ -26,3 +27,29 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def mean_over(total: Tensor, count: float) -> Tensor:
     """``total`` / ``count``; an empty batch (0 / 0) gives 0 and keeps its graph, so that every rank runs backward."""
     return total / max(count, 1.0)
+
+
+BINS = 10  # of [0, 1], equally wide; the last one holds 1 too
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> (sum, count), both scalars on the device; the mean is for whoever prints it."""
+
+
+def means_by_bin(name: str, place_N: Tensor, value_N: Tensor) -> Metrics:
+    """The mean of ``value_N`` in each bin of ``place_N``, numbers in [0, 1]: ``name/0.0`` .. ``name/0.9``."""
+    sums, counts = _binned(place_N, value_N)
+    return {f"{name}/{i / BINS:.1f}": (sums[i], counts[i]) for i in range(BINS)}
+
+
+def shares_by_bin(name: str, place_N: Tensor) -> Metrics:
+    """The share of ``place_N``, numbers in [0, 1], that lies in each bin: ``name/0.0`` .. ``name/0.9``."""
+    _, counts = _binned(place_N, place_N)
+    total = counts.sum()
+    return {f"{name}/{i / BINS:.1f}": (counts[i], total) for i in range(BINS)}
+
+
+def _binned(place_N: Tensor, value_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count by bin, float64 [BINS]; nothing waits for the device."""
+    bins_N = (place_N * BINS).long().clamp_(0, BINS - 1)
+    zeros = value_N.new_zeros(BINS, dtype=torch.float64)
+    sums = zeros.index_add(0, bins_N, value_N.double())
+    return sums, zeros.index_add(0, bins_N, torch.ones_like(value_N, dtype=torch.float64))

@@ -21,12 +21,9 @@ from megatron_tide.diffusion import CompDemo, Masking, Noised
 from megatron_tide.models.head import gold_logp, score_rows
 from megatron_tide.objectives.answer import Counts, StudentScores, TeacherAnswer
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
-from megatron_tide.objectives.common import at_least_fp32, mean_over
+from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
 from megatron_tide.objectives.distribution import DistributionObjective, VocabMap
 from megatron_tide.objectives.tidal import TidalUse, midrange_weight, tidal_strength
-
-Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), both scalars on the device; the mean is for whoever prints it."""
 
 
 @dataclass(frozen=True)
@@ -182,11 +179,16 @@ class Strategy:
             taken_K = taken_K.index_fill(0, noised.pair_chunk, 0.0)
         weight_K = term.tidal.weight(strength_B[sample_K]) * weight_B[sample_K]
         break_even = -term.temperature * math.log(2)
+        student_p_K = (student_lp_K.detach() / term.temperature).exp()
+        teacher_p_K = (teacher_lp_K / term.temperature).exp()
         metrics = {
             "distill/chunk": ((term_K * taken_K).detach().sum(), taken_K.sum()),
-            "chunk/student_prob": _summed((student_lp_K / term.temperature).exp()),
-            "chunk/teacher_prob": _summed((teacher_lp_K / term.temperature).exp()),
+            "chunk/student_prob": _summed(student_p_K),
+            "chunk/teacher_prob": _summed(teacher_p_K),
             "chunk/below_break_even": _summed((teacher_lp_K < break_even).to(term_K.dtype)),
+            # Where the teacher's probabilities lie, and what the student gives the chunks of each bin.
+            **shares_by_bin("chunk/teacher_probability", teacher_p_K),
+            **means_by_bin("chunk/student_probability", teacher_p_K, student_p_K),
         }
         return (term_K * taken_K * weight_K.to(term_K.dtype)).sum(), metrics
 

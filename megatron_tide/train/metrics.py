@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_tide.objectives.common import means_by_bin
 from megatron_tide.train.world import World
 
-TIMESTEP_BINS = 10
 Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
 
 
@@ -61,12 +61,10 @@ class Sums:
 
 def denoise_metrics(gold_logp_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, Metric]:
     """Mean -log p of masked tokens, over all and by timestep bin (nats a token)."""
-    bins = (t_M * TIMESTEP_BINS).long().clamp_(0, TIMESTEP_BINS - 1)
-    zeros = gold_logp_M.new_zeros(TIMESTEP_BINS, dtype=torch.float64)
-    sums = zeros.index_add(0, bins, -gold_logp_M.double())
-    counts = zeros.index_add(0, bins, torch.ones_like(gold_logp_M, dtype=torch.float64))
-    by_bin = {f"denoise_by_timestep/{i / TIMESTEP_BINS:.1f}": (sums[i], counts[i]) for i in range(TIMESTEP_BINS)}
-    return {"denoise/nats_per_masked_token": (sums.sum(), counts.sum()), **by_bin}
+    nats_M = -gold_logp_M.double()
+    total = nats_M.sum()
+    mean = {"denoise/nats_per_masked_token": (total, torch.full_like(total, nats_M.numel()))}
+    return mean | means_by_bin("denoise_by_timestep", t_M, nats_M)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

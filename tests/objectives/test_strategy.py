@@ -252,6 +252,16 @@ def test_metrics_say_what_happened():
     below = sum(x < -5 * math.log(2) for x in teacher_lp)
     assert 0 < below < K
     assert mean["chunk/below_break_even"] == pytest.approx(below / K)
+    bins: dict[int, list[float]] = {}
+    for teacher, student in zip(teacher_lp, student_lp):
+        bins.setdefault(int(math.exp(teacher / 5) * 10), []).append(math.exp(student / 5))
+    assert 1 < len(bins) < 10
+    for number in range(10):
+        name, found = f"{number / 10:.1f}", bins.get(number, [])
+        assert mean[f"chunk/teacher_probability/{name}"] == pytest.approx(len(found) / K)
+        assert metrics[f"chunk/student_probability/{name}"][1].item() == len(found)
+        if found:
+            assert mean[f"chunk/student_probability/{name}"] == pytest.approx(sum(found) / len(found))
     rows = len(noised.student_chunk)
     assert mean["chunk/active_share"] == pytest.approx((rows - 3) / rows)
     assert mean["chunk/pair_share"] == pytest.approx(5 / 9)
