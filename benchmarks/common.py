@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
+from megatron_tide.machine import machine, reset_peak, resident_bytes, versions
 
 
 def report(name: str, figures: Mapping[str, Any], json_path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -38,28 +35,6 @@ def report(name: str, figures: Mapping[str, Any], json_path: str | os.PathLike[s
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
     return record
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory in bytes, accelerator names, operating system."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "accelerators": _accelerators(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """Python's version and that of each installed package a benchmark may lean on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def paired_seconds(
@@ -87,35 +62,12 @@ def peak_extra(way: Callable[[], object]) -> int:
         ValueError: on another system than Linux.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        reset_peak()
     except OSError as error:
         raise ValueError(f"{error.filename}: this benchmark measures memory on Linux only ({error.strerror})") from None
-    before = _kilobytes("VmRSS")
+    before = resident_bytes()
     way()
-    return (_kilobytes("VmHWM") - before) * 1024
-
-
-def _kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _accelerators() -> list[str]:
-    # Only a benchmark that uses torch has an accelerator to speak of; importing torch for the others costs seconds.
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return resident_bytes("VmHWM") - before
 
 
 def _readable(value: object) -> str:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What every recipe shares: set-up, stages, and the chain  bridge -> data -> distil -> convert.
+# What every recipe shares: set-up, stages, and the chain  bridge -> data -> distil -> convert -> report.
 # A recipe sets its knobs, sources this file and calls `chain`; this file is not run by itself.
 #
 # A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before and no
@@ -15,6 +15,7 @@ cd "$REPO"
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
 export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # libraries talking about their next version
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
+export MPLCONFIGDIR=${MPLCONFIGDIR:-$REPO/.venv/matplotlib} # its list of fonts, in place of one in the home folder
 DRY_RUN=${DRY_RUN:-0}
 RUNS=${RUNS:-runs} # everything a recipe makes goes to $RUNS/$NAME
 ONLY=${ONLY:-}
@@ -165,9 +166,15 @@ hosting() {
   [[ -z ${TEACHER_NVME:-} ]] || TEACHER_FLAGS+=(--teacher-nvme "$TEACHER_NVME")
 }
 
-# chain [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the knobs of the recipe; FLAGS go
-# to the distillation.
+# chain [FLAGS...]: a release, and a page about how it came to be.
 chain() {
+  release "$@"
+  stage report "$PYTHON" tools/report.py "$RUNS/$NAME"
+}
+
+# release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the knobs of the recipe; FLAGS
+# go to the distillation.
+release() {
   local run=$RUNS/$NAME
   local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
   [[ -z ${STUDENT_MASK:-} ]] || masks+=(--student-mask "$STUDENT_MASK")

@@ -7,7 +7,7 @@
 # Launch:    bash recipes/distill_8b_to_0.6b.sh                      every GPU of this machine
 #            NPROC=4 bash recipes/distill_8b_to_0.6b.sh              four of them
 #            DRY_RUN=1 bash recipes/distill_8b_to_0.6b.sh            print the commands
-#            ONLY="sample bridge data" bash recipes/distill_8b_to_0.6b.sh   some of the stages: sample bridge data train convert
+#            ONLY="sample bridge data" bash recipes/distill_8b_to_0.6b.sh   some of the stages: sample bridge data train convert report
 #            sbatch slurm/distill_8b_to_0.6b.sh                    on a Slurm cluster
 # Arguments go to the distillation:  ... --preset ours --max-steps 1000   (python -m megatron_tide.distill --help)
 # Stopped, by whatever? Run the same line again: finished stages are skipped, training goes on from its checkpoint.

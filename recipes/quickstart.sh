@@ -6,7 +6,8 @@
 #   models      a small llada2_moe teacher pretrained on all of the train split, a small BD3LM student on a tenth of it
 #   chain       bridge -> aligned data -> distillation with TIDE-Cross -> Hugging Face folder   (as in the large recipes)
 #   beside it   the denoising-only baseline, Reverse CALM with TIDAL as a weight, and tide-bridge: same start, steps, seeds
-#   report      held-out bits per byte of all of them, three completions, runs/quickstart/report.json
+#   report      held-out bits per byte of all of them, three completions, memory and speed of student and teacher:
+#               runs/quickstart/report.json, and as a page runs/quickstart/report/index.html
 #
 # Launch:  bash recipes/quickstart.sh            run again, it skips what is done; --fresh starts over
 #          DRY_RUN=1 bash recipes/quickstart.sh  print the commands
@@ -54,7 +55,7 @@ pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS" 3e-3
 # The chain of the large recipes, with these knobs.
 TEACHER=$run/teacher STUDENT=$run/student DATA=$run/corpus/train_tenth.jsonl
 distillation=("${common[@]}" --teacher-dtype fp32 --max-steps "$DISTILL_STEPS" --lr 1e-3)
-chain "${distillation[@]}"
+release "${distillation[@]}"
 
 # The others, from the same start on the same data with the same noise.
 both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" "${distillation[@]}")
@@ -70,4 +71,7 @@ stage test-data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus/test
 stage scores "$PYTHON" tools/evaluate.py --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \
   --student start="$STUDENT" --student "$run/bd3lm" --student "$run/tide-cross" --student "$run/tide-cross-tidal" \
   --student "$run/tide-bridge" --json "$run/scores.json"
+stage footprint "$PYTHON" -m megatron_tide.report.footprint --student "$run/hf" --teacher "$TEACHER" --dtype float32 \
+  --new-tokens 96 --out "$run/footprint.json"
+stage report "$PYTHON" tools/report.py "$run"
 [[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/quickstart/report.py "$run" --seed "$SEED"

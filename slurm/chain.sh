@@ -2,7 +2,7 @@
 # The work of slurm/RECIPE.sh as three jobs, each on the nodes that it needs, each waiting for the one before it:
 #   prepare  sample, bridge, data                            processors, no GPU
 #   distil   the training                                    GPUs, as slurm/RECIPE.sh asks for them
-#   convert  checkpoint -> Hugging Face folder               processors; with EVAL_DATA also its scores, on one GPU
+#   convert  checkpoint -> Hugging Face folder, and a report  processors; with EVAL_DATA also its scores, on one GPU
 #
 #   bash slurm/chain.sh distill_16b_to_0.6b --max-steps 1000           flags go to the training
 #   DRY_RUN=1 bash slurm/chain.sh distill_16b_to_0.6b                  print the sbatch commands
@@ -55,9 +55,9 @@ read -ra convert <<<"${CONVERT_SBATCH:-}"
 submit "sample bridge data" --job-name="$name-prepare" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
 submit train --job-name="$name-distil" ${distil[@]+"${distil[@]}"}
 if [[ -n ${EVAL_DATA:-} ]]; then
-  submit "convert evaluate" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=1 ${convert[@]+"${convert[@]}"}
+  submit "convert evaluate report" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=1 ${convert[@]+"${convert[@]}"}
 else
-  submit convert --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=0 ${convert[@]+"${convert[@]}"}
+  submit "convert report" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=0 ${convert[@]+"${convert[@]}"}
 fi
 [[ ${DRY_RUN:-0} == 1 ]] && exit 0
 

@@ -153,8 +153,8 @@ conclude() {
       *" convert "*)
         printf 'finished: %s; next: %s tools/generate.py %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
         ;;
-      *" train"*) printf 'finished: %s in %s; next: ONLY=convert %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
-      *) printf 'finished: %s in %s; next: ONLY="train convert" %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
+      *" train"*) printf 'finished: %s in %s; next: ONLY="convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
+      *) printf 'finished: %s in %s; next: ONLY="train convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
     esac
     exit 0
   fi

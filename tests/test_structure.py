@@ -15,6 +15,7 @@ ORDER = [
     "lock",
     "cli",
     "clock",
+    "machine",
     "presets",
     "config",
     "ds_config",
@@ -28,6 +29,7 @@ ORDER = [
     "evaluate",
     "train",
     "release",
+    "report",
     "distill",
 ]
 SOURCES = [

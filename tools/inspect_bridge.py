@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -21,24 +20,19 @@ import numpy as np
 from megatron_tide import cli
 from megatron_tide.bridge import Aligned, Bridge, TextTokenizer, align_text, load_tokenizer
 from megatron_tide.bridge.samples import read_samples
+from megatron_tide.bridge.show import NEWLINE, show_piece
 from megatron_tide.bridge.summary import summary
 
 # Neighbouring chunks must differ; a third colour keeps them apart across an uncovered stretch too.
 CHUNK_COLOURS = ("\033[30;46m", "\033[30;47m", "\033[30;42m")
 UNCOVERED_COLOUR = "\033[97;41m"
 RESET = "\033[0m"
-SPACE, NEWLINE = "\u00b7", "\u23ce\n"
-
-
-def show_piece(piece: bytes) -> str:
-    """A token's bytes as printable text: spaces and line ends visible, control characters, broken UTF-8 as escapes."""
-    text = piece.decode("utf-8", errors="backslashreplace")
-    return "".join(_show(char) for char in text)
+BREAKING = f"{NEWLINE}\n"  # a line of text stays a line of the terminal
 
 
 def show_side(tokenizer: TextTokenizer, ids: np.ndarray, chunk: np.ndarray, colour: bool) -> str:
     """One side of an aligned text: ids [n] with chunk ids [n]."""
-    pieces = [show_piece(piece) for piece in tokenizer.pieces(ids)]
+    pieces = [show_piece(piece, BREAKING) for piece in tokenizer.pieces(ids)]
     return "".join(
         _paint("|".join(pieces[place] for place in group), number, colour) for number, group in _runs(chunk.tolist())
     )
@@ -70,17 +64,6 @@ def _paint(text: str, chunk: int, colour: bool) -> str:
     start = CHUNK_COLOURS[chunk % len(CHUNK_COLOURS)] if chunk >= 0 else UNCOVERED_COLOUR
     # A background that is still on at the end of a line would paint the rest of the terminal's row.
     return start + text.replace("\n", f"{RESET}\n{start}") + RESET
-
-
-def _show(char: str) -> str:
-    if char == "\n":
-        return NEWLINE
-    if char == " ":
-        return SPACE
-    # Control, format and unassigned characters could move the cursor, or hide; the terminal must not act on the data.
-    if unicodedata.category(char).startswith(("C", "Z")):
-        return char.encode("unicode_escape").decode("ascii")
-    return char
 
 
 def main(argv: list[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.machine import reset_peak, resident_bytes
 from megatron_tide.models.sections import Sections
 
 MATMUL = 2048  # of the square matrices whose product is timed
@@ -26,7 +27,7 @@ class Parts:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         print(f"== {name}", flush=True)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+        reset_peak()
         started, read = time.perf_counter(), bytes_read()
         yield
         seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM")
@@ -37,12 +38,6 @@ class Parts:
     def peak(self) -> float:
         """Peak resident bytes over all parts."""
         return max(part["peak_rss_bytes"] for part in self.taken.values())
-
-
-def resident_bytes(field: str = "VmRSS") -> int:
-    """A memory field of /proc/self/status in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
-    return int(line.split()[1]) * 1024
 
 
 def bytes_read() -> int:

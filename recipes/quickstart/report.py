@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import machine, versions
 from megatron_tide import cli
 from megatron_tide.files import read_json, write_json
+from megatron_tide.machine import machine, versions
 
 
 def stages(run: Path) -> dict[str, dict[str, Any]]:
@@ -62,7 +62,7 @@ def show(report: dict[str, Any], run: Path) -> None:
         print(f"{name:{width}}  {interval(size)}     {interval(less, '+'):28}  {right['value']:.3f}")
     minutes, gibibytes = report["seconds"] / 60, report["peak_process_bytes"] / 2**30
     print(f"\n{minutes:.1f} minutes in all stages, largest process {gibibytes:.2f} GiB")
-    print(f"numbers: {run}/report.json   release: {run}/hf   curves: tensorboard --logdir {run}")
+    print(f"numbers: {run}/report.json   page: {run}/report/index.html   release: {run}/hf")
 
 
 def interval(estimate: dict[str, float], sign: str = "") -> str:

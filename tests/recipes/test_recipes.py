@@ -41,9 +41,9 @@ def commands(recipe, *arguments, **environment):
 
 
 @pytest.mark.parametrize("recipe", LARGE)
-def test_large_recipes_chain_bridge_data_distil_convert(recipe):
+def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
     stages = commands(recipe, NPROC="4")
-    assert [name.partition("-")[0] for name in stages] == ["sample", "bridge", "data", "train", "convert"]
+    assert [name.partition("-")[0] for name in stages] == ["sample", "bridge", "data", "train", "convert", "report"]
     training = next(words for name, words in stages.items() if name.startswith("train"))
     assert training[training.index("--nproc-per-node") + 1] == "4"
 
@@ -95,9 +95,9 @@ def test_only_leaves_the_other_stages_out():
     kept = [line.removeprefix("# ") for line in shown if line.startswith("# ") and "left out" not in line]
     assert kept == ["bridge", "train-tide-cross"]
     assert [line for line in shown if "left out" in line] == [
-        f'# {name}: left out (ONLY="bridge train")' for name in ("sample", "data", "convert")
+        f'# {name}: left out (ONLY="bridge train")' for name in ("sample", "data", "convert", "report")
     ]
-    assert len(shown) == 3 + 2 * 2
+    assert len(shown) == 4 + 2 * 2
 
 
 def test_only_refuses_a_stage_that_is_not_there():
@@ -147,6 +147,12 @@ def test_quickstart_whole_and_small(quickstart):
     assert len(report["completions"]) == 3
     assert report["peak_process_bytes"] < 6 * 2**30
     assert "bits per byte" in printed
+    assert "page: " in printed
+    page = (folder / "report" / "index.html").read_text()
+    assert "chunks-tide-bridge.png" in page
+    assert "no scores.json" not in page
+    footprint = json.loads((folder / "footprint.json").read_text())
+    assert footprint["student"]["tokens"] == footprint["settings"]["new_tokens"]
     assert {"config.json", "model.safetensors", "README.md", "parity.json"} <= {
         path.name for path in (folder / "hf").iterdir()
     }

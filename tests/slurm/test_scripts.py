@@ -132,7 +132,7 @@ def test_chain_submits_three_jobs_each_after_the_other():
     assert "--dependency" not in prepare
     assert distil.startswith("ONLY=train sbatch --parsable --dependency=afterok:ID1 --kill-on-invalid-dep=yes ")
     assert "--nodes=4 slurm/distill_16b_to_0.6b.sh" in distil
-    assert convert.startswith("ONLY=convert\\ evaluate sbatch --parsable --dependency=afterok:ID2 ")
+    assert convert.startswith("ONLY=convert\\ evaluate\\ report sbatch --parsable --dependency=afterok:ID2 ")
 
 
 def test_chain_refuses_what_it_does_not_know(tmp_path):

@@ -1,0 +1,63 @@
+"""What a number was measured on: the machine, the versions, and what a process holds of its memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory in bytes, accelerator names, operating system."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "accelerators": _accelerators(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's version and that of each installed package a measurement may lean on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def resident_bytes(field: str = "VmRSS") -> int:
+    """A memory field of /proc/self/status in bytes; ``VmHWM`` is the peak since the start or ``reset_peak``."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak() -> None:
+    """The peak (``VmHWM``) starts again from what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _accelerators() -> list[str]:
+    # Only a measurement that uses torch has an accelerator to speak of; importing torch for the others costs seconds.
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
