@@ -25,7 +25,7 @@ import megatron_tide
 from megatron_tide import cli
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, versions
-from megatron_tide.report.measure import Measured, add_flags
+from megatron_tide.report.measure import Measured, add_flags, check
 
 PACKAGE_ROOT = Path(megatron_tide.__file__).resolve().parents[1]
 
@@ -115,7 +115,7 @@ def summary(footprint: Footprint) -> list[str]:
     return [*lines, f"teacher / student: {ratios}"]
 
 
-def main(argv: list[str]) -> int:
+def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_tide.report.footprint",
         description=__doc__,
@@ -125,7 +125,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--teacher", required=True, help="likewise")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="footprint.json of the run's folder")
     add_flags(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = arguments_of(argv)
+    check(args)
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     knobs = {"dtype": args.dtype, "device": args.device, "prompt": args.prompt}

@@ -96,7 +96,7 @@ def measure(path: str, dtype: str, device: str, prompt: str, new_tokens: int, re
     before warms up and is not counted.
 
     Raises:
-        ValueError: no such model, or a number below 1.
+        ValueError: no such model, or one that cannot be read.
     """
     import torch
 
@@ -106,9 +106,6 @@ def measure(path: str, dtype: str, device: str, prompt: str, new_tokens: int, re
     from megatron_tide.release import DTYPES as TORCH_DTYPES
     from megatron_tide.release import open_model
 
-    for name, number in (("--new-tokens", new_tokens), ("--repeats", repeats)):
-        if number < 1:
-            raise ValueError(f"{name} {number}; give 1 or more")
     meter = Accelerator(device) if torch.device(device).type == "cuda" else Host()
     opened = open_model(path, TORCH_DTYPES[dtype], device)
     model, tokenizer = opened.model, load_tokenizer(opened.folder)
@@ -157,6 +154,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"answers that are timed [{REPEATS}]")
 
 
+def check(args: argparse.Namespace) -> None:
+    """ValueError for a number of ``add_flags`` below 1."""
+    for flag, number in (("--new-tokens", args.new_tokens), ("--repeats", args.repeats)):
+        if number < 1:
+            raise ValueError(f"{flag} {number}; give 1 or more")
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_tide.report.measure",
@@ -167,6 +171,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the numbers go")
     add_flags(parser)
     args = parser.parse_args(argv)
+    check(args)
     found = measure(args.model, args.dtype, args.device, args.prompt, args.new_tokens, args.repeats)
     args.json.write_text(json.dumps(asdict(found)) + "\n")
     return 0

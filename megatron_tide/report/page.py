@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -70,8 +71,9 @@ class Page:
 
     def picture(self, name: str, figure: Figure, caption: str) -> str:
         """The HTML of a figure, kept as ``name``.png too; ``caption`` says what is to be seen."""
-        file = f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.png"
-        assert file not in self.pictures, f"two pictures are called {file}"
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+        numbered = (f"{stem}-{number}.png" for number in itertools.count(2))
+        file = next(one for one in itertools.chain([f"{stem}.png"], numbered) if one not in self.pictures)
         self.pictures[file] = png(figure)
         data = base64.b64encode(self.pictures[file]).decode("ascii")
         image = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'

@@ -146,9 +146,7 @@ def _tidal(page: Page, trainings: Sequence[Training], looks: figures.Looks) -> I
 def _chunks(page: Page, trainings: Sequence[Training]) -> Iterator[str]:
     scoring = [training for training in trainings if "chunk/teacher_prob" in training.curves]
     if not scoring:
-        yield note(
-            "no training run here scores chunks (a chunk objective: tide-cross, calm, bernoulli-kl, tide-bridge)"
-        )
+        yield note("no training run here scores chunks (--chunk-objective, or a strategy that has one)")
         return
     yield words(
         "p = exp(LP / T) is how likely a side finds a whole chunk. The teacher is frozen: its p move with the samples "

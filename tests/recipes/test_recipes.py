@@ -52,6 +52,7 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
 def test_every_command_is_understood(recipe):
     from megatron_tide.config import parse
     from megatron_tide.data.prepare import _parser
+    from megatron_tide.report.footprint import arguments_of
 
     checked = 0
     for words in commands(recipe).values():
@@ -60,6 +61,8 @@ def test_every_command_is_understood(recipe):
             assert config.paths.out
         elif "megatron_tide.data.prepare" in words:
             _parser().parse_args(words[words.index("megatron_tide.data.prepare") + 1 :])
+        elif "megatron_tide.report.footprint" in words:
+            arguments_of(words[words.index("megatron_tide.report.footprint") + 1 :])
         elif (script := next((w for w in words if w.endswith(".py")), None)) is not None:
             assert (REPOSITORY / script).is_file()
         else:

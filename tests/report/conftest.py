@@ -1,0 +1,52 @@
+"""A tiny recipe's folder: two real training runs, scores, completions, a footprint, stamps of stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.report import footprint
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import train_and_tell
+from tools import evaluate, generate
+
+TIDAL = {"strategy": "tide-bridge", "tidal_ramp": "linear", "temperature": 5.0}
+NEW_TOKENS = 5
+
+
+@pytest.fixture(scope="session")
+def recipe(chain, tmp_path_factory) -> Path:
+    """Treat it as read-only."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    held_out = {"validation": str(chain.root / "data"), "eval_every": 4, "eval_samples": 5}
+    for name, knobs in {"baseline": {"strategy": "bd3lm"}, "bridged": {**TIDAL, **held_out}}.items():
+        run_on_ranks(train_and_tell, 1, chain.run(folder / name, max_steps=8, **knobs), timeout=200)
+    student, teacher, data = (str(chain.root / name) for name in ("student", "teacher", "data"))
+    models = [
+        "--student",
+        f"start={student}",
+        "--student",
+        str(folder / "baseline"),
+        "--student",
+        str(folder / "bridged"),
+    ]
+    scored = ["--data", data, *models, "--teacher", teacher, "--samples", "6", "--draws", "2"]
+    evaluate.main([*scored, "--json", str(folder / "scores.json")])
+    prompts = ["--prompt", "Add <b>two</b> & three.", "--prompt", "Count.", "--max-new-tokens", "6"]
+    generate.main([student, *prompts, "--json", str(folder / "completions.jsonl")])
+    sizes = ["--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"]
+    footprint.main(["--student", student, "--teacher", teacher, "--out", str(folder / "footprint.json"), *sizes])
+    (folder / ".stages").mkdir()
+    for number, name in enumerate(("sample", "bridge", "a-first")):
+        stamp = {"command": [name], "finished": 10.0 - number, "seconds": 60.0 * number, "peak_process_bytes": 2**30}
+        (folder / ".stages" / f"{name}.json").write_text(json.dumps(stamp))
+    return folder
+
+
+@pytest.fixture
+def own_copy(recipe, tmp_path) -> Path:
+    """The same folder, to be changed."""
+    return Path(shutil.copytree(recipe, tmp_path / "tiny"))

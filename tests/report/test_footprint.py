@@ -1,0 +1,189 @@
+"""Memory and speed: what is counted, each model apart, and every way in which measuring fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+from safetensors import safe_open
+
+from megatron_tide import cli, machine
+from megatron_tide.report import footprint, measure
+from megatron_tide.report.efficiency import footprint_parts, size
+from megatron_tide.report.footprint import read_footprint, write_footprint
+from megatron_tide.report.measure import Measured
+from megatron_tide.report.reading import read_run
+from tests.report.conftest import NEW_TOKENS
+
+SMALL = ("float32", "cpu", "Add.", 3, 2)
+
+
+def weights_of(folder):
+    """(parameters, bytes) of a hub-format folder in fp32, counted in its file."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(file.get_tensor(name).numel() for name in file.keys() if "expert_bias" not in name)  # noqa: SIM118
+    return count, 4 * count
+
+
+def test_what_was_measured(recipe, chain):
+    found = read_footprint(recipe / "footprint.json")
+    assert (found.student.model_type, found.teacher.model_type) == ("a2d-qwen3", "llada2_moe")
+    for side in ("student", "teacher"):
+        measured = getattr(found, side)
+        assert (measured.parameters, measured.weights_bytes) == weights_of(chain.root / side)
+    student = found.student
+    assert student.tokens == NEW_TOKENS == found.settings["new_tokens"]
+    assert student.passes >= NEW_TOKENS
+    assert len(student.seconds) == 2
+    assert student.tokens_per_s == pytest.approx(NEW_TOKENS / (sum(student.seconds) / 2))
+    assert student.weights_bytes < student.memory_bytes < student.process_bytes
+    assert found.machine["cpu"]
+    assert found.versions["torch"]
+    written = json.loads((recipe / "footprint.json").read_text())["ratios"]
+    assert written["weights"] == found.teacher.weights_bytes / student.weights_bytes
+
+
+def test_the_teacher_answers_too(recipe):
+    teacher = read_footprint(recipe / "footprint.json").teacher
+    if teacher.cannot:
+        pytest.skip(f"NOT TESTED: {teacher.cannot}")
+    assert teacher.tokens == NEW_TOKENS
+    assert teacher.memory_bytes > 0
+    assert set(read_footprint(recipe / "footprint.json").ratios()) == {"weights", "memory", "seconds"}
+
+
+def measured(path="m", **changes):
+    plain = {"model_type": "a2d-qwen3", "parameters": 10, "weights_bytes": 40, "block_size": 4, "prompt_tokens": 3}
+    answered = {"memory_of": "the peak", "memory_bytes": 100, "process_bytes": 900, "tokens": 8, "passes": 8}
+    return Measured(**{"path": path, **plain, **answered, "seconds": (2.0, 1.0, 4.0), **changes})
+
+
+def compared(student, teacher):
+    chosen = {"new_tokens": 8, "dtype": "float32", "device": "cpu", "repeats": 3}
+    about = {"cpu": "a processor", "cores": 2, "accelerators": ["a GPU"]}
+    return footprint.Footprint(
+        student=student, teacher=teacher, settings=chosen, machine=about, versions={}, date="2026-01-02"
+    )
+
+
+def shown(found, tmp_path):
+    write_footprint(tmp_path / "footprint.json", found)
+    return "\n".join(footprint_parts([read_run(tmp_path, "mine")]))
+
+
+def test_ratios_are_the_teacher_over_the_student(tmp_path):
+    teacher = measured(parameters=50, weights_bytes=200, memory_bytes=2200, seconds=(10.0, 11.0, 9.0))
+    found = compared(measured(), teacher)
+    assert found.ratios() == {"weights": 5.0, "memory": 22.0, "seconds": 5.0}
+    html = shown(found, tmp_path)
+    assert (
+        "<tr><td>teacher / student</td><td>5.0 times</td><td>5.0 times</td><td>22.0 times</td><td>5.0 times</td>"
+        in html
+    )
+    assert "8 new tokens after one prompt, batch 1, one token a pass, float32 on cpu (a processor, 2 cores)" in html
+    assert (
+        "Memory: the peak. Whole processes, libraries included, peaked at 0.9 kB (student) and 0.9 kB (teacher)."
+        in html
+    )
+    assert footprint.summary(found)[-1] == "teacher / student: weights 5.00, memory 22.00, seconds 5.00"
+
+
+def test_a_model_that_cannot_answer_says_why(tmp_path):
+    mute = measured(cannot="no blocks <here>", memory_bytes=0, seconds=(), tokens=0)
+    found = compared(measured(), mute)
+    assert found.ratios() == {"weights": 1.0}
+    assert footprint.summary(found)[1].endswith("not measured further: no blocks <here>")
+    html = shown(found, tmp_path)
+    assert 'colspan="4">not measured: no blocks &lt;here&gt;</td>' in html
+    assert "peaked at 0.9 kB (student)." in html
+    assert "Neither model answers here." in shown(compared(mute, mute), tmp_path)
+
+
+def test_a_gpu_is_named_where_it_was_used(tmp_path):
+    found = compared(measured(), measured())
+    found.settings["device"] = "cuda"
+    assert "float32 on cuda (a GPU, 2 cores)" in shown(found, tmp_path)
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "1.0 kB"), (2_500_000, "2.5 MB"), (31_300_000_000, "31.3 GB")])
+def test_sizes_are_in_powers_of_a_thousand(count, text):
+    assert size(count) == text
+
+
+def test_measuring_here(chain):
+    found = measure.measure(str(chain.root / "student"), *SMALL)
+    assert found.cannot == ""
+    assert (found.tokens, len(found.seconds)) == (3, 2)
+    assert "while answering, less" in found.memory_of
+
+
+def test_a_kind_without_block_decoding_is_told(chain, monkeypatch):
+    from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
+
+    monkeypatch.setattr(A2DQwen3LMHeadModel, "generate", property(lambda self: getattr(self, "no such thing")))
+    found = measure.measure(str(chain.root / "student"), *SMALL)
+    assert found.cannot.startswith("A2DQwen3LMHeadModel cannot decode in blocks here")
+    assert asdict(found) == {**asdict(found), "seconds": (), "tokens": 0, "memory_bytes": 0}
+
+
+def test_where_the_peak_cannot_be_reset_loading_counts_too(chain, monkeypatch):
+    def refused() -> None:
+        raise PermissionError("no clear_refs here")
+
+    monkeypatch.setattr(measure, "reset_peak", refused)
+    found = measure.measure(str(chain.root / "student"), *SMALL)
+    assert found.memory_of == "peak resident memory while loading and answering, less what the process held before"
+
+
+def test_the_peak_of_a_process_starts_again():
+    held = bytearray(200_000_000)
+    peak = machine.resident_bytes("VmHWM")
+    del held
+    machine.reset_peak()
+    assert machine.resident_bytes("VmHWM") < peak - 100_000_000
+    assert machine.resident_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--student", "./nowhere"], "./nowhere: measuring it ended with status 2: ./nowhere: no such folder"),
+        (["--repeats", "0"], "error: --repeats 0; give 1 or more"),
+        (["--new-tokens", "0"], "error: --new-tokens 0; give 1 or more"),
+        (["--out", "nowhere/footprint.json"], "--out nowhere/footprint.json: there is no folder nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(chain, tmp_path, capsys, flags, said):
+    student, teacher = (str(chain.root / side) for side in ("student", "teacher"))
+    plain = ["--student", student, "--teacher", teacher, "--out", str(tmp_path / "footprint.json")]
+    with pytest.raises(SystemExit) as ended:
+        cli.run(footprint.main, [*plain, *flags])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert not (tmp_path / "footprint.json").exists()
+
+
+def test_a_process_that_dies_without_a_word(monkeypatch):
+    monkeypatch.setattr(footprint.sys, "executable", "/bin/false")
+    with pytest.raises(ValueError, match="mine: measuring it ended with status 1: it said nothing"):
+        footprint.measured_apart("mine", [])
+
+
+def test_a_model_is_found_from_any_folder(chain, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = (
+        f"import sys; sys.path.insert(0, {str(footprint.PACKAGE_ROOT)!r})\n"
+        "from megatron_tide.report.footprint import measured_apart\n"
+        f"flags = '--dtype float32 --new-tokens 2 --repeats 1'.split()\n"
+        f"print(measured_apart({str(chain.root / 'student')!r}, flags).tokens)"
+    )
+    line = [sys.executable, "-c", code]
+    finished = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    assert finished.stdout == "2\n", finished.stderr

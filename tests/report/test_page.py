@@ -1,0 +1,233 @@
+"""The page: every section, what is missing by name, nothing fetched, and only its own files replaced."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from megatron_tide import cli
+from megatron_tide.report.page import Page, table, write_page
+from megatron_tide.report.reading import read_runs
+from megatron_tide.report.sections import build_page
+from megatron_tide.report.style import new_figure
+from tools import report
+
+SECTIONS = ["runs", "loss", "scores", "tidal", "chunks", "timestep", "time", "footprint", "completions", "alignment"]
+PICTURES = {
+    "loss-1.png",
+    "scores.png",
+    "tidal-1.png",
+    "chunks-bridged.png",
+    "timestep-1.png",
+    "time.png",
+    "stages-tiny.png",
+    "alignment-tiny.png",
+}
+
+
+def notes(html):
+    return [unescape(text) for text in re.findall(r'<p class="note">(.*?)</p>', html)]
+
+
+def cells(html, section):
+    """The text of a section's table rows, cell by cell."""
+    body = html.split(f'<section id="{section}">')[1].split("</section>")[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body)]
+    return {unescape(row[0]): [unescape(cell) for cell in row[1:]] for row in rows if row}
+
+
+@pytest.fixture(scope="module")
+def written(recipe, tmp_path_factory):
+    """A page of the recipe, in a folder of its own."""
+    out = tmp_path_factory.mktemp("page") / "report"
+    assert report.main([str(recipe), "--out", str(out)]) == 0
+    return out
+
+
+def test_every_section_and_picture_is_there(written):
+    html = (written / "index.html").read_text()
+    assert re.findall(r'<section id="(\w+)">', html) == SECTIONS
+    assert {path.name for path in written.iterdir()} == {"index.html"} | PICTURES
+    embedded = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="[^"]+">', html)
+    assert sorted(map(base64.b64decode, embedded)) == sorted((written / name).read_bytes() for name in PICTURES)
+    assert notes(html) == []
+
+
+def test_nothing_is_fetched(written):
+    html = (written / "index.html").read_text()
+    assert "<script" not in html
+    assert set(re.findall(r'(?:src|href)="([^"#]{0,5})', html)) == {"data:", ""}
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_tables_hold_the_numbers(written, recipe):
+    html = (written / "index.html").read_text()
+    trained, scored, timed = (cells(html, section) for section in ("runs", "scores", "time"))
+    assert trained["bridged"][:6] == ["tide-bridge", "bernoulli kl", "forward kl", "mix, weight", "yes", "5"]
+    assert trained["baseline"][0] == "bd3lm"
+    assert trained["baseline"][-1] == "–"
+    last = [json.loads(line) for line in (recipe / "bridged" / "metrics.jsonl").read_text().splitlines()]
+    denoise = [row["loss/denoise"] for row in last if "loss/denoise" in row][-2:]
+    assert trained["bridged"][-2] == f"{sum(denoise) / 2:.4f}"
+    models = {model["name"]: model for model in json.loads((recipe / "scores.json").read_text())["models"]}
+    assert scored["teacher"][1].startswith(f"{models['teacher']['bits_per_byte']['value']:.4f} [")
+    assert scored["bridged"][2].startswith(f"{models['bridged']['minus_first_student']['value']:+.4f} [")
+    assert timed["baseline"][3] == "100%"
+
+
+def test_the_footprint_stands_beside_the_published_one(written, recipe):
+    shown = cells((written / "index.html").read_text(), "footprint")
+    measured = json.loads((recipe / "footprint.json").read_text())
+    assert shown["student, a2d-qwen3"][0] == f"{measured['student']['parameters']:,}"
+    assert shown["teacher, LLaDA2.0-mini 16B"] == ["31.3 GB", "32.55"]
+    assert shown["teacher / student"] == ["22.4 times", "5.2 times"]  # the last row of that name
+
+
+def test_what_a_model_wrote_is_text(written):
+    html = (written / "index.html").read_text()
+    assert "Add &lt;b&gt;two&lt;/b&gt; &amp; three." in html
+    assert "<b>" not in html
+
+
+def test_missing_pieces_are_named(own_copy, tmp_path):
+    for file in ("scores.json", "completions.jsonl", "footprint.json"):
+        (own_copy / file).unlink()
+    (own_copy / "baseline" / "run.json").unlink()
+    shutil.rmtree(own_copy / "bridged")
+    page = build_page(read_runs([own_copy]))
+    assert notes(page.html()) == [
+        "baseline: no run.json that can be read, so its knobs are not known",
+        "no scores.json here: tools/evaluate.py writes it",
+        "no training run here uses TIDAL (--tidal mix or weight, or a strategy that has it)",
+        "no training run here scores chunks (--chunk-objective, or a strategy that has one)",
+        "no footprint.json here: python -m megatron_tide.report.footprint writes it",
+        "no completions.jsonl here: tools/generate.py --json writes it",
+        "tiny: no training run here was given a bridge (--bridge), so there is nothing to align",
+    ]
+
+
+def test_scores_alone_make_a_page(recipe, tmp_path):
+    (tmp_path / "scores.json").write_text((recipe / "scores.json").read_text())
+    page = build_page(read_runs([tmp_path]))
+    assert set(page.pictures) == {"scores.png", "timestep-1.png"}
+    assert notes(page.html())[:2] == [
+        "no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it",
+        "no loss was logged: python -m megatron_tide.distill writes metrics.jsonl",
+    ]
+
+
+def test_a_run_of_an_older_version_and_a_bridge_that_is_gone(own_copy, chain):
+    path = own_copy / "bridged" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{name: value for name, value in row.items() if "_probability/" not in name} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    for described in own_copy.glob("*/run.json"):
+        described.write_text(described.read_text().replace(str(chain.root / "bridge"), "gone/bridge"))
+    found = notes(build_page(read_runs([own_copy])).html())
+    assert found[0] == "bridged: logged by a version without the chunk/teacher_probability bins"
+    assert found[1].startswith("tiny: gone/bridge: holds no bridge")
+    shutil.copytree(
+        chain.root / "bridge", own_copy / "bridge"
+    )  # beside the run, as in a recipe's folder that was moved
+    assert notes(build_page(read_runs([own_copy])).html()) == found[:1]
+
+
+def test_runs_beside_each_other(recipe, own_copy):
+    scores = json.loads((own_copy / "scores.json").read_text())
+    scores["data"]["fingerprint"] = "of other data"
+    (own_copy / "scores.json").write_text(json.dumps(scores))
+    (own_copy / "footprint.json").unlink()
+    other = own_copy.rename(own_copy.with_name("other"))
+    page = build_page(read_runs([recipe, other]))
+    html = page.html()
+    assert "<h1>Distillation report: tiny against other</h1>" in html
+    assert {"tiny/bridged", "other/bridged"} <= cells(html, "runs").keys()
+    assert {"tiny/teacher", "other/teacher"} <= cells(html, "scores").keys()
+    assert {"chunks-tiny-bridged.png", "chunks-other-bridged.png", "alignment-other.png"} <= page.pictures.keys()
+    assert notes(html) == [
+        "these runs were scored on other data or settings: compare within a run, not across",
+        "other: no footprint.json here: python -m megatron_tide.report.footprint writes it",
+    ]
+
+
+def test_it_replaces_its_own_output_only(own_copy, tmp_path):
+    out = own_copy / "report"
+    assert report.main([str(own_copy)]) == 0
+    first = {path.name for path in out.iterdir()}
+    (own_copy / "scores.json").unlink()
+    (out / "time.png").unlink()  # a report that was killed half-way
+    assert report.main([str(own_copy)]) == 0
+    assert {path.name for path in out.iterdir()} == first - {"scores.png"}
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes.txt, which no report wrote; take another --out"):
+        report.main([str(own_copy)])
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["<p>my page</p>", b"\xff\xfe"])
+def test_a_page_of_someone_else_stays(recipe, tmp_path, content):
+    page = tmp_path / "index.html"
+    page.write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = page.read_bytes()
+    with pytest.raises(ValueError, match=r"holds index.html, which no report wrote"):
+        report.main([str(recipe), "--out", str(tmp_path)])
+    assert page.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nowhere"], "nowhere: no such folder; give a recipe's folder (runs/NAME) or a training run's"),
+        (["EMPTY"], "EMPTY: nothing to report: no metrics.jsonl here or one folder below, and no scores.json, "),
+        (["RECIPE", "RECIPE"], "given twice; name each run once"),
+        (["RECIPE", "--out", "FILE"], "FILE: a file, not a folder; take another --out"),
+    ],
+)
+def test_mistakes_are_one_line(recipe, tmp_path, capsys, argv, said):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    real = {"EMPTY": str(tmp_path / "empty"), "RECIPE": str(recipe), "FILE": str(tmp_path / "file")}
+    with pytest.raises(SystemExit) as ended:
+        cli.run(report.main, [real.get(word, word) for word in argv])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    for word, path in real.items():
+        said = said.replace(word, path)
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "empty" / "report").exists()
+
+
+def test_the_command(recipe, tmp_path):
+    line = [sys.executable, str(Path(report.__file__)), str(recipe / "baseline"), "--out", str(tmp_path / "page")]
+    finished = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"{tmp_path}/page/index.html: 10 sections, 4 pictures\n"
+    assert finished.stderr == ""
+
+
+def test_a_short_row_ends_in_words():
+    html = table(("a", "b", "c"), [["1", "2", "3"], ["1", "why & how"]])
+    assert '<tr><td>1</td><td class="words" colspan="2">why &amp; how</td></tr>' in html
+
+
+def test_a_label_becomes_a_file_name(tmp_path):
+    page = Page("a", "b")
+    labels = ("/some/run: one", "/some/run-one")
+    page.add(
+        "chunks", "Chunks", [page.picture(f"chunks-{one}", new_figure(1.0), 'a "quoted" caption') for one in labels]
+    )
+    write_page(tmp_path / "out", page)
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names == {"chunks--some-run-one.png", "chunks--some-run-one-2.png"}
+    assert 'alt="a &quot;quoted&quot; caption"' in (tmp_path / "out" / "index.html").read_text()

@@ -1,0 +1,123 @@
+"""What a folder holds, what it lacks, and what is damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_tide.report.reading import Curve, read_run, read_runs
+
+TRAINED = {"step": 1, "loss/denoise": 3.0}
+
+
+def lines(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_recipe_folder(recipe):
+    run = read_run(recipe, "mine")
+    assert [training.label for training in run.trainings] == ["baseline", "bridged"]
+    baseline, bridged = run.trainings
+    assert (baseline.listens, bridged.listens) == (False, True)
+    assert (baseline.has_tidal, bridged.has_tidal) == (False, True)
+    assert baseline.beginning() == bridged.beginning()
+    assert bridged.total_steps == 8
+    logged = [json.loads(line) for line in (recipe / "bridged" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss/total"] for row in logged if "loss/total" in row]
+    assert bridged.curves["loss/total"] == Curve(list(range(1, 9)), losses)
+    assert bridged.curves["loss/total"].last() == pytest.approx(sum(losses[-2:]) / 2)
+    assert bridged.curves["loss/total"].first() == pytest.approx(sum(losses[:2]) / 2)
+    assert bridged.curves["validation/bits_per_byte"].steps == [4, 8]
+    recorded = json.loads((recipe / "scores.json").read_text())["models"]
+    assert [model.name for model in run.scores.models] == ["start", "baseline", "bridged", "teacher"]
+    assert run.scores.models[2].less.low == recorded[2]["minus_first_student"]["low"]
+    assert [stage.name for stage in run.stages] == ["a-first", "bridge", "sample"]
+    assert len(run.completions) == 2
+    assert run.notes == {}
+
+
+def test_the_teacher_probabilities_of_a_window_are_all_somewhere(recipe):
+    bridged = read_run(recipe, "mine").trainings[1]
+    shares = bridged.by_bin("chunk/teacher_probability")
+    assert list(shares) == pytest.approx([number / 10 for number in range(10)])
+    for step in range(8):
+        assert sum(curve.values[step] for curve in shares.values()) == pytest.approx(1)
+    means = bridged.by_bin("chunk/student_probability")
+    assert set(means) <= set(shares)
+    for low in means:
+        assert any(shares[low].values)
+
+
+def test_a_training_run_by_itself_says_what_is_not_there(recipe):
+    run = read_run(recipe / "bridged", "bridged")
+    assert [training.folder for training in run.trainings] == [recipe / "bridged"]
+    assert run.notes == {
+        "scores": "no scores.json here: tools/evaluate.py writes it",
+        "completions": "no completions.jsonl here: tools/generate.py --json writes it",
+        "footprint": "no footprint.json here: python -m megatron_tide.report.footprint writes it",
+    }
+
+
+def test_scores_alone_are_enough(recipe, tmp_path):
+    (tmp_path / "scores.json").write_text((recipe / "scores.json").read_text())
+    run = read_run(tmp_path, "mine")
+    assert len(run.scores.models) == 4
+    assert run.notes["trainings"] == (
+        "no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it"
+    )
+
+
+def test_what_a_killed_run_left_behind_is_passed_over(tmp_path):
+    rows = [TRAINED, {"step": 2, "loss/denoise": float("nan")}, {"loss/denoise": 1.0}, ["odd"], '{"step": 3, "loss/den']
+    lines(tmp_path / "run" / "metrics.jsonl", *rows)
+    lines(tmp_path / "other" / "metrics.jsonl", "")
+    (training,) = read_run(tmp_path, "mine").trainings
+    assert training.curves == {"loss/denoise": Curve([1], [3.0])}
+    assert training.run == {}
+
+
+def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
+    lines(tmp_path / "metrics.jsonl", TRAINED)
+    row = {"prompt": "a\u2028b", "answer": "c", "finished": True, "reference": None}
+    (tmp_path / "completions.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert [one.prompt for one in read_run(tmp_path, "mine").completions] == ["a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part", "said"),
+    [
+        ("scores.json", "{", "scores", "scores.json: not valid JSON"),
+        ("scores.json", "[]", "scores", "holds a JSON list, not an object"),
+        ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what tools/evaluate.py writes"),
+        ("completions.jsonl", '{"prompt": "a"}\n', "completions", "tools/generate.py --json writes (no 'answer')"),
+        ("footprint.json", '{"student": {}}', "footprint", "not what python -m megatron_tide.report.footprint writes"),
+    ],
+)
+def test_damage_is_named_and_stops_nothing(tmp_path, file, content, part, said):
+    lines(tmp_path / "metrics.jsonl", TRAINED)
+    (tmp_path / file).write_text(content)
+    run = read_run(tmp_path, "mine")
+    assert said in run.notes[part]
+    assert len(run.trainings) == 1
+
+
+def test_several_runs_are_told_apart(tmp_path):
+    for name in ("a/quick", "b/quick", "c/other"):
+        lines(tmp_path / name / "bd3lm" / "metrics.jsonl", TRAINED)
+    lines(tmp_path / "alone" / "metrics.jsonl", TRAINED)
+    folders = [tmp_path / name for name in ("a/quick", "b/quick", "c/other", "alone")]
+    labels = [training.label for run in read_runs(folders) for training in run.trainings]
+    assert labels == [f"{tmp_path}/a/quick/bd3lm", f"{tmp_path}/b/quick/bd3lm", "other/bd3lm", "alone"]
+    assert [training.label for run in read_runs(folders[:1]) for training in run.trainings] == ["bd3lm"]
+
+
+def test_nothing_to_show_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"no such folder; give a recipe's folder"):
+        read_runs([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"nothing to report: no metrics.jsonl here or one folder below"):
+        read_runs([tmp_path])
+    lines(tmp_path / "metrics.jsonl", TRAINED)
+    with pytest.raises(ValueError, match=r"given twice; name each run once"):
+        read_runs([tmp_path, tmp_path / ".." / tmp_path.name])
