@@ -228,6 +228,6 @@ def test_a_label_becomes_a_file_name(tmp_path):
         "chunks", "Chunks", [page.picture(f"chunks-{one}", new_figure(1.0), 'a "quoted" caption') for one in labels]
     )
     write_page(tmp_path / "out", page)
-    names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names == {"chunks--some-run-one.png", "chunks--some-run-one-2.png"}
+    files = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert files == {"chunks--some-run-one.png", "chunks--some-run-one-2.png"}
     assert 'alt="a &quot;quoted&quot; caption"' in (tmp_path / "out" / "index.html").read_text()
