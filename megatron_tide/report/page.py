@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_tide.files import atomic_write, sweep
+from megatron_tide.files import TEMPORARY, atomic_write, sweep
 from megatron_tide.report.style import NARROW, png
 
 INDEX = "index.html"
@@ -44,12 +44,13 @@ figure img { display: block; width: 100%; height: auto; background: #fff; border
 figure.narrow img { width: min(100%, 36rem); }
 figcaption { max-width: 46rem; margin-top: .4rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .75rem .32rem 0; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap;
+table { border-collapse: collapse; font-size: .86rem; margin: .8rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .32rem .6rem .32rem 0; text-align: right; border-bottom: 1px solid var(--edge); white-space: nowrap;
   vertical-align: top; }
 th { font-weight: 600; color: var(--muted); }
 th:first-child, td:first-child { text-align: left; }
 td.words { white-space: normal; text-align: left; min-width: 16rem; }
+.scroll td:last-child, .scroll th:last-child { padding-right: 0; }
 pre { background: var(--soft); border: 1px solid var(--edge); border-radius: 6px; padding: .6rem .8rem; margin: .3rem 0;
   overflow-x: auto; font: .84rem/1.45 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -135,8 +136,8 @@ def check_out(out: Path) -> None:
         return
     if not out.is_dir():
         raise ValueError(f"{out}: a file, not a folder; take another --out")
-    ours = _written(out)
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in ours)
+    ours, names = _written(out), (path.name for path in out.iterdir())
+    foreign = sorted(name for name in names if name not in ours and not name.startswith(TEMPORARY))
     if foreign:
         raise ValueError(f"{out}: holds {foreign[0]}, which no report wrote; take another --out, or an empty folder")
 
@@ -150,8 +151,8 @@ def write_page(out: Path, page: Page) -> Path:
         ValueError: ``check_out``'s.
     """
     out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     check_out(out)
+    sweep(out)
     for name in _written(out) - {INDEX}:
         (out / name).unlink(missing_ok=True)
     atomic_write(out / INDEX, page.html().encode("utf-8"))

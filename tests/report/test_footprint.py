@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from megatron_tide import cli, machine
@@ -139,6 +140,15 @@ def test_where_the_peak_cannot_be_reset_loading_counts_too(chain, monkeypatch):
     monkeypatch.setattr(measure, "reset_peak", refused)
     found = measure.measure(str(chain.root / "student"), *SMALL)
     assert found.memory_of == "peak resident memory while loading and answering, less what the process held before"
+
+
+def test_on_a_gpu_the_peak_is_what_was_allocated_there(monkeypatch):
+    held = {"cuda:1": 500}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", held.__getitem__)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update({device: 30}))
+    meter = measure.Accelerator("cuda:1")
+    meter.start()
+    assert meter.peak() == 30
 
 
 def test_the_peak_of_a_process_starts_again():

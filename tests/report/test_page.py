@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli
+from megatron_tide.files import TEMPORARY
 from megatron_tide.report.page import Page, table, write_page
 from megatron_tide.report.reading import read_runs
 from megatron_tide.report.sections import build_page
@@ -164,7 +165,8 @@ def test_it_replaces_its_own_output_only(own_copy, tmp_path):
     assert report.main([str(own_copy)]) == 0
     first = {path.name for path in out.iterdir()}
     (own_copy / "scores.json").unlink()
-    (out / "time.png").unlink()  # a report that was killed half-way
+    (out / "time.png").unlink()  # a report that was killed half-way, while it wrote that
+    (out / f"{TEMPORARY}1-time.png").write_bytes(b"")
     assert report.main([str(own_copy)]) == 0
     assert {path.name for path in out.iterdir()} == first - {"scores.png"}
     (out / "notes.txt").write_text("mine")
@@ -223,10 +225,8 @@ def test_a_short_row_ends_in_words():
 
 def test_a_label_becomes_a_file_name(tmp_path):
     page = Page("a", "b")
-    labels = ("/some/run: one", "/some/run-one")
-    page.add(
-        "chunks", "Chunks", [page.picture(f"chunks-{one}", new_figure(1.0), 'a "quoted" caption') for one in labels]
-    )
+    names = ("chunks-/some/run: one", "chunks-/some/run-one")
+    page.add("chunks", "Chunks", [page.picture(name, new_figure(1.0), 'a "quoted" caption') for name in names])
     write_page(tmp_path / "out", page)
     files = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert files == {"chunks--some-run-one.png", "chunks--some-run-one-2.png"}
