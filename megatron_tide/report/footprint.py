@@ -124,8 +124,16 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--student", required=True, help="release, hub-format folder or checkpoint")
     parser.add_argument("--teacher", required=True, help="likewise")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="footprint.json of the run's folder")
+    for side in ("student", "teacher"):
+        parser.add_argument(
+            f"--{side}-mask", metavar="TOKEN", help=f"the {side}'s mask token or id, where its tokenizer names none"
+        )
     add_flags(parser)
     return parser.parse_args(argv)
+
+
+def _mask(token: str | None) -> list[str]:
+    return [] if token is None else ["--mask", token]
 
 
 def main(argv: list[str]) -> int:
@@ -137,8 +145,8 @@ def main(argv: list[str]) -> int:
     knobs |= {"new_tokens": args.new_tokens, "repeats": args.repeats}
     flags = [word for name, value in knobs.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     footprint = Footprint(
-        student=measured_apart(args.student, flags),
-        teacher=measured_apart(args.teacher, flags),
+        student=measured_apart(args.student, [*flags, *_mask(args.student_mask)]),
+        teacher=measured_apart(args.teacher, [*flags, *_mask(args.teacher_mask)]),
         settings={**knobs, "batch": 1, "tokens_per_pass": 1},
         machine=machine(),
         versions=versions(),

@@ -57,13 +57,16 @@ class Host:
 
     def __init__(self) -> None:
         self._before = resident_bytes()
-        self.what = "peak resident memory while answering, less what the process held before loading"
+        self.what = (
+            "peak resident memory while answering, less what the process held before it loaded the model (what "
+            "libraries take at their first use is in it)"
+        )
 
     def start(self) -> None:
         try:
             reset_peak()
         except OSError:  # a kernel or container without /proc/self/clear_refs
-            self.what = "peak resident memory while loading and answering, less what the process held before"
+            self.what = self.what.replace("while answering", "while loading and answering")
 
     def peak(self) -> int:
         return resident_bytes("VmHWM") - self._before
@@ -88,12 +91,14 @@ class Accelerator:
         return int(torch.cuda.max_memory_allocated(self._device))
 
 
-def measure(path: str, dtype: str, device: str, prompt: str, new_tokens: int, repeats: int) -> Measured:
+def measure(
+    path: str, dtype: str, device: str, prompt: str, new_tokens: int, repeats: int, mask: str | None = None
+) -> Measured:
     """Load ``path`` (as ``open_model`` takes it) in ``dtype`` on ``device`` and answer ``prompt`` ``repeats`` times.
 
     Exactly ``new_tokens`` come out each time, none of them an end of text, and each pass decides one: what their last
     block holds beyond them is decided too where the model is surer of it, so ``passes`` may be more. A short answer
-    before warms up and is not counted.
+    before warms up and is not counted. ``mask`` names the mask token where the tokenizer's own files do not.
 
     Raises:
         ValueError: no such model, or one that cannot be read.
@@ -108,7 +113,7 @@ def measure(path: str, dtype: str, device: str, prompt: str, new_tokens: int, re
 
     meter = Accelerator(device) if torch.device(device).type == "cuda" else Host()
     opened = open_model(path, TORCH_DTYPES[dtype], device)
-    model, tokenizer = opened.model, load_tokenizer(opened.folder)
+    model, tokenizer = opened.model, load_tokenizer(opened.folder, mask_token=mask)
     ids = from_text(tokenizer, prompt).ids
     weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
     about: dict[str, Any] = {
@@ -126,7 +131,7 @@ def measure(path: str, dtype: str, device: str, prompt: str, new_tokens: int, re
 
     try:
         answer(1)
-    except ValueError as error:  # a kind of model that does not decode in blocks, or one without a block size
+    except ValueError as error:  # a model whose mask token nobody named, for instance
         return Measured(**about, cannot=str(error))
     meter.start()
     seconds = []
@@ -169,10 +174,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model", help="hub-format folder, hub name, run folder or step folder")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the numbers go")
+    parser.add_argument("--mask", metavar="TOKEN", help="mask token or id, where the tokenizer names none")
     add_flags(parser)
     args = parser.parse_args(argv)
     check(args)
-    found = measure(args.model, args.dtype, args.device, args.prompt, args.new_tokens, args.repeats)
+    found = measure(args.model, args.dtype, args.device, args.prompt, args.new_tokens, args.repeats, args.mask)
     args.json.write_text(json.dumps(asdict(found)) + "\n")
     return 0
 

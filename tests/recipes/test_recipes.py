@@ -155,7 +155,8 @@ def test_quickstart_whole_and_small(quickstart):
     assert "chunks-tide-bridge.png" in page
     assert "no scores.json" not in page
     footprint = json.loads((folder / "footprint.json").read_text())
-    assert footprint["student"]["tokens"] == footprint["settings"]["new_tokens"]
+    for side in ("student", "teacher"):
+        assert footprint[side]["tokens"] == footprint["settings"]["new_tokens"]
     assert {"config.json", "model.safetensors", "README.md", "parity.json"} <= {
         path.name for path in (folder / "hf").iterdir()
     }

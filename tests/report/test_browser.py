@@ -14,7 +14,10 @@ from PIL import Image
 from tools import report
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="NOT TESTED: chromium is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="NOT TESTED: chromium is not installed"),
+]
 # Says what the browser made of the page; appended to a copy, for the page itself holds no script.
 ASK = """<script>
 window.addEventListener("error", (event) => {

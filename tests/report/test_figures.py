@@ -17,6 +17,8 @@ from megatron_tide.report.alignment import LINE_BYTES, Box, Pair, align, alignme
 from megatron_tide.report.reading import Curve, Training, read_run
 from megatron_tide.report.style import COLOURS, DPI, looks, png
 
+pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+
 LABELS = ["baseline", "bridged"]
 
 

@@ -21,6 +21,8 @@ from megatron_tide.report.sections import build_page
 from megatron_tide.report.style import new_figure
 from tools import report
 
+pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+
 SECTIONS = ["runs", "loss", "scores", "tidal", "chunks", "timestep", "time", "footprint", "completions", "alignment"]
 PICTURES = {
     "loss-1.png",

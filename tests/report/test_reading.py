@@ -8,6 +8,8 @@ import pytest
 
 from megatron_tide.report.reading import Curve, read_run, read_runs
 
+pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+
 TRAINED = {"step": 1, "loss/denoise": 3.0}
 
 
