@@ -194,5 +194,5 @@ release() {
   local device=cpu
   ! nvidia-smi --list-gpus >/dev/null 2>&1 || device=cuda
   stage evaluate "$PYTHON" tools/evaluate.py --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
-    --device "$device" --json "$run/scores.json"
+    --device "$device" --json "$run/scores.json" --card
 }

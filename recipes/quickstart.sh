@@ -69,8 +69,8 @@ stage test-data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus/test
   --teacher "$TEACHER" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \
   --out "$run/test-data"
 stage scores "$PYTHON" tools/evaluate.py --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \
-  --student start="$STUDENT" --student "$run/bd3lm" --student "$run/tide-cross" --student "$run/tide-cross-tidal" \
-  --student "$run/tide-bridge" --json "$run/scores.json"
+  --student start="$STUDENT" --student "$run/bd3lm" --student tide-cross="$run/hf" --student "$run/tide-cross-tidal" \
+  --student "$run/tide-bridge" --json "$run/scores.json" --card
 stage footprint "$PYTHON" -m megatron_tide.report.footprint --student "$run/hf" --teacher "$TEACHER" --dtype float32 \
   --new-tokens 96 --out "$run/footprint.json"
 stage report "$PYTHON" tools/report.py "$run"

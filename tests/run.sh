@@ -14,13 +14,9 @@ else
 fi
 command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] ||
   printf 'note: slurmctld, slurmd, slurm-client, munge are not installed, so the tests on a Slurm cluster are skipped\n'
-<<<<<<< HEAD
-setup_environment requirements.txt requirements-eval.txt tests/requirements.txt
-=======
 command -v chromium >/dev/null ||
   printf 'note: chromium is not installed, so the tests of the report in a browser are skipped\n'
-setup_environment requirements.txt tests/requirements.txt
->>>>>>> c210bd0 (feat(report): one self-contained page of a run, and memory and speed of student against teacher)
+setup_environment requirements.txt requirements-eval.txt tests/requirements.txt
 
 pytest=("$PYTHON" -m pytest)
 if (($#)); then

@@ -35,7 +35,7 @@ def test_command_names_things_that_exist(command):
         for flag in (word for word in words if word.startswith("--")):
             assert flag.partition("=")[0] in shown.stdout
     else:
-        assert words[0] in {"pip", "tensorboard", "sbatch", "git", "cd", "torchrun"}
+        assert words[0] in {"pip", "tensorboard", "sbatch", "git", "cd", "torchrun", "source"}
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
