@@ -150,11 +150,13 @@ def denoising_by_timestep(trainings: Sequence[Training], scores: Sequence[tuple[
     if scores:
         for place, (label, score) in enumerate(scores):
             centres = [(row["low"] + row["high"]) / 2 for row in score.by_timestep]
-            heights = [row["bits_per_masked_token"] for row in score.by_timestep]
+            heights = [row["bits"] for row in score.by_timestep]
             other = {"color": MUTED, "linestyle": DASHES[place % len(DASHES)]}
             held_out = looks.get(label, other)
             axes[-1].plot(centres, heights, marker="o", markersize=3.5, linewidth=1.5, label=label, **held_out)
-        axes[-1].set(title="held out (scores.json)", ylabel="bits a masked token")
+            low, high = ([row[f"bits_{end}"] for row in score.by_timestep] for end in ("low", "high"))
+            axes[-1].fill_between(centres, low, high, color=held_out["color"], alpha=0.1, linewidth=0)
+        axes[-1].set(title="held out (scores.json), 95 %", ylabel="bits a masked token")
         axes[-1].legend(fontsize=8)
     for ax in axes:
         ax.set(xlabel="timestep t (share masked)", xlim=(0, 1))

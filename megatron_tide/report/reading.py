@@ -95,10 +95,26 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Benchmark:
+    """A number of a benchmark, a mean over ``n`` samples."""
+
+    model: str
+    name: str
+    metric: str
+    n: int
+    mean: Estimate
+
+
+@dataclass(frozen=True)
 class Scores:
-    """scores.json. ``data``: the fingerprint of the held-out data, ``settings``: samples, draws, seed and the like."""
+    """scores.json: likelihoods, benchmarks, or both.
+
+    ``data``: the fingerprint of the held-out data, ``settings``: samples, draws, seed and the like; nothing where no
+    likelihood was measured.
+    """
 
     models: list[Score]
+    benchmarks: list[Benchmark]
     data: str
     settings: dict[str, Any]
 
@@ -240,13 +256,30 @@ def _scores(path: Path) -> Scores:
                 bits=Estimate(**model["bits_per_byte"]),
                 accuracy=Estimate(**model["masked_token_accuracy"]),
                 less=Estimate(**model["minus_first_student"]) if model["minus_first_student"] else None,
-                by_timestep=[dict(row) for row in model["by_timestep"]],
+                by_timestep=[_timestep(row) for row in model["by_timestep"]],
             )
-            for model in content["models"]
+            for model in content.get("models", [])
         ]
-        return Scores(models, str(content["data"]["fingerprint"]), dict(content["settings"]))
+        benchmarks = [_benchmark(asked, score) for asked in content.get("benchmarks", []) for score in asked["scores"]]
+        data, settings = (str(content["data"]["fingerprint"]), dict(content["settings"])) if models else ("", {})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not what tools/evaluate.py writes ({error!r})") from None
+    if not (models or benchmarks):
+        raise ValueError(f"{path}: holds no score; tools/evaluate.py writes some")
+    return Scores(models, benchmarks, data, settings)
+
+
+def _timestep(row: dict[str, Any]) -> dict[str, float]:
+    """A bin of t with its bits a masked token; the interval is the number itself where an older version kept none."""
+    bits = float(row["bits_per_masked_token"])
+    found = {"low": float(row["low"]), "high": float(row["high"]), "bits": bits}
+    return found | {f"bits_{end}": float(row.get(f"bits_per_masked_token_{end}", bits)) for end in ("low", "high")}
+
+
+def _benchmark(asked: dict[str, Any], score: dict[str, Any]) -> Benchmark:
+    mean = Estimate(*(float(score[end]) for end in ("value", "low", "high")))
+    metric = ", ".join(word for word in (score["metric"], score["filter"]) if word not in ("", "none"))
+    return Benchmark(str(asked["model"]), str(asked["benchmark"]), metric, int(score["n"]), mean)
 
 
 def _completions(path: Path) -> list[Completion]:

@@ -106,8 +106,9 @@ def _losses(page: Page, trainings: Sequence[Training], looks: figures.Looks) -> 
 def _scores(page: Page, runs: Sequence[Run]) -> Iterator[str]:
     rows = [(_name(runs, run, score.name), score) for run in runs if run.scores for score in run.scores.models]
     if rows:
-        settings = {(run.scores.data, str(sorted(run.scores.settings.items()))) for run in runs if run.scores}
-        samples = ", ".join(str(run.scores.settings.get("samples", "?")) for run in runs if run.scores)
+        bounds = [run.scores for run in runs if run.scores and run.scores.models]
+        settings = {(scores.data, str(sorted(scores.settings.items()))) for scores in bounds}
+        samples = ", ".join(str(scores.settings.get("samples", "?")) for scores in bounds)
         caption = (
             f"Bound on bits per byte over held-out samples ({samples}), blue: students, orange: teachers. An interval "
             "that holds zero on the right says that the data do not tell the model from the first student."
@@ -117,6 +118,15 @@ def _scores(page: Page, runs: Sequence[Run]) -> Iterator[str]:
             yield note("these runs were scored on other data or settings: compare within a run, not across")
         head = ("model", "side", "bits per byte", "less the first student", "masked-token accuracy")
         yield table(head, (_score_row(label, score) for label, score in rows))
+    asked = [
+        [_name(runs, run, one.model), one.name, one.metric, str(one.n), _interval(one.mean)]
+        for run in runs
+        if run.scores
+        for one in run.scores.benchmarks
+    ]
+    if asked:
+        yield words("Benchmarks: a mean over samples, with its 95 % interval.")
+        yield table(("model", "benchmark", "metric", "samples", "score"), asked)
     yield from _notes(runs, "scores")
 
 

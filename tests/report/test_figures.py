@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import matplotlib
 import numpy as np
@@ -92,6 +93,10 @@ def test_denoising_by_timestep(trainings, recipe):
     assert line.get_xdata() == pytest.approx([low + 0.05 for low in bins])
     assert [one.get_label() for one in held_out.get_lines()] == ["start", *LABELS, "teacher"]
     assert held_out.get_lines()[1].get_color() == line.get_color()
+    band = held_out.collections[0].get_paths()[0].get_extents()
+    rows = json.loads((recipe / "scores.json").read_text())["models"][0]["by_timestep"]
+    assert band.y0 == min(row["bits_per_masked_token_low"] for row in rows)
+    assert band.y1 == max(row["bits_per_masked_token_high"] for row in rows)
     assert len(figures.denoising_by_timestep([], scored, {}).axes) == 1
 
 
@@ -102,7 +107,7 @@ def test_time_and_memory_with_a_gpu_too(trainings, tmp_path):
     shares, memory = figure.axes
     teacher, student = shares.containers
     assert teacher[2].get_width() == 0.75
-    assert (student[2].get_x(), student[2].get_width()) == (0.75, 0.25)
+    assert (student[2].get_x(), student[2].get_width()) == pytest.approx((0.75, 0.25))
     process, gpu = memory.containers
     assert [bar.get_width() for bar in gpu] == [0, 0, 3]
     assert process[0].get_width() == pytest.approx(trainings[0].curves["memory/host_peak_bytes"].values[-1] / 2**30)

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from megatron_tide.report.reading import Curve, read_run, read_runs
+from megatron_tide.evaluate import Estimate
+from megatron_tide.report.reading import Benchmark, Curve, read_run, read_runs
+from megatron_tide.report.sections import build_page
 
 pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
 
@@ -71,6 +73,37 @@ def test_scores_alone_are_enough(recipe, tmp_path):
     )
 
 
+def test_scores_of_a_version_without_intervals_by_timestep(own_copy):
+    scores = json.loads((own_copy / "scores.json").read_text())
+    for row in scores["models"][0]["by_timestep"]:
+        del row["bits_per_masked_token_low"], row["bits_per_masked_token_high"]
+    (own_copy / "scores.json").write_text(json.dumps(scores))
+    first, second = read_run(own_copy, "mine").scores.models[:2]
+    assert all(row["bits_low"] == row["bits"] == row["bits_high"] for row in first.by_timestep)
+    assert any(row["bits_low"] < row["bits"] < row["bits_high"] for row in second.by_timestep)
+
+
+def test_benchmarks_alone_are_scores_too(tmp_path):
+    score = {
+        "metric": "pass@1",
+        "filter": "",
+        "n": 164,
+        "value": 0.25,
+        "low": 0.1875,
+        "high": 0.3125,
+        "published": None,
+    }
+    asked = {"model": "distilled", "benchmark": "humaneval", "scores": [score]}
+    (tmp_path / "scores.json").write_text(json.dumps({"benchmarks": [asked]}))
+    scores = read_run(tmp_path, "mine").scores
+    assert scores.models == []
+    assert scores.benchmarks == [Benchmark("distilled", "humaneval", "pass@1", 164, Estimate(0.25, 0.1875, 0.3125))]
+    page = build_page(read_runs([tmp_path]))
+    cells = ("distilled", "humaneval", "pass@1", "164", "0.250 [0.188, 0.312]")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page.html()
+    assert page.pictures == {}
+
+
 def test_what_a_killed_run_left_behind_is_passed_over(tmp_path):
     rows = [TRAINED, {"step": 2, "loss/denoise": float("nan")}, {"loss/denoise": 1.0}, ["odd"], '{"step": 3, "loss/den']
     lines(tmp_path / "run" / "metrics.jsonl", *rows)
@@ -93,6 +126,7 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
         ("scores.json", "{", "scores", "scores.json: not valid JSON"),
         ("scores.json", "[]", "scores", "holds a JSON list, not an object"),
         ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what tools/evaluate.py writes"),
+        ("scores.json", '{"pages": 3}', "scores", "scores.json: holds no score"),
         ("completions.jsonl", '{"prompt": "a"}\n', "completions", "tools/generate.py --json writes (no 'answer')"),
         ("footprint.json", '{"student": {}}', "footprint", "not what python -m megatron_tide.report.footprint writes"),
     ],
