@@ -86,7 +86,7 @@ def test_scores_of_a_version_without_intervals_by_timestep(own_copy):
 def test_benchmarks_alone_are_scores_too(tmp_path):
     score = {
         "metric": "pass@1",
-        "filter": "",
+        "filter": "none",
         "n": 164,
         "value": 0.25,
         "low": 0.1875,
