@@ -35,7 +35,9 @@ setup_environment() {
     local files=("$@") stamp=$REPO/.venv/installed wanted file arguments=()
     wanted=$(cat "${files[@]}" | cksum)
     if ! grep -qsxF "$wanted" "$stamp"; then
-      command -v python3 >/dev/null || fail "python3 not found: install Python 3.10 or newer"
+      command -v python3 >/dev/null || fail "python3 not found: install Python 3.11 or newer"
+      python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "python3 is $(python3 --version 2>&1): put Python 3.11 or newer first on PATH"
       printf '== installing into .venv (once, a few minutes)\n'
       [[ -x $PYTHON ]] || python3 -m venv "$REPO/.venv" || fail "cannot make .venv: install the python3-venv package"
       # torch first: the pin takes this machine's build (CPU or CUDA), and what follows leaves it alone.
