@@ -45,6 +45,24 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def device_of(name: str) -> str:
+    """The device that a tool's ``--device`` names; ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and torch sees none.
+    """
+    import torch  # takes seconds, and most of what imports this file has no use for it
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no GPU here; leave the flag out, or install torch's CUDA build")
+    return name
+
+
+DEVICE_HELP = "cpu, cuda or auto: a GPU where there is one [auto]"
+
+
 def _cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -193,8 +193,6 @@ release() {
     --strategy "$STRATEGY" ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} "$@"
   stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf" --overwrite
   [[ -n ${EVAL_DATA:-} ]] || return 0 # a prepared folder that nothing was trained on
-  local device=cpu
-  ! nvidia-smi --list-gpus >/dev/null 2>&1 || device=cuda
   stage evaluate "$PYTHON" tools/evaluate.py --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
-    --device "$device" --json "$run/scores.json" --card
+    --json "$run/scores.json" --card
 }

@@ -27,6 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_tide import cli
+from megatron_tide.machine import DEVICE_HELP, device_of
 
 LIKELIHOOD = "likelihood"
 
@@ -44,7 +45,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of masks, draws and bootstrap [0]")
     add("--batch-size", type=int, default=8, help="samples at once; changes speed only [8]")
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help="precision [float32]")
-    add("--device", default="cpu", help="cpu or cuda [cpu]")
+    add("--device", default="auto", help=DEVICE_HELP)
 
     bound = parser.add_argument_group("likelihood")
     bound.add_argument("--data", help="prepared folder that no model was trained on")
@@ -124,7 +125,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         dtype=DTYPES[arguments.dtype],
-        device=arguments.device,
+        device=device_of(arguments.device),
     )
     models: list[tuple[str, Any]] = [(text, None) for text in arguments.model]
     models += [(text, student_side(data)) for text in arguments.student]
@@ -158,7 +159,7 @@ def asked(names: list[str], models: list[tuple[str, str]], arguments: argparse.N
     results = []
     for (name, path), folder in zip(models, folders):
         asking = Asking(
-            answerer=open_answerer(path, DTYPES[arguments.dtype], arguments.device, open_model),
+            answerer=open_answerer(path, DTYPES[arguments.dtype], device_of(arguments.device), open_model),
             folder=folder,
             seed=arguments.seed,
             batch_size=arguments.batch_size,

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_tide import cli
+from megatron_tide.machine import DEVICE_HELP, device_of
 
 
 def arguments_of(argv: list[str]) -> argparse.Namespace:
@@ -53,7 +54,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draws when --temperature is above 0 [0]")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together [8]")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="precision [float32]")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--json", metavar="FILE", help="also write the answers as JSONL")
     parser.add_argument("--show-reference", action="store_true", help="print the recorded answer as well")
     return parser.parse_args(argv)
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     from megatron_tide.generate import chat, complete
     from megatron_tide.release import DTYPES, open_model
 
-    opened = open_model(arguments.model, DTYPES[arguments.dtype], arguments.device)
+    opened = open_model(arguments.model, DTYPES[arguments.dtype], device_of(arguments.device))
     tokenizer = load_tokenizer(opened.folder)
     knobs = {
         "max_new_tokens": 0 if arguments.infill else arguments.max_new_tokens,

@@ -24,7 +24,7 @@ from typing import Any
 import megatron_tide
 from megatron_tide import cli
 from megatron_tide.files import read_json, write_json
-from megatron_tide.machine import machine, versions
+from megatron_tide.machine import device_of, machine, versions
 from megatron_tide.report.measure import Measured, add_flags, check
 
 PACKAGE_ROOT = Path(megatron_tide.__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     check(args)
     if not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
-    knobs = {"dtype": args.dtype, "device": args.device, "prompt": args.prompt}
+    knobs = {"dtype": args.dtype, "device": device_of(args.device), "prompt": args.prompt}
     knobs |= {"new_tokens": args.new_tokens, "repeats": args.repeats}
     flags = [word for name, value in knobs.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     footprint = Footprint(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide import cli
-from megatron_tide.machine import reset_peak, resident_bytes
+from megatron_tide.machine import DEVICE_HELP, device_of, reset_peak, resident_bytes
 
 PROMPT = "Write a Python function that returns the sum of a list of numbers."
 NEW_TOKENS = 256  # of the published measurement
@@ -153,7 +153,7 @@ def measure(
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What both this command and ``footprint`` take."""
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the weights [bfloat16]")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda [cpu]")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--prompt", default=PROMPT, help=f"what both are asked [{PROMPT!r}]")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help=f"tokens of each answer [{NEW_TOKENS}]")
     parser.add_argument("--repeats", type=int, default=REPEATS, help=f"answers that are timed [{REPEATS}]")
@@ -178,7 +178,8 @@ def main(argv: list[str]) -> int:
     add_flags(parser)
     args = parser.parse_args(argv)
     check(args)
-    found = measure(args.model, args.dtype, args.device, args.prompt, args.new_tokens, args.repeats, args.mask)
+    device = device_of(args.device)
+    found = measure(args.model, args.dtype, device, args.prompt, args.new_tokens, args.repeats, args.mask)
     args.json.write_text(json.dumps(asdict(found)) + "\n")
     return 0
 
