@@ -55,13 +55,14 @@ def chat(
     system: str | None = None,
     seed: int = 0,
     ask: Callable[[str], str] = input,
-    out: TextIO = sys.stdout,
+    out: TextIO | None = None,
     **knobs: Any,
 ) -> tuple[int, float]:
     """Talk until an empty line or the end of input; -> (tokens written, seconds they took).
 
-    ``knobs``: fields of ``DecodingRule``. ``ask(prompt)`` reads the user's next line.
+    ``knobs``: fields of ``DecodingRule``. ``ask(prompt)`` reads the user's next line; ``out`` None: standard output.
     """
+    out = out or sys.stdout
     opening = [{"role": "system", "content": system}] if system else []
     said, tokens, seconds, turn = list(opening), 0, 0.0, 0
     out.write(f"({HELP})\n")
