@@ -17,6 +17,13 @@ EXTENSIONS = Path(__file__).resolve().parents[1] / ".venv" / "torch_extensions"
 if EXTENSIONS.is_dir():  # where set-up compiled DeepSpeed's ops
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 
+LONGEST = ("tests/recipes/", "tests/slurm/", "tests/release/")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that of two workers none is left alone with one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):

@@ -23,7 +23,7 @@ if (($#)); then
   exec "${pytest[@]}" "$@"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two files of tests at a time
-pytest+=(--numprocesses 2 --dist loadfile)
+pytest+=(--numprocesses 2 --dist loadfile --no-loadscope-reorder)
 
 bin=$(dirname "$PYTHON")
 mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
