@@ -12,13 +12,16 @@ All of it in one run, with the same random weights, batch and number of new toke
 
 No text ends early. ``speedup_*`` are ratios of seconds, for each case and, at the top, for the case they are worst in;
 ``identical_tokens`` says whether ours and plain wrote the same tokens. In bf16 that is not a matter of course: the two
-multiply matrices of other shapes. Memory is what a call adds at its peak to the weights.
+multiply matrices of other shapes. Memory is what a call adds at its peak to the weights. ``our_flops_a_second`` beside
+``matmul_flops_a_second`` says how much of the machine is left to win: a pass computes 32 positions where ar computes one.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +77,7 @@ def timed(way: Callable[[], tuple[Tensor, int]]) -> Written:
     return Written(tokens, passes, seconds, extra)
 
 
-def ours(model: Any, prompts: Tensor, new: int, threshold: float | None = None) -> tuple[Tensor, int]:
+def decoder_of(model: Any, prompts: Tensor, new: int, threshold: float | None) -> BlockDecoder:
     mask = model.config.vocab_size - 1
     rule = DecodingRule(
         block_size=BLOCK,
@@ -84,7 +87,11 @@ def ours(model: Any, prompts: Tensor, new: int, threshold: float | None = None) 
         max_new_tokens=new,
         threshold=threshold,
     )
-    decoder = BlockDecoder(model, list(prompts), rule, [SEED] * len(prompts))
+    return BlockDecoder(model, list(prompts), rule, [SEED] * len(prompts))
+
+
+def ours(model: Any, prompts: Tensor, new: int, threshold: float | None = None) -> tuple[Tensor, int]:
+    decoder = decoder_of(model, prompts, new, threshold)
     for _ in decoder.run():
         pass
     return torch.stack(decoder.completions()), decoder.passes
@@ -130,21 +137,48 @@ def autoregressive_model(model: Any, config: dict[str, Any]) -> Any:
 
 
 def threshold_for(model: Any, prompts: Tensor, wanted: float) -> float:
-    """The confidence threshold at which ours decides about ``wanted`` tokens a pass, over two blocks."""
-    low, high, new = 0.0, 1.0, 2 * BLOCK
-    for _ in range(40):
-        middle = (low * high) ** 0.5 if low else high / 4
-        rate = new / ours(model, prompts, new, middle)[1]
-        if abs(rate - wanted) < 0.1 or high / max(low, 1e-12) < 1.0001:
-            return middle
-        low, high = (middle, high) if rate > wanted else (low, middle)
-    return middle
+    """The confidence threshold at which ours decides about ``wanted`` tokens a pass, in its first block."""
+    low, high, middle = -40.0, 0.0, 0.0  # logarithms: random weights are sure of nothing
+    aim = round(BLOCK / wanted)
+    for _ in range(24):
+        middle = (low + high) / 2
+        decoder = decoder_of(model, prompts, BLOCK, math.exp(middle))
+        taken = sum(1 for _ in itertools.islice(decoder.run(), aim + 1))  # more passes than that say: too high
+        if taken == aim:
+            break
+        low, high = (low, middle) if taken > aim else (middle, high)
+    return math.exp(middle)
 
 
-def case(model: Any, causal: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
+def prompts_of(model: Any, batch: int, prompt: int) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
-    prompts = torch.randint(model.config.vocab_size - 1, (batch, prompt), generator=generator)
-    threshold = threshold_for(model, prompts[:1], TOKENS_A_PASS)
+    return torch.randint(model.config.vocab_size - 1, (batch, prompt), generator=generator)
+
+
+def our_flops(model: Any, batch: int, prompt: int, new: int) -> float:
+    """Multiplications and additions of matrices in one answer of ours at one token a pass, attention left out."""
+    config, blocks = model.config, new // BLOCK
+    head = config.vocab_size * config.hidden_size
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    rows = new * BLOCK + prompt + (blocks - 1) * BLOCK  # every pass, and each finished block once more
+    undecided = blocks * BLOCK * (BLOCK + 1) / 2
+    return 2.0 * batch * (rows * layers + undecided * head)
+
+
+def matmul_flops(dtype: torch.dtype) -> float:
+    """What this machine does in a second, on square matrices."""
+    size = 2048
+    left, right = torch.randn(2, size, size).to(dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(seconds)
+
+
+def case(model: Any, causal: Any, batch: int, prompt: int, new: int, threshold: float) -> dict[str, Any]:
+    prompts = prompts_of(model, batch, prompt)
     written = {
         "ours": timed(lambda: ours(model, prompts, new)),
         "threshold": timed(lambda: ours(model, prompts, new, threshold)),
@@ -162,6 +196,7 @@ def case(model: Any, causal: Any, batch: int, prompt: int, new: int) -> dict[str
         "speedup_ar_threshold": seconds["ar"] / seconds["threshold"],
         "identical_tokens": bool(same.all()),
         "identical_share": float(same.float().mean()),
+        "our_flops_a_second": our_flops(model, batch, prompt, new) / seconds["ours"],
         **{name: way.figures() for name, way in written.items()},
     }
 
@@ -177,10 +212,12 @@ def figures(batches: list[int], lengths: list[int], prompt: int, dtype: str) -> 
     warm = torch.zeros(1, BLOCK, dtype=torch.int64)
     for way, subject in ((ours, model), (plain, model), (autoregressive, causal)):
         way(subject, warm, BLOCK)
+    threshold = threshold_for(model, prompts_of(model, 1, prompt), TOKENS_A_PASS)
     cases = []
     for batch in batches:
         for new in lengths:
-            cases.append(case(model, causal, batch, prompt, new))
+            print(f"batch {batch}, {new} new tokens ...", flush=True)
+            cases.append(case(model, causal, batch, prompt, new, threshold))
             shown = {key: round(value, 3) for key, value in cases[-1].items() if not isinstance(value, dict)}
             print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
     names = ("speedup_plain", "speedup_ar_one_token", "speedup_ar_threshold")
@@ -189,6 +226,7 @@ def figures(batches: list[int], lengths: list[int], prompt: int, dtype: str) -> 
         "identical_tokens": all(entry["identical_tokens"] for entry in cases),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
+        "matmul_flops_a_second": matmul_flops(model.dtype),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "cases": cases,
     }
