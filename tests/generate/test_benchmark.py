@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.generate import BLOCK, TOKENS_A_PASS, autoregressive_model, case, our_flops, prompts_of, threshold_for
+from benchmarks.generate import BLOCK, autoregressive_model, case, our_flops
 from megatron_tide.models import fresh_model
 from tests.support.models import tiny_student_config
 
@@ -16,11 +16,10 @@ def test_the_ways_that_are_compared() -> None:
     ids = torch.tensor([[3, 4, 5, 6]])
     mask = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
     torch.testing.assert_close(causal(ids).logits, model(ids, mask).logits)
-    threshold = threshold_for(model, prompts_of(model, 1, BLOCK), TOKENS_A_PASS)
-    measured = case(model, causal, batch=2, prompt=BLOCK, new=2 * BLOCK, threshold=threshold)
+    measured = case(model, causal, batch=2, prompt=BLOCK, new=2 * BLOCK)
     assert measured["identical_tokens"]
     assert measured["ours"]["passes"] == measured["plain"]["passes"] == measured["ar"]["passes"] == 2 * BLOCK
-    assert 1.2 < measured["threshold"]["tokens_a_pass"] < 2 * TOKENS_A_PASS
+    assert 2.3 < measured["threshold"]["tokens_a_pass"] < 2.7
     assert our_flops(model, 2, BLOCK, BLOCK) < our_flops(model, 2, BLOCK, 2 * BLOCK) / 1.5
     for name in ("plain", "ar_one_token", "ar_threshold"):
         assert measured[f"speedup_{name}"] > 0
