@@ -8,7 +8,6 @@ evaluation runs the very batches of one that was never stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -16,10 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-def fingerprint(value: Any) -> str:
-    """sha256 hex of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+from megatron_tide.files import fingerprint
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.files import atomic_write
+
 HEADING = "## Scores"
 PLACE = "## Parity"  # the section that the scores stand before
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
@@ -50,9 +52,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     head = ["| task | metric | score | 95 % interval | samples | settings |", "|---|---|---|---|---|---|"]
     section = "\n".join([HEADING, "", *head, *lines]) + "\n\n"
     text = _SECTION.sub("", text).replace(PLACE, section + PLACE, 1)
-    draft = card.with_name(".README.md.partial")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(card)
+    atomic_write(card, text.encode())
 
 
 def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
