@@ -11,6 +11,8 @@
 set -euo pipefail
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
+# shellcheck source=recipes/await.sh
+source recipes/await.sh
 
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
 export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # libraries talking about their next version
@@ -99,8 +101,8 @@ stage() {
     printf '\n'
     return 0
   fi
-  # In the background, because bash acts on a signal only when the command in the foreground has ended, but breaks
-  # off `wait` for it. Before the first stage nothing is worth saving, and signals end the recipe at once.
+  # In the background, because bash acts on a signal only when the command in the foreground has ended. Before the first
+  # stage nothing is worth saving, and signals end the recipe at once.
   trap 'asked TERM' TERM
   trap 'asked USR1' USR1
   trap 'asked INT' INT
@@ -108,8 +110,7 @@ stage() {
   "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} -- "$@" <&0 &
   CHILD=$!
   [[ -z $ASKED ]] || asked "$ASKED" # it came before CHILD was set
-  while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD" || true; done
-  wait "$CHILD" || status=$? # bash remembers it
+  await "$CHILD" || status=$?
   CHILD=
   ((status == 0)) || exit "$status"
   LAST_STAMP=$stamp

@@ -8,6 +8,9 @@
 #   PROLOGUE      a file sourced first, for what this cluster needs (modules, proxies, caches); see slurm/README.md
 #   SRUN_FLAGS    more flags for srun, such as those of a container plugin
 
+# shellcheck source=recipes/await.sh
+source recipes/await.sh
+
 set -eu # not pipefail: what reads a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
@@ -72,8 +75,7 @@ run_recipe() {
   bash "$RECIPE" "$@" </dev/null &
   CHILD=$!
   [[ -z $ASKED ]] || asked "$ASKED" # it came before CHILD was set
-  while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD" || true; done
-  wait "$CHILD" || status=$?
+  await "$CHILD" || status=$?
   CHILD=''
   return "$status"
 }

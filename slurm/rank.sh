@@ -4,6 +4,8 @@
 # to the job's log as well.
 
 set -euo pipefail
+# shellcheck source=recipes/await.sh
+source recipes/await.sh
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -29,9 +31,8 @@ rank_0() {
   "$@" >&3 2>&1 3>&- &
   child=$!
   exec 3>&-
-  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-  wait "$child" || status=$?
-  while kill -0 "$writer" 2>/dev/null; do wait "$writer" || true; done
+  await "$child" || status=$?
+  await "$writer" || true
   exit "$status"
 }
 
