@@ -69,7 +69,7 @@ class BlockAnswerer:
             "decoder": "block diffusion",
             "block_size": getattr(self.model.config, "block_size", None) or preset.block_size,
             "max_new_tokens": preset.new_tokens,
-            "tokens_per_step": preset.tokens_per_step,
+            "steps": preset.steps,
             "temperature": preset.temperature,
         }
 

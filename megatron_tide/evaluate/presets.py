@@ -35,10 +35,6 @@ class Preset:
     temperature: float = 0.0
     note: str = ""
 
-    @property
-    def tokens_per_step(self) -> int:
-        return -(-self.new_tokens // self.steps)
-
 
 PAPER = {
     "gsm8k": Preset(

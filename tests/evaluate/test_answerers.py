@@ -67,7 +67,7 @@ def test_blocks_are_those_of_the_model_and_passes_those_of_the_preset(lab: Lab) 
         "decoder": "block diffusion",
         "block_size": answerer.model.config.block_size,
         "max_new_tokens": 12,
-        "tokens_per_step": 2,
+        "steps": PRESET.steps,
         "temperature": 0.0,
     }
     expected = complete(

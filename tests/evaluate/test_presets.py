@@ -16,7 +16,7 @@ def test_settings_are_those_of_the_paper() -> None:
     assert len(PAPER) == 8
     for name, preset in PAPER.items():
         tokens = 3 if name in ("mmlu", "hellaswag") else 256
-        assert (preset.new_tokens, preset.steps, preset.tokens_per_step) == (tokens, tokens, 1)
+        assert (preset.new_tokens, preset.steps) == (tokens, tokens)
         assert (preset.block_size, preset.temperature) == (32, 0.0)
         assert preset.few_shot == (3 if name == "bbh" else 0)
 
@@ -45,7 +45,7 @@ def test_changes_are_made_and_checked() -> None:
     assert chosen("gsm8k", "paper", {"new_tokens": None, "steps": None}) == PAPER["gsm8k"]
     changed = chosen("gsm8k", "paper", {"new_tokens": 64, "steps": None, "temperature": 0.5})
     assert (changed.new_tokens, changed.steps, changed.temperature) == (64, 64, 0.5)
-    assert chosen("gsm8k", "paper", {"new_tokens": 64, "steps": 10}).tokens_per_step == 7
+    assert chosen("gsm8k", "paper", {"new_tokens": 64, "steps": 10}).steps == 10
     assert preset_of("somebody's task").few_shot is None
     for mistake in ({"new_tokens": 0}, {"steps": 0}, {"temperature": -1.0}, {"temperature": math.nan}):
         with pytest.raises(ValueError, match="gsm8k: "):
