@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 def dry_run(config: DistillConfig) -> int:
     """Everything that can be checked without loading weights; prints the run."""
-    from megatron_tide.train.setup import read_inputs
+    from megatron_tide.train.inputs import read_inputs
     from megatron_tide.train.world import launched_ranks
 
     inputs = read_inputs(config, launched_ranks())
@@ -53,12 +53,13 @@ def dry_run(config: DistillConfig) -> int:
 def train(config: DistillConfig, world: Any) -> int:
     from megatron_tide.lock import locked
     from megatron_tide.train import setup
+    from megatron_tide.train.inputs import read_inputs
     from megatron_tide.train.loop import Loop, StopRequest
     from megatron_tide.train.watch import Watch
 
     stop = StopRequest()
     stop.install()  # asked while models load: it ends before its first step
-    inputs = setup.read_inputs(config, world.size)
+    inputs = read_inputs(config, world.size)
     out = Path(config.paths.out)
     with locked(out, world), Watch(world, config.save.stall_seconds):
         parts, windows = setup.build(config, inputs, world)

@@ -21,11 +21,13 @@ from megatron_tide import cli
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.config import DistillConfig, parse
 from megatron_tide.files import read_json, write_json
-from megatron_tide.hosting.place import DTYPES, host_sections, hosting_settings
+from megatron_tide.hosting.place import host_sections
+from megatron_tide.hosting.settings import DTYPES, hosting_settings
 from megatron_tide.models import fresh_model, parameter_count, write_folder
 from megatron_tide.models.sections import sections_of
 from megatron_tide.train import checkpoint, setup
 from megatron_tide.train.checkpoint import TrainState
+from megatron_tide.train.inputs import read_inputs
 from megatron_tide.train.step import global_counts, train_step
 from megatron_tide.train.world import join_world, leave_world
 from recipes.fullsize.measure import (
@@ -94,7 +96,7 @@ def trainer_config(folders: Folders, accumulation: int, flags: list[str]) -> Dis
 def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     """Host the teacher, take one step, save; -> what was measured."""
     parts, world = Parts(), join_world()
-    inputs = setup.read_inputs(config, world.size)
+    inputs = read_inputs(config, world.size)
     sections, dtype = sections_of(folders.teacher), DTYPES[config.teacher.teacher_dtype]
     shards = MadeShards(folders.teacher, sections, dtype, seed)
     settings = hosting_settings(config.teacher, world.size)

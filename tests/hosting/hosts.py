@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tide.config import from_flat
 from megatron_tide.diffusion import CONTEXTS, TeacherView
-from megatron_tide.hosting import host_teacher
+from megatron_tide.hosting.place import host_teacher
 from megatron_tide.objectives import Strategy
-from megatron_tide.train import setup
+from megatron_tide.train.inputs import read_inputs
 from megatron_tide.train.windows import Windows
 from megatron_tide.train.world import World
 from tests.support.disk import HAS_DISK_IO
@@ -70,7 +70,7 @@ def joined() -> Iterator[World]:
 def windows_of(knobs: Knobs, world: World) -> tuple[Strategy, Windows]:
     """The strategy of a run and its windows on this rank, by the product's own data path."""
     config = from_flat(knobs)
-    inputs = setup.read_inputs(config, world.size)
+    inputs = read_inputs(config, world.size)
     side = inputs.data.manifest["teacher"]
     view = TeacherView(
         context=CONTEXTS[config.strategy.teacher_context],

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_tide.config import from_flat
 from megatron_tide.train import setup
+from megatron_tide.train.inputs import read_inputs
 from megatron_tide.train.step import global_counts, to_device, train_step
 from tests.hosting.hosts import hostings, joined
 from tests.support.lab import stored
@@ -23,7 +24,7 @@ def train_and_watch(runs):
     with joined() as world:
         for name, knobs in runs.items():
             config = from_flat(knobs)
-            inputs = setup.read_inputs(config, world.size)
+            inputs = read_inputs(config, world.size)
             parts, windows = setup.build(config, inputs, world)
             events = watch(parts.host.engine.module.units)
             found[name] = []

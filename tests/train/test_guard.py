@@ -76,9 +76,9 @@ def test_the_samples_are_named(chain, tmp_path):
     knobs = chain.run(tmp_path, **KNOBS)
     run_on_ranks(train_poisoned, 2, knobs, 1, [2], timeout=280)
     (record,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
-    from megatron_tide.train import setup
+    from megatron_tide.train.inputs import read_inputs
 
-    inputs = setup.read_inputs(from_flat(knobs), 2)
+    inputs = read_inputs(from_flat(knobs), 2)
     keys = PreparedData.open(knobs["data"]).stats.keys
     bad = list(inputs.order.window(2, 1))[1]
     assert record == {"step": 3, "ranks": {"1": [int(keys[index]) for index in bad]}}

@@ -117,11 +117,12 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
 def layer_calls(knobs):
     """Times that the student's first MLP is entered in one optimizer step (a recomputation need not finish it)."""
     from megatron_tide.train import setup
+    from megatron_tide.train.inputs import read_inputs
     from megatron_tide.train.step import global_counts, train_step
     from megatron_tide.train.world import join_world, leave_world
 
     config, world = from_flat(knobs), join_world()
-    parts, windows = setup.build(config, setup.read_inputs(config, 1), world)
+    parts, windows = setup.build(config, read_inputs(config, 1), world)
     calls = []
     parts.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     window = windows(0)

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from megatron_tide.config import DistillConfig, StrategyConfig
 from megatron_tide.data.store import Stats
 from megatron_tide.ds_config import offload_of, read_ds_config
-from megatron_tide.hosting.place import DTYPES, hosting_settings
 from megatron_tide.hosting.plan.fit import Hosting, advice, every_hosting, plan, plans
 from megatron_tide.hosting.plan.job import Job, Model, staircase_length
 from megatron_tide.hosting.plan.machine import Machine, this_machine
+from megatron_tide.hosting.settings import DTYPES, hosting_settings
 from megatron_tide.models.shards import INDEX, SINGLE
 from megatron_tide.objectives import STRATEGIES, Strategy
 

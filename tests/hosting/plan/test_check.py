@@ -14,6 +14,7 @@ from megatron_tide.hosting.plan import check
 from megatron_tide.hosting.plan.check import asked_of, check_plan
 from megatron_tide.hosting.plan.machine import GIB, Machine
 from megatron_tide.train import setup
+from megatron_tide.train.inputs import read_inputs
 from tests.support.chain import SMALL
 
 SHAPES = Path(models.__file__).parent / "configs"
@@ -43,7 +44,7 @@ def small_machine(monkeypatch):
 
 def test_trainer_refuses_in_one_line(chain, tmp_path, small_machine):
     config = from_flat({**chain.paths(tmp_path / "run"), **SMALL})
-    inputs = setup.read_inputs(config, 1)
+    inputs = read_inputs(config, 1)
     with pytest.raises(ValueError, match="host memory: needs 0") as refused:
         setup.build(config, inputs, Alone())
     line = str(refused.value)
@@ -61,7 +62,7 @@ def test_refusal_names_the_hosting_that_would_fit(chain, tmp_path, monkeypatch):
     knobs = {**chain.paths(tmp_path / "run"), **SMALL, "teacher": str(SHAPES / "llada2_mini.json")}
     knobs |= {"teacher_dtype": "bf16"}
     config = from_flat(knobs)
-    strategy = setup.read_inputs(from_flat({**knobs, "teacher": str(chain.root / "teacher")}), 1).strategy
+    strategy = read_inputs(from_flat({**knobs, "teacher": str(chain.root / "teacher")}), 1).strategy
     stats = PreparedData.open(knobs["data"]).stats
     with pytest.raises(ValueError, match="each GPU: needs 3") as refused:
         check_plan(config, strategy, stats, Alone())
@@ -72,7 +73,7 @@ def test_refusal_names_the_hosting_that_would_fit(chain, tmp_path, monkeypatch):
 
 def test_what_cannot_be_planned_is_told_alike(chain, tmp_path):
     knobs = {**chain.paths(tmp_path / "run"), **SMALL}
-    inputs = setup.read_inputs(from_flat(knobs), 1)
+    inputs = read_inputs(from_flat(knobs), 1)
     (tmp_path / "config.json").write_text('{"model_type": "gpt9"}')
     config = from_flat({**knobs, "teacher": str(tmp_path)})
     with pytest.raises(ValueError, match="model_type 'gpt9' is not one of"):
@@ -81,7 +82,7 @@ def test_what_cannot_be_planned_is_told_alike(chain, tmp_path):
 
 def test_a_tiny_run_is_not_refused_here(chain, tmp_path):
     config = from_flat({**chain.paths(tmp_path / "run"), **SMALL})
-    inputs = setup.read_inputs(config, 1)
+    inputs = read_inputs(config, 1)
     check_plan(config, inputs.strategy, inputs.data.stats, Alone())
 
 

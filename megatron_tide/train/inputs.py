@@ -1,0 +1,85 @@
+"""What a run reads, compared: configuration, data, tokenizers, bridge. No model code is imported: a dry run is quick.
+
+Every refusal happens before the first step, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tide import __version__
+from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
+from megatron_tide.config import DistillConfig
+from megatron_tide.data import GlobalOrder, PreparedData
+from megatron_tide.hosting.settings import hosting_settings
+from megatron_tide.objectives import Strategy, build_strategy
+from megatron_tide.train.engine import engine_settings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked against each other; nothing large is loaded yet."""
+
+    data: PreparedData
+    validation: PreparedData | None
+    strategy: Strategy
+    order: GlobalOrder
+    total_steps: int
+    run: dict[str, Any]
+
+
+def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
+    """Open data, tokenizers and bridge, and refuse any that do not belong together.
+
+    Raises:
+        ValueError: one line: which artefact differs from which, and the mend.
+    """
+    paths = config.paths
+    engine_settings(config, world_size)
+    hosting_settings(config.teacher, world_size)
+    data = PreparedData.open(paths.data)
+    student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
+    bridge = _bridge(config, student) if paths.bridge else None
+    validation = PreparedData.open(paths.validation) if paths.validation else None
+    for prepared in [data] if validation is None else [data, validation]:
+        _check_origin(prepared, student, bridge)
+    strategy = build_strategy(config.strategy, bridge)
+    if strategy.needs_teacher and not (paths.teacher and paths.bridge):
+        raise ValueError(f"--strategy {config.strategy.strategy} listens to a teacher: give --teacher and --bridge")
+    order = GlobalOrder(data.stats, config.train.global_batch, config.train.micro_batch, world_size, config.train.seed)
+    total = config.train.max_steps or math.ceil(config.train.epochs * order.steps_per_epoch)
+    run = {
+        "version": __version__,
+        "config": config.to_dict(),
+        "fingerprint": config.fingerprint,
+        "deciding": config.deciding(),
+        "strategy": strategy.describe(),
+        "bridge_fingerprint": bridge.fingerprint if bridge else None,
+        "data_fingerprint": data.fingerprint,
+        "data": data.manifest,
+        "model_folder": str(Path(paths.student).resolve()) if Path(paths.student).exists() else paths.student,
+        "total_steps": total,
+    }
+    return Inputs(data=data, validation=validation, strategy=strategy, order=order, total_steps=total, run=run)
+
+
+def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:
+    # Which ids mask, end and pad was settled when data and bridge were made, and is read from them.
+    bridge = Bridge.load(config.paths.bridge)
+    teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
+    bridge.check_vocabularies(student, teacher)
+    return bridge
+
+
+def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | None) -> None:
+    """Refuse data of other tokenizers or another bridge; without a bridge, the teacher's side does not matter."""
+    if bridge is None:
+        teacher = data.manifest["teacher"]
+        prepared = None if teacher is None else teacher["fingerprint"]
+        data.check(student=student.fingerprint, teacher=prepared, bridge=data.manifest["bridge"])
+    else:
+        teacher = bridge.manifest["teacher"]["fingerprint"]
+        data.check(student=student.fingerprint, teacher=teacher, bridge=bridge.fingerprint)
