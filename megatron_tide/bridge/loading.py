@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,20 @@ def _reading(name: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers looks for a tokenizer's class in the model's config, and warns of a model that it does not know."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def _locate(path: str | Path, trust_remote_code: bool) -> Path:
     place = Path(path).expanduser()
     if place.exists():
@@ -109,7 +124,7 @@ def _load_folder(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTok
 def _load_hugging_face(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    with _reading(name):
+    with _reading(name), _quiet():
         raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=arguments[2])
     if getattr(raw, "backend_tokenizer", None) is None:
         raise ValueError(f"{name}: the tokenizer has no fast form; save its tokenizer.json with transformers first")
