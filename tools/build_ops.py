@@ -9,6 +9,7 @@ a teacher on NVMe needs (it takes libaio's header: apt-get install libaio-dev). 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -19,11 +20,32 @@ from pathlib import Path
 from megatron_tide import cli
 from megatron_tide.ds_config import use_own_ninja
 
+YOUNG_SECONDS = 5  # between taking a lock and starting the compiler pass fewer
 BUILDERS = {
     "shared-memory communication": "ShareMemCommBuilder",
     "CPU Adam": "CPUAdamBuilder",
     "disk I/O": "AsyncIOBuilder",
 }
+
+
+def clear(lock: Path) -> None:
+    """Remove the lock that a killed build left; wait for one that is held.
+
+    Training takes it too, for a moment, when it loads an op that is built, and fails if it is gone.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        while time.time() - lock.stat().st_mtime < YOUNG_SECONDS or someone_works_in(lock.parent):
+            time.sleep(0.1)
+        lock.unlink()
+
+
+def someone_works_in(folder: Path) -> bool:
+    """Whether a process of this machine has ``folder`` as its working directory, as a compiler has."""
+    for entry in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if entry.readlink() == folder.resolve():
+                return True
+    return False
 
 
 def build(title: str, builder: str, folder: Path) -> None:
@@ -72,8 +94,8 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "build.flock").open("w") as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        for stale in folder.glob("*/lock"):  # we hold the gate, so nobody is building: a killed build left it
-            stale.unlink()
+        for lock in folder.glob("*/lock"):
+            clear(lock)
         for title in wanted:
             build(title, BUILDERS[title], folder)
 
