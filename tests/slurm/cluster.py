@@ -33,6 +33,9 @@ CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+# Another cluster of this machine must not have jobs of the same number: processes are found by it, and ranks meet at a
+# port made of it (slurm/job.sh).
+FirstJobId={port}
 AuthType=auth/munge
 CredType=cred/munge
 # A requeued job waits until its old credential is over: here 5 s, not 2 minutes.
@@ -79,10 +82,10 @@ def missing_programs() -> list[str]:
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row, below those that the system gives to clients."""
+    """The first of ``count`` free ports in a row, below those that the system gives to clients, above the ranks'."""
     chance = random.Random()
     while True:
-        first = chance.randrange(20_000, 32_700)
+        first = chance.randrange(20_000, 30_000)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
