@@ -43,10 +43,10 @@ setup_environment() {
       printf '== installing into .venv (once, a few minutes)\n'
       [[ -x $PYTHON ]] || python3 -m venv "$REPO/.venv" || fail "cannot make .venv: install the python3-venv package"
       # torch first: the pin takes this machine's build (CPU or CUDA), and what follows leaves it alone.
-      "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
+      "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
       for file in "${files[@]}"; do arguments+=(-r "$file"); done
-      "$PYTHON" -m pip install --quiet --disable-pip-version-check "${arguments[@]}"
-      "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+      "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check "${arguments[@]}"
+      "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --editable .
       printf '%s\n' "$wanted" >>"$stamp"
     fi
   fi
