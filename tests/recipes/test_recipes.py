@@ -134,7 +134,7 @@ def test_quickstart_refuses_an_unknown_argument():
 def quickstart(tmp_path_factory):
     """The folder of a whole, small quickstart, and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
-    finished = run("quickstart.sh", timeout=1400, RUNS=str(runs), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
+    finished = run("quickstart.sh", timeout=1400, RUNS=str(runs), **SMALL)
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     yield runs / "quickstart", finished.stdout
     shutil.rmtree(runs)
@@ -160,7 +160,7 @@ def test_quickstart_whole_and_small(quickstart):
     assert {"config.json", "model.safetensors", "README.md", "parity.json"} <= {
         path.name for path in (folder / "hf").iterdir()
     }
-    again = run("quickstart.sh", timeout=300, RUNS=str(folder.parent), OMP_NUM_THREADS=str(os.cpu_count()), **SMALL)
+    again = run("quickstart.sh", timeout=300, RUNS=str(folder.parent), **SMALL)
     assert again.returncode == 0
     assert again.stdout.count("done before, skipped") == len(report["stages"])
     for words in readme_commands_on("runs/quickstart"):

@@ -9,7 +9,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - every engine imports it, and it torch's compiler
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 import megatron_tide.evaluate
