@@ -1,6 +1,6 @@
 """Block decoding at the 0.6B shape against the plain way and against an autoregressive model of the same size.
 
-All of it in one run, with the same random weights, batch and number of new tokens:
+The four of a case in one run, with the same random weights, batch and number of new tokens:
 
   ours       the sampler of every release: exact cache, head on undecided positions, a block committed by the next one's
              first pass
@@ -14,7 +14,8 @@ No text ends early. ``speedup_*`` are ratios of seconds, for each case and, at t
 ``identical_tokens`` says whether ours and plain wrote the same tokens. In bf16 that is not a matter of course: the two
 multiply matrices of other shapes. Memory is what a call adds at its peak to the weights. ``our_flops_a_second`` beside
 ``matmul_flops_a_second`` says how much of the machine is left to win: a pass computes 32 positions, and ar's computes
-one. All of it takes most of an hour on two cores; figures are written after each case.
+one. All of it takes most of an hour on two cores; figures are written after each case, and ``--go-on`` takes up a run
+that was cut off.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.common import peak_extra, report
 from megatron_tide import cli
 from megatron_tide.files import read_json
+from megatron_tide.machine import machine, versions
 from megatron_tide.models import fresh_model
 from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
 
@@ -184,8 +186,23 @@ def case(model: Any, causal: Any, batch: int, prompt: int, new: int) -> dict[str
     }
 
 
-def figures(batches: list[int], lengths: list[int], prompt: int, dtype: str) -> Iterator[dict[str, Any]]:
-    """Everything that the report holds, after each case."""
+def measured_before(path: str, prompt: int, dtype: str) -> list[dict[str, Any]]:
+    """The cases that a report holds already; ValueError where they would not stand beside those of this run."""
+    if not Path(path).exists():
+        return []
+    record = read_json(Path(path))
+    here = {"machine": machine(), "versions": versions(), "dtype": dtype, "threads": torch.get_num_threads()}
+    if differs := [name for name, value in here.items() if record.get(name) != value]:
+        raise ValueError(
+            f"{path}: its {differs[0]} is not that of this run; leave --go-on out, and all is measured anew"
+        )
+    return [entry for entry in record["cases"] if entry["prompt"] == prompt]
+
+
+def figures(
+    batches: list[int], lengths: list[int], prompt: int, dtype: str, before: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """Everything that the report holds, after each case; those of ``before`` are not measured again."""
     for name, length in (("--prompt", prompt), *(("--new", new) for new in lengths)):
         if length % BLOCK:
             raise ValueError(f"{name} {length}: the plain way takes whole blocks of {BLOCK} only")
@@ -202,10 +219,14 @@ def figures(batches: list[int], lengths: list[int], prompt: int, dtype: str) -> 
         "matmul_flops_a_second": matmul_flops(model.dtype),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    cases: list[dict[str, Any]] = []
+    found = {(entry["batch"], entry["new"]): entry for entry in before}
     for batch, new in itertools.product(batches, lengths):
+        if (batch, new) in found:
+            print(f"batch {batch}, {new} new tokens: measured before", flush=True)
+            continue
         print(f"batch {batch}, {new} new tokens ...", flush=True)
-        cases.append(case(model, causal, batch, prompt, new))
+        found[batch, new] = case(model, causal, batch, prompt, new)
+        cases = [found[size] for size in sorted(found)]
         worst = {name: min(entry[name] for entry in cases) for name in names}
         identical = all(entry["identical_tokens"] for entry in cases)
         yield {**worst, "identical_tokens": identical, **frame, "cases": cases}
@@ -218,8 +239,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--new", type=int, nargs="+", default=[64, 256], help="new tokens (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of weights")
+    parser.add_argument("--go-on", action="store_true", help="do not measure again what --json FILE holds already")
     options = parser.parse_args(argv)
-    for found in figures(options.batch, options.new, options.prompt, options.dtype):
+    if options.go_on and not options.json:
+        raise ValueError("--go-on: takes up the cases of a file; give --json FILE as well")
+    before = measured_before(options.json, options.prompt, options.dtype) if options.go_on else []
+    for found in figures(options.batch, options.new, options.prompt, options.dtype, before):
         report("generate", found, options.json)
 
 
