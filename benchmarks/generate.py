@@ -36,7 +36,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from benchmarks.common import peak_extra, report
 from megatron_tide import cli
 from megatron_tide.files import read_json
-from megatron_tide.machine import machine, versions
+from megatron_tide.machine import machine, matmul_rate, versions
 from megatron_tide.models import fresh_model
 from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
 
@@ -149,18 +149,6 @@ def our_flops(model: Any, batch: int, prompt: int, new: int) -> float:
     return 2.0 * batch * (rows * layers + undecided * head)
 
 
-def matmul_flops(dtype: torch.dtype) -> float:
-    """What this machine does in a second, on square matrices."""
-    size = 2048
-    left, right = torch.randn(2, size, size).to(dtype)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - start)
-    return 2.0 * size**3 / min(seconds)
-
-
 def case(model: Any, causal: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(SEED)
     prompts = torch.randint(model.config.vocab_size - 1, (batch, prompt), generator=generator)
@@ -216,7 +204,7 @@ def figures(
     frame = {
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "matmul_flops_a_second": matmul_flops(model.dtype),
+        "matmul_flops_a_second": matmul_rate(model.dtype),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     found = {(entry["batch"], entry["new"]): entry for entry in before}

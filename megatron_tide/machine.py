@@ -1,14 +1,19 @@
-"""What a number was measured on: the machine, the versions, and what a process holds of its memory."""
+"""What a number was measured on: the machine, its matmul rate, the versions, and what a process holds of its memory."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import torch
+
+MATMUL = 2048  # of the square matrices whose product is timed
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
 
 
@@ -32,6 +37,19 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:
+    """Floating-point operations a second of a square product on the CPU, the best of some."""
+    import torch
+
+    left, right = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - started)
+    return 2 * MATMUL**3 / best
 
 
 def resident_bytes(field: str = "VmRSS") -> int:

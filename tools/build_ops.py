@@ -41,9 +41,10 @@ def clear(lock: Path) -> None:
 
 def someone_works_in(folder: Path) -> bool:
     """Whether a process of this machine has ``folder`` as its working directory, as a compiler has."""
+    wanted = folder.resolve()
     for entry in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if entry.readlink() == folder.resolve():
+            if entry.readlink() == wanted:
                 return True
     return False
 

@@ -10,12 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_tide.machine import reset_peak, resident_bytes
 from megatron_tide.models.sections import Sections
-
-MATMUL = 2048  # of the square matrices whose product is timed
 
 
 class Parts:
@@ -62,17 +58,6 @@ def folder_bytes(*folders: Path) -> int:
     """Bytes that files in these folders take on disk; one may lie in another."""
     files = {path.resolve() for folder in folders for path in folder.rglob("*") if path.is_file()}
     return sum(file.stat().st_blocks * 512 for file in files)
-
-
-def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:
-    """Floating-point operations a second of a square product, the best of some."""
-    left, right = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds):
-        started = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - started)
-    return 2 * MATMUL**3 / best
 
 
 def sweep_operations(sections: Sections, shapes: list[tuple[int, int]], rows: int) -> float:

@@ -23,6 +23,7 @@ from megatron_tide.config import DistillConfig, parse
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.place import host_sections
 from megatron_tide.hosting.settings import DTYPES, hosting_settings
+from megatron_tide.machine import matmul_rate
 from megatron_tide.models import fresh_model, parameter_count, write_folder
 from megatron_tide.models.sections import sections_of
 from megatron_tide.train import checkpoint, setup
@@ -33,7 +34,6 @@ from megatron_tide.train.world import join_world, leave_world
 from recipes.fullsize.measure import (
     Parts,
     folder_bytes,
-    matmul_rate,
     stop_above,
     sweep_operations,
 )
