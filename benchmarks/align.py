@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
         # Cut by tokens, then encode what they spell: whole texts for both sides.
         text = student.decode(student.encode(whole[start:])[: args.tokens])
         sides.append((student.encode(text), teacher.encode(text)))
-    pieces = [[tok.token_bytes(index) or b"" for index in range(tok.vocab_size)] for tok in (student, teacher)]
+    pieces = [[tok.id_to_bytes(index) or b"" for index in range(tok.vocab_size)] for tok in (student, teacher)]
     tables = [ByteTable(side) for side in pieces]
 
     def plain() -> list[tuple[np.ndarray, np.ndarray, int]]:

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.machine import machine, reset_peak, resident_bytes, versions
+from megatron_tide.machine import machine, reset_peak, rss_bytes, versions
 
 
 def report(name: str, figures: Mapping[str, Any], json_path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -65,9 +65,9 @@ def peak_extra(way: Callable[[], object]) -> int:
         reset_peak()
     except OSError as error:
         raise ValueError(f"{error.filename}: this benchmark measures memory on Linux only ({error.strerror})") from None
-    before = resident_bytes()
+    before = rss_bytes()
     way()
-    return resident_bytes("VmHWM") - before
+    return rss_bytes("VmHWM") - before
 
 
 def _readable(value: object) -> str:

@@ -32,16 +32,24 @@ from torch.nn.functional import silu
 from benchmarks.common import paired_seconds, report
 from megatron_tide import cli
 from megatron_tide.data.batch import Batch, Tokens
-from megatron_tide.diffusion import CONTEXTS, CompDemo, Noised, Synchronous, TeacherView, noise, view
+from megatron_tide.diffusion import (
+    ATTENTION_LAYOUTS,
+    ChunkMasking,
+    CompDemo,
+    DistillBatch,
+    TeacherLayout,
+    build_inputs,
+    noise,
+)
 from megatron_tide.ds_config import read_ds_config
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.zero3 import Zero3Teacher
+from megatron_tide.models.checkpoint_keys import checkpoint_table, keeps_precision, module_tensors
 from megatron_tide.models.experts import Experts
 from megatron_tide.models.families import meta_model
-from megatron_tide.models.sections import sections_of
+from megatron_tide.models.layer_specs import layer_specs_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.models.tables import checkpoint_table, keeps_precision, module_tensors
-from megatron_tide.train.world import join_world, leave_world
+from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "megatron_tide/models/configs/llada2_mini.json"
@@ -49,7 +57,7 @@ DEEPSPEED = ROOT / "ds_configs/teacher_zero3_nvme.json"
 PLAIN_BUFFERS = 8  # tensors of the plain way in memory: those at work, and several ahead
 PROMPT, T = 0.25, 0.5  # share of a sample, rate of masking
 SPREAD = 0.035  # weights are uniform within +-this: a standard deviation of 0.02
-GOLD = SimpleNamespace(needs_gold=True, needs_hidden=False)
+GOLD = SimpleNamespace(needs_target_logprobs=True, needs_hidden=False)
 AGREE = 0.05  # of the spread of log-probs
 SEED = 0
 
@@ -75,9 +83,9 @@ def write_teacher(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> i
     return total
 
 
-def make_window(config: dict[str, Any], micro_batches: int, samples: int, length: int) -> list[Noised]:
+def make_window(config: dict[str, Any], micro_batches: int, samples: int, length: int) -> list[DistillBatch]:
     """Micro-batches of random tokens, each a chunk of its own, as a CompDemo teacher with full context sees them."""
-    asked = TeacherView(CONTEXTS["full"], config["block_size"], config["mask_token_id"], CompDemo())
+    asked = TeacherLayout(ATTENTION_LAYOUTS["full"], config["block_size"], config["mask_token_id"], CompDemo())
     generator = torch.Generator().manual_seed(SEED)
     prompt, whole = int(length * PROMPT), torch.full((samples,), length)
     window = []
@@ -92,8 +100,10 @@ def make_window(config: dict[str, Any], micro_batches: int, samples: int, length
         keys = torch.arange(samples) + number * samples
         batch = Batch(keys=keys, student=tokens, teacher=tokens, chunks=whole - prompt)
         rate = torch.full((samples,), T, dtype=torch.float64)
-        drawn = noise(batch, seed=SEED, epoch=0, masking=Synchronous(), t=rate)
-        window.append(view(batch, drawn, student_block=asked.block, student_mask_id=asked.mask_id, teacher=asked))
+        drawn = noise(batch, seed=SEED, epoch=0, masking=ChunkMasking(), t=rate)
+        window.append(
+            build_inputs(batch, drawn, student_block=asked.block, student_mask_id=asked.mask_id, teacher=asked)
+        )
     return window
 
 
@@ -120,15 +130,15 @@ class PlainTeacher:
         self.engine, *_ = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)
 
     @torch.no_grad()
-    def score(self, window: list[Noised]) -> list[Tensor]:
+    def score(self, window: list[DistillBatch]) -> list[Tensor]:
         """Gold log-probs [R] of each micro-batch."""
         return [self._score(noised) for noised in window]
 
-    def _score(self, noised: Noised) -> Tensor:
+    def _score(self, noised: DistillBatch) -> Tensor:
         asked = noised.teacher
         assert asked is not None
         sequence, position = asked.rows // asked.input_ids.shape[1], asked.rows % asked.input_ids.shape[1]
-        mask = asked.pattern.dense()
+        mask = asked.attention.dense()
         gold = torch.empty(len(asked.rows))
         samples = len(noised.t)
         for start in (0, samples):
@@ -136,7 +146,7 @@ class PlainTeacher:
             logits = self.engine(asked.input_ids[half], mask[half], asked.position_ids[half]).logits
             mine = (sequence >= start) & (sequence < start + samples)
             rows = logits[sequence[mine] - start, position[mine]].float()
-            gold[mine] = rows.log_softmax(-1).gather(1, noised.teacher_gold[mine, None])[:, 0]
+            gold[mine] = rows.log_softmax(-1).gather(1, noised.teacher_targets[mine, None])[:, 0]
         return gold
 
 
@@ -178,8 +188,8 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         settings[folder] = read_ds_config(DEEPSPEED, "benchmarks/hosting.py")
         settings[folder]["zero_optimization"]["offload_param"]["nvme_path"] = str(disk / folder)
     teacher_bytes = write_teacher(source, config, dtype)
-    world = join_world()
-    sweep = Zero3Teacher(sections_of(source), ShardedFolder(source), dtype, GOLD, settings["ours"], world.device)
+    world = init_distributed()
+    sweep = Zero3Teacher(layer_specs_of(source), ShardedFolder(source), dtype, GOLD, settings["ours"], world.device)
     for path in source.iterdir():
         path.unlink()  # on disk are never more than two copies
     plain = PlainTeacher(config, dtype, settings["plain"])
@@ -206,18 +216,18 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         "tokens_for_compute_to_equal_disk": round(tokens * disk_seconds / our_seconds),
         "log_prob_difference_over_spread": difference,
         "tokens": tokens,
-        "scored_rows": sum(len(noised.teacher_gold) for noised in window),
+        "scored_rows": sum(len(noised.teacher_targets) for noised in window),
         "micro_batches": options.micro_batches,
         "plain_forwards": 2 * options.micro_batches,
         "shape": {name: config[name] for name in ("hidden_size", "num_hidden_layers", "num_experts", "vocab_size")},
     }
 
 
-def _difference(sweep: Zero3Teacher, plain: PlainTeacher, window: list[Noised]) -> float:
+def _difference(sweep: Zero3Teacher, plain: PlainTeacher, window: list[DistillBatch]) -> float:
     """Root of the mean squared difference of the two ways' log-probs, against their spread; AssertionError where it is
     no rounding. (In bf16 rounding may send a token to another expert, so single rows may differ by more.)
     """
-    ours = torch.cat([answer.gold_logp for answer in sweep.score(window)])  # type: ignore[misc]
+    ours = torch.cat([answer.target_logprobs for answer in sweep.score(window)])  # type: ignore[misc]
     theirs = torch.cat(plain.score(window))
     relative = ((ours - theirs).pow(2).mean().sqrt() / theirs.std()).item()
     if not relative < AGREE or not theirs.std() > AGREE:
@@ -308,7 +318,7 @@ def main(argv: list[str]) -> None:
     experts = expert_figures(options)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="hosting-") as disk:
         figures = sweep_figures(options, Path(disk))
-    leave_world()
+    destroy_distributed()
     report("hosting", {**figures, **experts, **common}, options.json)
 
 

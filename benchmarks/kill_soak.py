@@ -73,7 +73,7 @@ class Soak:
         return process.exitcode == 0
 
     def _newest_whole(self) -> Path | None:
-        return checkpoint.newest_whole(self.out, lambda line: None)
+        return checkpoint.newest_complete(self.out, lambda line: None)
 
     def _check(self, whole: Path | None, printed: str, status: int | None) -> None:
         """Compare where this life began with the newest checkpoint that was whole when the last one ended."""

@@ -30,9 +30,9 @@ from torch import Tensor
 from benchmarks.common import paired_seconds, peak_extra, report
 from megatron_tide import cli
 from megatron_tide.data.batch import Batch, Tokens
-from megatron_tide.diffusion import Noised, Synchronous, noise, staircase_mask, view
+from megatron_tide.diffusion import ChunkMasking, DistillBatch, build_inputs, noise, staircase_mask
 from megatron_tide.files import read_json
-from megatron_tide.models import fresh_model, gold_logp, masked_rows
+from megatron_tide.models import fresh_model, masked_hidden_states, target_logprobs
 
 CONFIG = Path(__file__).parents[1] / "megatron_tide/models/configs/qwen3_0.6b.json"
 SMALLER = {
@@ -50,7 +50,7 @@ SEED = 0
 Way = Callable[["Step"], Tensor]
 
 
-def make_batch(vocab: int, samples: int, length: int) -> tuple[Batch, Noised, Tensor]:
+def make_batch(vocab: int, samples: int, length: int) -> tuple[Batch, DistillBatch, Tensor]:
     """One-sided samples of random tokens, their student view, and the mask bool [B, S] behind it."""
     generator = torch.Generator().manual_seed(SEED)
     prompt, whole = int(length * PROMPT), torch.full((samples,), length)
@@ -62,14 +62,14 @@ def make_batch(vocab: int, samples: int, length: int) -> tuple[Batch, Noised, Te
         content_end=whole - 1,
     )
     batch = Batch(keys=torch.arange(samples), student=tokens, teacher=None, chunks=torch.zeros_like(whole))
-    drawn = noise(batch, seed=SEED, epoch=0, masking=Synchronous(), t=torch.full((samples,), T, dtype=torch.float64))
-    noised = view(batch, drawn, student_block=BLOCK, student_mask_id=vocab - 1, teacher=None)
+    drawn = noise(batch, seed=SEED, epoch=0, masking=ChunkMasking(), t=torch.full((samples,), T, dtype=torch.float64))
+    noised = build_inputs(batch, drawn, student_block=BLOCK, student_mask_id=vocab - 1, teacher=None)
     return batch, noised, drawn.student_masked
 
 
 def ours(step: Step) -> Tensor:
-    rows = masked_rows(step.model, step.noised.student)
-    logp = gold_logp(rows, step.model.head_weight, step.noised.student_gold)
+    rows = masked_hidden_states(step.model, step.noised.student)
+    logp = target_logprobs(rows, step.model.head_weight, step.noised.student_targets)
     return -(logp / step.noised.t[step.noised.student_sample]).sum() / step.noised.maskable
 
 
@@ -161,7 +161,7 @@ def figures(dtype: str, rounds: int) -> dict[str, Any]:
         "vocabulary": step.model.config.vocab_size,
         "shape": {"samples": SAMPLES, "length": LENGTH, **SMALLER},
         "masking": f"t = {T} over the last {1 - PROMPT:.0%} of every sample",
-        "masked_rows": len(step.noised.student_gold),
+        "masked_hidden_states": len(step.noised.student_targets),
         "our_positions": step.noised.student.input_ids.numel(),
         "plain_positions": 2 * SAMPLES * LENGTH,
     }

@@ -23,63 +23,65 @@ from megatron_tide.files import read_json
 from megatron_tide.presets import PRESETS
 
 
-def knob(default: Any, meaning: str, *, choices: tuple[str, ...] | None = None, decides: bool = True) -> Any:
+def flag(default: Any, meaning: str, *, choices: tuple[str, ...] | None = None, affects_loss: bool = True) -> Any:
     """A dataclass field that is also a command-line flag: its default, its meaning, its valid words."""
-    return field(default=default, metadata={"help": meaning, "choices": choices, "decides": decides})
+    return field(default=default, metadata={"help": meaning, "choices": choices, "decides": affects_loss})
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathsConfig:
     """What the run reads and where it writes."""
 
-    student: str = knob("", "folder (or hub name) of the model to train, in hub format")
-    teacher: str = knob(
-        "", "folder (or hub name) of the frozen teacher; not needed for --strategy bd3lm", decides=False
+    student: str = flag("", "folder (or hub name) of the model to train, in hub format")
+    teacher: str = flag(
+        "", "folder (or hub name) of the frozen teacher; not needed for --strategy bd3lm", affects_loss=False
     )
-    bridge: str = knob("", "folder made by `python -m megatron_tide.bridge`; not needed for bd3lm", decides=False)
-    data: str = knob("", "folder made by `python -m megatron_tide.data.prepare`", decides=False)
-    validation: str = knob("", "prepared folder to measure every --eval-every steps", decides=False)
-    out: str = knob("", "run folder: checkpoints, logs, run.json", decides=False)
-    trust_remote_code: bool = knob(False, "run Python code that comes with a model or tokenizer folder", decides=False)
+    bridge: str = flag("", "folder made by `python -m megatron_tide.bridge`; not needed for bd3lm", affects_loss=False)
+    data: str = flag("", "folder made by `python -m megatron_tide.data.prepare`", affects_loss=False)
+    validation: str = flag("", "prepared folder to measure every --eval-every steps", affects_loss=False)
+    out: str = flag("", "run folder: checkpoints, logs, run.json", affects_loss=False)
+    trust_remote_code: bool = flag(
+        False, "run Python code that comes with a model or tokenizer folder", affects_loss=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     """Which objective listens to the teacher, how strongly, what the teacher sees; None = what the strategy says."""
 
-    strategy: str = knob(
+    strategy: str = flag(
         "tide-cross",
         "the paper's name; the switches below override its parts",
         choices=("bd3lm", "calm", "tide-cross", "tide-shared", "kl", "reverse-kl", "bernoulli-kl", "tide-bridge"),
     )
-    chunk_objective: str | None = knob(
+    chunk_objective: str | None = flag(
         None, "on chunk likelihoods", choices=("none", "calm", "reverse_calm", "bernoulli_kl")
     )
-    distribution_objective: str | None = knob(
+    distribution_objective: str | None = flag(
         None,
         "on whole distributions, where the tokenizers agree one to one",
         choices=("none", "forward_kl", "reverse_kl"),
     )
-    temperature: float = knob(2.0, "T of every distillation objective")
-    distill_weight: float = knob(1.0, "weight of the distillation loss beside the denoising loss")
-    tidal: str | None = knob(
+    temperature: float = flag(2.0, "T of every distillation objective")
+    distill_weight: float = flag(1.0, "weight of the distillation loss beside the denoising loss")
+    tidal: str | None = flag(
         None, "TIDAL: mix the target, or weight the loss, by lambda(progress, t)", choices=("off", "mix", "weight")
     )
-    tidal_axes: str = knob("both", "what lambda follows", choices=("both", "training", "timestep"))
-    tidal_ramp: str = knob("cosine", "lambda over training progress", choices=("cosine", "linear"))
-    tidal_init: float = knob(0.1, "lambda at the start of training")
-    tidal_peak: float = knob(0.9, "lambda at the end of training")
-    tidal_midrange: bool = knob(False, "weigh samples by exp(-(t - 0.5)^2 / (2 * 0.15^2))")
-    compdemo: bool | None = knob(None, "two complementary teacher passes, each with half of the masks revealed")
-    compdemo_ratio: float = knob(0.5, "share of the masks in the first half")
-    compdemo_split: str = knob("bernoulli", "how the halves are drawn", choices=("bernoulli", "exact"))
-    compdemo_unit: str = knob("chunk", "what is dealt to the halves", choices=("chunk", "token"))
-    masking: str = knob(
+    tidal_axes: str = flag("both", "what lambda follows", choices=("both", "training", "timestep"))
+    tidal_ramp: str = flag("cosine", "lambda over training progress", choices=("cosine", "linear"))
+    tidal_init: float = flag(0.1, "lambda at the start of training")
+    tidal_peak: float = flag(0.9, "lambda at the end of training")
+    tidal_midrange: bool = flag(False, "weigh samples by exp(-(t - 0.5)^2 / (2 * 0.15^2))")
+    compdemo: bool | None = flag(None, "two complementary teacher passes, each with half of the masks revealed")
+    compdemo_ratio: float = flag(0.5, "share of the masks in the first half")
+    compdemo_split: str = flag("bernoulli", "how the halves are drawn", choices=("bernoulli", "exact"))
+    compdemo_unit: str = flag("chunk", "what is dealt to the halves", choices=("chunk", "token"))
+    masking: str = flag(
         "expand",
         "expand: draw tokens, then mask their whole chunks (published); synchronous: draw chunks",
         choices=("expand", "synchronous"),
     )
-    teacher_context: str = knob(
+    teacher_context: str = flag(
         "full", "what the teacher attends to (published: full)", choices=("full", "block_causal", "staircase")
     )
 
@@ -88,57 +90,59 @@ class StrategyConfig:
 class TeacherConfig:
     """Where the teacher lives."""
 
-    teacher_hosting: str = knob(
-        "resident",
-        "resident: whole on every rank; zero3: a share on each, gathered layer by layer; pipeline: some layers on each",
-        choices=("resident", "zero3", "pipeline"),
-        decides=False,
+    teacher_hosting: str = flag(
+        "replicated",
+        "replicated: complete on every rank; zero3: a share on each, gathered by layer; pipeline: some layers on each",
+        choices=("replicated", "zero3", "pipeline"),
+        affects_loss=False,
     )
-    teacher_deepspeed: str = knob(
+    teacher_deepspeed: str = flag(
         "",
         "DeepSpeed JSON of that hosting: ds_configs/teacher_*.json say where a share lies (GPU, host, disk), how many "
         "stages; empty: the hosting's plainest",
-        decides=False,
+        affects_loss=False,
     )
-    teacher_nvme: str = knob(
-        "", "folder on a fast local disk, for teacher_zero3_nvme.json; empty: what the file says", decides=False
+    teacher_nvme: str = flag(
+        "", "folder on a fast local disk, for teacher_zero3_nvme.json; empty: what the file says", affects_loss=False
     )
-    skip_teacher_probe: bool = knob(
-        False, "do not check before step 1 that the teacher knows the data better than chance", decides=False
+    skip_teacher_probe: bool = flag(
+        False, "do not check before step 1 that the teacher knows the data better than chance", affects_loss=False
     )
-    skip_plan: bool = knob(
-        False, "start even where the plan (tools/plan.py) says that the run does not fit this machine", decides=False
+    skip_plan: bool = flag(
+        False,
+        "start even where the plan (tools/plan.py) says that the run does not fit this machine",
+        affects_loss=False,
     )
-    teacher_dtype: str = knob("bf16", "precision of the teacher's weights", choices=("bf16", "fp32"))
+    teacher_dtype: str = flag("bf16", "precision of the teacher's weights", choices=("bf16", "fp32"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The optimisation."""
 
-    epochs: float = knob(10.0, "passes over the data (ignored when --max-steps is given)")
-    max_steps: int = knob(0, "optimizer steps; 0 = as many as --epochs makes")
-    global_batch: int = knob(64, "samples per optimizer step, over all ranks")
-    micro_batch: int = knob(
-        4, "samples per forward on one rank; changes memory and speed, never the curve", decides=False
+    epochs: float = flag(10.0, "passes over the data (ignored when --max-steps is given)")
+    max_steps: int = flag(0, "optimizer steps; 0 = as many as --epochs makes")
+    global_batch_size: int = flag(64, "samples per optimizer step, over all ranks")
+    micro_batch_size: int = flag(
+        4, "samples per forward on one rank; changes memory and speed, never the curve", affects_loss=False
     )
-    lr: float = knob(5e-5, "peak learning rate")
-    warmup_ratio: float = knob(0.1, "share of the steps that warm up linearly")
-    min_lr_ratio: float = knob(0.0, "the cosine ends at this share of --lr")
-    weight_decay: float = knob(0.0, "AdamW's, on matrices only")
-    beta1: float = knob(0.9, "AdamW's")
-    beta2: float = knob(0.999, "AdamW's")
-    adam_eps: float = knob(1e-8, "AdamW's")
-    clip: float = knob(1.0, "clip the gradient's global norm; 0 = never")
-    precision: str = knob(
+    lr: float = flag(5e-5, "peak learning rate")
+    warmup_ratio: float = flag(0.1, "share of the steps that warm up linearly")
+    min_lr_ratio: float = flag(0.0, "the cosine ends at this share of --lr")
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
+    beta1: float = flag(0.9, "AdamW's")
+    beta2: float = flag(0.999, "AdamW's")
+    adam_eps: float = flag(1e-8, "AdamW's")
+    max_grad_norm: float = flag(1.0, "clip the gradient's global norm; 0 = never")
+    precision: str = flag(
         "bf16", "of the student's forward and backward; master weights are always fp32", choices=("bf16", "fp32")
     )
-    activation_checkpointing: bool = knob(
-        False, "recompute the student's layers in backward: less memory, a third more work", decides=False
+    activation_checkpointing: bool = flag(
+        False, "recompute the student's layers in backward: less memory, a third more work", affects_loss=False
     )
-    seed: int = knob(42, "of the data order and of the noise")
-    deepspeed: str = knob(
-        "ds_configs/zero1.json", "DeepSpeed JSON of the student: ZeRO stage, offload, communication", decides=False
+    seed: int = flag(42, "of the data order and of the noise")
+    deepspeed: str = flag(
+        "ds_configs/zero1.json", "DeepSpeed JSON of the student: ZeRO stage, offload, communication", affects_loss=False
     )
 
 
@@ -146,19 +150,19 @@ class TrainConfig:
 class SaveConfig:
     """Checkpoints, logs, resuming, giving up."""
 
-    save_every: int = knob(500, "steps between checkpoints; the last step is always saved", decides=False)
-    keep: int = knob(2, "how many checkpoints stay", decides=False)
-    resume: str = knob(
+    save_every: int = flag(500, "steps between checkpoints; the last step is always saved", affects_loss=False)
+    keep_last: int = flag(2, "how many checkpoints stay", affects_loss=False)
+    resume: str = flag(
         "auto",
         "auto: go on from the newest whole checkpoint in --out, or start; never: refuse a used --out; "
         "or a checkpoint folder",
-        decides=False,
+        affects_loss=False,
     )
-    log_every: int = knob(10, "steps between log lines and TensorBoard points", decides=False)
-    eval_every: int = knob(0, "steps between measurements on --validation; 0 = never", decides=False)
-    eval_samples: int = knob(256, "samples of --validation that are measured", decides=False)
-    stall_seconds: float = knob(
-        900.0, "a rank that does not move for so long ends the run, which names it", decides=False
+    log_every: int = flag(10, "steps between log lines and TensorBoard points", affects_loss=False)
+    eval_every: int = flag(0, "steps between measurements on --validation; 0 = never", affects_loss=False)
+    eval_samples: int = flag(256, "samples of --validation that are measured", affects_loss=False)
+    hang_timeout: float = flag(
+        900.0, "a rank that does not move for so long ends the run, which names it", affects_loss=False
     )
 
 
@@ -175,13 +179,13 @@ class DistillConfig:
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
 
-    def deciding(self) -> dict[str, Any]:
+    def loss_flags(self) -> dict[str, Any]:
         """The knobs that decide the curve, flat: what a resumed run must agree on."""
         return {name: value for name, (info, value) in _flat(self).items() if info.metadata["decides"]}
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.loss_flags(), sort_keys=True).encode()).hexdigest()
 
     def check(self) -> None:
         """Refuse what cannot run.
@@ -217,17 +221,17 @@ _RANGES = (
     ("compdemo_ratio", 0, 1),
     ("epochs", 1e-6, _INF),
     ("max_steps", 0, _INF),
-    ("global_batch", 1, _INF),
-    ("micro_batch", 1, _INF),
+    ("global_batch_size", 1, _INF),
+    ("micro_batch_size", 1, _INF),
     ("lr", 0, 1),
     ("warmup_ratio", 0, 1),
     ("min_lr_ratio", 0, 1),
     ("weight_decay", 0, 1),
     ("beta1", 0, 1),
     ("beta2", 0, 1),
-    ("clip", 0, _INF),
+    ("max_grad_norm", 0, _INF),
     ("save_every", 1, _INF),
-    ("keep", 1, _INF),
+    ("keep_last", 1, _INF),
     ("log_every", 1, _INF),
     ("eval_every", 0, _INF),
     ("eval_samples", 1, _INF),
@@ -352,6 +356,6 @@ def parse(argv: list[str], description: str) -> tuple[DistillConfig, argparse.Na
     own = {"preset", "config", "dry_run", "local_rank"}
     flags = {name: value for name, value in vars(arguments).items() if name not in own}
     from_file = read_config_file(arguments.config) if arguments.config else {}
-    config = from_flat({**PRESETS[arguments.preset].knobs, **from_file, **flags}, arguments.config or "command line")
+    config = from_flat({**PRESETS[arguments.preset].flags, **from_file, **flags}, arguments.config or "command line")
     config.check()
     return config, arguments

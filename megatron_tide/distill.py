@@ -28,50 +28,49 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     if arguments.dry_run:
         return dry_run(config)
-    from megatron_tide.train.world import join_world, leave_world
+    from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
-    world = join_world()
+    world = init_distributed()
     try:
         return train(config, world)
     finally:
-        leave_world()
+        destroy_distributed()
 
 
 def dry_run(config: DistillConfig) -> int:
     """Everything that can be checked without loading weights; prints the run."""
-    from megatron_tide.train.inputs import read_inputs
-    from megatron_tide.train.world import launched_ranks
+    from megatron_tide.train.distributed import launched_ranks
+    from megatron_tide.train.inputs import read_run_inputs
 
-    inputs = read_inputs(config, launched_ranks())
+    inputs = read_run_inputs(config, launched_ranks())
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
-    print(
-        f"dry run: {len(inputs.data)} samples, {inputs.total_steps} steps of {config.train.global_batch}; all is well"
-    )
+    steps = f"{inputs.total_steps} steps of {config.train.global_batch_size} samples"
+    print(f"dry run: {len(inputs.data)} samples, {steps}: OK")
     return 0
 
 
 def train(config: DistillConfig, world: Any) -> int:
     from megatron_tide.lock import locked
-    from megatron_tide.train import setup
-    from megatron_tide.train.inputs import read_inputs
+    from megatron_tide.train import build
+    from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.loop import Loop, StopRequest
-    from megatron_tide.train.watch import Watch
+    from megatron_tide.train.watchdog import HangWatchdog
 
     stop = StopRequest()
     stop.install()  # asked while models load: it ends before its first step
-    inputs = read_inputs(config, world.size)
+    inputs = read_run_inputs(config, world.size)
     out = Path(config.paths.out)
-    with locked(out, world), Watch(world, config.save.stall_seconds):
-        parts, windows = setup.build(config, inputs, world)
-        state = setup.starting_point(config, inputs, parts)
-        setup.probe(config, inputs, parts, windows, state)
+    with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
+        context, loader = build.build(config, inputs, world)
+        state = build.starting_point(config, inputs, context)
+        build.probe(config, inputs, context, loader, state)
         if world.is_main:
             write_json(out / "run.json", inputs.run)
-        measure = setup.measurement(config, inputs, parts)
-        state = Loop(config, parts, windows, inputs.run).train(state, stop, measure)
+        measure = build.measurement(config, inputs, context)
+        state = Loop(config, context, loader, inputs.run).train(state, stop, measure)
     finished = state.step == state.total_steps
     how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
-    world.say(f"step {state.step}/{state.total_steps}: {how} ({out})")
+    world.print_rank0(f"step {state.step}/{state.total_steps}: {how} ({out})")
     return 0 if finished else EXIT_STOPPED
 
 

@@ -91,7 +91,7 @@ def locked(folder: Path, world: Any) -> Iterator[None]:
                 held.enter_context(RunLock(folder))
             except ValueError as error:
                 refusal = str(error)
-        refusal = world.share_from_main(refusal)
+        refusal = world.broadcast_object(refusal)
         if refusal is not None:
             raise ValueError(refusal)
         yield

@@ -52,7 +52,7 @@ def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:
     return 2 * MATMUL**3 / best
 
 
-def resident_bytes(field: str = "VmRSS") -> int:
+def rss_bytes(field: str = "VmRSS") -> int:
     """A memory field of /proc/self/status in bytes; ``VmHWM`` is the peak since the start or ``reset_peak``."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

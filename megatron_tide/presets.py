@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Preset:
     meaning: str
-    knobs: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
 PRESETS: dict[str, Preset] = {

@@ -160,11 +160,11 @@ distil() {
   stage "train-$(basename "$out")" "${LAUNCH[@]}" -m megatron_tide.distill --out "$out" "$@"
 }
 
-# hosting: the flags that HOSTING (a file ds_configs/teacher_$HOSTING.json, or "resident") and TEACHER_NVME stand for,
+# hosting: the flags that HOSTING (a file ds_configs/teacher_$HOSTING.json, or "replicated") and TEACHER_NVME stand for,
 # in the array TEACHER_FLAGS.
 hosting() {
   TEACHER_FLAGS=()
-  [[ ${HOSTING:-resident} != resident ]] || return 0
+  [[ ${HOSTING:-replicated} != replicated ]] || return 0
   TEACHER_FLAGS=(--teacher-hosting "${HOSTING%%_*}" --teacher-deepspeed "ds_configs/teacher_$HOSTING.json")
   [[ -z ${TEACHER_NVME:-} ]] || TEACHER_FLAGS+=(--teacher-nvme "$TEACHER_NVME")
 }

@@ -2,7 +2,7 @@
 # LLaDA2.0-mini (16B mixture of experts, own tokenizer) -> Qwen3-0.6B block diffusion student, TIDE-Cross.
 #
 # You get:   runs/distill_16b_to_0.6b/hf, a Hugging Face folder of the student, with a model card.
-# Machine:   one GPU of 80 GB is enough (HOSTING=resident: a bf16 copy of the teacher, 32.5 GB, beside the student on each);
+# Machine:   one GPU of 80 GB is enough (HOSTING=replicated: a bf16 copy of the teacher, 32.5 GB, beside the student on each);
 #            smaller GPUs: HOSTING=zero3, zero3_cpu, zero3_nvme or pipeline_8, see "you have -> set this" in README.md.
 #            N GPUs are up to N times faster and give the same curve.
 # Launch:    bash recipes/distill_16b_to_0.6b.sh                      every GPU of this machine
@@ -22,7 +22,7 @@ DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture,
 STRATEGY=${STRATEGY:-tide-cross}                                    # the table is in README.md
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 TEACHER_LENGTH=${TEACHER_LENGTH:-1024}
-HOSTING=${HOSTING:-resident}                                        # where the teacher lives; the table is in README.md
+HOSTING=${HOSTING:-replicated}                                        # where the teacher lives; the table is in README.md
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Python code that comes with the hub folders
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh

@@ -32,7 +32,7 @@ run=$RUNS/$NAME
 (($# == 0)) || fail "recipes/quickstart.sh takes --fresh or nothing, not '$1' (knobs are at its top)"
 setup_environment requirements.txt
 
-common=(--precision fp32 --global-batch 8 --micro-batch 8 --beta2 0.98 --seed "$SEED" --save-every 200 --keep 1 --log-every 20)
+common=(--precision fp32 --global-batch-size 8 --micro-batch-size 8 --beta2 0.98 --seed "$SEED" --save-every 200 --keep-last 1 --log-every 20)
 
 # pretrain WHO CORPUS STEPS LR: fresh weights + denoising only -> $run/WHO, a folder in hub format
 pretrain() {

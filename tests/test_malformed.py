@@ -17,7 +17,7 @@ import pytest
 from megatron_tide import cli, distill
 from megatron_tide.bridge import __main__ as bridge
 from megatron_tide.data import prepare
-from megatron_tide.train.checkpoint import CHECKSUMS, STATE, newest_whole
+from megatron_tide.train.checkpoint import CHECKSUMS, STATE, newest_complete
 from tests.support.chain import Chain
 from tests.support.lab import Lab, write_checkpoint
 from tools import convert_to_hf, evaluate, plan
@@ -122,8 +122,8 @@ CASES = {
     "config: a list": (RUN, with_config([]), "holds a JSON list, not an object"),
     "config: not text": (RUN, with_config(b"\xff\xfe\x00"), "run.json: not valid JSON"),
     "config: unknown knob": (RUN, with_config({"learning_rate": 1}), "unknown knob 'learning_rate'"),
-    "config: wrong type": (RUN, with_config({"clip": "high"}), "clip = 'high' must be float"),
-    "config: null": (RUN, with_config({"clip": None}), "clip = None must be float"),
+    "config: wrong type": (RUN, with_config({"max_grad_norm": "high"}), "max_grad_norm = 'high' must be float"),
+    "config: null": (RUN, with_config({"max_grad_norm": None}), "max_grad_norm = None must be float"),
     "config: a section that is a number": (RUN, with_config({"train": 3}), "train"),
     # DeepSpeed's JSON, the student's and the teacher's
     "deepspeed: not JSON": (RUN, with_deepspeed("{"), "ds.json: not valid JSON"),
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(lab_checkpoint, 
         shutil.copytree(lab_checkpoint, tmp_path / f"step-{step:08d}")
     spoil(tmp_path / "step-00000030")
     told: list[str] = []
-    found = newest_whole(tmp_path, told.append)
+    found = newest_complete(tmp_path, told.append)
     assert found is not None
     assert found.name == "step-00000020"
     (line,) = told

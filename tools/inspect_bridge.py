@@ -32,7 +32,7 @@ BREAKING = f"{NEWLINE}\n"  # a line of text stays a line of the terminal
 
 def show_side(tokenizer: TextTokenizer, ids: np.ndarray, chunk: np.ndarray, colour: bool) -> str:
     """One side of an aligned text: ids [n] with chunk ids [n]."""
-    pieces = [show_piece(piece, BREAKING) for piece in tokenizer.pieces(ids)]
+    pieces = [show_piece(piece, BREAKING) for piece in tokenizer.token_bytes(ids)]
     return "".join(
         _paint("|".join(pieces[place] for place in group), number, colour) for number, group in _runs(chunk.tolist())
     )

@@ -2,7 +2,7 @@
 
   python tools/plan.py                                                     the paper's pair, on this machine
   python tools/plan.py --gpus 8 --gpu-mem 24 --host-mem 256 --nvme 500     on another one
-  python tools/plan.py --gpus 1 --gpu-mem 24 --host-mem 64 --micro-batch 1 --activation-checkpointing
+  python tools/plan.py --gpus 1 --gpu-mem 24 --host-mem 64 --micro-batch-size 1 --activation-checkpointing
 
 Every knob of training may be given as the trainer takes it; those that cost memory count. Hostings that fit come
 first, the one expected fastest at the top. The trainer makes the same check before it starts. Exit status 1: nothing
@@ -106,8 +106,8 @@ def _head(job: Job, machine: Machine) -> list[str]:
             f"teacher  {job.teacher.parameters / 1e9:.3f} B, {precision[job.teacher_dtype]}; {job.teacher_length} "
             f"positions a sample{', twice (CompDemo)' if job.halves == 2 else ''}"
         )
-    batch = job.micro_batch * job.accumulation * job.ranks
-    step = f"{batch} samples: {job.ranks} rank(s) x {job.accumulation} micro-batches of {job.micro_batch}"
+    batch = job.micro_batch_size * job.accumulation * job.ranks
+    step = f"{batch} samples: {job.ranks} rank(s) x {job.accumulation} micro-batches of {job.micro_batch_size}"
     return [*lines, f"step     {step}"]
 
 

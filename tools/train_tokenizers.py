@@ -175,7 +175,7 @@ def read_messages(path: Path) -> list[str]:
                 texts.extend(message["content"] for message in json.loads(line)["messages"])
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 shape = '{"messages": [{"content": ...}]}'
-                raise ValueError(f"{path}: line {number} does not read as {shape}; mend it") from error
+                raise ValueError(f"{path}: line {number} does not read as {shape}; fix it") from error
     if not texts:
         raise ValueError(f"{path}: holds no messages to train on; check the path")
     return texts

@@ -1,16 +1,16 @@
 """Two tokenizers -> chunks: byte tables, alignment and the bridge artefact. Numpy, without torch."""
 
 from megatron_tide.bridge.align import TEXTS_AT_ONCE, align, align_batch, align_lengths
-from megatron_tide.bridge.artefact import Aligned, Bridge, Spelled, align_text, align_texts
+from megatron_tide.bridge.artefact import Aligned, Bridge, EncodedPair, align_text, align_texts
 from megatron_tide.bridge.loading import load_tokenizer
-from megatron_tide.bridge.tokenizer import Spelling, TextTokenizer
+from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 
 __all__ = [
     "TEXTS_AT_ONCE",
     "Aligned",
     "Bridge",
-    "Spelled",
-    "Spelling",
+    "EncodedPair",
+    "Encoding",
     "TextTokenizer",
     "align",
     "align_batch",

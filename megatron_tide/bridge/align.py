@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-UNCOVERED = -2
+UNALIGNED = -2
 """Chunk id of a token that no chunk covers."""
 
 TEXTS_AT_ONCE = 16
@@ -91,7 +91,7 @@ def align_ends(
     """Align two sides that agree on their first ``head`` and last ``tail`` bytes only.
 
     Returns ``(student_chunk, teacher_chunk, n_chunks, covered_bytes)``; tokens between the last common boundary of the
-    head and the first one of the tail get UNCOVERED. ``head + tail`` may exceed neither side's sum.
+    head and the first one of the tail get UNALIGNED. ``head + tail`` may exceed neither side's sum.
     """
     ends = [np.cumsum(side, dtype=np.int64) for side in (student_len, teacher_len)]
     totals = [int(end[-1]) if len(end) else 0 for end in ends]
@@ -107,7 +107,7 @@ def align_ends(
         int(np.searchsorted(end - side, total - rest, "right")) - 1 if rest else len(end)
         for end, side, total in zip(ends, (student_len, teacher_len), totals)
     ]
-    sides = [np.full(len(end), UNCOVERED, dtype=np.int32) for end in ends]
+    sides = [np.full(len(end), UNALIGNED, dtype=np.int32) for end in ends]
     chunks = 0
     for spans in ([slice(0, stop_at) for stop_at in first], [slice(start_at, None) for start_at in last]):
         *found, count = align_lengths(student_len[spans[0]], teacher_len[spans[1]])

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from megatron_tide.bridge.align import TEXTS_AT_ONCE, align_batch, align_ends, common_prefix
-from megatron_tide.bridge.tokenizer import Spelling, TextTokenizer
+from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
 from megatron_tide.files import atomic_write, write_json
 from megatron_tide.files import fingerprint as fingerprint_of
@@ -34,17 +34,17 @@ _DECIDES = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
 
 
 @dataclass(frozen=True)
-class Spelled:
+class EncodedPair:
     """A text's tokens on both sides, not aligned yet."""
 
     text: str
-    student: Spelling
-    teacher: Spelling
+    student: Encoding
+    teacher: Encoding
 
     @classmethod
-    def of(cls, student: TextTokenizer, teacher: TextTokenizer, text: str) -> Spelled:
+    def of(cls, student: TextTokenizer, teacher: TextTokenizer, text: str) -> EncodedPair:
         """Tokenise ``text``, ordinary text without special tokens; ValueError where a tokenizer refuses it."""
-        return cls(text, student.spell(text), teacher.spell(text))
+        return cls(text, student.encode_with_bytes(text), teacher.encode_with_bytes(text))
 
 
 @dataclass(frozen=True)
@@ -199,21 +199,21 @@ class Bridge:
                 "spell one text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
             )
 
-    def spell(self, text: str) -> Spelled:
+    def encode_with_bytes(self, text: str) -> EncodedPair:
         """Tokenise ``text`` on both sides: ordinary text, no special tokens. ValueError where a side refuses it."""
-        return Spelled.of(*self._checked(), text)
+        return EncodedPair.of(*self._checked(), text)
 
-    def align(self, spelled: Sequence[Spelled]) -> list[Aligned]:
+    def align(self, encodings: Sequence[EncodedPair]) -> list[Aligned]:
         """Align texts, in order; a call costs least a text with TEXTS_AT_ONCE of them.
 
         Where the two sides spell different bytes (one normalises, or has no token for a character), chunks cover the
         longest common beginning and end. A shared tokenizer's tokens are one chunk each.
         """
-        return align_spelled(*self._checked(), spelled, same=self.shared)
+        return align_encodings(*self._checked(), encodings, same=self.shared)
 
     def align_texts(self, texts: Iterable[str]) -> list[Aligned]:
-        """``spell`` and ``align``."""
-        return self.align([self.spell(text) for text in texts])
+        """``encode_with_bytes`` and ``align``."""
+        return self.align([self.encode_with_bytes(text) for text in texts])
 
     def align_text(self, text: str) -> Aligned:
         """``align_texts`` of one text."""
@@ -234,16 +234,16 @@ def align_texts(
     student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str], *, same: bool = False
 ) -> list[Aligned]:
     """``Bridge.align_texts`` for two tokenizers without a bridge. ``same``: an id means the same on both sides."""
-    return align_spelled(student, teacher, [Spelled.of(student, teacher, text) for text in texts], same=same)
+    return align_encodings(student, teacher, [EncodedPair.of(student, teacher, text) for text in texts], same=same)
 
 
-def align_spelled(
-    student: TextTokenizer, teacher: TextTokenizer, spelled: Sequence[Spelled], *, same: bool = False
+def align_encodings(
+    student: TextTokenizer, teacher: TextTokenizer, encodings: Sequence[EncodedPair], *, same: bool = False
 ) -> list[Aligned]:
     """``Bridge.align`` for two tokenizers without a bridge. ``same``: an id means the same on both sides."""
     aligned: dict[int, Aligned] = {}
     agreeing: list[int] = []
-    for place, both in enumerate(spelled):
+    for place, both in enumerate(encodings):
         left, right = both.student, both.teacher
         if same and np.array_equal(left.ids, right.ids):
             # Token by token, so that one without bytes of its own (a lone dummy prefix) is a chunk too.
@@ -257,15 +257,15 @@ def align_spelled(
             agreeing.append(place)
         else:
             aligned[place] = _align_ends(left, right, [raw] if skipping else [])
-    student_lens = [spelled[place].student.lengths for place in agreeing]
-    teacher_lens = [spelled[place].teacher.lengths for place in agreeing]
+    student_lens = [encodings[place].student.lengths for place in agreeing]
+    teacher_lens = [encodings[place].teacher.lengths for place in agreeing]
     for place, chunks in zip(agreeing, align_batch(student_lens, teacher_lens)):
-        left, right = spelled[place].student, spelled[place].teacher
+        left, right = encodings[place].student, encodings[place].teacher
         aligned[place] = Aligned(left.ids, right.ids, *chunks, len(left.data), len(left.data))
-    return [aligned[place] for place in range(len(spelled))]
+    return [aligned[place] for place in range(len(encodings))]
 
 
-def _align_ends(left: Spelling, right: Spelling, said: Sequence[bytes]) -> Aligned:
+def _align_ends(left: Encoding, right: Encoding, said: Sequence[bytes]) -> Aligned:
     """Chunks of the beginning and the end that both sides share with each other, and with what was ``said``."""
     strings = [right.data, *said]
     total = max(len(string) for string in (left.data, *strings))
@@ -275,8 +275,8 @@ def _align_ends(left: Spelling, right: Spelling, said: Sequence[bytes]) -> Align
     return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, covered, total)
 
 
-def _unspelled(left: Spelling, right: Spelling, student: TextTokenizer, teacher: TextTokenizer) -> bool:
-    return bool(student.spells_nothing(left.ids).any() or teacher.spells_nothing(right.ids).any())
+def _unspelled(left: Encoding, right: Encoding, student: TextTokenizer, teacher: TextTokenizer) -> bool:
+    return bool(student.has_no_bytes(left.ids).any() or teacher.has_no_bytes(right.ids).any())
 
 
 def _measure(

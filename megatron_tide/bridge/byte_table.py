@@ -77,7 +77,7 @@ class ByteTable:
         """int64 byte lengths, shape of ``ids``: the type that numpy accumulates and indexes without a conversion."""
         return self.length.take(ids)
 
-    def spell(self, ids: np.ndarray) -> bytes:
+    def encode_with_bytes(self, ids: np.ndarray) -> bytes:
         """The bytes that ``ids`` [n] spell together, gathered without a loop over tokens."""
         lengths = self.length[ids]
         ends = np.cumsum(lengths)

@@ -28,7 +28,7 @@ class Codec(Protocol):
 
     strings: list[str | None]
     """[V] vocabulary strings, None for ids that do not exist."""
-    spelled: list[bytes | None]
+    token_bytes: list[bytes | None]
     """[V] bytes of each id; None for special, unknown and missing ids."""
     added: dict[str, int]
     """Tokens added to the model's own vocabulary, special or not."""
@@ -70,7 +70,7 @@ class FastCodec:
         if unknown is None and spec["model"].get("unk_id") is not None:
             unknown = self.strings[spec["model"]["unk_id"]]
         self.unknown = vocabulary.get(unknown)
-        self.spelled = self._spell(_scheme(spec))
+        self.token_bytes = self._spell(_scheme(spec))
         self._text = _text_only(spec, self.special)
         self.core = _digest({key: spec[key] for key in ("normalizer", "pre_tokenizer", "model")})
 
@@ -82,10 +82,10 @@ class FastCodec:
 
     def _spell(self, scheme: Any) -> list[bytes | None]:
         silent = {*self.special.values(), self.unknown}
-        spelled = [None if token is None else scheme(token) for token in self.strings]
+        token_bytes = [None if token is None else scheme(token) for token in self.strings]
         for token, index in self.added.items():
-            spelled[index] = token.encode("utf-8")
-        return [None if index in silent else piece for index, piece in enumerate(spelled)]
+            token_bytes[index] = token.encode("utf-8")
+        return [None if index in silent else piece for index, piece in enumerate(token_bytes)]
 
 
 class SentencePieceCodec:
@@ -112,7 +112,7 @@ class SentencePieceCodec:
         silent |= {ids[token] for token in named if token in ids} | {unknown, *added.values()}
         self.added = dict(added)
         self.special = {token: index for token, index in ids.items() if index in silent}
-        self.spelled = [
+        self.token_bytes = [
             None if token is None or index in silent else metaspace_bytes(token)
             for index, token in enumerate(self.strings)
         ]

@@ -12,7 +12,7 @@ import sentencepiece
 
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.tiktoken import read_tiktoken
-from megatron_tide.bridge.tokenizer import Source, TextTokenizer
+from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
 from megatron_tide.files import read_json
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
@@ -150,7 +150,7 @@ def _wrap_hugging_face(
     template = raw.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
-    source = Source(
+    source = TokenizerSource(
         name=name, path=path, files=files, roles=roles, chat_template=template, load_arguments=arguments, raw=raw
     )
     return TextTokenizer(codec, source)
@@ -176,7 +176,7 @@ def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> T
     if model.parent / _TEMPLATE in files:
         template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
     codec = SentencePieceCodec(processor, added, roles.values())
-    source = Source(
+    source = TokenizerSource(
         name=name,
         path=model if model.name != _SENTENCEPIECE else model.parent,
         files=tuple(files),

@@ -37,9 +37,9 @@ def _texts(path: Path) -> Iterator[str]:
         try:
             contents = [turn["content"] for turn in messages or () if turn["role"] == "assistant"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: row {number} has messages without role and content; mend the data") from error
+            raise ValueError(f"{path}: row {number} has messages without role and content; fix the data") from error
         if not all(isinstance(content, str) for content in contents):
-            raise ValueError(f"{path}: row {number} has an assistant's content that is no string; mend the data")
+            raise ValueError(f"{path}: row {number} has an assistant's content that is no string; fix the data")
         yield from filter(None, contents)
 
 
@@ -49,7 +49,7 @@ def _jsonl(path: Path) -> Iterable[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON ({error.msg}); mend the data") from error
+                raise ValueError(f"{path}: line {number} is not valid JSON ({error.msg}); fix the data") from error
 
 
 def _parquet(path: Path) -> Iterable[Any]:

@@ -94,7 +94,7 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
         try:
             settings = json.loads(beside.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{beside}: is not valid JSON ({error}); mend the settings") from error
+            raise ValueError(f"{beside}: is not valid JSON ({error}); fix the settings") from error
         if not isinstance(settings, dict) or "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
             raise ValueError(f"{beside}: must be an object with a pattern, and of {sorted(SETTINGS_KEYS)} only")
         if settings.get("normalizer") not in NORMALIZERS:
@@ -113,7 +113,7 @@ def _regex(pattern: str, file: Path) -> tokenizers.Regex:
         return tokenizers.Regex(pattern)
     except Exception as error:
         # tokenizers has no narrower type for it.
-        raise ValueError(f"{file}: the pattern of its settings is no regular expression ({error}); mend it") from error
+        raise ValueError(f"{file}: the pattern of its settings is no regular expression ({error}); fix it") from error
 
 
 def _bpe(ranks: dict[bytes, int]) -> models.BPE:

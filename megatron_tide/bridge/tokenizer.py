@@ -20,7 +20,7 @@ ROLES = ("mask", "eos", "pad")
 
 
 @dataclass(frozen=True)
-class Spelling:
+class Encoding:
     """A text's tokens: ``ids`` int32 [n], ``lengths`` int64 [n] in bytes, ``data`` the bytes they spell together."""
 
     ids: np.ndarray
@@ -29,7 +29,7 @@ class Spelling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class TokenizerSource:
     """Where a tokenizer came from, and what stands beside its vocabulary: enough to load, save or describe it again."""
 
     name: str
@@ -45,10 +45,10 @@ class Source:
 class TextTokenizer:
     """A tokenizer of any supported kind (see ``load_tokenizer``)."""
 
-    def __init__(self, codec: Codec, source: Source) -> None:
+    def __init__(self, codec: Codec, source: TokenizerSource) -> None:
         self._codec = codec
         self._source = source
-        self._table = ByteTable(codec.spelled)
+        self._table = ByteTable(codec.token_bytes)
         self._forbidden = np.zeros(len(self._table), dtype=bool)
         self._forbidden[[index for index in codec.special.values() if index != codec.unknown]] = True
         ids = {token: index for index, token in enumerate(codec.strings) if token is not None}
@@ -57,7 +57,7 @@ class TextTokenizer:
         if mask.isdecimal():
             self._roles["mask"] = self._unused(int(mask))
         self._roles.setdefault("pad", self._roles.get("eos", -1))
-        probes = [self._table.spell(np.array(codec.encode(text), dtype=np.int32)) for text in ("a", " a")]
+        probes = [self._table.encode_with_bytes(np.array(codec.encode(text), dtype=np.int32)) for text in ("a", " a")]
         self._prefixes = probes[0].startswith(b" ")
         self._prefixes_always = probes[1].startswith(b"  ")
         self._fingerprint: str | None = None
@@ -151,35 +151,35 @@ class TextTokenizer:
         """
         # Ids past the vocabulary exist in models (padded embeddings) and spell nothing.
         known = [int(index) for index in ids if 0 <= index < self.vocab_size]
-        pieces = self.pieces(known)
+        token_bytes = self.token_bytes(known)
         if not skip_special:
             strings = {index: token.encode("utf-8") for token, index in self._codec.special.items()}
-            pieces = [strings.get(index, piece) for index, piece in zip(known, pieces)]
-        return b"".join(pieces).decode("utf-8", errors="replace")
+            token_bytes = [strings.get(index, piece) for index, piece in zip(known, token_bytes)]
+        return b"".join(token_bytes).decode("utf-8", errors="replace")
 
-    def pieces(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
+    def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
         """The bytes each token spells in this sequence: joined, the text's bytes. Special tokens spell none.
 
         A tokenizer that writes a space before every text (SentencePiece's dummy prefix) has it taken off the first
         token.
         """
-        pieces = [self._table.of(int(index)) or b"" for index in ids]
-        if pieces and self._prefixes and pieces[0][:1] == b" ":
-            pieces[0] = pieces[0][1:]
-        return pieces
+        token_bytes = [self._table.of(int(index)) or b"" for index in ids]
+        if token_bytes and self._prefixes and token_bytes[0][:1] == b" ":
+            token_bytes[0] = token_bytes[0][1:]
+        return token_bytes
 
     def byte_lengths(self, ids: np.ndarray) -> np.ndarray:
-        """int32 [n] byte lengths of a whole encoded text's tokens: ``pieces`` without the bytes, and without a loop."""
+        """int32 [n] byte lengths of a whole encoded text's tokens, as ``token_bytes`` has them; no loop."""
         lengths = self._table.lengths(ids)
         if len(ids) and self._prefixes and self._starts_with_space(ids):
             lengths[0] -= 1
         return lengths.astype(np.int32)
 
-    def token_bytes(self, token: int) -> bytes | None:
+    def id_to_bytes(self, token: int) -> bytes | None:
         """Bytes of one id, wherever it stands; None for special, unknown and missing ids."""
         return self._table.of(token) if 0 <= token < self.vocab_size else None
 
-    def token_string(self, token: int) -> str | None:
+    def id_to_token(self, token: int) -> str | None:
         """The vocabulary's own string of one id; None for a missing id."""
         return self._codec.strings[token] if 0 <= token < self.vocab_size else None
 
@@ -189,17 +189,17 @@ class TextTokenizer:
         ordinary[list(self._codec.added.values())] = False
         return ordinary
 
-    def spell(self, text: str) -> Spelling:
+    def encode_with_bytes(self, text: str) -> Encoding:
         """Encode ordinary text and say which bytes the tokens spell: equal to the text's unless it was normalised."""
         ids = self.encode(text)
-        lengths, data = self._table.lengths(ids), self._table.spell(ids)
+        lengths, data = self._table.lengths(ids), self._table.encode_with_bytes(ids)
         prefixed = self._prefixes_always or (self._prefixes and not text.startswith(" "))
         if len(ids) and prefixed and self._starts_with_space(ids):
             lengths[0] -= 1
             data = data[1:]
-        return Spelling(ids, lengths, data)
+        return Encoding(ids, lengths, data)
 
-    def spells_nothing(self, ids: np.ndarray) -> np.ndarray:
+    def has_no_bytes(self, ids: np.ndarray) -> np.ndarray:
         """Bool [n]: tokens without bytes, such as the unknown token."""
         return ~self._table.known[ids]
 

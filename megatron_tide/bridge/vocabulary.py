@@ -43,16 +43,16 @@ def map_vocabularies(
 
 
 def _meaning(tokenizer: TextTokenizer, index: int) -> tuple[bytes | None, str | None]:
-    spelled = tokenizer.token_bytes(index)
-    return spelled, tokenizer.token_string(index) if spelled is None else None
+    spelled = tokenizer.id_to_bytes(index)
+    return spelled, tokenizer.id_to_token(index) if spelled is None else None
 
 
 def _by_bytes(tokenizer: TextTokenizer) -> dict[bytes, int]:
     chosen: dict[bytes, int] = {}
     ordinary = np.flatnonzero(tokenizer.is_ordinary()).tolist()
-    fallback = {index: is_byte_piece(tokenizer.token_string(index) or "") for index in ordinary}
+    fallback = {index: is_byte_piece(tokenizer.id_to_token(index) or "") for index in ordinary}
     for index in sorted(ordinary, key=lambda index: (fallback[index], index)):
-        spelled = tokenizer.token_bytes(index)
+        spelled = tokenizer.id_to_bytes(index)
         if spelled:
             chosen.setdefault(spelled, index)
     return chosen

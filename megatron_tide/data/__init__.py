@@ -5,8 +5,8 @@ bridge), ``prepare`` turns them, once, into an aligned, checksummed folder; ``st
 folder step by step. Only ``batch`` needs torch.
 """
 
-from megatron_tide.data.order import GlobalOrder
-from megatron_tide.data.shard import PROMPT, UNCOVERED, Sample, Side
-from megatron_tide.data.store import PreparedData, Stats
+from megatron_tide.data.prepared import PreparedData, Stats
+from megatron_tide.data.sampler import DistributedBatchSampler
+from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
 
-__all__ = ["PROMPT", "UNCOVERED", "GlobalOrder", "PreparedData", "Sample", "Side", "Stats"]
+__all__ = ["PROMPT", "UNALIGNED", "DistributedBatchSampler", "PreparedData", "Sample", "Stats", "TokenizedSample"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_tide.data.shard import PROMPT, Sample, Side
-from megatron_tide.data.store import PreparedData
+from megatron_tide.data.prepared import PreparedData
+from megatron_tide.data.shard import PROMPT, Sample, TokenizedSample
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def read_batch(data: PreparedData, indices: Iterable[int]) -> Batch:
     )
 
 
-def _pad(sides: Sequence[Side], block: int, pad: int) -> Tokens:
+def _pad(sides: Sequence[TokenizedSample], block: int, pad: int) -> Tokens:
     lengths = [len(side.ids) for side in sides]
     width = -(-max(lengths) // block) * block
     ids = np.full((len(sides), width), pad, np.int64)

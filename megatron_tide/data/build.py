@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PrepareJob:
     """All that decides the shards: conversations, how to encode them, rows a shard; and the folder. ``settings``
     (JSON) describes the first three."""
 
@@ -56,7 +56,7 @@ class Job:
         return self.out / shard_name(number)
 
 
-def finished(job: Job, number: int) -> bool:
+def finished(job: PrepareJob, number: int) -> bool:
     """Whether shard ``number`` is there, whole, and made by this job (reads the file)."""
     try:
         shard = read_header(job.path(number))
@@ -65,7 +65,7 @@ def finished(job: Job, number: int) -> bool:
     return shard.record["settings"] == fingerprint(job.settings) and shard.record["number"] == number and shard.intact()
 
 
-def build_shard(job: Job, number: int, counter: Any = None) -> None:
+def build_shard(job: PrepareJob, number: int, counter: Any = None) -> None:
     """Encode the rows of a shard and write it. ``counter`` (a shared integer) goes up by the rows read."""
     samples: list[Sample] = []
     record: dict[str, Any] = {"settings": fingerprint(job.settings), "number": number, "example": None}
@@ -90,7 +90,7 @@ def build_shard(job: Job, number: int, counter: Any = None) -> None:
     write_shard(job.path(number), samples, record | {"totals": totals, "dropped": dropped})
 
 
-def _encode(job: Job, positions: range) -> list[Encoded | Dropped]:
+def _encode(job: PrepareJob, positions: range) -> list[Encoded | Dropped]:
     """What comes of the rows at ``positions`` of the mixture; those that are too long first, the others in order."""
     long: list[Encoded | Dropped] = []
     rows: list[tuple[int, list[Message]]] = []
@@ -103,7 +103,7 @@ def _encode(job: Job, positions: range) -> list[Encoded | Dropped]:
     return long + job.encoder.encode_rows(rows)
 
 
-def build_missing(job: Job, missing: Sequence[int], workers: int) -> None:
+def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None:
     """Build the shards ``missing`` with ``workers`` processes, saying how far it is.
 
     Whatever stops it, finished shards stay; OSError (a full disk, a killed worker) says how many there are.
@@ -126,7 +126,7 @@ def build_missing(job: Job, missing: Sequence[int], workers: int) -> None:
         progress.close()
 
 
-def _in_turn(job: Job, missing: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _in_turn(job: PrepareJob, missing: Sequence[int]) -> Iterator[tuple[int, int]]:
     """(rows read so far, shards finished since the last time), again and again."""
     rows = 0
     for number in missing:
@@ -135,7 +135,7 @@ def _in_turn(job: Job, missing: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield rows, 1
 
 
-def _in_parallel(job: Job, missing: Sequence[int], workers: int) -> Iterator[tuple[int, int]]:
+def _in_parallel(job: PrepareJob, missing: Sequence[int], workers: int) -> Iterator[tuple[int, int]]:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     with _pool(workers, context, (job, counter)) as pool:
@@ -150,7 +150,7 @@ def _in_parallel(job: Job, missing: Sequence[int], workers: int) -> Iterator[tup
 
 
 @contextmanager
-def _pool(workers: int, context: Any, job: tuple[Job, Any]) -> Iterator[ProcessPoolExecutor]:
+def _pool(workers: int, context: Any, job: tuple[PrepareJob, Any]) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(workers, context, _start_worker, job)
     try:
         yield pool
@@ -158,10 +158,10 @@ def _pool(workers: int, context: Any, job: tuple[Job, Any]) -> Iterator[ProcessP
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_job: tuple[Job, Any] | None = None  # of a worker process, set once when it starts
+_job: tuple[PrepareJob, Any] | None = None  # of a worker process, set once when it starts
 
 
-def _start_worker(job: Job, counter: Any) -> None:
+def _start_worker(job: PrepareJob, counter: Any) -> None:
     global _job
     _job = job, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means

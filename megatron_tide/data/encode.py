@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.bridge import Aligned, Bridge, Spelled, TextTokenizer
+from megatron_tide.bridge import Aligned, Bridge, EncodedPair, TextTokenizer
 from megatron_tide.data.chat import Message, split_response
-from megatron_tide.data.shard import PROMPT, UNCOVERED, Sample, Side
+from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
 
 NO_ROOM = "no response chunk fits"
 REFUSED = "refused by a tokenizer or template"
@@ -24,7 +24,7 @@ Ids = NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideSettings:
+class TokenizerSettings:
     """A side's tokenizer, the longest sequence in tokens, and the block size its response is filled up to."""
 
     tokenizer: TextTokenizer
@@ -79,15 +79,15 @@ class _Row:
 
     key: int
     prompts: Mapping[str, Ids]
-    response: Spelled
+    response: EncodedPair
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Turns conversations into samples. Without teacher and bridge the data are one-sided: nothing is aligned."""
 
-    student: SideSettings
-    teacher: SideSettings | None = None
+    student: TokenizerSettings
+    teacher: TokenizerSettings | None = None
     bridge: Bridge | None = None
 
     def encode_rows(self, rows: Sequence[tuple[int, list[Message]]]) -> list[Encoded | Dropped]:
@@ -109,9 +109,9 @@ class Encoder:
         prompt, response = split
         try:
             if self.teacher is None or self.bridge is None:
-                return _one_sided(key, self.student, _prompt(self.student, prompt), response)
+                return _student_only(key, self.student, _prompt(self.student, prompt), response)
             prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
-            return _Row(key, prompts, self.bridge.spell(response))
+            return _Row(key, prompts, self.bridge.encode_with_bytes(response))
         except ValueError as error:  # one odd conversation does not stop a mixture of millions; it is counted
             return Dropped(REFUSED, str(error))
 
@@ -125,9 +125,9 @@ class Encoder:
         complete = all(len(ids[name]) < room[name] for name in settings)  # one place is the EOS's
         if complete:
             end = aligned.n_chunks
-            rest = {"student": UNCOVERED, "teacher": end}  # the teacher's later EOS are masked with the end chunk
+            rest = {"student": UNALIGNED, "teacher": end}  # the teacher's later EOS are masked with the end chunk
             sides = {n: _complete(settings[n], prompts[n], ids[n], chunk[n], end, rest[n]) for n in settings}
-            chunks, spelled = end + 1, len(response.encode())
+            chunks, encodings = end + 1, len(response.encode())
         else:
             ends = {name: chunk_ends(chunk[name], aligned.n_chunks) for name in settings}
             chunks = min(int(np.searchsorted(ends[name], room[name], side="right")) for name in settings)
@@ -135,9 +135,9 @@ class Encoder:
                 return Dropped(NO_ROOM)
             kept = {name: int(ends[name][chunks - 1]) for name in settings}
             sides = {n: _cut(prompts[n], ids[n][: kept[n]], chunk[n][: kept[n]]) for n in settings}
-            spelled = _bytes(self.student, ids["student"], kept["student"])
+            encodings = _bytes(self.student, ids["student"], kept["student"])
         sample = Sample(
-            key=row.key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=spelled
+            key=row.key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=encodings
         )
         return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes)
 
@@ -150,30 +150,30 @@ def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:
     return ends
 
 
-def _one_sided(key: int, side: SideSettings, prompt: Ids, response: str) -> Encoded | Dropped:
+def _student_only(key: int, side: TokenizerSettings, prompt: Ids, response: str) -> Encoded | Dropped:
     ids = side.tokenizer.encode(response)
-    chunk = np.full(len(ids), UNCOVERED, np.int32)
+    chunk = np.full(len(ids), UNALIGNED, np.int32)
     room = side.length - len(prompt)
     total = len(response.encode())
     if len(ids) < room:
-        student, spelled = _complete(side, prompt, ids, chunk, UNCOVERED, UNCOVERED), total
+        student, encodings = _complete(side, prompt, ids, chunk, UNALIGNED, UNALIGNED), total
     elif room < 1:
         return Dropped(NO_ROOM)
     else:
-        student, spelled = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
-    sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=spelled)
+        student, encodings = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
+    sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=encodings)
     return Encoded(sample, len(ids) >= room, 0, total)
 
 
-def _prompt(side: SideSettings, messages: list[Message]) -> Ids:
+def _prompt(side: TokenizerSettings, messages: list[Message]) -> Ids:
     return side.tokenizer.encode_prompt(side.tokenizer.render(messages, add_generation_prompt=True))
 
 
-def _bytes(side: SideSettings, ids: Ids, kept: int) -> int:
+def _bytes(side: TokenizerSettings, ids: Ids, kept: int) -> int:
     return int(side.tokenizer.byte_lengths(ids)[:kept].sum())
 
 
-def _complete(side: SideSettings, prompt: Ids, ids: Ids, chunk: Ids, first: int, rest: int) -> Side:
+def _complete(side: TokenizerSettings, prompt: Ids, ids: Ids, chunk: Ids, first: int, rest: int) -> TokenizedSample:
     """A whole response: EOS up to the next multiple of the block size, at least one, so that a block model can stop.
 
     The first EOS is of chunk ``first``, the others of chunk ``rest``.
@@ -182,7 +182,7 @@ def _complete(side: SideSettings, prompt: Ids, ids: Ids, chunk: Ids, first: int,
     eos = side.block - content % side.block
     ends = np.full(eos, rest, np.int32)
     ends[0] = first
-    return Side(
+    return TokenizedSample(
         ids=np.concatenate([prompt, ids, np.full(eos, side.tokenizer.eos_id, np.int32)]),
         chunk=np.concatenate([np.full(len(prompt), PROMPT, np.int32), chunk, ends]),
         prompt=len(prompt),
@@ -190,9 +190,9 @@ def _complete(side: SideSettings, prompt: Ids, ids: Ids, chunk: Ids, first: int,
     )
 
 
-def _cut(prompt: Ids, ids: Ids, chunk: Ids) -> Side:
+def _cut(prompt: Ids, ids: Ids, chunk: Ids) -> TokenizedSample:
     """A response that goes on beyond the length: no EOS, for it is not over."""
-    return Side(
+    return TokenizedSample(
         ids=np.concatenate([prompt, ids]),
         chunk=np.concatenate([np.full(len(prompt), PROMPT, np.int32), chunk]),
         prompt=len(prompt),

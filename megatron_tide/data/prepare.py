@@ -22,12 +22,12 @@ from typing import Any
 
 from megatron_tide import cli
 from megatron_tide.bridge import Bridge, load_tokenizer
-from megatron_tide.data.build import Job, build_missing, finished
+from megatron_tide.data.build import PrepareJob, build_missing, finished
 from megatron_tide.data.chat import NO_ASSISTANT
-from megatron_tide.data.encode import Encoder, SideSettings
+from megatron_tide.data.encode import Encoder, TokenizerSettings
+from megatron_tide.data.prepared import FORMAT, MANIFEST
 from megatron_tide.data.shard import SIDES, read_header
 from megatron_tide.data.sources import Mixture, open_mixture
-from megatron_tide.data.store import FORMAT, MANIFEST
 from megatron_tide.files import fingerprint, read_json, sha256_file, sweep, write_json
 
 SETTINGS = "settings.json"
@@ -35,7 +35,7 @@ _LOCK = ".prepare.lock"
 _CALLED = ("student.name", "teacher.name", ".path")  # what a tokenizer or file is called does not change what it holds
 
 
-def prepare(job: Job, *, workers: int = 1, coverage_floor: float = 0.0, fresh: bool = False) -> dict[str, Any]:
+def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, fresh: bool = False) -> dict[str, Any]:
     """Build what is missing of a job's folder and return its manifest.
 
     ValueError when the folder was made with other settings, when no sample is left, or when less than
@@ -80,7 +80,7 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _claim(job: Job, fresh: bool) -> dict[str, Any]:
+def _claim(job: PrepareJob, fresh: bool) -> dict[str, Any]:
     """Make sure that the folder is this job's: empty, or begun with the same settings, or emptied (``fresh``).
 
     Returns the settings as the folder has them (they may call the same files by other names).
@@ -124,7 +124,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def _manifest(job: Job) -> dict[str, Any]:
+def _manifest(job: PrepareJob) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     dropped: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
@@ -149,7 +149,7 @@ def _manifest(job: Job) -> dict[str, Any]:
     return manifest | {"fingerprint": fingerprint(manifest)}
 
 
-def _check_outcome(job: Job, manifest: dict[str, Any], coverage_floor: float) -> None:
+def _check_outcome(job: PrepareJob, manifest: dict[str, Any], coverage_floor: float) -> None:
     counts, where = manifest["counts"], ", ".join(source.spec.path for source in job.mixture.sources)
     if not counts["kept"]:
         if counts["dropped"] == {NO_ASSISTANT: counts["read"]}:
@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
     encoder = _encoder(arguments)
     mixture = open_mixture(arguments.data)
     settings = settings_of(mixture, encoder, arguments.shard_rows, arguments.limit)
-    job = Job(
+    job = PrepareJob(
         mixture=mixture.limited(arguments.limit),
         encoder=encoder,
         shard_rows=arguments.shard_rows,
@@ -191,11 +191,11 @@ def _encoder(arguments: argparse.Namespace) -> Encoder:
         raise ValueError("--teacher and --bridge go together; without both the data are for training the student alone")
     trust = arguments.trust_remote_code
     student = load_tokenizer(arguments.student, mask_token=arguments.student_mask, trust_remote_code=trust)
-    side = SideSettings(tokenizer=student, length=arguments.student_length, block=arguments.student_block)
+    side = TokenizerSettings(tokenizer=student, length=arguments.student_length, block=arguments.student_block)
     if arguments.teacher is None:
         return Encoder(student=side)
     teacher = load_tokenizer(arguments.teacher, mask_token=arguments.teacher_mask, trust_remote_code=trust)
-    other = SideSettings(tokenizer=teacher, length=arguments.teacher_length, block=arguments.teacher_block)
+    other = TokenizerSettings(tokenizer=teacher, length=arguments.teacher_length, block=arguments.teacher_block)
     bridge = Bridge.load(arguments.bridge)
     bridge.check(student, teacher)
     return Encoder(student=side, teacher=other, bridge=bridge)

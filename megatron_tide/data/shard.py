@@ -6,7 +6,7 @@ Arrays of a shard of n samples (S and T are the shard's student and teacher toke
 name                  dtype   shape    meaning
 ====================  ======  =======  ======================================================================
 student_ids           int32   [S]      tokens of all samples, one sample after the other
-student_chunk         int32   [S]      chunk of each token; ``PROMPT`` or ``UNCOVERED`` where it has none
+student_chunk         int32   [S]      chunk of each token; ``PROMPT`` or ``UNALIGNED`` where it has none
 student_offsets       int64   [n+1]    where each sample starts in student_ids
 student_prompt        int32   [n]      number of prompt tokens
 student_content_end   int32   [n]      the last scored position: the first EOS, or a cut response's last token
@@ -32,7 +32,7 @@ from safetensors.numpy import save
 from megatron_tide.files import atomic_write, canonical
 
 PROMPT = -1
-UNCOVERED = -2
+UNALIGNED = -2
 
 Array = NDArray[Any]
 SIDES = ("student", "teacher")
@@ -44,7 +44,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class TokenizedSample:
     """One side of a sample: ``ids`` and ``chunk`` int32 [length], ``prompt`` tokens, ``content_end`` (inclusive)."""
 
     ids: NDArray[np.int32]
@@ -58,8 +58,8 @@ class Sample:
     """A conversation as both models read it. ``teacher`` is None in one-sided data (which has no chunks)."""
 
     key: int
-    student: Side
-    teacher: Side | None
+    student: TokenizedSample
+    teacher: TokenizedSample | None
     chunks: int
     response_bytes: int
 
@@ -76,7 +76,7 @@ def pack(samples: list[Sample]) -> dict[str, Array]:
         "response_bytes": np.array([s.response_bytes for s in samples], np.int32),
         "key": np.array([s.key for s in samples], np.int64),
     }
-    empty = Side(ids=np.zeros(0, np.int32), chunk=np.zeros(0, np.int32), prompt=0, content_end=0)
+    empty = TokenizedSample(ids=np.zeros(0, np.int32), chunk=np.zeros(0, np.int32), prompt=0, content_end=0)
     for name in SIDES:
         sides = [getattr(s, name) or empty for s in samples]
         for field in _PER_TOKEN:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.data.chat import Message, parse_messages
-from megatron_tide.data.rows import Rows, open_rows
+from megatron_tide.data.tables import Table, open_table
 from megatron_tide.files import fingerprint, read_json
 
 _CONTAINS = "contains"
@@ -78,17 +78,17 @@ class SourceSpec:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """An opened source: the rows that pass its filter. ``description`` says, for manifests, what was read."""
 
     spec: SourceSpec
-    rows: Rows
+    rows: Table
     selected: NDArray[np.int64]
 
     @classmethod
-    def open(cls, spec: SourceSpec, folder: Path) -> Source:
+    def open(cls, spec: SourceSpec, folder: Path) -> DataSource:
         """Open ``spec``; relative paths are looked for in ``folder``, then in the working directory."""
-        rows = open_rows(spec.path, folder, name=spec.name, split=spec.split, revision=spec.revision)
+        rows = open_table(spec.path, folder, name=spec.name, split=spec.split, revision=spec.revision)
         missing = sorted((set(spec.columns) | set(spec.filter)) - set(rows.columns))
         if missing and len(rows):
             raise ValueError(
@@ -128,7 +128,7 @@ class Source:
 class Mixture:
     """All positions of all sources: ``source`` and ``row`` say what stands there, ``key`` is its number for good."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[DataSource, ...]
     source: NDArray[np.int32]
     row: NDArray[np.int64]
     key: NDArray[np.int64]
@@ -151,12 +151,12 @@ class Mixture:
 
 def open_mixture(paths: Sequence[str]) -> Mixture:
     """Open data files, folders, hub names (``owner/name``) and mixture files (.json), one after the other."""
-    sources: list[Source] = []
+    sources: list[DataSource] = []
     for path in paths:
         if path.endswith(".json"):
-            sources += [Source.open(spec, Path(path).parent) for spec in read_mixture(path)]
+            sources += [DataSource.open(spec, Path(path).parent) for spec in read_mixture(path)]
         else:
-            sources.append(Source.open(SourceSpec(path=path), Path()))
+            sources.append(DataSource.open(SourceSpec(path=path), Path()))
     copies = [source.copies() for source in sources]
     sizes = [len(rows) for rows in copies]
     if not sum(sizes):
@@ -180,7 +180,7 @@ def read_mixture(path: str) -> list[SourceSpec]:
     return [SourceSpec.parse(entry, f"{path}: sources[{number}]") for number, entry in enumerate(entries)]
 
 
-def _select(spec: SourceSpec, rows: Rows) -> NDArray[np.int64]:
+def _select(spec: SourceSpec, rows: Table) -> NDArray[np.int64]:
     if not spec.filter:
         return np.arange(len(rows), dtype=np.int64)
     columns = list(spec.filter)

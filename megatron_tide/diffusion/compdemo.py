@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_tide.diffusion.draws import uniform_rows
+from megatron_tide.diffusion.counter_rng import uniform_rows
 
 if TYPE_CHECKING:
     from megatron_tide.data.batch import Batch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from megatron_tide.diffusion.draws import uniform_rows
+from megatron_tide.diffusion.counter_rng import uniform_rows
 
 if TYPE_CHECKING:
     from megatron_tide.data.batch import Batch, Tokens
@@ -45,7 +45,7 @@ class Masking(Protocol):
 
 
 @dataclass(frozen=True)
-class Expand:
+class TokenExpandedMasking:
     """As published: tokens are drawn, and one drawn token masks its whole chunk on both sides.
 
     A token's true masking rate is therefore 1 - (1 - t)^n in a chunk of n student tokens, above t for n > 1.
@@ -57,7 +57,7 @@ class Expand:
 
 
 @dataclass(frozen=True)
-class Synchronous:
+class ChunkMasking:
     """Chunks are drawn, each with probability t: every token's rate is exactly t, so the denoising loss is unbiased."""
 
     def chunk_draws(self, draws_BS: torch.Tensor, index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Synchronous:
         return torch.nn.functional.pad(draws_BS, (0, 1), value=torch.inf).gather(1, first_BC)
 
 
-MASKINGS: dict[str, Masking] = {"expand": Expand(), "synchronous": Synchronous()}
+MASKINGS: dict[str, Masking] = {"expand": TokenExpandedMasking(), "synchronous": ChunkMasking()}
 
 
 def noise(

@@ -41,7 +41,7 @@ class Measuring:
 
     def sides(self) -> dict[str, Side]:
         """Side of each tokenizer by fingerprint; the student's where both sides have the same."""
-        sides = {} if self.data.one_sided else {self.fingerprint("teacher"): teacher_side(self.data, self.context)}
+        sides = {} if self.data.student_only else {self.fingerprint("teacher"): teacher_side(self.data, self.context)}
         return sides | {self.fingerprint("student"): student_side(self.data)}
 
     def fingerprint(self, side: str) -> str:

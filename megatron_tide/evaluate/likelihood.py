@@ -2,7 +2,7 @@
 
 For timesteps t the masked diffusion bound on a response's -log p is E_t[1/t * sum over masked tokens of -log p(token)]
 (linear schedule; TIDE section 3, MDLM eq. 10). It is estimated on a grid, t_k = eps + (1 - eps)(k + u)/K with one u a
-sample, and divided by the response's bytes. Whole chunks are masked (``Synchronous``), drawn by (seed, k, sample), so
+sample, and divided by the response's bytes. Whole chunks are masked (``ChunkMasking``), drawn by (seed, k, sample), so
 every model on the same prepared data, student or teacher, guesses the same bytes from the same bytes.
 
 Bytes that no chunk covers are scored on neither side, yet count as bytes on both: the bound stays comparable, and is
@@ -22,10 +22,10 @@ import torch
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise
-from megatron_tide.diffusion.draws import uniforms
+from megatron_tide.diffusion.counter_rng import uniforms
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.sides import Question, Side, ask
-from megatron_tide.models import masked_rows, score_rows
+from megatron_tide.models import masked_hidden_states, score_rows
 
 EPS = 1e-3
 GRID_STREAM = b"likelihood"
@@ -93,18 +93,18 @@ def timestep_grid(keys: torch.Tensor, draws: int, seed: int) -> torch.Tensor:
     return EPS + (1.0 - EPS) * (torch.arange(draws, dtype=torch.float64) + shift_B.unsqueeze(1)) / draws
 
 
-def _gold_and_hit(logits_MV: torch.Tensor, gold_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    gold_logit_M = logits_MV.gather(1, gold_M.unsqueeze(1)).squeeze(1)
-    return gold_logit_M - logits_MV.logsumexp(-1), (logits_MV.argmax(-1) == gold_M).to(logits_MV.dtype)
+def _gold_and_hit(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gold_logit_M = logits_MV.gather(1, targets_M.unsqueeze(1)).squeeze(1)
+    return gold_logit_M - logits_MV.logsumexp(-1), (logits_MV.argmax(-1) == targets_M).to(logits_MV.dtype)
 
 
 @torch.no_grad()
-def _score(model: Any, question: Question, samples: int, chunk_rows: int | None) -> torch.Tensor:
+def _score(model: Any, question: Question, samples: int, slice_rows: int | None) -> torch.Tensor:
     """float64 [3, B] on the host: -log p summed, right guesses, rows of each sample."""
     device = model.head_weight.device
-    inputs, gold_M, sample_M = question.inputs.to(device), question.gold.to(device), question.sample.to(device)
-    hidden_MH = masked_rows(model, inputs)
-    logp_M, hit_M = score_rows(_gold_and_hit, hidden_MH, model.head_weight, (gold_M,), chunk_rows)
+    inputs, targets_M, sample_M = question.inputs.to(device), question.gold.to(device), question.sample.to(device)
+    hidden_MH = masked_hidden_states(model, inputs)
+    logp_M, hit_M = score_rows(_gold_and_hit, hidden_MH, model.head_weight, (targets_M,), slice_rows)
     columns_3M = torch.stack((-logp_M.double(), hit_M.double(), torch.ones_like(logp_M, dtype=torch.float64)))
     return columns_3M.new_zeros(3, samples).index_add(1, sample_M, columns_3M).cpu()
 
@@ -125,7 +125,7 @@ def measure(
     draws: int,
     seed: int,
     batch_size: int,
-    chunk_rows: int | None,
+    slice_rows: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Sums:
     """The sums of the samples ``indices``, in their order; the model is put in eval mode meanwhile."""
@@ -142,7 +142,7 @@ def measure(
             drawn = noise(batch, seed=seed, epoch=k, masking=MASKINGS["synchronous"], t=grid_BK[:, k])
             question = ask(side, batch, drawn)
             if len(question.gold):
-                nats, right, masked = _score(model, question, len(places), chunk_rows).numpy()
+                nats, right, masked = _score(model, question, len(places), slice_rows).numpy()
                 sums.nats[places, k], sums.right[places, k], sums.masked[places, k] = nats, right, masked
         done += len(places)
         if progress is not None:
@@ -166,12 +166,12 @@ def evaluate_likelihood(
     draws: int = 8,
     seed: int = 0,
     batch_size: int = 8,
-    chunk_rows: int | None = None,
+    slice_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LikelihoodReport:
     """Measure ``model`` on ``samples`` (0 = all) of ``data``, with ``draws`` timesteps a sample.
 
-    The result depends on (data, samples, draws, seed) and the weights; ``batch_size`` and ``chunk_rows`` change memory
+    The result depends on (data, samples, draws, seed) and the weights; ``batch_size`` and ``slice_rows`` change memory
     and speed only. ``progress(done, total)`` is called after each batch.
     """
     if draws < 1 or batch_size < 1:
@@ -185,7 +185,7 @@ def evaluate_likelihood(
         draws=draws,
         seed=seed,
         batch_size=batch_size,
-        chunk_rows=chunk_rows,
+        slice_rows=slice_rows,
         progress=progress,
     )
     nats_n = sums.bound()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import Batch, Tokens
-from megatron_tide.diffusion import CONTEXTS, Context, ModelInput, Noise
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Side:
     name: str
     tokens: Callable[[Batch], Tokens]
     masked: Callable[[Noise], torch.Tensor]
-    context: Context
+    context: AttentionLayout
     block: int
     mask_id: int
     lengths: NDArray[np.int32]
@@ -53,7 +53,7 @@ def student_side(data: PreparedData, context: str = "staircase") -> Side:
         block=manifest["block"],
         mask_id=manifest["mask_id"],
         lengths=data.stats.student_length,
-        needs_chunks=not data.one_sided,
+        needs_chunks=not data.student_only,
     )
 
 
@@ -63,7 +63,7 @@ def teacher_side(data: PreparedData, context: str = "staircase") -> Side:
     Raises:
         ValueError: when the data has no teacher's half, or the context is unknown.
     """
-    if data.one_sided:
+    if data.student_only:
         raise ValueError(f"{data.folder}: prepared without a teacher, so it cannot score one; prepare it with --bridge")
     manifest = data.manifest["teacher"]
     return Side(
@@ -88,10 +88,10 @@ def _teacher_masked(drawn: Noise) -> torch.Tensor:
     return drawn.teacher_masked
 
 
-def _context(name: str) -> Context:
-    if name not in CONTEXTS:
-        raise ValueError(f"context {name!r}: choose one of {', '.join(sorted(CONTEXTS))}")
-    return CONTEXTS[name]
+def _context(name: str) -> AttentionLayout:
+    if name not in ATTENTION_LAYOUTS:
+        raise ValueError(f"context {name!r}: choose one of {', '.join(sorted(ATTENTION_LAYOUTS))}")
+    return ATTENTION_LAYOUTS[name]
 
 
 def ask(side: Side, batch: Batch, drawn: Noise) -> Question:

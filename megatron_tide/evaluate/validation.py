@@ -21,7 +21,7 @@ def validate(
     samples: int,
     batch_size: int,
     seed: int = 0,
-    chunk_rows: int | None = None,
+    slice_rows: int | None = None,
 ) -> dict[str, float]:
     """Held-out bits per byte and masked-token accuracy, the same on every rank; one collective on host numbers.
 
@@ -30,7 +30,7 @@ def validate(
     """
     indices = spread(len(data), samples)[world.rank :: world.size]
     sums = measure(
-        model, data, side, indices, draws=DRAWS, seed=seed, batch_size=batch_size, chunk_rows=chunk_rows, progress=None
+        model, data, side, indices, draws=DRAWS, seed=seed, batch_size=batch_size, slice_rows=slice_rows, progress=None
     )
     nats, size, right, masked = world.sum_over_ranks(
         [sums.bound().sum(), sums.bytes.sum(), sums.right.sum(), sums.masked.sum()]

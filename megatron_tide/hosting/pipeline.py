@@ -24,47 +24,49 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_tide.clock import Clock
-from megatron_tide.diffusion import Noised
-from megatron_tide.hosting.answers import answers_of, resident_output
-from megatron_tide.hosting.parcel import Sizes, pack, pack_answers, unpack, unpack_answers
-from megatron_tide.hosting.passage import Passage, Question
-from megatron_tide.hosting.sweep import make_units
-from megatron_tide.hosting.units import Unit
-from megatron_tide.models.sections import Sections
+from megatron_tide.diffusion import DistillBatch
+from megatron_tide.hosting.flat_layers import FlatLayer
+from megatron_tide.hosting.layerwise import make_flat_layers
+from megatron_tide.hosting.outputs import replicated_output, teacher_outputs
+from megatron_tide.hosting.packing import Sizes, pack, pack_outputs, unpack, unpack_outputs
+from megatron_tide.hosting.state import ForwardState, TeacherInputs
+from megatron_tide.models.layer_specs import LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.objectives import Strategy, TeacherAnswer
+from megatron_tide.objectives import Strategy, TeacherOutputs
 
 
-class Stage(nn.Module):
+class PipelineStage(nn.Module):
     """The units of one rank: (packed question), or (hidden, packed question), in; (hidden, packed question) out.
 
     The last stage keeps its passages in ``answered`` and gives a zero: answers differ in size, and DeepSpeed adds
     outputs up. ``coming`` holds the sizes of the micro-batches that will arrive, in order.
     """
 
-    def __init__(self, units: Sequence[Unit], sections: Sections, clock: Clock, first: bool, last: bool) -> None:
+    def __init__(
+        self, flat_layers: Sequence[FlatLayer], specs: LayerSpecs, clock: Clock, first: bool, last: bool
+    ) -> None:
         super().__init__()
-        self.units = nn.ModuleList(units)
-        self._sections = [sections]  # in a list: not a submodule
+        self.flat_layers = nn.ModuleList(flat_layers)
+        self._sections = [specs]  # in a list: not a submodule
         self.first, self.last = first, last
         self.coming: deque[Sizes] = deque()
-        self.answered: list[Passage] = []
+        self.answered: list[ForwardState] = []
         self.clock = clock
 
     def forward(self, inputs: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, Tensor] | Tensor:
         tensors = inputs if isinstance(inputs, tuple) else (inputs,)
         packed = tensors[-1]
         with self.clock("busy"):
-            passage = Passage(unpack(packed, self.coming.popleft()))
+            state = ForwardState(unpack(packed, self.coming.popleft()))
             if not self.first:
-                positions = passage.question.input.position_ids
-                passage.start(tensors[0], *self._sections[0].layout.rotary(positions, tensors[0]))
-            for unit in self.units:
-                unit([passage])
+                positions = state.inputs.input.position_ids
+                state.start(tensors[0], *self._sections[0].layout.rotary(positions, tensors[0]))
+            for flat_layer in self.flat_layers:
+                flat_layer([state])
         if self.last:
-            self.answered.append(passage)
+            self.answered.append(state)
             return packed.new_zeros(())
-        return passage.hidden, packed
+        return state.hidden, packed
 
 
 class PipelineTeacher:
@@ -72,53 +74,55 @@ class PipelineTeacher:
 
     def __init__(
         self,
-        sections: Sections,
+        specs: LayerSpecs,
         source: ShardedFolder,
         dtype: torch.dtype,
         strategy: Strategy,
         settings: dict[str, Any],
         device: torch.device,
-        say: Callable[[str], None] = lambda line: None,
+        print_rank0: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.strategy, self.dtype, self.device = strategy, dtype, device
-        self.hidden_size = sections.config.hidden_size
-        self.output = resident_output(sections, source, dtype, device) if strategy.needs_hidden else None
+        self.hidden_size = specs.config.hidden_size
+        self.output = replicated_output(specs, source, dtype, device) if strategy.needs_hidden else None
         stages = settings["pipeline"]["stages"]
-        units = make_units(sections, dtype, output=self.output, gold=strategy.needs_gold)
+        flat_layers = make_flat_layers(specs, dtype, output=self.output, gold=strategy.needs_target_logprobs)
         self.members, self.group, self.host_group = _join_pipeline(stages)
-        bounds = balanced(units, stages)
+        bounds = balanced(flat_layers, stages)
         place = self.members.index(dist.get_rank())
-        mine = units[bounds[place] : bounds[place + 1]]
-        for number, unit in enumerate(mine, 1):
-            say(f"teacher: loading {unit.title} ({number} of {len(mine)}, {unit.flat_bytes / 1e9:.2f} GB)")
-            unit.fill(source, device)
+        mine = flat_layers[bounds[place] : bounds[place + 1]]
+        for number, flat_layer in enumerate(mine, 1):
+            print_rank0(
+                f"teacher: loading {flat_layer.title} ({number} of {len(mine)}, {flat_layer.flat_bytes / 1e9:.2f} GB)"
+            )
+            flat_layer.fill(source, device)
         self.clock = Clock(device)
-        self.engine = _engine(settings, mine, sections, self.clock, place)
-        self.stage: Stage = self.engine.module.forward_funcs[0]
+        self.engine = _engine(settings, mine, specs, self.clock, place)
+        self.stage: PipelineStage = self.engine.module.forward_funcs[0]
 
     @torch.no_grad()
-    def score(self, window: Sequence[Noised]) -> list[TeacherAnswer]:
+    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         """One answer a micro-batch; a collective of the pipeline's members, whatever their windows hold."""
         with self.clock("sweep"):
-            questions = [Question.of(noised) for noised in window]
+            inputs = [TeacherInputs.of(batch) for batch in microbatches]
             every_sizes: list[list[Sizes]] = [[] for _ in self.members]
-            dist.all_gather_object(every_sizes, [Sizes.of(question) for question in questions], group=self.host_group)
-            arrivals = self._collect(questions, every_sizes)
+            dist.all_gather_object(every_sizes, [Sizes.of(inputs) for inputs in inputs], group=self.host_group)
+            arrivals = self._collect(inputs, every_sizes)
             self.stage.coming.extend(sizes for member in every_sizes for sizes in member)
             self._run(arrivals, sum(map(len, every_sizes)))
-            passages = self._give_back(questions, every_sizes)
-        return answers_of(passages, self.strategy, self.output)
+            states = self._give_back(inputs, every_sizes)
+        return teacher_outputs(states, self.strategy, self.output)
 
-    def read(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The bubble: the share of its sweeps' time, since the last call, in which this stage had nothing to do."""
         seconds = self.clock.read()
         return {"teacher/pipeline_bubble": 1.0 - seconds["busy"] / seconds["sweep"]} if seconds else {}
 
-    def _collect(self, questions: Sequence[Question], every_sizes: list[list[Sizes]]) -> list[Tensor]:
+    def _collect(self, inputs: Sequence[TeacherInputs], every_sizes: list[list[Sizes]]) -> list[Tensor]:
         """Every member's packed questions, on the first stage; nothing on the others."""
         totals = [sum(sizes.packed for sizes in member) for member in every_sizes]
         mine = torch.zeros(max(totals), dtype=torch.int64, device=self.device)
-        packed = [pack(question) for question in questions]
+        packed = [pack(inputs) for inputs in inputs]
         if packed:
             mine[: totals[self.members.index(dist.get_rank())]] = torch.cat(packed)
         parcels = [torch.empty_like(mine) for _ in self.members] if self.stage.first else None
@@ -136,22 +140,22 @@ class PipelineTeacher:
         # Also for none: it has a barrier of all pipelines in it.
         self.engine.eval_batch(iter(batches), compute_loss=False, reduce_output=None, num_micro_batches=count)
 
-    def _give_back(self, questions: Sequence[Question], every_sizes: list[list[Sizes]]) -> list[Passage]:
+    def _give_back(self, inputs: Sequence[TeacherInputs], every_sizes: list[list[Sizes]]) -> list[ForwardState]:
         """This rank's passages, answered: the last stage sends every member its own numbers."""
         hidden = self.hidden_size if self.strategy.needs_hidden else 0
-        lengths = [sum(sizes.answer_bytes(hidden, self.dtype) for sizes in member) for member in every_sizes]
+        lengths = [sum(sizes.output_bytes(hidden, self.dtype) for sizes in member) for member in every_sizes]
         mine = torch.empty(max(lengths), dtype=torch.uint8, device=self.device)
         parcels = None
         if self.stage.last:
             answered, parcels = iter(self.stage.answered), []
             for member in every_sizes:
-                filled = pack_answers([next(answered) for _ in member], hidden > 0, self.device)
+                filled = pack_outputs([next(answered) for _ in member], hidden > 0, self.device)
                 parcels.append(nn.functional.pad(filled, (0, len(mine) - len(filled))))
             self.stage.answered = []
         dist.scatter(mine, parcels, src=self.members[-1], group=self.group)
-        passages = [Passage(question) for question in questions]
-        unpack_answers(mine, passages, hidden, self.dtype)
-        return passages
+        states = [ForwardState(inputs) for inputs in inputs]
+        unpack_outputs(mine, states, hidden, self.dtype)
+        return states
 
 
 def _join_pipeline(stages: int) -> tuple[list[int], Any, Any]:
@@ -166,17 +170,17 @@ def _join_pipeline(stages: int) -> tuple[list[int], Any, Any]:
     return found
 
 
-def balanced(units: Sequence[Unit], stages: int) -> list[int]:
+def balanced(flat_layers: Sequence[FlatLayer], stages: int) -> list[int]:
     """Where each stage begins, and the end: the heaviest stage is as light as it can be, by bytes.
 
     DeepSpeed's own ``partition_balanced`` does not always find that. Where several do, the others are even, too.
     """
-    if stages > len(units):
+    if stages > len(flat_layers):
         raise ValueError(
-            f"--teacher-deepspeed: pipeline.stages is {stages}, and this teacher has {len(units)} parts "
-            f"(embedding, layers, head): take at most {len(units)} stages"
+            f"--teacher-deepspeed: pipeline.stages is {stages}, and this teacher has {len(flat_layers)} parts "
+            f"(embedding, layers, head): take at most {len(flat_layers)} stages"
         )
-    upto = [0, *itertools.accumulate(unit.flat_bytes for unit in units)]
+    upto = [0, *itertools.accumulate(flat_layer.flat_bytes for flat_layer in flat_layers)]
 
     @functools.cache
     def best(count: int, parts: int) -> tuple[int, int, list[int]]:
@@ -190,10 +194,12 @@ def balanced(units: Sequence[Unit], stages: int) -> list[int]:
             found.append((max(heaviest, last), squares + last**2, [*bounds, count]))
         return min(found)
 
-    return best(len(units), stages)[2]
+    return best(len(flat_layers), stages)[2]
 
 
-def _engine(settings: dict[str, Any], units: Sequence[Unit], sections: Sections, clock: Clock, place: int) -> Any:
+def _engine(
+    settings: dict[str, Any], flat_layers: Sequence[FlatLayer], specs: LayerSpecs, clock: Clock, place: int
+) -> Any:
     import deepspeed
     from deepspeed.pipe import LayerSpec, PipelineModule
     from deepspeed.runtime.pipe.topology import ProcessTopology
@@ -201,7 +207,7 @@ def _engine(settings: dict[str, Any], units: Sequence[Unit], sections: Sections,
 
     stages = settings["pipeline"]["stages"]
     # Each rank builds the one that is its own, so all may be given this rank's units.
-    spec = LayerSpec(Stage, units, sections, clock, place == 0, place == stages - 1)
+    spec = LayerSpec(PipelineStage, flat_layers, specs, clock, place == 0, place == stages - 1)
     topology = ProcessTopology(axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages])
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its whole topology
         module = PipelineModule([spec] * stages, topology=topology, partition_method="uniform", dynamic_shape=True)

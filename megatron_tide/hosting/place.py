@@ -17,14 +17,14 @@ import torch
 from megatron_tide.config import TeacherConfig
 from megatron_tide.ds_config import offload_of
 from megatron_tide.hosting.pipeline import PipelineTeacher
-from megatron_tide.hosting.resident import ResidentTeacher
+from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.hosting.settings import DTYPES, hosting_settings
 from megatron_tide.hosting.zero3 import Zero3Teacher
 from megatron_tide.models import load_model, resolve_folder
+from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors, tied_aliases
+from megatron_tide.models.layer_specs import LayerSpecs, layer_specs_of
 from megatron_tide.models.load import check_keys, check_shapes
-from megatron_tide.models.sections import Sections, sections_of
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.models.tables import checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.objectives import Strategy
 
 _OWN, _LOCK, _YOUNG_SECONDS = "megatron_tide-", ".lock", 60
@@ -39,46 +39,46 @@ class Ranks(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def say(self, line: str) -> None: ...
+    def print_rank0(self, line: str) -> None: ...
 
-    def share_from_main(self, value: Any) -> Any: ...
-
-
-_SECTIONED: dict[str, Callable[..., Any]] = {"zero3": Zero3Teacher, "pipeline": PipelineTeacher}
+    def broadcast_object(self, value: Any) -> Any: ...
 
 
-def host_teacher(folder: str, teacher: TeacherConfig, strategy: Strategy, world: Ranks) -> Any:
+_LAYERWISE: dict[str, Callable[..., Any]] = {"zero3": Zero3Teacher, "pipeline": PipelineTeacher}
+
+
+def build_teacher(folder: str, teacher: TeacherConfig, strategy: Strategy, world: Ranks) -> Any:
     """The teacher of a folder, hosted as the knobs say; a collective of all ranks."""
-    if teacher.teacher_hosting in _SECTIONED:
-        return host_sections(*open_sections(folder), teacher, strategy, world)
+    if teacher.teacher_hosting in _LAYERWISE:
+        return host_layers(*open_layer_specs(folder), teacher, strategy, world)
     model = load_model(folder, DTYPES[teacher.teacher_dtype], device=str(world.device))
-    return ResidentTeacher(model, strategy)
+    return ReplicatedTeacher(model, strategy)
 
 
-def host_sections(
-    sections: Sections, source: ShardedFolder, teacher: TeacherConfig, strategy: Strategy, world: Ranks
+def host_layers(
+    specs: LayerSpecs, source: ShardedFolder, teacher: TeacherConfig, strategy: Strategy, world: Ranks
 ) -> Any:
     """A teacher that is taken in section by section from ``source``; a collective of all ranks."""
     settings = hosting_settings(teacher, world.size)
     offload = offload_of(settings)
     if offload.get("device") == "nvme":
-        offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), world.share_from_main(uuid4().hex[:12])))
-    build, dtype = _SECTIONED[teacher.teacher_hosting], DTYPES[teacher.teacher_dtype]
-    return build(sections, source, dtype, strategy, settings, world.device, world.say)
+        offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), world.broadcast_object(uuid4().hex[:12])))
+    build, dtype = _LAYERWISE[teacher.teacher_hosting], DTYPES[teacher.teacher_dtype]
+    return build(specs, source, dtype, strategy, settings, world.device, world.print_rank0)
 
 
-def open_sections(folder: str) -> tuple[Sections, ShardedFolder]:
+def open_layer_specs(folder: str) -> tuple[LayerSpecs, ShardedFolder]:
     """A teacher's sections and its checkpoint, which holds exactly their tensors (else ValueError).
 
     Every rank looks at all of it, headers only: a rank that found a mistake later would leave the others waiting.
     """
     path = resolve_folder(folder)
-    sections, source = sections_of(path), ShardedFolder(path)
-    tensors = module_tensors(sections.model)
+    specs, source = layer_specs_of(path), ShardedFolder(path)
+    tensors = module_tensors(specs.model)
     table = checkpoint_table(tensors)
-    check_keys(source, set(table), set(tied_aliases(sections.model)))
+    check_keys(source, set(table), set(tied_aliases(specs.model)))
     check_shapes(source, table, tensors)
-    return sections, source
+    return specs, source
 
 
 def own_folder(disk: Path, name: str) -> Path:

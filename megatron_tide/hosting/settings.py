@@ -27,7 +27,9 @@ def hosting_settings(teacher: TeacherConfig, world_size: int) -> dict[str, Any]:
         raise ValueError(f"--teacher-nvme {teacher.teacher_nvme}: --teacher-hosting {hosting} puts nothing on disk")
     if hosting not in PLAINEST:
         if path:
-            raise ValueError(f"--teacher-deepspeed {path}: a resident teacher has none; give --teacher-hosting as well")
+            raise ValueError(
+                f"--teacher-deepspeed {path}: a replicated teacher has none; give --teacher-hosting as well"
+            )
         return {}
     path = path or PLAINEST[hosting]
     settings = read_ds_config(path, "--teacher-deepspeed")

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tide.diffusion import Noised
-from megatron_tide.hosting.answers import answers_of, resident_output
-from megatron_tide.hosting.passage import Passage, Question
-from megatron_tide.hosting.sweep import Sweep, make_units
-from megatron_tide.hosting.units import Unit
-from megatron_tide.models.sections import Sections
+from megatron_tide.diffusion import DistillBatch
+from megatron_tide.hosting.flat_layers import FlatLayer
+from megatron_tide.hosting.layerwise import LayerwiseForward, make_flat_layers
+from megatron_tide.hosting.outputs import replicated_output, teacher_outputs
+from megatron_tide.hosting.state import ForwardState, TeacherInputs
+from megatron_tide.models.layer_specs import LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.objectives import Strategy, TeacherAnswer
+from megatron_tide.objectives import Strategy, TeacherOutputs
 
 BUFFERS = 2  # units of a disk-hosted teacher in memory: the one at work and the next
 Said = Callable[[str], None]
@@ -35,58 +35,73 @@ class Zero3Teacher:
 
     def __init__(
         self,
-        sections: Sections,
+        specs: LayerSpecs,
         source: ShardedFolder,
         dtype: torch.dtype,
         strategy: Strategy,
         settings: dict[str, Any],
         device: torch.device,
-        say: Said = lambda line: None,
+        print_rank0: Said = lambda line: None,
     ) -> None:
         self.strategy = strategy
-        self.output = resident_output(sections, source, dtype, device) if strategy.needs_hidden else None
-        units = make_units(sections, dtype, output=self.output, gold=strategy.needs_gold)
-        self.engine = _shard(units, source, engine_settings(settings, units, dtype, dist.get_world_size()), device, say)
+        self.output = replicated_output(specs, source, dtype, device) if strategy.needs_hidden else None
+        flat_layers = make_flat_layers(specs, dtype, output=self.output, gold=strategy.needs_target_logprobs)
+        self.engine = _shard(
+            flat_layers,
+            source,
+            engine_settings(settings, flat_layers, dtype, dist.get_world_size()),
+            device,
+            print_rank0,
+        )
 
     @torch.no_grad()
-    def score(self, window: Sequence[Noised]) -> list[TeacherAnswer]:
+    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         """One answer a micro-batch, after one sweep over the units; a collective of all ranks."""
-        passages = [Passage(Question.of(noised)) for noised in window]
-        self.engine(passages)
-        return answers_of(passages, self.strategy, self.output)
+        states = [ForwardState(TeacherInputs.of(batch)) for batch in microbatches]
+        self.engine(states)
+        return teacher_outputs(states, self.strategy, self.output)
 
-    def read(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
 
-def engine_settings(settings: dict[str, Any], units: Sequence[Unit], dtype: torch.dtype, ranks: int) -> dict[str, Any]:
+def engine_settings(
+    settings: dict[str, Any], flat_layers: Sequence[FlatLayer], dtype: torch.dtype, ranks: int
+) -> dict[str, Any]:
     """The DeepSpeed configuration of a teacher: a ds_configs file plus what follows from its units and the world."""
     settings = copy.deepcopy(settings)
     settings |= {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
     zero = settings["zero_optimization"]
     # Every unit is one tensor: none is small enough to keep, and one ahead is what a prefetch means.
     zero |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1, "stage3_max_reuse_distance": 0}
-    zero["stage3_max_live_parameters"] = 4 * max(unit.flat.numel() for unit in units)
+    zero["stage3_max_live_parameters"] = 4 * max(flat_layer.flat.numel() for flat_layer in flat_layers)
     offload = zero.get("offload_param")
     if offload and offload["device"] == "nvme":
-        share = max(math.ceil(unit.flat.numel() / ranks) for unit in units)
+        share = max(math.ceil(flat_layer.flat.numel() / ranks) for flat_layer in flat_layers)
         offload |= {"buffer_count": BUFFERS, "buffer_size": share, "max_in_cpu": 0}
     return settings
 
 
 def _shard(
-    units: Sequence[Unit], source: ShardedFolder, settings: dict[str, Any], device: torch.device, say: Said
+    flat_layers: Sequence[FlatLayer],
+    source: ShardedFolder,
+    settings: dict[str, Any],
+    device: torch.device,
+    print_rank0: Said,
 ) -> Any:
     """Load and partition one unit after another; no more than one is ever whole in memory."""
     import deepspeed
 
     swapper = None
-    for number, unit in enumerate(units, 1):
-        say(f"teacher: sharding {unit.title} ({number} of {len(units)}, {unit.flat_bytes / 1e9:.2f} GB)")
-        unit.fill(source, device, read=dist.get_rank() == 0)
+    for number, flat_layer in enumerate(flat_layers, 1):
+        print_rank0(
+            f"teacher: sharding {flat_layer.title} ({number} of {len(flat_layers)}, "
+            f"{flat_layer.flat_bytes / 1e9:.2f} GB)"
+        )
+        flat_layer.fill(source, device, read=dist.get_rank() == 0)
         context = deepspeed.zero.Init(
-            module=unit, config_dict_or_path=settings, mem_efficient_linear=False, param_swapper=swapper
+            module=flat_layer, config_dict_or_path=settings, mem_efficient_linear=False, param_swapper=swapper
         )
         swapper = context.param_swapper  # its buffers serve all units
-    engine, *_ = deepspeed.initialize(model=Sweep(units).eval(), config=settings)
+    engine, *_ = deepspeed.initialize(model=LayerwiseForward(flat_layers).eval(), config=settings)
     return engine

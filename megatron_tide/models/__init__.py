@@ -8,8 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron_tide.models.head import gold_logp, rows_per_chunk, score_rows
-from megatron_tide.models.rows import masked_rows, recompute_layers
+from megatron_tide.models.head import rows_per_slice, score_rows, target_logprobs
+from megatron_tide.models.hidden_states import masked_hidden_states, recompute_layers
 
 if TYPE_CHECKING:
     from megatron_tide.models.families import fresh_model, meta_model, parameter_count, read_config
@@ -27,16 +27,16 @@ _HOME = {
 
 __all__ = [
     "fresh_model",
-    "gold_logp",
     "load_model",
-    "masked_rows",
+    "masked_hidden_states",
     "meta_model",
     "parameter_count",
     "read_config",
     "recompute_layers",
     "resolve_folder",
-    "rows_per_chunk",
+    "rows_per_slice",
     "score_rows",
+    "target_logprobs",
     "write_folder",
 ]
 

@@ -4,13 +4,13 @@ A loss over a vocabulary V needs few numbers per row: the gold token's log-proba
 for one piece only, in fp32, in the forward pass without a graph, and again in the backward pass, where each piece's
 gradient is made and used up at once. No [B, S, V] tensor exists, and memory does not grow with the number of rows.
 
-:func:`score_rows` takes any function of whole rows, so its pieces are chunks of rows. :func:`gold_logp` needs no whole
-row: its pieces are slices of the vocabulary, with a running log-sum-exp; each row of the weight's gradient is then one
-matmul over all rows, written once.
+:func:`score_rows` takes any function of complete rows, so it works on slices of rows. :func:`target_logprobs` needs no
+complete row: it works on slices of the vocabulary, with a running log-sum-exp; each row of the weight's
+gradient is then one matmul over all rows, written once.
 
 Precision: hidden rows and weight are multiplied in their own type and the result converted to fp32 (fp64 stays fp64);
 the gradient of the logits is rounded to the weight's type before the two products of the backward pass. The weight's
-gradient is ONE buffer of the weight's type. In :func:`gold_logp` every number of it is rounded once; in
+gradient is ONE buffer of the weight's type. In :func:`target_logprobs` every number of it is rounded once; in
 :func:`score_rows` chunks are added up in it, so bf16 takes one rounding per chunk, as gradient accumulation over
 micro-batches does.
 
@@ -34,25 +34,25 @@ LOGIT_BYTES = 64 * 2**20  # of one piece's fp32 logits
 RowFn = Callable[..., tuple[Tensor, ...]]
 
 
-def rows_per_chunk(vocab_size: int, logit_bytes: int = LOGIT_BYTES) -> int:
+def rows_per_slice(vocab_size: int, logit_bytes: int = LOGIT_BYTES) -> int:
     """How many rows of fp32 logits over ``vocab_size`` fit ``logit_bytes`` (at least one)."""
     return max(1, logit_bytes // (4 * vocab_size))
 
 
-def gold_logp(hidden_MH: Tensor, weight_VH: Tensor, gold_M: Tensor, chunk_rows: int | None = None) -> Tensor:
+def target_logprobs(hidden_MH: Tensor, weight_VH: Tensor, targets_M: Tensor, slice_rows: int | None = None) -> Tensor:
     """log softmax(hidden W^T) at the gold token: [M], fp32.
 
-    ``gold_M`` int64. Differentiable in hidden and weight. Logits take at most the memory of ``chunk_rows`` whole rows;
-    None means :data:`LOGIT_BYTES`.
+    ``targets_M`` int64. Differentiable in hidden and weight. Logits take at most the memory of ``slice_rows`` complete
+    rows; None means :data:`LOGIT_BYTES`.
     """
     assert hidden_MH.dtype == weight_VH.dtype, (hidden_MH.dtype, weight_VH.dtype)
     rows, vocab = len(hidden_MH), len(weight_VH)
-    width = (chunk_rows or rows_per_chunk(vocab)) * vocab // max(rows, 1)
-    return _GoldLogp.apply(hidden_MH, weight_VH, gold_M, _pieces(vocab, max(1, width)))
+    width = (slice_rows or rows_per_slice(vocab)) * vocab // max(rows, 1)
+    return _TargetLogprobs.apply(hidden_MH, weight_VH, targets_M, _pieces(vocab, max(1, width)))
 
 
 def score_rows(
-    fn: RowFn, hidden_MH: Tensor, weight_VH: Tensor, row_args: tuple[Tensor, ...], chunk_rows: int | None = None
+    fn: RowFn, hidden_MH: Tensor, weight_VH: Tensor, row_args: tuple[Tensor, ...], slice_rows: int | None = None
 ) -> tuple[Tensor, ...]:
     """``fn(logits [m, V] fp32, *args)`` over chunks of rows, joined: a tuple of [M] tensors.
 
@@ -63,7 +63,7 @@ def score_rows(
     """
     assert hidden_MH.dtype == weight_VH.dtype, (hidden_MH.dtype, weight_VH.dtype)
     assert all(len(arg) == len(hidden_MH) for arg in row_args), "row_args must have one entry per row"
-    chunks = _pieces(len(hidden_MH), chunk_rows or rows_per_chunk(len(weight_VH)))
+    chunks = _pieces(len(hidden_MH), slice_rows or rows_per_slice(len(weight_VH)))
     return _ScoreRows.apply(fn, chunks, hidden_MH, weight_VH, *row_args)
 
 
@@ -114,7 +114,7 @@ class _Gradients:
             self.fresh = False
 
 
-class _GoldLogp(torch.autograd.Function):
+class _TargetLogprobs(torch.autograd.Function):
     """Hand-written: one slice is turned in place from logits to gradient, with nothing beside it.
 
     The forward pass leaves the last slice's exponentials where they are, and the backward pass begins with them: one
@@ -122,7 +122,7 @@ class _GoldLogp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, gold_M: Tensor, slices: list[slice]) -> Tensor:
+    def forward(ctx: Any, hidden_MH: Tensor, weight_VH: Tensor, targets_M: Tensor, slices: list[slice]) -> Tensor:
         ctx.slices = slices
         ctx.logits_of = _Logits(len(hidden_MH), slices[0].stop, weight_VH)
         exact = ctx.logits_of.exact
@@ -130,20 +130,20 @@ class _GoldLogp(torch.autograd.Function):
         top_M = torch.full_like(total_M, -torch.inf)
         for columns in slices:
             logits_Mv = ctx.logits_of(hidden_MH, weight_VH[columns])
-            inside_M, place_M = _within(gold_M, columns)
+            inside_M, place_M = _within(targets_M, columns)
             gold_logit_M = torch.where(inside_M, logits_Mv.gather(1, place_M[:, None])[:, 0], gold_logit_M)
             top_M, before_M = torch.maximum(top_M, logits_Mv.amax(1)), top_M
             exponential_Mv = logits_Mv.sub_(top_M[:, None]).exp_()
             total_M = total_M * (before_M - top_M).exp() + exponential_Mv.sum(1)
         lse_M = top_M + total_M.log()
-        ctx.save_for_backward(hidden_MH, weight_VH, gold_M, lse_M)
+        ctx.save_for_backward(hidden_MH, weight_VH, targets_M, lse_M)
         ctx.kept = exponential_Mv, (top_M - lse_M).exp()
         return gold_logit_M - lse_M
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_MH, weight_VH, gold_M, lse_M = ctx.saved_tensors
+        hidden_MH, weight_VH, targets_M, lse_M = ctx.saved_tensors
         dhidden_MH = torch.zeros_like(hidden_MH, dtype=lse_M.dtype) if ctx.needs_input_grad[0] else None
         dweight_VH = torch.empty_like(weight_VH) if ctx.needs_input_grad[1] else None
         # Used up in place, so a second backward pass through the same graph computes the last slice like the others.
@@ -155,7 +155,7 @@ class _GoldLogp(torch.autograd.Function):
             else:
                 (exponential_Mv, scale_M), kept = kept, None
                 dlogits_Mv = exponential_Mv.mul_((-grad_M * scale_M)[:, None])
-            inside_M, place_M = _within(gold_M, columns)
+            inside_M, place_M = _within(targets_M, columns)
             dlogits_Mv.scatter_add_(1, place_M[:, None], (grad_M * inside_M)[:, None])
             dlogits_Mv = dlogits_Mv.to(weight_VH.dtype)
             if dhidden_MH is not None:
@@ -165,9 +165,9 @@ class _GoldLogp(torch.autograd.Function):
         return None if dhidden_MH is None else dhidden_MH.to(hidden_MH.dtype), dweight_VH, None, None
 
 
-def _within(gold_M: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+def _within(targets_M: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Whether each gold token lies in a slice of the vocabulary, and a place in the slice: its own, or any."""
-    place_M = gold_M - columns.start
+    place_M = targets_M - columns.start
     size = columns.stop - columns.start
     return (place_M >= 0) & (place_M < size), place_M.clamp(0, size - 1)
 

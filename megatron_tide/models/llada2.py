@@ -1,8 +1,8 @@
 """The teacher: LLaDA2 (``llada2_moe``), numerically equal to the public format's semantics.
 
 Parameter names are those of the public checkpoints, except that a layer's experts are three stacked tensors
-(``mlp.experts.{gate,up,down}_proj``); :mod:`megatron_tide.models.tables` translates both ways. Layers are called one
-by one with plain tensors, ``layer(hidden, cos, sin, mask)``, so they can be streamed, sharded or put into a pipeline.
+(``mlp.experts.{gate,up,down}_proj``); :mod:`megatron_tide.models.checkpoint_keys` translates both ways. Layers are
+called one by one with plain tensors, ``layer(hidden, cos, sin, mask)``, so they can be streamed, sharded or pipelined.
 
 Shapes: N batch, L length, H hidden size, V vocabulary, D head dimension, R rotated part of D.
 """
@@ -25,7 +25,7 @@ from megatron_tide.models.experts import Experts, Router
 from megatron_tide.models.generation_a2d import BlockGeneration
 from megatron_tide.models.llada2_config import LLaDA2Config
 
-Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+KVUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.dense = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, remember: Remember | None = None
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, kv_update: KVUpdate | None = None
     ) -> Tensor:
         fused = self.query_key_value(hidden).unflatten(-1, (-1, self.size))
         query, key, value = (
@@ -78,8 +78,8 @@ class Attention(nn.Module):
         )
         query = rotate(self.query_layernorm(query), cos, sin)
         key = rotate(self.key_layernorm(key), cos, sin)
-        if remember is not None:
-            key, value = remember(key, value)
+        if kv_update is not None:
+            key, value = kv_update(key, value)
         mixed = attend(query, key, value, mask, self.size**-0.5)
         return self.dense(mixed.transpose(1, 2).flatten(2))
 
@@ -97,7 +97,7 @@ class FeedForward(nn.Module):
         return self.down_proj(silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-class Mixture(nn.Module):
+class MoEBlock(nn.Module):
     """Routed experts plus the shared experts, which see every token."""
 
     def __init__(self, config: LLaDA2Config) -> None:
@@ -128,28 +128,28 @@ class LLaDA2Layer(nn.Module):
     def __init__(self, config: LLaDA2Config, index: int) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.mlp: nn.Module = Mixture(config)
+        self.mlp: nn.Module = MoEBlock(config)
         if index < config.first_k_dense_replace:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, remember: Remember | None = None
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, kv_update: KVUpdate | None = None
     ) -> Tensor:
         """hidden [N, L, H]; cos, sin [N or 1, L, R]; mask as ``attend`` takes it -> [N, L, H].
 
-        ``remember`` is given this layer's keys and values and returns those to attend to: the cache of generation.
+        ``kv_update`` is given this layer's keys and values and returns those to attend to: the cache of generation.
         """
-        return self.feed(self.mix(hidden, cos, sin, mask, remember))
+        return self.mlp_block(self.attention_block(hidden, cos, sin, mask, kv_update))
 
-    def mix(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, remember: Remember | None = None
+    def attention_block(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, kv_update: KVUpdate | None = None
     ) -> Tensor:
         """The first half: attention, between the positions of each sequence."""
-        return hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask, remember)
+        return hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask, kv_update)
 
-    def feed(self, hidden: Tensor) -> Tensor:
+    def mlp_block(self, hidden: Tensor) -> Tensor:
         """The second half: the feed-forward network or the experts, for each position on its own."""
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -180,8 +180,8 @@ class LLaDA2Decoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, cos, sin, mask, use_reentrant=False)
             else:
-                remember = None if cache is None else functools.partial(cache.update, layer_idx=index)
-                hidden = layer(hidden, cos, sin, mask, remember)
+                kv_update = None if cache is None else functools.partial(cache.update, layer_idx=index)
+                hidden = layer(hidden, cos, sin, mask, kv_update)
         return self.norm(hidden)
 
 
@@ -243,5 +243,5 @@ class LLaDA2MoeModelLM(BlockGeneration, nn.Module):
             else:
                 parameter.normal_(0.0, self.config.initializer_range)
         for layer in self.model.layers:
-            if isinstance(layer.mlp, Mixture):
+            if isinstance(layer.mlp, MoEBlock):
                 layer.mlp.gate.expert_bias.zero_()

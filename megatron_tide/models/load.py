@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from megatron_tide.files import write_json
 from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
+from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, keeps_precision, module_tensors, tied_aliases
 from megatron_tide.models.families import config_dict, meta_model
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
-from megatron_tide.models.tables import Slot, checkpoint_table, keeps_precision, module_tensors, tied_aliases
 
 # Weights, configuration and tokenizers; never code.
 _FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]

@@ -6,12 +6,12 @@ is what a training step calls. To add an objective: write ``term(student, target
 ``distribution``) and its line in the table there.
 """
 
-from megatron_tide.objectives.answer import Counts, StudentScores, TeacherAnswer
 from megatron_tide.objectives.chunk import CHUNK_OBJECTIVES, chunk_loss
 from megatron_tide.objectives.denoise import denoise_loss
 from megatron_tide.objectives.distribution import DISTRIBUTION_OBJECTIVES, VocabMap
+from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
 from megatron_tide.objectives.strategy import Strategy
-from megatron_tide.objectives.table import STRATEGIES, Recipe, build_strategy
+from megatron_tide.objectives.table import STRATEGIES, StrategySpec, build_strategy
 from megatron_tide.objectives.tidal import tidal_kl, tidal_strength
 
 __all__ = [
@@ -19,10 +19,10 @@ __all__ = [
     "DISTRIBUTION_OBJECTIVES",
     "STRATEGIES",
     "Counts",
-    "Recipe",
     "Strategy",
+    "StrategySpec",
     "StudentScores",
-    "TeacherAnswer",
+    "TeacherOutputs",
     "VocabMap",
     "build_strategy",
     "chunk_loss",

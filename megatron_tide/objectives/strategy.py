@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tide.diffusion import CompDemo, Masking, Noised
-from megatron_tide.models.head import gold_logp, score_rows
-from megatron_tide.objectives.answer import Counts, StudentScores, TeacherAnswer
+from megatron_tide.diffusion import CompDemo, DistillBatch, Masking
+from megatron_tide.models.head import score_rows, target_logprobs
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
 from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
 from megatron_tide.objectives.distribution import DistributionObjective, VocabMap
+from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
 from megatron_tide.objectives.tidal import TidalUse, midrange_weight, tidal_strength
 
 
@@ -59,7 +59,7 @@ class ChunkTerm:
 
 
 @dataclass(frozen=True)
-class RowTerm:
+class DistributionTerm:
     """A distribution objective at temperature T over a vocabulary map, with what TIDAL does to it."""
 
     objective: DistributionObjective
@@ -84,7 +84,7 @@ class Strategy:
 
     name: str
     chunk: ChunkTerm | None
-    rows: RowTerm | None
+    rows: DistributionTerm | None
     curve: TidalCurve
     compdemo: CompDemo | None
     masking: Masking
@@ -92,7 +92,7 @@ class Strategy:
     provenance: dict[str, Any]
 
     @property
-    def needs_gold(self) -> bool:
+    def needs_target_logprobs(self) -> bool:
         """Whether the teacher's gold log-probs [R] are asked for."""
         return self.chunk is not None
 
@@ -103,7 +103,7 @@ class Strategy:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.needs_gold or self.needs_hidden
+        return self.needs_target_logprobs or self.needs_hidden
 
     def describe(self) -> dict[str, Any]:
         """What was built, in plain values: for run.json and the model card."""
@@ -117,43 +117,45 @@ class Strategy:
         self,
         hidden_MH: Tensor,
         head_weight_VH: Tensor,
-        noised: Noised,
-        answer: TeacherAnswer,
+        batch: DistillBatch,
+        teacher: TeacherOutputs,
         strength_B: Tensor,
-        chunk_rows: int | None = None,
+        slice_rows: int | None = None,
     ) -> StudentScores:
         """Run the student's head once over its masked rows; pairs get their divergence in the same pass.
 
-        ``chunk_rows``: rows whose logits exist at once; None leaves it to the head.
+        ``slice_rows``: rows whose logits exist at once; None leaves it to the head.
         """
         if self.rows is None:
-            return StudentScores(gold_logp(hidden_MH, head_weight_VH, noised.student_gold, chunk_rows), None)
-        pairs_P, others_N = noised.pair_student_row, _complement(noised.pair_student_row, hidden_MH.shape[0])
-        assert answer.hidden is not None
-        pair_args = (noised.student_gold[pairs_P], answer.hidden, strength_B[noised.chunk_sample[noised.pair_chunk]])
-        pair_fn = _PairScores(self.rows, answer)
-        pair_gold_P, divergence_P = score_rows(pair_fn, hidden_MH[pairs_P], head_weight_VH, pair_args, chunk_rows)
-        other_gold_N = gold_logp(hidden_MH[others_N], head_weight_VH, noised.student_gold[others_N], chunk_rows)
+            return StudentScores(target_logprobs(hidden_MH, head_weight_VH, batch.student_targets, slice_rows), None)
+        pairs_P, others_N = batch.pair_student_index, _complement(batch.pair_student_index, hidden_MH.shape[0])
+        assert teacher.hidden is not None
+        pair_args = (batch.student_targets[pairs_P], teacher.hidden, strength_B[batch.chunk_sample[batch.pair_chunk]])
+        pair_fn = _PairScores(self.rows, teacher)
+        pair_logprobs_P, divergence_P = score_rows(pair_fn, hidden_MH[pairs_P], head_weight_VH, pair_args, slice_rows)
+        other_logprobs_N = target_logprobs(
+            hidden_MH[others_N], head_weight_VH, batch.student_targets[others_N], slice_rows
+        )
         order_M = torch.cat([pairs_P, others_N])
-        gold_M = torch.cat([pair_gold_P, other_gold_N])
-        return StudentScores(torch.zeros_like(gold_M).index_copy(0, order_M, gold_M), divergence_P)
+        targets_M = torch.cat([pair_logprobs_P, other_logprobs_N])
+        return StudentScores(torch.zeros_like(targets_M).index_copy(0, order_M, targets_M), divergence_P)
 
     def loss(
-        self, scores: StudentScores, answer: TeacherAnswer, noised: Noised, strength_B: Tensor, counts: Counts
+        self, scores: StudentScores, teacher: TeacherOutputs, batch: DistillBatch, strength_B: Tensor, counts: Counts
     ) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the distillation loss (a scalar), and metrics with a fixed set of names.
 
         The loss, not yet times ``distill_weight``, is a sum over local chunks and pairs divided by GLOBAL counts: the
         active chunks, or the pairs where only the rows' objective is on. It is 0 with a graph where there are none.
         """
-        total, metrics = scores.gold_logp.new_zeros(()), self._common_metrics(scores, noised, strength_B)
-        weight_B = self.curve.sample_weight(noised.t)
+        total, metrics = scores.target_logprobs.new_zeros(()), self._common_metrics(scores, batch, strength_B)
+        weight_B = self.curve.sample_weight(batch.t)
         if self.chunk is not None:
-            chunk_total, chunk_metrics = self._chunk_part(self.chunk, scores, answer, noised, strength_B, weight_B)
+            chunk_total, chunk_metrics = self._chunk_part(self.chunk, scores, teacher, batch, strength_B, weight_B)
             total, metrics = total + chunk_total, metrics | chunk_metrics
         if self.rows is not None:
             assert scores.divergence is not None
-            sample_P = noised.chunk_sample[noised.pair_chunk]
+            sample_P = batch.chunk_sample[batch.pair_chunk]
             weight_P = self.rows.tidal.weight(strength_B[sample_P]) * weight_B[sample_P]
             total = total + (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
             metrics["distill/kl"] = _summed(scores.divergence)
@@ -163,20 +165,20 @@ class Strategy:
         self,
         term: ChunkTerm,
         scores: StudentScores,
-        answer: TeacherAnswer,
-        noised: Noised,
+        teacher: TeacherOutputs,
+        batch: DistillBatch,
         strength_B: Tensor,
         weight_B: Tensor,
     ) -> tuple[Tensor, Metrics]:
         """Sum of the weighted chunk terms, and the chunk statistics (over all active chunks)."""
-        assert answer.gold_logp is not None
-        sample_K = noised.chunk_sample
-        student_lp_K = chunk_logp(scores.gold_logp, noised.student_chunk, sample_K.numel())
-        teacher_lp_K = chunk_logp(answer.gold_logp, noised.teacher_chunk, sample_K.numel())
+        assert teacher.target_logprobs is not None
+        sample_K = batch.chunk_sample
+        student_lp_K = chunk_logp(scores.target_logprobs, batch.student_chunk, sample_K.numel())
+        teacher_lp_K = chunk_logp(teacher.target_logprobs, batch.teacher_chunk, sample_K.numel())
         term_K = term.chunks(student_lp_K, teacher_lp_K, strength_B[sample_K])
         taken_K = torch.ones_like(term_K)
         if self.rows is not None:
-            taken_K = taken_K.index_fill(0, noised.pair_chunk, 0.0)
+            taken_K = taken_K.index_fill(0, batch.pair_chunk, 0.0)
         weight_K = term.tidal.weight(strength_B[sample_K]) * weight_B[sample_K]
         break_even = -term.temperature * math.log(2)
         student_p_K = (student_lp_K.detach() / term.temperature).exp()
@@ -192,14 +194,14 @@ class Strategy:
         }
         return (term_K * taken_K * weight_K.to(term_K.dtype)).sum(), metrics
 
-    def _common_metrics(self, scores: StudentScores, noised: Noised, strength_B: Tensor) -> Metrics:
+    def _common_metrics(self, scores: StudentScores, batch: DistillBatch, strength_B: Tensor) -> Metrics:
         if not self.needs_teacher:
             return {}
-        dtype = scores.gold_logp.dtype
-        chunks = scores.gold_logp.new_full((), noised.chunk_sample.numel())
+        dtype = scores.target_logprobs.dtype
+        chunks = scores.target_logprobs.new_full((), batch.chunk_sample.numel())
         return {
-            "chunk/active_share": _summed((noised.student_chunk >= 0).to(dtype)),
-            "chunk/pair_share": (torch.full_like(chunks, noised.pair_chunk.numel()), chunks),
+            "chunk/active_share": _summed((batch.student_chunk >= 0).to(dtype)),
+            "chunk/pair_share": (torch.full_like(chunks, batch.pair_chunk.numel()), chunks),
             "tidal/strength": _summed(strength_B),
         }
 
@@ -210,18 +212,18 @@ class _PairScores:
     The teacher's logits of the same few rows are made beside them, from its hidden rows; they carry no gradient.
     """
 
-    def __init__(self, term: RowTerm, answer: TeacherAnswer) -> None:
-        assert answer.head_weight is not None
+    def __init__(self, term: DistributionTerm, teacher: TeacherOutputs) -> None:
+        assert teacher.head_weight is not None
         self._term = term
-        self._teacher_head_VH = answer.head_weight
+        self._teacher_head_VH = teacher.head_weight
 
     def __call__(
-        self, logits_mV: Tensor, gold_m: Tensor, teacher_mH: Tensor, strength_m: Tensor
+        self, logits_mV: Tensor, targets_m: Tensor, teacher_mH: Tensor, strength_m: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             teacher_mV = at_least_fp32(teacher_mH @ self._teacher_head_VH.T)
-        gold_logit_m = logits_mV.gather(1, gold_m.unsqueeze(1)).squeeze(1)
-        return gold_logit_m - logits_mV.logsumexp(-1), self._term.rows(logits_mV, teacher_mV, strength_m)
+        target_logit_m = logits_mV.gather(1, targets_m.unsqueeze(1)).squeeze(1)
+        return target_logit_m - logits_mV.logsumexp(-1), self._term.rows(logits_mV, teacher_mV, strength_m)
 
 
 def _complement(some_P: Tensor, size: int) -> Tensor:

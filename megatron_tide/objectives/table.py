@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import CONTEXTS, MASKINGS, CompDemo
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, MASKINGS, CompDemo
 from megatron_tide.objectives.chunk import CHUNK_OBJECTIVES, ChunkObjective
 from megatron_tide.objectives.common import named
 from megatron_tide.objectives.distribution import DISTRIBUTION_OBJECTIVES, DistributionObjective, VocabMap
-from megatron_tide.objectives.strategy import ChunkTerm, RowTerm, Strategy, TidalCurve
+from megatron_tide.objectives.strategy import ChunkTerm, DistributionTerm, Strategy, TidalCurve
 from megatron_tide.objectives.tidal import AXES, RAMPS, TIDAL_USES
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class StrategySpec:
     """One strategy's parts, by name; a switch of the run replaces its part.
 
     ``chunk_tidal`` and ``distribution_tidal``: what TIDAL does to each objective (``--tidal`` replaces both).
@@ -37,28 +37,32 @@ class Recipe:
     chunk_tidal: str = "off"
     distribution_tidal: str = "off"
     compdemo: bool = False
-    where_vocabularies_differ: Recipe | None = None
+    where_vocabularies_differ: StrategySpec | None = None
 
 
-STRATEGIES: dict[str, Recipe] = {
-    "bd3lm": Recipe(meaning="denoising only, no teacher: the baseline"),
-    "calm": Recipe(meaning="CALM: forward likelihood matching of chunks", chunk="calm"),
-    "tide-cross": Recipe(meaning="the paper's TIDE-Cross: Reverse CALM", chunk="reverse_calm"),
-    "tide-shared": Recipe(
+STRATEGIES: dict[str, StrategySpec] = {
+    "bd3lm": StrategySpec(meaning="denoising only, no teacher: the baseline"),
+    "calm": StrategySpec(meaning="CALM: forward likelihood matching of chunks", chunk="calm"),
+    "tide-cross": StrategySpec(meaning="the paper's TIDE-Cross: Reverse CALM", chunk="reverse_calm"),
+    "tide-shared": StrategySpec(
         meaning="the paper's TIDE-Shared: TIDAL and CompDemo over forward KL (CALM where the vocabularies differ)",
         distribution="forward_kl",
         distribution_tidal="mix",
         compdemo=True,
-        where_vocabularies_differ=Recipe(
+        where_vocabularies_differ=StrategySpec(
             meaning="TIDE-Shared over CALM", chunk="calm", chunk_tidal="mix", distribution_tidal="mix", compdemo=True
         ),
     ),
-    "kl": Recipe(meaning="forward KL(teacher || student) on one-to-one chunks", distribution="forward_kl"),
-    "reverse-kl": Recipe(meaning="reverse KL(student || teacher) on one-to-one chunks", distribution="reverse_kl"),
-    "bernoulli-kl": Recipe(meaning="KL(student || teacher) of the chunk's Bernoulli (ours)", chunk="bernoulli_kl"),
+    "kl": StrategySpec(meaning="forward KL(teacher || student) on one-to-one chunks", distribution="forward_kl"),
+    "reverse-kl": StrategySpec(
+        meaning="reverse KL(student || teacher) on one-to-one chunks", distribution="reverse_kl"
+    ),
+    "bernoulli-kl": StrategySpec(
+        meaning="KL(student || teacher) of the chunk's Bernoulli (ours)", chunk="bernoulli_kl"
+    ),
     # TIDAL mixes the forward KL's target, as in TIDE-Shared, and weighs the chunks' reversed objective, which mixing
     # would work against.
-    "tide-bridge": Recipe(
+    "tide-bridge": StrategySpec(
         meaning="forward KL on one-to-one chunks, Bernoulli KL on the others, with CompDemo and TIDAL (ours)",
         chunk="bernoulli_kl",
         distribution="forward_kl",
@@ -97,9 +101,11 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         exact=named(_SPLITS, config.compdemo_split, "CompDemo split"),
         by_token=named(_UNITS, config.compdemo_unit, "CompDemo unit"),
     )
-    named(CONTEXTS, config.teacher_context, "teacher context")
+    named(ATTENTION_LAYOUTS, config.teacher_context, "teacher context")
     chunk_term = None if chunk is None else ChunkTerm(chunk, chunk_tidal, config.temperature)
-    row_term = None if rows is None else RowTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge))
+    row_term = (
+        None if rows is None else DistributionTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge))
+    )
     _warn(chunk_term, row_term, split if compdemo else None, bridge)
     return Strategy(
         name=config.strategy,
@@ -117,7 +123,7 @@ def _either(switch: str | None, default: str) -> str:
     return default if switch is None else switch
 
 
-def _recipe(config: StrategyConfig, bridge: Bridge | None) -> Recipe:
+def _recipe(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
     recipe = named(STRATEGIES, config.strategy, "strategy")
     if recipe.where_vocabularies_differ is None:
         return recipe
@@ -170,7 +176,9 @@ def _vocabulary(config: StrategyConfig, bridge: Bridge | None) -> VocabMap:
     return VocabMap(torch.as_tensor(bridge.student_ids), torch.as_tensor(bridge.teacher_ids), bucket=True)
 
 
-def _warn(chunk: ChunkTerm | None, rows: RowTerm | None, split: CompDemo | None, bridge: Bridge | None) -> None:
+def _warn(
+    chunk: ChunkTerm | None, rows: DistributionTerm | None, split: CompDemo | None, bridge: Bridge | None
+) -> None:
     for term in (chunk, rows):
         if term is not None and term.tidal.mixes and term.objective.reversed:
             warnings.warn(
@@ -187,7 +195,7 @@ def _warn(chunk: ChunkTerm | None, rows: RowTerm | None, split: CompDemo | None,
 
 
 def _provenance(
-    config: StrategyConfig, chunk: ChunkTerm | None, rows: RowTerm | None, compdemo: bool
+    config: StrategyConfig, chunk: ChunkTerm | None, rows: DistributionTerm | None, compdemo: bool
 ) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "strategy": config.strategy,

@@ -4,7 +4,7 @@ from megatron_tide.release.convert import Options, convert
 from megatron_tide.release.export import DTYPES, parse_size
 from megatron_tide.release.push import Hub
 from megatron_tide.release.scores import Score, card_scores, has_card, write_scores
-from megatron_tide.release.trained import Opened, Trained, open_model, open_trained
+from megatron_tide.release.training_checkpoint import Opened, TrainingCheckpoint, open_checkpoint, open_model
 
 __all__ = [
     "DTYPES",
@@ -12,12 +12,12 @@ __all__ = [
     "Opened",
     "Options",
     "Score",
-    "Trained",
+    "TrainingCheckpoint",
     "card_scores",
     "convert",
     "has_card",
+    "open_checkpoint",
     "open_model",
-    "open_trained",
     "parse_size",
     "write_scores",
 ]

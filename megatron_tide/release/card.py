@@ -10,7 +10,7 @@ import megatron_tide
 from megatron_tide.release.export import Generation
 from megatron_tide.release.kinds import Kind
 from megatron_tide.release.scores import HEADING
-from megatron_tide.release.trained import Trained
+from megatron_tide.release.training_checkpoint import TrainingCheckpoint
 
 PAPER = "https://arxiv.org/abs/2604.26951"
 DENOISING_ONLY = "bd3lm"
@@ -18,7 +18,7 @@ TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
 
 
 def model_card(
-    trained: Trained, kind: Kind, knobs: Generation, parity: Mapping[str, Any], *, name: str, license_id: str
+    trained: TrainingCheckpoint, kind: Kind, knobs: Generation, parity: Mapping[str, Any], *, name: str, license_id: str
 ) -> str:
     """README.md of a release called ``name``."""
     sections = [
@@ -58,7 +58,7 @@ def _public(value: Any) -> Any:
     return public_name(value) if isinstance(value, str) else value
 
 
-def _front_matter(trained: Trained, license_id: str) -> str:
+def _front_matter(trained: TrainingCheckpoint, license_id: str) -> str:
     paths = trained.run["config"]["paths"]
     bases = [name for key in ("student", "teacher") if "/" in (name := public_name(paths.get(key) or ""))]
     lines = ["---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation"]
@@ -70,7 +70,7 @@ def _front_matter(trained: Trained, license_id: str) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _summary(trained: Trained, knobs: Generation) -> str:
+def _summary(trained: TrainingCheckpoint, knobs: Generation) -> str:
     paths, strategy = trained.run["config"]["paths"], trained.run["config"]["strategy"]["strategy"]
     student, teacher = public_name(paths["student"]), public_name(paths.get("teacher") or "")
     text = (
@@ -121,7 +121,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 Blocks hold {knobs.block_size} tokens. Token ids: mask {knobs.mask_token_id}, end of text {knobs.eos_token_id}."""
 
 
-def _method(trained: Trained) -> str:
+def _method(trained: TrainingCheckpoint) -> str:
     run = trained.run
     rows = {
         **run["strategy"],
@@ -133,7 +133,7 @@ def _method(trained: Trained) -> str:
     return _table("How it was trained", rows)
 
 
-def _data(trained: Trained) -> str:
+def _data(trained: TrainingCheckpoint) -> str:
     manifest = public_run(trained.run)["data"]
     return _table("Data", {key: value for key, value in manifest.items() if value is not None})
 

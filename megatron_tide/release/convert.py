@@ -18,7 +18,7 @@ from megatron_tide.release.card import model_card, public_run
 from megatron_tide.release.export import DTYPES, export, generation_of
 from megatron_tide.release.kinds import KINDS
 from megatron_tide.release.parity import check_parity
-from megatron_tide.release.trained import Trained, open_trained
+from megatron_tide.release.training_checkpoint import TrainingCheckpoint, open_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
         raise ValueError(f"{out}: holds something that is not a model, which --overwrite will not remove")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
-    trained = open_trained(checkpoint, options.start)
+    trained = open_checkpoint(checkpoint, options.start)
     draft = out.with_name(f".{out.name}.converting")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -61,7 +61,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     return parity
 
 
-def _fill(draft: Path, trained: Trained, options: Options, name: str) -> dict[str, Any]:
+def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:
     family, _ = read_config(trained.start)
     kind, dtype = KINDS[family.model_type], DTYPES[options.dtype]
     tokenizer = load_tokenizer(trained.start)

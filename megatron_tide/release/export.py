@@ -14,11 +14,11 @@ import torch
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.files import read_json, write_json
 from megatron_tide.models import meta_model
+from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
 from megatron_tide.models.load import config_dict
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.models.tables import Slot, checkpoint_table, module_tensors
 from megatron_tide.release.kinds import Kind
-from megatron_tide.release.trained import Trained
+from megatron_tide.release.training_checkpoint import TrainingCheckpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -42,7 +42,7 @@ class Generation:
     pad_token_id: int
 
 
-def generation_of(trained: Trained, tokenizer: TextTokenizer) -> Generation:
+def generation_of(trained: TrainingCheckpoint, tokenizer: TextTokenizer) -> Generation:
     """From the data the model was trained on, which the trainer recorded; the ids must be the tokenizer's.
 
     Raises:
@@ -60,7 +60,7 @@ def generation_of(trained: Trained, tokenizer: TextTokenizer) -> Generation:
 
 
 def export(
-    trained: Trained,
+    trained: TrainingCheckpoint,
     tokenizer: TextTokenizer,
     kind: Kind,
     out: Path,
@@ -93,7 +93,9 @@ def _name_tokenizer_class(path: Path) -> None:
             write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _tensors(model: torch.nn.Module, trained: Trained, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    model: torch.nn.Module, trained: TrainingCheckpoint, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(public key, tensor in the release's precision); what was never trained comes from the starting folder."""
     shapes = module_tensors(model)
     stored, start = trained.names(), ShardedFolder(trained.start)

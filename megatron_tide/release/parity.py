@@ -25,7 +25,7 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.release import probe
 from megatron_tide.release.export import Generation
 from megatron_tide.release.kinds import Kind
-from megatron_tide.release.trained import Trained
+from megatron_tide.release.training_checkpoint import TrainingCheckpoint
 
 REPOSITORY = Path(megatron_tide.__file__).resolve().parents[1]
 _PROMPTS = (
@@ -37,7 +37,12 @@ CONVERSATIONS = [[{"role": "user", "content": prompt}] for prompt in _PROMPTS]
 
 
 def check_parity(
-    release: Path, trained: Trained, tokenizer: TextTokenizer, kind: Kind, knobs: Generation, dtype: torch.dtype
+    release: Path,
+    trained: TrainingCheckpoint,
+    tokenizer: TextTokenizer,
+    kind: Kind,
+    knobs: Generation,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Compare ``release`` with the training weights cast to ``dtype``; what was compared, for parity.json.
 
@@ -77,7 +82,7 @@ def _failed(what: str) -> ValueError:
 
 
 def _ask_training(
-    trained: Trained, tokenizer: TextTokenizer, knobs: Generation, dtype: torch.dtype
+    trained: TrainingCheckpoint, tokenizer: TextTokenizer, knobs: Generation, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The training weights in the training module, by its own parameter names: no table, no release code in between."""
     model = trained.model(dtype)

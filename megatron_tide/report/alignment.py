@@ -23,7 +23,7 @@ TEXT_BYTES = 170  # of each text: about two lines
 LINE_BYTES = 88  # boxes of a line, one cell a byte
 FONT = FontProperties(family="DejaVu Sans Mono", size=8.5)
 # Neighbouring chunks differ in shade; the hue says whether a chunk is one token on both sides.
-ONE_TO_ONE, SEVERAL, UNCOVERED = ("#bfe3f2", "#8fcbe6"), ("#fbd9a8", "#f5bf73"), "#e58a8a"
+ONE_TO_ONE, SEVERAL, UNALIGNED = ("#bfe3f2", "#8fcbe6"), ("#fbd9a8", "#f5bf73"), "#e58a8a"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def alignment(pairs: Sequence[Pair]) -> Figure:
                     _draw(ax, box, box.start - start, top - lane, pairs[number].one_to_one)
     ax.set(xlim=(-8, LINE_BYTES), ylim=(top - 1.3, -2.2))
     ax.axis("off")
-    kinds = (ONE_TO_ONE[1], "one token on both sides"), (SEVERAL[1], "several tokens"), (UNCOVERED, "in no chunk")
+    kinds = (ONE_TO_ONE[1], "one token on both sides"), (SEVERAL[1], "several tokens"), (UNALIGNED, "in no chunk")
     handles = [Patch(facecolor=colour, edgecolor="white", label=label) for colour, label in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
@@ -102,7 +102,7 @@ def alignment(pairs: Sequence[Pair]) -> Figure:
 
 def _draw(ax: Axes, box: Box, left: float, bottom: float, one_to_one: frozenset[int]) -> None:
     shades = ONE_TO_ONE if box.chunk in one_to_one else SEVERAL
-    colour = shades[box.chunk % 2] if box.chunk >= 0 else UNCOVERED
+    colour = shades[box.chunk % 2] if box.chunk >= 0 else UNALIGNED
     width = box.end - box.start
     ax.add_patch(Rectangle((left, bottom), width, 0.92, facecolor=colour, edgecolor="white", linewidth=1.2))
     size = FONT.get_size_in_points() * min(1.0, width / max(len(box.shown), 1))
@@ -137,7 +137,7 @@ def _texts(data: PreparedData, student: TextTokenizer) -> list[str]:
 
 
 def _boxes(tokenizer: TextTokenizer, ids: np.ndarray, chunk: np.ndarray) -> list[Box]:
-    pieces = tokenizer.pieces(ids)
+    pieces = tokenizer.token_bytes(ids)
     ends = np.cumsum([0, *map(len, pieces)])
     known = get_font(findfont(FONT))
     boxes = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide import cli
-from megatron_tide.machine import DEVICE_HELP, device_of, reset_peak, resident_bytes
+from megatron_tide.machine import DEVICE_HELP, device_of, reset_peak, rss_bytes
 
 PROMPT = "Write a Python function that returns the sum of a list of numbers."
 NEW_TOKENS = 256  # of the published measurement
@@ -56,7 +56,7 @@ class Host:
     """Peak resident memory of this process, less what it held before the model was loaded."""
 
     def __init__(self) -> None:
-        self._before = resident_bytes()
+        self._before = rss_bytes()
         self.what = (
             "peak resident memory while answering, less what the process held before it loaded the model (what "
             "libraries take at their first use is in it)"
@@ -69,7 +69,7 @@ class Host:
             self.what = self.what.replace("while answering", "while loading and answering")
 
     def peak(self) -> int:
-        return resident_bytes("VmHWM") - self._before
+        return rss_bytes("VmHWM") - self._before
 
 
 class Accelerator:
@@ -143,7 +143,7 @@ def measure(
         **about,
         memory_of=meter.what,
         memory_bytes=meter.peak(),
-        process_bytes=resident_bytes("VmHWM"),
+        process_bytes=rss_bytes("VmHWM"),
         tokens=len(found.ids),
         passes=found.passes,
         seconds=tuple(seconds),

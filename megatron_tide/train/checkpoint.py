@@ -26,8 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_tide.files import read_json, sha256_file
+from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
-from megatron_tide.train.world import World
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
 PREFIX, TEMPORARY = "step-", ".saving-"
@@ -52,7 +52,7 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
     return run_folder / f"{PREFIX}{step:08d}"
 
 
-def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], world: World, keep: int) -> Path:
+def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], world: DistContext, keep: int) -> Path:
     """Write one checkpoint (a collective), then remove all but the newest ``keep``.
 
     Raises:
@@ -70,7 +70,7 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
     if world.is_main and error is None:
         described = {"state": asdict(state), "run": run}
         error = _attempt(lambda: _seal(draft, final, described))
-    told = world.share_from_main(None if error is None else str(error))
+    told = world.broadcast_object(None if error is None else str(error))
     if told is not None:
         if world.is_main:
             shutil.rmtree(draft, ignore_errors=True)
@@ -115,7 +115,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     return found
 
 
-def newest_whole(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
+def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose checksums hold; a damaged one is named to ``tell`` and passed over."""
     for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
         try:
@@ -134,12 +134,12 @@ def verify(folder: Path) -> None:
         ValueError: naming the first file that is missing or damaged.
     """
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
+        accumulator = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        sums = None
-    if not isinstance(sums, dict):
+        accumulator = None
+    if not isinstance(accumulator, dict):
         raise ValueError(f"{folder}: no readable {CHECKSUMS}, so this is not a whole checkpoint")
-    for name, expected in sums.items():
+    for name, expected in accumulator.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing from the checkpoint")
@@ -157,14 +157,14 @@ class _Lazy:
         return self._file.get_tensor(name)
 
 
-def _gathered(engine: Any, world: World) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _gathered(engine: Any, world: DistContext) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(file, tensors) one file at a time; all ranks take part, only rank 0 keeps the tensors."""
     yield WEIGHTS, _collect(engine, world, full_master_weight)
     for moment in MOMENTS:
         yield f"{moment}.safetensors", _collect(engine, world, lambda p, m=moment: full_moment(p, m))
 
 
-def _collect(engine: Any, world: World, gather: Any) -> dict[str, torch.Tensor]:
+def _collect(engine: Any, world: DistContext, gather: Any) -> dict[str, torch.Tensor]:
     kept = {}
     for name, parameter in trained_parameters(engine):
         whole = gather(parameter)
@@ -194,8 +194,8 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def _seal(draft: Path, final: Path, description: dict[str, Any]) -> None:
     (draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
     _flush(draft / STATE)
-    sums = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
-    (draft / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    accumulator = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
+    (draft / CHECKSUMS).write_text(json.dumps(accumulator, indent=1))
     _flush(draft / CHECKSUMS)
     if final.exists():
         shutil.rmtree(final)

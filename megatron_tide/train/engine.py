@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import read_ds_config, section
-from megatron_tide.train.world import World
+from megatron_tide.train.distributed import DistContext
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,9 +40,9 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
     settings = student_ds_config(train.deepspeed)
     offloads = "offload_optimizer" in settings["zero_optimization"]
     settings |= {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": train.global_batch // (train.micro_batch * world_size),
-        "gradient_clipping": train.clip,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
+        "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision == "bf16"},
         "optimizer": {
             "type": "AdamW",
@@ -62,7 +62,7 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
     return settings
 
 
-def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
+def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) -> Any:
     """A DeepSpeed engine over ``model``, whose fp32 weights become the master weights as they are."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
@@ -84,7 +84,7 @@ def build_engine(model: nn.Module, config: DistillConfig, world: World) -> Any:
     return engine
 
 
-def left_out(engine: Any) -> bool:
+def skipped(engine: Any) -> bool:
     """Whether the last optimizer step was left out because the gradient's norm, a global one, was not finite."""
     return bool(engine.optimizer.overflow)
 

@@ -13,25 +13,25 @@ from typing import Any
 from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
 from megatron_tide.config import DistillConfig
-from megatron_tide.data import GlobalOrder, PreparedData
+from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.hosting.settings import hosting_settings
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RunInputs:
     """What a run reads, checked against each other; nothing large is loaded yet."""
 
     data: PreparedData
     validation: PreparedData | None
     strategy: Strategy
-    order: GlobalOrder
+    sampler: DistributedBatchSampler
     total_steps: int
     run: dict[str, Any]
 
 
-def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
+def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     """Open data, tokenizers and bridge, and refuse any that do not belong together.
 
     Raises:
@@ -49,13 +49,15 @@ def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
     strategy = build_strategy(config.strategy, bridge)
     if strategy.needs_teacher and not (paths.teacher and paths.bridge):
         raise ValueError(f"--strategy {config.strategy.strategy} listens to a teacher: give --teacher and --bridge")
-    order = GlobalOrder(data.stats, config.train.global_batch, config.train.micro_batch, world_size, config.train.seed)
-    total = config.train.max_steps or math.ceil(config.train.epochs * order.steps_per_epoch)
+    sampler = DistributedBatchSampler(
+        data.stats, config.train.global_batch_size, config.train.micro_batch_size, world_size, config.train.seed
+    )
+    total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
     run = {
         "version": __version__,
         "config": config.to_dict(),
         "fingerprint": config.fingerprint,
-        "deciding": config.deciding(),
+        "affects_loss": config.loss_flags(),
         "strategy": strategy.describe(),
         "bridge_fingerprint": bridge.fingerprint if bridge else None,
         "data_fingerprint": data.fingerprint,
@@ -63,7 +65,7 @@ def read_inputs(config: DistillConfig, world_size: int) -> Inputs:
         "model_folder": str(Path(paths.student).resolve()) if Path(paths.student).exists() else paths.student,
         "total_steps": total,
     }
-    return Inputs(data=data, validation=validation, strategy=strategy, order=order, total_steps=total, run=run)
+    return RunInputs(data=data, validation=validation, strategy=strategy, sampler=sampler, total_steps=total, run=run)
 
 
 def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:

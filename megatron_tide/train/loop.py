@@ -14,12 +14,12 @@ from typing import Any
 from megatron_tide.config import DistillConfig
 from megatron_tide.train import checkpoint
 from megatron_tide.train.checkpoint import TrainState
-from megatron_tide.train.engine import left_out, set_learning_rate
-from megatron_tide.train.guard import Guard
-from megatron_tide.train.metrics import Journal, Sums, peak_memory
+from megatron_tide.train.engine import set_learning_rate, skipped
+from megatron_tide.train.metrics import MetricAccumulator, MetricLogger, peak_memory
+from megatron_tide.train.microbatches import MicrobatchLoader
+from megatron_tide.train.nonfinite import NonFiniteGuard
 from megatron_tide.train.schedule import learning_rate
-from megatron_tide.train.step import Parts, global_counts, to_device, train_step
-from megatron_tide.train.windows import Windows
+from megatron_tide.train.step import TrainContext, global_counts, to_device, train_step
 
 Measure = Callable[[], dict[str, float]]
 
@@ -43,8 +43,10 @@ class StopRequest:
 class Loop:
     """Runs from a state to the last step. Everything it uses is built; nothing here knows how."""
 
-    def __init__(self, config: DistillConfig, parts: Parts, windows: Windows, run: dict[str, Any]) -> None:
-        self.config, self.parts, self.windows, self.run = config, parts, windows, run
+    def __init__(
+        self, config: DistillConfig, context: TrainContext, loader: MicrobatchLoader, run: dict[str, Any]
+    ) -> None:
+        self.config, self.context, self.loader, self.run = config, context, loader, run
         self.folder = Path(config.paths.out)
 
     def train(self, state: TrainState, stop: StopRequest, measure: Measure) -> TrainState:
@@ -52,37 +54,37 @@ class Loop:
 
         ``measure()`` gives held-out values (a collective); it is called every ``eval_every`` steps.
         """
-        parts, save, total = self.parts, self.config.save, state.total_steps
-        journal = Journal(self.folder, parts.world, total, state.step)
-        guard = Guard(self.folder, self.windows, parts.world)
-        sums, since, saved = Sums(), time.perf_counter(), state.step
-        for window in self.windows.from_step(state.step, total):
-            parts.world.trace.moved(state.step + 1)
-            counts, stopped = global_counts(window, parts.world, bool(stop.signal))
+        context, save, total = self.context, self.config.save, state.total_steps
+        logger = MetricLogger(self.folder, context.world, total, state.step)
+        nonfinite = NonFiniteGuard(self.folder, self.loader, context.world)
+        accumulator, since, saved = MetricAccumulator(), time.perf_counter(), state.step
+        for microbatches in self.loader.from_step(state.step, total):
+            context.world.trace.heartbeat(state.step + 1)
+            counts, stopped = global_counts(microbatches, context.world, bool(stop.signal))
             if stopped:
                 break
             lr = self._learning_rate(state)
-            set_learning_rate(parts.engine, lr)
-            step_sums = train_step(parts, to_device(window, parts.world.device), counts, state.step / total)
-            if left_out(parts.engine):
-                guard.left_out(state, step_sums)
+            set_learning_rate(context.engine, lr)
+            step_sums = train_step(context, to_device(microbatches, context.world.device), counts, state.step / total)
+            if skipped(context.engine):
+                nonfinite.skipped(state, step_sums)
             else:
-                guard.taken()
-                sums.add_step(step_sums, sum(noised.tokens for noised in window))
-            state = state.after_step(self.config.train.global_batch)
-            if guard.before and guard.exhausted:
-                self._save(guard.before)
-                raise guard.refusal()
-            if sums.steps and (state.step % save.log_every == 0 or state.step == total):
-                since = self._log(journal, state, sums, since, lr)
-                sums = Sums()
+                nonfinite.stepped()
+                accumulator.add_step(step_sums, sum(batch.tokens for batch in microbatches))
+            state = state.after_step(self.config.train.global_batch_size)
+            if nonfinite.before and nonfinite.exhausted:
+                self._save(nonfinite.before)
+                raise nonfinite.refusal()
+            if accumulator.steps and (state.step % save.log_every == 0 or state.step == total):
+                since = self._log(logger, state, accumulator, since, lr)
+                accumulator = MetricAccumulator()
             if save.eval_every and state.step % save.eval_every == 0:
-                journal.write(state.step, measure())
-            if state.step % save.save_every == 0 and not guard.before:
+                logger.write(state.step, measure())
+            if state.step % save.save_every == 0 and not nonfinite.before:
                 saved = self._save(state)
         if saved != state.step:
             self._save(state)
-        journal.close()
+        logger.close()
         return state
 
     def _learning_rate(self, state: TrainState) -> float:
@@ -90,21 +92,25 @@ class Loop:
         return learning_rate(state.step, state.total_steps, train.lr, train.warmup_ratio, train.min_lr_ratio)
 
     def _save(self, state: TrainState) -> int:
-        checkpoint.save(self.folder, self.parts.engine, state, self.run, self.parts.world, self.config.save.keep)
+        checkpoint.save(
+            self.folder, self.context.engine, state, self.run, self.context.world, self.config.save.keep_last
+        )
         return state.step
 
-    def _log(self, journal: Journal, state: TrainState, sums: Sums, since: float, lr: float) -> float:
+    def _log(
+        self, logger: MetricLogger, state: TrainState, accumulator: MetricAccumulator, since: float, lr: float
+    ) -> float:
         """Reduce, write and print what was gathered since the last time; the new start of the clock."""
-        values = sums.reduce(self.parts.world)
+        values = accumulator.reduce(self.context.world)
         now = time.perf_counter()
-        seconds = self.parts.clock.read()
+        seconds = self.context.clock.read()
         spent = sum(seconds.values()) or math.inf
         values |= {f"time/{part}_share": taken / spent for part, taken in seconds.items()}
-        values["time/step_s"] = (now - since) / sums.steps
+        values["time/step_s"] = (now - since) / accumulator.steps
         values["speed/tokens_per_s"] = values.pop("tokens") / (now - since)
-        values |= self.parts.world.mean_over_ranks(self.parts.host.read())
-        norm = self.parts.engine.get_global_grad_norm()
-        values |= {"train/lr": lr, "train/grad_norm": float(norm or 0.0), **peak_memory(self.parts.world.device)}
-        journal.write(state.step, values)
-        journal.say(state.step, values)
+        values |= self.context.world.mean_over_ranks(self.context.backend.metrics())
+        norm = self.context.engine.get_global_grad_norm()
+        values |= {"train/lr": lr, "train/grad_norm": float(norm or 0.0), **peak_memory(self.context.world.device)}
+        logger.write(state.step, values)
+        logger.print_rank0(state.step, values)
         return now

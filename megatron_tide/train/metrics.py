@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from megatron_tide.objectives.common import means_by_bin
-from megatron_tide.train.world import World
+from megatron_tide.train.distributed import DistContext
 
 Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
 
 
-class Sums:
+class MetricAccumulator:
     """Named (sum, count) pairs; and losses, local sums over global counts, averaged over ``steps``."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Sums:
         old = self.losses.get(name)
         self.losses[name] = loss.detach().double() if old is None else old + loss.detach()
 
-    def add_step(self, step: Sums, tokens: int) -> None:
+    def add_step(self, step: MetricAccumulator, tokens: int) -> None:
         """Gather one step more: ``tokens`` of this rank's window."""
         self.add(step.means)
         for name, loss in step.losses.items():
@@ -44,11 +44,11 @@ class Sums:
         self.tokens += tokens
         self.steps += 1
 
-    def reduce(self, world: World) -> dict[str, float]:
+    def reduce(self, world: DistContext) -> dict[str, float]:
         """Global values: one collective, one synchronisation. Means without a count are left out."""
         names, losses = sorted(self.means), sorted(self.losses)
-        parts = [*(self.losses[n] / self.steps for n in losses), *(x for n in names for x in self.means[n])]
-        flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in parts])
+        context = [*(self.losses[n] / self.steps for n in losses), *(x for n in names for x in self.means[n])]
+        flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in context])
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=world.device)
         values = world.sum_tensor_(torch.cat([tokens, flat])).tolist()
         result = {"tokens": values[0], **dict(zip(losses, values[1:]))}
@@ -59,9 +59,9 @@ class Sums:
         return result
 
 
-def denoise_metrics(gold_logp_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, Metric]:
+def denoise_metrics(target_logprobs_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, Metric]:
     """Mean -log p of masked tokens, over all and by timestep bin (nats a token)."""
-    nats_M = -gold_logp_M.double()
+    nats_M = -target_logprobs_M.double()
     total = nats_M.sum()
     mean = {"denoise/nats_per_masked_token": (total, torch.full_like(total, nats_M.numel()))}
     return mean | means_by_bin("denoise_by_timestep", t_M, nats_M)
@@ -75,13 +75,13 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return peaks
 
 
-class Journal:
+class MetricLogger:
     """Rank 0's record of a run: metrics.jsonl, TensorBoard, and one line on the terminal. Silent on other ranks.
 
     A resumed run drops the lines of steps that it will take again, so that each step stands once.
     """
 
-    def __init__(self, folder: Path, world: World, total_steps: int, first_step: int) -> None:
+    def __init__(self, folder: Path, world: DistContext, total_steps: int, first_step: int) -> None:
         self._main = world.is_main
         self._total, self._first, self._started = total_steps, first_step, time.monotonic()
         if not self._main:
@@ -103,7 +103,7 @@ class Journal:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def say(self, step: int, values: dict[str, float]) -> None:
+    def print_rank0(self, step: int, values: dict[str, float]) -> None:
         """The progress line: where we are, how it goes, how long it takes."""
         if not self._main:
             return

@@ -9,65 +9,67 @@ from typing import Any
 import torch
 
 from megatron_tide.clock import Clock
-from megatron_tide.diffusion import Noised
-from megatron_tide.models import masked_rows
+from megatron_tide.diffusion import DistillBatch
+from megatron_tide.models import masked_hidden_states
 from megatron_tide.objectives import Counts, Strategy, denoise_loss
-from megatron_tide.train.metrics import Sums, denoise_metrics
-from megatron_tide.train.world import World
+from megatron_tide.train.distributed import DistContext
+from megatron_tide.train.metrics import MetricAccumulator, denoise_metrics
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainContext:
     """What a step works with: all of it built once."""
 
     engine: Any  # DeepSpeed's
-    host: Any  # where the teacher lives
+    backend: Any  # where the teacher lives
     strategy: Strategy
-    world: World
+    world: DistContext
     clock: Clock
 
 
-def train_step(parts: Parts, window: Sequence[Noised], counts: Counts, progress: float) -> Sums:
+def train_step(
+    context: TrainContext, microbatches: Sequence[DistillBatch], counts: Counts, progress: float
+) -> MetricAccumulator:
     """Take one optimizer step over this rank's micro-batches; sums and counts of every metric, still on the device.
 
     Losses are local sums over ``counts``, which are global: the ranks' gradients add up to that of the global batch
     whatever the topology. DeepSpeed averages over ranks, so the loss is multiplied by their number.
     """
-    model, strategy, sums = parts.engine.module, parts.strategy, Sums()
-    with parts.clock("teacher"):
-        answers = parts.host.score(window)
-    with parts.clock("student"):
-        for noised, answer in zip(window, answers):
-            parts.world.trace.moved()
-            strength_B = strategy.strength(progress, noised.t)
-            hidden_MH = masked_rows(model, noised.student)
-            scores = strategy.score(hidden_MH, model.head_weight, noised, answer, strength_B)
-            t_M = noised.t[noised.student_sample]
-            denoise = denoise_loss(scores.gold_logp, t_M, counts.maskable)
-            distill, metrics = strategy.loss(scores, answer, noised, strength_B, counts)
+    model, strategy, accumulator = context.engine.module, context.strategy, MetricAccumulator()
+    with context.clock("teacher"):
+        teacher_outputs = context.backend.score(microbatches)
+    with context.clock("student"):
+        for batch, outputs in zip(microbatches, teacher_outputs):
+            context.world.trace.heartbeat()
+            strength_B = strategy.strength(progress, batch.t)
+            hidden_MH = masked_hidden_states(model, batch.student)
+            scores = strategy.score(hidden_MH, model.head_weight, batch, outputs, strength_B)
+            t_M = batch.t[batch.student_sample]
+            denoise = denoise_loss(scores.target_logprobs, t_M, counts.maskable)
+            distill, metrics = strategy.loss(scores, outputs, batch, strength_B, counts)
             loss = denoise + strategy.distill_weight * distill
-            parts.engine.backward(loss * parts.world.size, scale_wrt_gas=False)
-            parts.engine.step()
-            sums.forwards.append(loss.detach())
-            sums.add_loss("loss/total", loss)
-            sums.add_loss("loss/denoise", denoise)
-            sums.add_loss("loss/distill", distill)
-            sums.add(metrics)
-            sums.add(denoise_metrics(scores.gold_logp.detach(), t_M))
-    return sums
+            context.engine.backward(loss * context.world.size, scale_wrt_gas=False)
+            context.engine.step()
+            accumulator.forwards.append(loss.detach())
+            accumulator.add_loss("loss/total", loss)
+            accumulator.add_loss("loss/denoise", denoise)
+            accumulator.add_loss("loss/distill", distill)
+            accumulator.add(metrics)
+            accumulator.add(denoise_metrics(scores.target_logprobs.detach(), t_M))
+    return accumulator
 
 
-def global_counts(window: Sequence[Noised], world: World, stop_asked: bool) -> tuple[Counts, bool]:
+def global_counts(microbatches: Sequence[DistillBatch], world: DistContext, stop_asked: bool) -> tuple[Counts, bool]:
     """The window's denominators over all ranks, and whether any rank was asked to stop: one collective, on the host."""
     local = [
-        sum(noised.maskable for noised in window),
-        sum(len(noised.chunk_sample) for noised in window),
-        sum(len(noised.pair_chunk) for noised in window),
+        sum(batch.maskable for batch in microbatches),
+        sum(len(batch.chunk_sample) for batch in microbatches),
+        sum(len(batch.pair_chunk) for batch in microbatches),
         float(stop_asked),
     ]
     maskable, chunks, pairs, stops = world.sum_over_ranks(local)
     return Counts(maskable=maskable, chunks=chunks, pairs=pairs), stops > 0
 
 
-def to_device(window: Sequence[Noised], device: torch.device) -> list[Noised]:
-    return [noised.to(device) for noised in window]
+def to_device(microbatches: Sequence[DistillBatch], device: torch.device) -> list[DistillBatch]:
+    return [batch.to(device) for batch in microbatches]

@@ -34,7 +34,7 @@ class Trace:
         """Seconds since this rank last did something that is noted."""
         return time.monotonic() - self._moved
 
-    def moved(self, step: int | None = None) -> None:
+    def heartbeat(self, step: int | None = None) -> None:
         """Note that this rank goes on; ``step``: the optimizer step it works on from now on."""
         self._moved = time.monotonic()
         if step is not None:

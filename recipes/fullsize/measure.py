@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.machine import reset_peak, resident_bytes
-from megatron_tide.models.sections import Sections
+from megatron_tide.machine import reset_peak, rss_bytes
+from megatron_tide.models.layer_specs import LayerSpecs
 
 
-class Parts:
+class TrainContext:
     """Seconds, bytes read from disk and peak resident memory of named parts, told as they begin and end."""
 
     def __init__(self) -> None:
-        self.taken: dict[str, dict[str, float]] = {}
+        self.stepped: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -26,14 +26,14 @@ class Parts:
         reset_peak()
         started, read = time.perf_counter(), bytes_read()
         yield
-        seconds, peak = time.perf_counter() - started, resident_bytes("VmHWM")
-        self.taken[name] = {"seconds": seconds, "bytes_read": bytes_read() - read, "peak_rss_bytes": peak}
+        seconds, peak = time.perf_counter() - started, rss_bytes("VmHWM")
+        self.stepped[name] = {"seconds": seconds, "bytes_read": bytes_read() - read, "peak_rss_bytes": peak}
         print(f"   {seconds:.1f} s, peak {peak / 2**30:.2f} GiB", flush=True)
 
     @property
     def peak(self) -> float:
         """Peak resident bytes over all parts."""
-        return max(part["peak_rss_bytes"] for part in self.taken.values())
+        return max(part["peak_rss_bytes"] for part in self.stepped.values())
 
 
 def bytes_read() -> int:
@@ -46,7 +46,7 @@ def stop_above(limit: int) -> None:
     """End this process with a clear line, should it hold more than ``limit`` bytes; looked at ten times a second."""
 
     def watch() -> None:
-        while (held := resident_bytes()) <= limit:
+        while (held := rss_bytes()) <= limit:
             time.sleep(0.1)
         print(f"error: this process holds {held / 2**30:.1f} GiB, the limit is {limit / 2**30:.1f}", flush=True)
         os._exit(2)
@@ -60,14 +60,14 @@ def folder_bytes(*folders: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files)
 
 
-def sweep_operations(sections: Sections, shapes: list[tuple[int, int]], rows: int) -> float:
+def sweep_operations(specs: LayerSpecs, shapes: list[tuple[int, int]], rows: int) -> float:
     """Floating-point operations of one sweep: ``shapes`` (sequences, length) of its micro-batches, ``rows`` scored."""
-    config: Any = sections.config
+    config: Any = specs.config
     routed = config.num_experts_per_tok / config.num_experts
     per_token = 0.0
-    for layer in sections.layers:
+    for layer in specs.layers:
         for name, tensor in layer.tensors.items():
             per_token += 2 * tensor.numel() * (routed if ".experts." in f".{name}." else 1.0)
-    attention = 4 * config.num_attention_heads * config.head_dim * len(sections.layers)
+    attention = 4 * config.num_attention_heads * config.head_dim * len(specs.layers)
     head = 2 * config.hidden_size * config.vocab_size * rows
     return head + sum(n * length * (per_token + attention * length) for n, length in shapes)

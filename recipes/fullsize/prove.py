@@ -1,6 +1,6 @@
 """One optimizer step at full size, measured part by part: `recipes/fullsize_cpu_proof.sh` makes what it needs.
 
-The parts are the trainer's own (train.setup, hosting, train_step, checkpoint), put together here so that the teacher's
+The parts are the trainer's own (train.build, hosting, train_step, checkpoint), put together here so that the teacher's
 shards can be made one at a time and every part can be timed. What follows the options below goes to the trainer.
 """
 
@@ -21,18 +21,18 @@ from megatron_tide import cli
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.config import DistillConfig, parse
 from megatron_tide.files import read_json, write_json
-from megatron_tide.hosting.place import host_sections
+from megatron_tide.hosting.place import host_layers
 from megatron_tide.hosting.settings import DTYPES, hosting_settings
 from megatron_tide.machine import matmul_rate
 from megatron_tide.models import fresh_model, parameter_count, write_folder
-from megatron_tide.models.sections import sections_of
-from megatron_tide.train import checkpoint, setup
+from megatron_tide.models.layer_specs import layer_specs_of
+from megatron_tide.train import build, checkpoint
 from megatron_tide.train.checkpoint import TrainState
-from megatron_tide.train.inputs import read_inputs
+from megatron_tide.train.distributed import destroy_distributed, init_distributed
+from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.step import global_counts, train_step
-from megatron_tide.train.world import join_world, leave_world
 from recipes.fullsize.measure import (
-    Parts,
+    TrainContext,
     folder_bytes,
     stop_above,
     sweep_operations,
@@ -64,7 +64,7 @@ def check_disk(folders: Folders, disk: Path, teacher: dict[str, Any], student: d
     """Say what is needed, and refuse (ValueError) a disk without it; -> bytes."""
     teacher_bytes, student_count = 2 * parameter_count(teacher), parameter_count(student)
     # The teacher where it is hosted, its largest shard beside it; the student as it starts (bf16), and a checkpoint.
-    largest = max(sum(t.numel() for t in layer.tensors.values()) for layer in sections_of(teacher).layers)
+    largest = max(sum(t.numel() for t in layer.tensors.values()) for layer in layer_specs_of(teacher).layers)
     needed = teacher_bytes + 2 * largest + 2 * student_count + 12 * student_count
     free = min(shutil.disk_usage(place).free for place in (folders.run, disk))
     print(f"disk: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", flush=True)
@@ -89,22 +89,22 @@ def trainer_config(folders: Folders, accumulation: int, flags: list[str]) -> Dis
     paths |= {"data": folders.run / "data", "out": folders.trained}
     own = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     own += ["--strategy", "tide-cross", "--compdemo", "--activation-checkpointing", "--max-steps", "1"]
-    own += ["--micro-batch", "1", "--global-batch", str(accumulation)]
+    own += ["--micro-batch-size", "1", "--global-batch-size", str(accumulation)]
     return parse([*own, *flags], "")[0]
 
 
 def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     """Host the teacher, take one step, save; -> what was measured."""
-    parts, world = Parts(), join_world()
-    inputs = read_inputs(config, world.size)
-    sections, dtype = sections_of(folders.teacher), DTYPES[config.teacher.teacher_dtype]
-    shards = MadeShards(folders.teacher, sections, dtype, seed)
+    parts, world = TrainContext(), init_distributed()
+    inputs = read_run_inputs(config, world.size)
+    specs, dtype = layer_specs_of(folders.teacher), DTYPES[config.teacher.teacher_dtype]
+    shards = MadeShards(folders.teacher, specs, dtype, seed)
     settings = hosting_settings(config.teacher, world.size)
     nvme = Path(settings["zero_optimization"]["offload_param"]["nvme_path"])
     with parts("make the teacher's shards and take them in"):
-        host = host_sections(sections, shards, config.teacher, inputs.strategy, world)
+        host = host_layers(specs, shards, config.teacher, inputs.strategy, world)
     with parts("student and its engine"):
-        built, windows = setup.build(config, inputs, world, host=host)
+        built, windows = build.build(config, inputs, world, host=host)
     with parts("first sweep over nothing: DeepSpeed learns the order"):
         host.engine([])
     with parts("sweep over nothing: what the disk gives"):
@@ -117,17 +117,17 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     disk = folder_bytes(nvme, folders.run)
     with parts("checkpoint"):
         checkpoint.save(folders.trained, built.engine, TrainState(step=1, total_steps=1), inputs.run, world, keep=1)
-    taken = parts.taken
+    taken = parts.stepped
     idle = taken["sweep over nothing: what the disk gives"]
     asked = [noised.teacher.input_ids.shape for noised in window if noised.teacher is not None]
-    work = sweep_operations(sections, [(n, length) for n, length in asked], sum(len(w.teacher_gold) for w in window))
+    work = sweep_operations(specs, [(n, length) for n, length in asked], sum(len(w.teacher_targets) for w in window))
     rates = {"matmul_flops": matmul_rate(dtype), "disk_bytes_per_second": idle["bytes_read"] / idle["seconds"]}
     bounds = {
         "compute_seconds": work / rates["matmul_flops"],
         "disk_seconds": taken["optimizer step"]["bytes_read"] / rates["disk_bytes_per_second"],
     }
     stats = inputs.data.stats
-    leave_world()
+    destroy_distributed()
     return {
         "peak_rss_bytes": parts.peak,
         "disk_bytes": max(disk, folder_bytes(nvme, folders.run)),

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tide.models.sections import Section, Sections
+from megatron_tide.models.checkpoint_keys import checkpoint_table, keeps_precision
+from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.models.tables import checkpoint_table, keeps_precision
 
 SPREAD = 0.02  # of random weights
 
@@ -23,19 +23,19 @@ SPREAD = 0.02  # of random weights
 class MadeShards(ShardedFolder):
     """Random weights from ``seed``, one shard a section; ``seconds`` and ``bytes`` tell what making them took."""
 
-    def __init__(self, folder: Path, sections: Sections, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, folder: Path, specs: LayerSpecs, dtype: torch.dtype, seed: int) -> None:
         self.seed, self.dtype = seed, dtype
         self.seconds, self.bytes = 0.0, 0
-        every = [sections.embedding, *sections.layers, sections.norm, sections.output]
+        every = [specs.embedding, *specs.layers, specs.norm, specs.output]
         names = [f"model-{place:05d}-of-{len(every):05d}.safetensors" for place in range(1, len(every) + 1)]
-        self._section_of: dict[str, Section] = dict(zip(names, every))
+        self._section_of: dict[str, LayerSpec] = dict(zip(names, every))
         super().__init__(folder)
 
     def _find(self) -> dict[str, str]:
         return {key: file for file, section in self._section_of.items() for key in self._table(section)}
 
     @staticmethod
-    def _table(section: Section) -> dict[str, Tensor]:
+    def _table(section: LayerSpec) -> dict[str, Tensor]:
         metas = {section.names[name]: meta for name, meta in section.tensors.items()}
         return {key: slot.of(metas) for key, slot in checkpoint_table(metas).items()}
 
@@ -48,7 +48,7 @@ class MadeShards(ShardedFolder):
                 yield from super().tensors(here)
                 (self.folder / file).unlink()
 
-    def _make(self, path: Path, section: Section) -> None:
+    def _make(self, path: Path, section: LayerSpec) -> None:
         started = time.perf_counter()
         generator = torch.Generator().manual_seed(self.seed + list(self._section_of).index(path.name))
         made = {key: self._random(key, meta, generator) for key, meta in self._table(section).items()}

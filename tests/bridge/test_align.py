@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tide.bridge import align, align_batch, align_lengths
-from megatron_tide.bridge.align import UNCOVERED, align_ends, common_prefix
+from megatron_tide.bridge.align import UNALIGNED, align_ends, common_prefix
 from tests.reference.align import chunk_ids, spans
 
 
@@ -87,7 +87,7 @@ def test_unequal_middle_is_uncovered_and_the_rest_is_aligned(
         spelled += len(parts[0])
     assert spelled == covered
     for ids in (student_chunk.tolist(), teacher_chunk.tolist()):
-        inside = [number for number in ids if number != UNCOVERED]
+        inside = [number for number in ids if number != UNALIGNED]
         assert inside == sorted(inside)
         assert set(inside) == set(range(chunks))
     # Nothing that lies between common boundaries of the head, or of the tail, is left out.

@@ -30,7 +30,7 @@ def assert_tiled(aligned: Aligned, student: TextTokenizer, teacher: TextTokenize
         (student, aligned.student_ids, aligned.student_chunk),
         (teacher, aligned.teacher_ids, aligned.teacher_chunk),
     ):
-        pieces = tokenizer.pieces(ids)
+        pieces = tokenizer.token_bytes(ids)
         assert chunk.tolist() == sorted(chunk.tolist())
         assert set(chunk.tolist()) == set(range(aligned.n_chunks))
         groups: list[bytes] = [b""] * aligned.n_chunks
@@ -72,13 +72,13 @@ def test_map_pairs_spell_the_same_bytes(tokenizers: Mapping[str, TextTokenizer],
     pairs = dict(zip(bridge.student_ids.tolist(), bridge.teacher_ids.tolist()))
     assert pairs.pop(student.eos_id) == teacher.eos_id
     for left, right in pairs.items():
-        assert student.token_bytes(left) == teacher.token_bytes(right) not in (None, b"")
+        assert student.id_to_bytes(left) == teacher.id_to_bytes(right) not in (None, b"")
     # Nothing that both can spell is left out.
     both = [
-        {spelled for index in range(side.vocab_size) if (spelled := side.token_bytes(index))}
+        {spelled for index in range(side.vocab_size) if (spelled := side.id_to_bytes(index))}
         for side in (student, teacher)
     ]
-    assert {student.token_bytes(left) for left in pairs} == both[0] & both[1]
+    assert {student.id_to_bytes(left) for left in pairs} == both[0] & both[1]
 
 
 def test_map_prefers_what_text_becomes_over_byte_fallback(
@@ -88,7 +88,7 @@ def test_map_prefers_what_text_becomes_over_byte_fallback(
     pairs = dict(zip(bridge.student_ids.tolist(), bridge.teacher_ids.tolist()))
     letter = int(student.encode("e")[0])
     assert pairs[letter] == int(teacher.encode("e")[0])
-    assert teacher.token_string(pairs[letter]) == "e"
+    assert teacher.id_to_token(pairs[letter]) == "e"
 
 
 def test_one_to_one_chunks_of_a_text_are_mapped(tokenizers: Mapping[str, TextTokenizer], bridge: Bridge) -> None:
@@ -181,7 +181,7 @@ def test_normalisation_on_one_side_uncovers_the_middle(tmp_path: Path, folders: 
         (teacher, aligned.teacher_ids, aligned.teacher_chunk),
     ):
         assert set(chunk.tolist()) == {-2, *range(aligned.n_chunks)}
-        pieces = tokenizer.pieces(ids)
+        pieces = tokenizer.token_bytes(ids)
         sides.append(
             [b"".join(p for p, c in zip(pieces, chunk.tolist()) if c == number) for number in range(aligned.n_chunks)]
         )

@@ -59,10 +59,10 @@ def test_chunks_tile_hard_texts(request: pytest.FixtureRequest, pair: tuple[str,
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_spell_hard_texts_without_special_ones(request: pytest.FixtureRequest, name: str) -> None:
     tokenizer = request.getfixturevalue(name)
-    strings = [tokenizer.token_string(token) for token in sorted(tokenizer.special_ids)]
+    strings = [tokenizer.id_to_token(token) for token in sorted(tokenizer.special_ids)]
     for text in (*HARD_TEXTS.values(), CODE, "x".join(string for string in strings[:40] if string)):
         ids = tokenizer.encode(text)
-        assert b"".join(tokenizer.pieces(ids)) == text.encode("utf-8")
+        assert b"".join(tokenizer.token_bytes(ids)) == text.encode("utf-8")
         assert not set(ids.tolist()) & tokenizer.special_ids
         assert tokenizer.byte_lengths(ids).sum() == len(text.encode("utf-8"))
 
@@ -79,7 +79,7 @@ def test_tokens_spell_hard_texts_without_special_ones(request: pytest.FixtureReq
 def test_known_facts(request: pytest.FixtureRequest, name: str, vocabulary: int, eos: str) -> None:
     tokenizer = request.getfixturevalue(name)
     assert tokenizer.vocab_size == vocabulary
-    assert tokenizer.token_string(tokenizer.eos_id) == eos
+    assert tokenizer.id_to_token(tokenizer.eos_id) == eos
     with pytest.raises(ValueError, match="no mask token"):
         _ = tokenizer.mask_id
 
@@ -136,7 +136,7 @@ def test_coverage_and_one_to_one_chunks_on_code(
 
 
 def test_qwen3_normalises_and_mistral_does_not(qwen3: TextTokenizer, mistral_v1: TextTokenizer) -> None:
-    assert qwen3.spell(DECOMPOSED).data == "café au lait, Ångström".encode()
+    assert qwen3.encode_with_bytes(DECOMPOSED).data == "café au lait, Ångström".encode()
     aligned = align_text(qwen3, mistral_v1, f"before {DECOMPOSED} after")
     assert 0 < aligned.covered_bytes < aligned.total_bytes
     assert (aligned.student_chunk == -2).any()
@@ -148,7 +148,7 @@ def test_qwen3_relatives_are_shared(tmp_path: Path, qwen3: TextTokenizer, make_r
     bridge = Bridge.build(relative, qwen3, [CODE])
     assert bridge.shared
     assert bridge.shared_prefix == 151665
-    assert relative.token_string(relative.mask_id) == "<|mask|>"
+    assert relative.id_to_token(relative.mask_id) == "<|mask|>"
     assert np.array_equal(bridge.student_ids, bridge.teacher_ids)
 
 
@@ -160,8 +160,8 @@ def make_relative(qwen3: TextTokenizer) -> Callable[[Path], Path]:
         settings = {
             "pattern": QWEN_PATTERN,
             "normalizer": "NFC",
-            "added_tokens": [qwen3.token_string(index) for index in range(151643, 151657)],
-            "plain_added_tokens": [qwen3.token_string(index) for index in range(151657, 151665)] + ["<|mask|>"],
+            "added_tokens": [qwen3.id_to_token(index) for index in range(151643, 151657)],
+            "plain_added_tokens": [qwen3.id_to_token(index) for index in range(151657, 151665)] + ["<|mask|>"],
             "eos_token": "<|im_end|>",
             "mask_token": "<|mask|>",
         }

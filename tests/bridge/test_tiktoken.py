@@ -27,7 +27,7 @@ def test_settings_beside_the_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write(tmp_path, TOKENS))
     assert tokenizer.vocab_size == len(TOKENS) + 1
     assert tokenizer.eos_id == len(TOKENS)
-    assert tokenizer.pieces(tokenizer.encode("abc abcd é<|end|>"))[:3] == [b"abc", b" ", b"abc"]
+    assert tokenizer.token_bytes(tokenizer.encode("abc abcd é<|end|>"))[:3] == [b"abc", b" ", b"abc"]
     assert tokenizer.decode(tokenizer.encode("abc abcd é<|end|>")) == "abc abcd é<|end|>"
     assert tokenizer.encode_prompt("a<|end|>").tolist() == [ord("a"), len(TOKENS)]
 

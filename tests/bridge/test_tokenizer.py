@@ -41,11 +41,11 @@ def assert_spells(tokenizer: TextTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     data = text.encode("utf-8")
     assert ids.dtype == np.int32
-    assert b"".join(tokenizer.pieces(ids)) == data
-    assert tokenizer.byte_lengths(ids).tolist() == [len(piece) for piece in tokenizer.pieces(ids)]
+    assert b"".join(tokenizer.token_bytes(ids)) == data
+    assert tokenizer.byte_lengths(ids).tolist() == [len(piece) for piece in tokenizer.token_bytes(ids)]
     assert not set(ids.tolist()) & tokenizer.special_ids
     assert tokenizer.decode(ids) == text
-    spelling = tokenizer.spell(text)
+    spelling = tokenizer.encode_with_bytes(text)
     assert spelling.data == data
     assert spelling.lengths.sum() == len(data)
     assert spelling.ids.tolist() == ids.tolist()
@@ -55,22 +55,22 @@ def assert_spells(tokenizer: TextTokenizer, text: str) -> None:
 def test_special_strings_are_special_in_prompts_only(tokenizers: Mapping[str, TextTokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
     for token in tokenizer.special_ids:
-        string = tokenizer.token_string(token)
+        string = tokenizer.id_to_token(token)
         assert string
         if string == "<unk>":
             continue
         text = f"before {string} after{string}"
         assert_spells(tokenizer, text)
         assert tokenizer.encode_prompt(text).tolist().count(token) == 2
-        assert tokenizer.token_bytes(token) is None
+        assert tokenizer.id_to_bytes(token) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_roles(tokenizers: Mapping[str, TextTokenizer], kind: str) -> None:
     tokenizer = tokenizers[kind]
     strings = {"student": ("<|im_end|>", "<|endoftext|>")}.get(kind, ("<|endoftext|>", "<|endoftext|>"))
-    assert (tokenizer.token_string(tokenizer.eos_id), tokenizer.token_string(tokenizer.pad_id)) == strings
-    assert tokenizer.token_string(tokenizer.mask_id) == "<|mask|>"
+    assert (tokenizer.id_to_token(tokenizer.eos_id), tokenizer.id_to_token(tokenizer.pad_id)) == strings
+    assert tokenizer.id_to_token(tokenizer.mask_id) == "<|mask|>"
     assert {tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id} <= tokenizer.special_ids
 
 
@@ -122,7 +122,7 @@ def metaspace_folder(folder: Path, scheme: str) -> Path:
 @pytest.mark.parametrize("text", ["ab c", " ab", "  ab", "é ab\n", "", " ", "</s>ab"])
 def test_metaspace_prefix_is_taken_off(tmp_path: Path, scheme: str, text: str) -> None:
     tokenizer = load_tokenizer(metaspace_folder(tmp_path, scheme))
-    spelling = tokenizer.spell(text)
+    spelling = tokenizer.encode_with_bytes(text)
     assert spelling.data == text.encode("utf-8")
     assert int(spelling.lengths.sum()) == len(spelling.data)
 
@@ -180,22 +180,22 @@ def test_added_tokens_on_top_of_a_sentencepiece_model(tmp_path: Path, folders: M
     assert (tokenizer.vocab_size, tokenizer.mask_id) == (top + 1, top)
     assert tokenizer.encode_prompt("a<|tool|>b").tolist().count(top) == 1
     assert_spells(tokenizer, "a<|tool|>b")
-    assert tokenizer.token_bytes(top - 1) is None
+    assert tokenizer.id_to_bytes(top - 1) is None
     assert tokenizer.fingerprint != base.fingerprint
 
 
 def test_bare_sentencepiece_model_has_its_own_roles(tmp_path: Path, folders: Mapping[str, Path]) -> None:
     shutil.copy(folders["teacher"] / "tokenizer.model", tmp_path / "bare.model")
     tokenizer = load_tokenizer(tmp_path / "bare.model")
-    assert tokenizer.token_string(tokenizer.eos_id) == "<|endoftext|>"
-    assert tokenizer.token_string(tokenizer.mask_id) == "<|mask|>"
+    assert tokenizer.id_to_token(tokenizer.eos_id) == "<|endoftext|>"
+    assert tokenizer.id_to_token(tokenizer.mask_id) == "<|mask|>"
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.render(CONVERSATION)
 
 
 def test_mask_token_is_named_or_missed(tmp_path: Path, folders: Mapping[str, Path]) -> None:
     named = load_tokenizer(folders["student"], mask_token="<|im_start|>")
-    assert named.token_string(named.mask_id) == "<|im_start|>"
+    assert named.id_to_token(named.mask_id) == "<|im_start|>"
     with pytest.raises(ValueError, match=r"no token '<\|hole\|>' to use as the mask"):
         load_tokenizer(folders["student"], mask_token="<|hole|>")
     unmasked = load_tokenizer(metaspace_folder(tmp_path, "never"))

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
 from megatron_tide.data.chat import Message
-from megatron_tide.data.encode import Dropped, Encoded, Encoder, SideSettings
+from megatron_tide.data.encode import Dropped, Encoded, Encoder, TokenizerSettings
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
 
 
@@ -28,13 +28,13 @@ class Pair:
 
     def encoder(self, student_length: int = 64, teacher_length: int = 128, block: int = 8) -> Encoder:
         return Encoder(
-            student=SideSettings(tokenizer=self.student, length=student_length, block=block),
-            teacher=SideSettings(tokenizer=self.teacher, length=teacher_length, block=2 * block),
+            student=TokenizerSettings(tokenizer=self.student, length=student_length, block=block),
+            teacher=TokenizerSettings(tokenizer=self.teacher, length=teacher_length, block=2 * block),
             bridge=self.bridge,
         )
 
-    def one_sided(self, length: int = 64, block: int = 8) -> Encoder:
-        return Encoder(student=SideSettings(tokenizer=self.student, length=length, block=block))
+    def student_only(self, length: int = 64, block: int = 8) -> Encoder:
+        return Encoder(student=TokenizerSettings(tokenizer=self.student, length=length, block=block))
 
     def flags(self) -> list[str]:
         paths = {"--student": self.student_path, "--teacher": self.teacher_path, "--bridge": self.bridge_path}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.bridge import TEXTS_AT_ONCE
-from megatron_tide.data.build import TOO_LONG, Job, build_shard
+from megatron_tide.data.build import TOO_LONG, PrepareJob, build_shard
 from megatron_tide.data.encode import REFUSED
 from megatron_tide.data.shard import read_header
 from megatron_tide.data.sources import open_mixture
@@ -30,8 +30,8 @@ def test_rows_without_a_sample_are_counted_and_the_others_stay_in_order(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [{"path": "rows.jsonl", "max_chars": 2000}]}))
-    encoder = pair.encoder() if two_sided else pair.one_sided()
-    job = Job(mixture=open_mixture([str(mixture)]), encoder=encoder, shard_rows=ROWS, out=tmp_path, settings={})
+    encoder = pair.encoder() if two_sided else pair.student_only()
+    job = PrepareJob(mixture=open_mixture([str(mixture)]), encoder=encoder, shard_rows=ROWS, out=tmp_path, settings={})
     counter = multiprocessing.get_context("spawn").Value("q", 0)
     build_shard(job, 0, counter)
     shard = read_header(job.path(0))

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tide.data import PROMPT, UNCOVERED, Sample, Side
+from megatron_tide.data import PROMPT, UNALIGNED, Sample, TokenizedSample
 from megatron_tide.data.chat import EMPTY_RESPONSE, NO_ASSISTANT, Message
-from megatron_tide.data.encode import NO_ROOM, REFUSED, Dropped, Encoded, SideSettings, chunk_ends
+from megatron_tide.data.encode import NO_ROOM, REFUSED, Dropped, Encoded, TokenizerSettings, chunk_ends
 from megatron_tide.data.shard import pack
 from tests.data.conftest import Pair, conversation, encode
 
@@ -22,11 +22,11 @@ def _messages(response: str, prompt: str = "Do it.") -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
 
 
-def _content(pair: Pair, side: Side, name: str, chunks: int | None = None) -> bytes:
+def _content(pair: Pair, side: TokenizedSample, name: str, chunks: int | None = None) -> bytes:
     """The bytes of a side's response tokens, or of those in its first ``chunks`` chunks."""
     tokenizer = getattr(pair, name)
     ids, chunk = side.ids[side.prompt :], side.chunk[side.prompt :]
-    return b"".join(tokenizer.pieces(ids if chunks is None else ids[(chunk >= 0) & (chunk < chunks)]))
+    return b"".join(tokenizer.token_bytes(ids if chunks is None else ids[(chunk >= 0) & (chunk < chunks)]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -74,7 +74,7 @@ def _prompt(pair: Pair, name: str) -> np.ndarray:
     return tokenizer.encode_prompt(tokenizer.render(_messages("")[:1], add_generation_prompt=True))
 
 
-def _check_both(pair: Pair, sample: Sample, teacher: Side) -> None:
+def _check_both(pair: Pair, sample: Sample, teacher: TokenizedSample) -> None:
     for side in (sample.student, teacher):
         assert (side.chunk[: side.prompt] == PROMPT).all()
         assert (side.chunk[side.prompt :] != PROMPT).all()
@@ -84,13 +84,15 @@ def _check_both(pair: Pair, sample: Sample, teacher: Side) -> None:
         assert set(covered.tolist()) == set(range(sample.chunks))  # each chunk has tokens on this side
     for chunk in range(sample.chunks):
         spelled = [
-            b"".join(tokenizer.pieces(side.ids[: side.content_end + 1][side.chunk[: side.content_end + 1] == chunk]))
+            b"".join(
+                tokenizer.token_bytes(side.ids[: side.content_end + 1][side.chunk[: side.content_end + 1] == chunk])
+            )
             for tokenizer, side in ((pair.student, sample.student), (pair.teacher, teacher))
         ]
         assert spelled[0] == spelled[1]
 
 
-def _check_complete(pair: Pair, sample: Sample, teacher: Side, response: str) -> None:
+def _check_complete(pair: Pair, sample: Sample, teacher: TokenizedSample, response: str) -> None:
     assert _content(pair, sample.student, "student") == response.encode()
     assert sample.response_bytes == len(response.encode())
     for side, tokenizer, block in ((sample.student, pair.student, 8), (teacher, pair.teacher, 16)):
@@ -100,7 +102,7 @@ def _check_complete(pair: Pair, sample: Sample, teacher: Side, response: str) ->
         assert (fill == tokenizer.eos_id).all()
         assert side.chunk[side.content_end] == sample.chunks - 1
         assert (side.chunk[: side.content_end] != sample.chunks - 1).all()
-    assert (sample.student.chunk[sample.student.content_end + 1 :] == UNCOVERED).all()
+    assert (sample.student.chunk[sample.student.content_end + 1 :] == UNALIGNED).all()
     assert (teacher.chunk[teacher.content_end + 1 :] == sample.chunks - 1).all()
 
 
@@ -129,7 +131,7 @@ def test_special_strings_in_a_response_stay_text(pair: Pair) -> None:
 
 
 def test_a_response_that_fills_its_blocks_gets_one_block_more_for_its_end(pair: Pair) -> None:
-    one = pair.one_sided(512)
+    one = pair.student_only(512)
     lengths = set()
     for words in range(1, 30):
         encoded = encode(one, _messages("x" * words))
@@ -142,7 +144,7 @@ def test_a_response_that_fills_its_blocks_gets_one_block_more_for_its_end(pair: 
 
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_a_response_that_leaves_no_place_for_its_end_is_cut(pair: Pair, two_sided: bool) -> None:
-    encoder = pair.encoder(64, 512) if two_sided else pair.one_sided(64)
+    encoder = pair.encoder(64, 512) if two_sided else pair.student_only(64)
     prompt, seen = len(_prompt(pair, "student")), set()
     for count in range(1, 64):
         response = "@" * count
@@ -158,7 +160,7 @@ def test_a_response_that_leaves_no_place_for_its_end_is_cut(pair: Pair, two_side
 @settings(max_examples=60, deadline=None)
 @given(response=TEXT.filter(str.strip), length=st.integers(2, 12))
 def test_one_sided_data_have_no_chunks_and_use_all_the_room(pair: Pair, response: str, length: int) -> None:
-    encoded = encode(pair.one_sided(8 * length), _messages(response))
+    encoded = encode(pair.student_only(8 * length), _messages(response))
     prompt, ids = len(_prompt(pair, "student")), pair.student.encode(response)
     if 8 * length <= prompt:
         assert encoded == Dropped(NO_ROOM)
@@ -167,7 +169,7 @@ def test_one_sided_data_have_no_chunks_and_use_all_the_room(pair: Pair, response
     side = encoded.sample.student
     assert encoded.sample.teacher is None
     assert encoded.sample.chunks == 0
-    assert (side.chunk[prompt:] == UNCOVERED).all()
+    assert (side.chunk[prompt:] == UNALIGNED).all()
     kept = min(len(ids), 8 * length - prompt)
     assert np.array_equal(side.ids[prompt : prompt + kept], ids[:kept])
     assert encoded.truncated == (prompt + len(ids) + 1 > 8 * length)
@@ -184,7 +186,7 @@ def _plain(row: Encoded | Dropped) -> object:
 
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_how_rows_are_grouped_does_not_matter(pair: Pair, two_sided: bool) -> None:
-    encoder = pair.encoder() if two_sided else pair.one_sided()
+    encoder = pair.encoder() if two_sided else pair.student_only()
     rows = [(number, conversation(number)) for number in range(40)]
     rows[3:3] = [(100, [{"role": "user", "content": "Hi"}]), (101, _messages("x", "word " * 200))]
     alone = [encode(encoder, messages, key) for key, messages in rows]
@@ -198,7 +200,7 @@ def test_how_rows_are_grouped_does_not_matter(pair: Pair, two_sided: bool) -> No
 
 @pytest.mark.parametrize("two_sided", [True, False])
 def test_a_refused_row_leaves_its_group_as_it_is(pair: Pair, two_sided: bool) -> None:
-    encoder = pair.encoder() if two_sided else pair.one_sided()
+    encoder = pair.encoder() if two_sided else pair.student_only()
     rows = [(number, conversation(number)) for number in range(5)]
     refused = {2: _messages("half a pair: \ud800"), 4: _messages("print(1)", "half a pair: \ud800")}
     for place, messages in refused.items():
@@ -218,4 +220,4 @@ def test_a_refused_row_leaves_its_group_as_it_is(pair: Pair, two_sided: bool) ->
 @pytest.mark.parametrize(("length", "block"), [(60, 32), (16, 32), (0, 32), (64, 0)])
 def test_lengths_that_are_no_multiple_of_the_block_are_refused(pair: Pair, length: int, block: int) -> None:
     with pytest.raises(ValueError, match=f"length {length} is no multiple of block {block}"):
-        SideSettings(tokenizer=pair.student, length=length, block=block)
+        TokenizerSettings(tokenizer=pair.student, length=length, block=block)

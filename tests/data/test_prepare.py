@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.data import PreparedData, prepare
-from megatron_tide.data.build import Job, build_shard
+from megatron_tide.data.build import PrepareJob, build_shard
 from megatron_tide.data.encode import Encoded
 from megatron_tide.data.prepare import main
 from megatron_tide.data.shard import shard_name
@@ -73,7 +73,7 @@ def test_one_sided_data_need_the_student_alone(pair: Pair, chats: Chats, tmp_pat
     flags = ["--data", str(chats(20)), "--student", str(pair.student_path), "--out", str(tmp_path / "out"), *LENGTHS]
     assert main([*flags, "--workers", "1"]) == 0
     data = PreparedData.open(tmp_path / "out")
-    assert data.one_sided
+    assert data.student_only
     assert data.manifest["coverage"] is None
     data.check(student=pair.student.fingerprint)
 
@@ -183,7 +183,7 @@ def test_finished_shards_are_kept_and_damaged_ones_built_again(
     before = _content(out)
     built: list[int] = []
 
-    def counting(job: Job, number: int) -> None:
+    def counting(job: PrepareJob, number: int) -> None:
         built.append(number)
         build_shard(job, number)
 

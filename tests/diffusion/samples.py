@@ -20,7 +20,7 @@ def make(
     spans: list[tuple[int, int]],
     *,
     ended: bool = True,
-    one_sided: bool = False,
+    student_only: bool = False,
 ) -> dict[str, Any]:
     """A sample of ``spans``: (student tokens, teacher tokens) of each run; a run of one side only is in no chunk.
 
@@ -28,18 +28,18 @@ def make(
     """
     student, teacher, chunks = [-1] * prompts[0], [-1] * prompts[1], 0
     for on_student, on_teacher in spans:
-        covered = bool(on_student and on_teacher) and not one_sided
+        covered = bool(on_student and on_teacher) and not student_only
         student += [chunks if covered else -2] * on_student
         teacher += [chunks if covered else -2] * on_teacher
         chunks += covered
     texts = len(student), len(teacher)
     if ended:
-        student += [-2 if one_sided else chunks] + [-2] * (-(len(student) + 1) % STUDENT_BLOCK)
+        student += [-2 if student_only else chunks] + [-2] * (-(len(student) + 1) % STUDENT_BLOCK)
         teacher += [chunks] * (1 + -(len(teacher) + 1) % TEACHER_BLOCK)
-        chunks += not one_sided
+        chunks += not student_only
     sample = {"key": key, "chunks": chunks}
     sample |= _side("student", student, prompts[0], texts[0], STUDENT_EOS, key)
-    return sample if one_sided else sample | _side("teacher", teacher, prompts[1], texts[1], TEACHER_EOS, key)
+    return sample if student_only else sample | _side("teacher", teacher, prompts[1], texts[1], TEACHER_EOS, key)
 
 
 def _side(name: str, chunk: list[int], prompt: int, text: int, eos: int, key: int) -> dict[str, Any]:
@@ -49,22 +49,22 @@ def _side(name: str, chunk: list[int], prompt: int, text: int, eos: int, key: in
 
 
 @st.composite
-def samples(draw: st.DrawFn, one_sided: bool = False) -> dict[str, Any]:
+def samples(draw: st.DrawFn, student_only: bool = False) -> dict[str, Any]:
     """Any sample: prompts from none to over a block, runs of up to 3 tokens a side or uncovered, ended or cut off."""
     prompts = draw(st.tuples(st.integers(0, 10), st.integers(0, 10)))
     runs = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)
     spans = [(1, 1), *draw(st.lists(runs, max_size=8))]
     key = draw(st.integers(-(2**63), 2**63 - 1))
-    return make(key, prompts, spans, ended=draw(st.booleans()), one_sided=one_sided)
+    return make(key, prompts, spans, ended=draw(st.booleans()), student_only=student_only)
 
 
 def collate(items: list[dict[str, Any]], padding: int = 0) -> Batch:
     """A batch, padded ``padding`` further than needed, with padding that would be noticed if anything read it."""
-    one_sided = "teacher_ids" not in items[0]
+    student_only = "teacher_ids" not in items[0]
     return Batch(
         keys=torch.tensor([item["key"] for item in items]),
         student=_tokens(items, "student", padding),
-        teacher=None if one_sided else _tokens(items, "teacher", padding),
+        teacher=None if student_only else _tokens(items, "teacher", padding),
         chunks=torch.tensor([item["chunks"] for item in items]),
     )
 

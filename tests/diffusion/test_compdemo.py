@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tide.diffusion import CONTEXTS, MASKINGS, CompDemo, TeacherView, noise, view
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, MASKINGS, CompDemo, TeacherLayout, build_inputs, noise
 from tests.diffusion import samples
 from tests.reference import noise as reference
 
@@ -81,7 +81,7 @@ def test_split_belongs_to_the_sample(items: list[dict[str, Any]], seed: int) -> 
         assert torch.equal(together[-1, : split.shape[1]], split[0])
 
 
-@pytest.mark.parametrize("context", sorted(CONTEXTS))
+@pytest.mark.parametrize("context", sorted(ATTENTION_LAYOUTS))
 @pytest.mark.parametrize(("exact", "by_token"), VARIANTS)
 @settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=1, max_size=3), seed=st.integers(0, 2**40))
@@ -90,10 +90,10 @@ def test_each_row_is_read_where_it_is_masked_and_the_other_half_is_not(
 ) -> None:
     batch = samples.collate(items)
     noised = noise(batch, seed=seed, epoch=0, masking=MASKINGS["expand"])
-    teacher = TeacherView(
-        CONTEXTS[context], samples.TEACHER_BLOCK, samples.TEACHER_MASK, CompDemo(0.5, exact, by_token)
+    teacher = TeacherLayout(
+        ATTENTION_LAYOUTS[context], samples.TEACHER_BLOCK, samples.TEACHER_MASK, CompDemo(0.5, exact, by_token)
     )
-    seen = view(batch, noised, student_block=4, student_mask_id=samples.STUDENT_MASK, teacher=teacher)
+    seen = build_inputs(batch, noised, student_block=4, student_mask_id=samples.STUDENT_MASK, teacher=teacher)
     asked, length = seen.teacher, seen.teacher.input_ids.shape[1]
     assert len(asked.input_ids) == 2 * len(items)
 
@@ -116,9 +116,9 @@ def test_each_row_is_read_where_it_is_masked_and_the_other_half_is_not(
         assert first | second == in_chunks
         assert scored[sample] == {i for i in in_chunks if i <= item["teacher_content_end"]}
         hidden = (second, first)[pass_] | {i for i, is_masked in enumerate(masked) if is_masked} - in_chunks
-        copy = asked.pattern.valid[sequence]
+        copy = asked.attention.valid[sequence]
         if context == "staircase":
-            copy = copy & asked.pattern.noised[sequence]
+            copy = copy & asked.attention.noised[sequence]
         for token, position in zip(asked.input_ids[sequence][copy], asked.position_ids[sequence][copy], strict=True):
             expected = samples.TEACHER_MASK if int(position) in hidden else item["teacher_ids"][int(position)]
             assert int(token) == expected

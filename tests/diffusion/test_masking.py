@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.diffusion import MASKINGS, Noise, noise
-from megatron_tide.diffusion.draws import uniforms
+from megatron_tide.diffusion.counter_rng import uniforms
 from tests.diffusion import samples
 from tests.reference import noise as reference
 
@@ -68,7 +68,7 @@ def test_chunks_a_sample_does_not_have_are_not_masked(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None)
-@given(items=st.lists(samples.samples(one_sided=True), min_size=1, max_size=3))
+@given(items=st.lists(samples.samples(student_only=True), min_size=1, max_size=3))
 def test_one_sided_data(kind: str, items: list[dict[str, Any]]) -> None:
     result = noise(samples.collate(items), seed=0, epoch=0, masking=MASKINGS[kind])
     assert result.teacher_masked is None

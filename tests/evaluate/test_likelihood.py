@@ -42,7 +42,7 @@ def test_equals_the_plain_way(models: dict[str, Any], data: PreparedData, name: 
         return timestep_grid(torch.tensor([key]), 3, seed=4)[0].tolist()
 
     expected = plain(models[name], data, name, draws=3, seed=4, grid=grid)
-    report = evaluate_likelihood(models[name], data, SIDES[name](data), draws=3, seed=4, batch_size=5, chunk_rows=7)
+    report = evaluate_likelihood(models[name], data, SIDES[name](data), draws=3, seed=4, batch_size=5, slice_rows=7)
     assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte"], rel=1e-5)
     assert report.accuracy.value == pytest.approx(expected["accuracy"], rel=1e-9)
     assert report.bits_per_byte.low < report.bits_per_byte.value < report.bits_per_byte.high

@@ -28,7 +28,7 @@ CHECK = ["def check(candidate):\n    assert candidate(2) == 3", "check(f)"]
 
 
 @dataclass
-class World:
+class DistContext:
     """What a hostile program finds around it, all of it the test's own."""
 
     folder: Path
@@ -62,7 +62,7 @@ def left_behind() -> list[str]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DistContext]:
     folder, private = tmp_path / "home", tmp_path / "private"
     folder.mkdir()
     private.mkdir()
@@ -73,11 +73,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
-        yield World(folder, victim, server)
+        yield DistContext(folder, victim, server)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs_do_no_harm(world: World, name: str) -> None:
+def test_hostile_programs_do_no_harm(world: DistContext, name: str) -> None:
     text, ending = HOSTILE[name]
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     outcome = run_program([world.program(text), "def f(x): return 1", *CHECK], SHORT)
@@ -89,7 +89,7 @@ def test_hostile_programs_do_no_harm(world: World, name: str) -> None:
     world.unharmed()
 
 
-def test_what_they_try_is_harm(world: World) -> None:
+def test_what_they_try_is_harm(world: DistContext) -> None:
     """The same attempts, outside: the victim can be read, the port answers, so it is the sandbox that forbids them."""
     read = world.program("assert open('VICTIM').read()\nimport socket\nsocket.create_connection(('127.0.0.1', PORT))")
     exec(compile(read, "<outside>", "exec"), {})
@@ -121,7 +121,7 @@ print("said", file=sys.stderr)
     assert outcome.passed, outcome.reason
 
 
-def test_a_program_does_not_find_its_order(world: World) -> None:
+def test_a_program_does_not_find_its_order(world: DistContext) -> None:
     """Neither the token nor the tests come through any descriptor, nor through what a module keeps."""
     search = (
         "found = []\nfor fd in range(64):\n    try:\n        os.lseek(fd, 0, 0)\n    except OSError: pass\n    try:\n"
@@ -138,7 +138,7 @@ def test_the_same_program_ends_the_same_way_every_time() -> None:
     assert len({outcome.reason for outcome in run_programs([program] * 4)}) == 1
 
 
-def test_a_killed_evaluation_leaves_no_program_behind(world: World) -> None:
+def test_a_killed_evaluation_leaves_no_program_behind(world: DistContext) -> None:
     """A program that only sleeps uses up no limit: it goes with the process that started it."""
     code = (
         "import sys, tempfile\nfrom megatron_tide.evaluate.sandbox import run_program\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.hosting.hosts import teacher_folder
+from tests.hosting.backends import teacher_folder
 from tests.support.models import tiny_teacher_config, tiny_wedlm_config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.hosting.hosts import hostings
+from tests.hosting.backends import hostings
 from tests.support.disk import needs_disk_io
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
@@ -16,14 +16,14 @@ STEPS = 20
 
 def curve_of(chain, teacher, out, **knobs):
     """Two ranks, two micro-batches a step on each, an objective that asks for everything, and is heard."""
-    knobs |= {"strategy": "tide-bridge", "temperature": 1.0, "tidal": "off", "micro_batch": 2}
+    knobs |= {"strategy": "tide-bridge", "temperature": 1.0, "tidal": "off", "micro_batch_size": 2}
     run = chain.run(out, teacher=str(teacher), max_steps=STEPS, **knobs)
     return run_on_ranks(train_and_tell, 2, run, timeout=280)[0]
 
 
 @pytest.fixture(scope="module")
 def resident(chain, mixture, tmp_path_factory):
-    curve = curve_of(chain, mixture, tmp_path_factory.mktemp("resident"))
+    curve = curve_of(chain, mixture, tmp_path_factory.mktemp("replicated"))
     distilled = curve["loss/distill"]
     assert len(distilled) == STEPS
     assert min(distilled) > 0.1, "the teacher should count"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosting.hosts import host_of, hostings, joined, living_bytes, rss_bytes, start_counting, windows_of
+from tests.hosting.backends import host_of, hostings, joined, living_bytes, rss_bytes, start_counting, windows_of
 from tests.support.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
@@ -31,7 +31,7 @@ def growth(knobs, chosen):
                     before = measure()
                 host.score(asked[sweep % len(asked)])
                 if sweep % 10 == 0:
-                    host.read()  # as the loop does when a log line is due
+                    host.metrics()  # as the loop does when a log line is due
             found[hosting] = [now - then for now, then in zip(measure(), before)]
     return found
 
@@ -41,7 +41,7 @@ def measure():
 
 
 def test_three_hundred_sweeps(chain, tmp_path):
-    knobs = chain.run(Path("nowhere"), strategy="tide-bridge", micro_batch=1, global_batch=4)
+    knobs = chain.run(Path("nowhere"), strategy="tide-bridge", micro_batch_size=1, global_batch_size=4)
     chosen = {name: hostings(tmp_path)[name] for name in ("zero3", "pipeline_2")}
     for found in run_on_ranks(growth, 2, knobs, chosen, timeout=280):
         assert found.keys() == chosen.keys()

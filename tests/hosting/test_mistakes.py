@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tide import cli, distill
-from megatron_tide.hosting.place import open_sections
-from tests.hosting.hosts import host_of, joined, windows_of
+from megatron_tide.hosting.place import open_layer_specs
+from tests.hosting.backends import host_of, joined, windows_of
 from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
 from tests.support.ranks import run_on_ranks
 
@@ -54,7 +54,7 @@ CPU = {"stage": 3, "offload_param": {"device": "cpu"}}
         ("pipeline", {"pipeline": {"stages": "2"}}, "pipeline.stages is '2'; it is the number of ranks"),
         ("pipeline", {"pipeline": 2}, "pipeline is 2; it is an object"),
         ("pipeline", {"pipeline": {"stages": 1}, "zero_optimization": CPU}, "takes no ZeRO stage 2 or 3"),
-        ("resident", {"zero_optimization": CPU}, "a resident teacher has none; give --teacher-hosting as well"),
+        ("replicated", {"zero_optimization": CPU}, "a replicated teacher has none; give --teacher-hosting as well"),
     ],
 )
 def test_deepspeed_json_of_the_teacher(chain, capsys, tmp_path, hosting, content, said):
@@ -72,7 +72,7 @@ def test_deepspeed_json_of_the_teacher(chain, capsys, tmp_path, hosting, content
         ({"teacher_hosting": "zero3", "teacher_deepspeed": "nowhere.json"}, "nowhere.json: no such file"),
         ({"teacher_hosting": "zero3", "teacher_nvme": "."}, "teacher_zero3.json does not put the teacher on disk"),
         ({"teacher_hosting": "pipeline", "teacher_nvme": "."}, "--teacher-hosting pipeline puts nothing on disk"),
-        ({"teacher_nvme": "."}, "--teacher-nvme .: --teacher-hosting resident puts nothing on disk"),
+        ({"teacher_nvme": "."}, "--teacher-nvme .: --teacher-hosting replicated puts nothing on disk"),
         (
             {
                 "teacher_hosting": "zero3",
@@ -89,7 +89,7 @@ def test_flags(chain, capsys, tmp_path, knobs, said):
 
 def test_stages_that_do_not_divide_the_ranks(chain, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    line = refusal(chain, tmp_path / "run", capsys, teacher_hosting="pipeline", global_batch=12)
+    line = refusal(chain, tmp_path / "run", capsys, teacher_hosting="pipeline", global_batch_size=12)
     assert "teacher_pipeline_2.json: 2 stages cannot be shared out over 3 rank(s); start a multiple of 2 ranks" in line
 
 
@@ -125,7 +125,7 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 def test_checkpoint(tmp_path, change, said):
     folder = changed(tmp_path, change)
     with pytest.raises(ValueError, match=re.escape(said)) as refused:
-        open_sections(str(folder))
+        open_layer_specs(str(folder))
     assert str(refused.value).startswith(f"{folder}: ")
     assert "\n" not in str(refused.value)
 
@@ -136,7 +136,7 @@ def test_a_cut_shard(tmp_path):
     shard = folder / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: cannot be read"):
-        open_sections(str(folder))
+        open_layer_specs(str(folder))
 
 
 def of_ranks(knobs):

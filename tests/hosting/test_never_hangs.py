@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tide.data.batch import read_batch
-from megatron_tide.diffusion import noise, view
+from megatron_tide.diffusion import build_inputs, noise
 from megatron_tide.models.experts import Router
-from tests.hosting.hosts import Collectives, host_of, hostings, joined, windows_of
+from tests.hosting.backends import Collectives, host_of, hostings, joined, windows_of
 from tests.support.lab import stored
 from tests.support.ranks import run_on_ranks
 
@@ -33,14 +33,16 @@ def batch(windows, indices, t):
     read = read_batch(windows.data, indices)
     drawn = noise(read, seed=1, epoch=0, masking=windows.masking, t=torch.full((len(indices),), t))
     side = windows.data.manifest["student"]
-    return view(read, drawn, student_block=side["block"], student_mask_id=side["mask_id"], teacher=windows.teacher)
+    return build_inputs(
+        read, drawn, student_block=side["block"], student_mask_id=side["mask_id"], teacher=windows.teacher
+    )
 
 
 def cases(windows):
     """By name: the window of rank 0 and that of rank 1."""
     usual, long, nothing = batch(windows, [0, 1], 0.5), batch(windows, [2, 3, 4, 5], 0.9), batch(windows, [6], 1e-9)
     assert usual.teacher.input_ids.shape[1] != long.teacher.input_ids.shape[1]
-    assert len(nothing.teacher_gold) == len(nothing.pair_chunk) == len(nothing.student_gold) == 0
+    assert len(nothing.teacher_targets) == len(nothing.pair_chunk) == len(nothing.student_targets) == 0
     return {
         "alike": ([usual, usual], [usual, usual]),
         "other lengths": ([usual, usual], [long, long]),
@@ -75,7 +77,7 @@ def apart(answers, wanted):
     pairs = [
         pair
         for a, w in zip(answers, wanted, strict=True)
-        for pair in ((a.gold_logp, w.gold_logp), (a.hidden, w.hidden))
+        for pair in ((a.target_logprobs, w.target_logprobs), (a.hidden, w.hidden))
     ]
     return max([(mine - theirs).abs().max().item() for mine, theirs in pairs if mine.numel()], default=0.0)
 

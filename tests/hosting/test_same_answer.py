@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosting.hosts import host_of, hostings, joined, windows_of
+from tests.hosting.backends import host_of, hostings, joined, windows_of
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.ranks
@@ -16,9 +16,9 @@ pytestmark = pytest.mark.ranks
 BOUND = {"fp32": 1e-5, "bf16": 0.05}
 WINDOWS = 3  # zero3 records its trace in the first, and looks ahead from the second on
 STRATEGIES = {
-    "tide-cross": {"gold_logp"},
+    "tide-cross": {"target_logprobs"},
     "kl": {"hidden", "head_weight"},
-    "tide-bridge": {"gold_logp", "hidden", "head_weight"},
+    "tide-bridge": {"target_logprobs", "hidden", "head_weight"},
 }
 TOO_MANY_STAGES = {1: ("pipeline_2", "pipeline_4"), 2: ("pipeline_4",)}
 
@@ -43,7 +43,7 @@ def compare(runs, chosen):
 def differences(answers, wanted):
     apart = {}
     for mine, theirs in zip(answers, wanted, strict=True):
-        for field in ("gold_logp", "hidden", "head_weight"):
+        for field in ("target_logprobs", "hidden", "head_weight"):
             value, reference = getattr(mine, field), getattr(theirs, field)
             assert (value is None) == (reference is None), field
             if value is not None:
@@ -58,7 +58,12 @@ def check(chain, world, runs, chosen):
     """Ask the ``chosen`` hostings; ``runs`` are (teacher, precision, strategy, CompDemo)."""
     knobs = {
         run: chain.run(
-            Path("nowhere"), teacher=str(run[0]), teacher_dtype=run[1], strategy=run[2], compdemo=run[3], micro_batch=1
+            Path("nowhere"),
+            teacher=str(run[0]),
+            teacher_dtype=run[1],
+            strategy=run[2],
+            compdemo=run[3],
+            micro_batch_size=1,
         )
         for run in runs
     }

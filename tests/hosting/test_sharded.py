@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.train.world import World
-from tests.hosting.hosts import host_of, hostings, joined, living_bytes, start_counting, teacher_folder, windows_of
+from megatron_tide.train.distributed import DistContext
+from tests.hosting.backends import host_of, hostings, joined, living_bytes, start_counting, teacher_folder, windows_of
 from tests.support.disk import needs_disk_io
 from tests.support.lab import stored
 from tests.support.models import tiny_teacher_config
@@ -37,10 +37,10 @@ def parts(tall):
     return [found[part] for part in range(LAYERS + 2)]
 
 
-class Watched(World):
+class Watched(DistContext):
     """A world that measures, instead of telling, what is loaded next."""
 
-    def say(self, line: str) -> None:
+    def print_rank0(self, line: str) -> None:
         if line.startswith("teacher:"):
             self.__dict__.setdefault("seen", []).append(living_bytes())
 
@@ -70,14 +70,14 @@ def memory(knobs, chosen):
 
 def watch_units(host):
     """For every call of a unit: how many units' weights are whole on this rank."""
-    whole, units = [], list(host.engine.module.units)
-    flats = [unit.flat for unit in units]  # asking a unit for it in a sweep would gather it
+    whole, flat_layers = [], list(host.engine.module.flat_layers)
+    flats = [flat_layer.flat for flat_layer in flat_layers]  # asking a unit for it in a sweep would gather it
 
     def count(*_):
         whole.append(sum(flat.untyped_storage().nbytes() > 0 for flat in flats))
 
-    for unit in units:
-        unit.register_forward_pre_hook(count)
+    for flat_layer in flat_layers:
+        flat_layer.register_forward_pre_hook(count)
     return whole
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.hosting.hosts import host_of, hostings, joined, rss_bytes, windows_of
+from tests.hosting.backends import host_of, hostings, joined, rss_bytes, windows_of
 from tests.support.disk import needs_disk_io
 from tests.support.models import stream_hub_folder, tiny_teacher_config
 from tests.support.ranks import run_on_ranks
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ranks, needs_disk_io]
 LAYERS = 40
 # What is no weight: the engine, the question under way, memory that was given back but lies between what was not.
 REST = 48 * 2**20
-QUESTION = {"micro_batch": 1, "global_batch": 2}
+QUESTION = {"micro_batch_size": 1, "global_batch_size": 2}
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def take_in_and_ask(knobs):
             host = host_of(knobs, strategy, world)
         with Peak() as sweeping:
             answers = [answer for _ in range(2) for answer in host.score(asked)]
-        assert all(bool(answer.gold_logp.isfinite().all()) for answer in answers)
-        return loading.growth, sweeping.growth, sum(len(answer.gold_logp) for answer in answers)
+        assert all(bool(answer.target_logprobs.isfinite().all()) for answer in answers)
+        return loading.growth, sweeping.growth, sum(len(answer.target_logprobs) for answer in answers)
 
 
 def test_memory_is_bounded_by_a_few_layers(chain, large, tmp_path):

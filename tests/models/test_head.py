@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tide.models import gold_logp, rows_per_chunk, score_rows
+from megatron_tide.models import rows_per_slice, score_rows, target_logprobs
 from tests.reference import head as reference
 
 ROWS, HIDDEN, VOCAB = 13, 8, 37
@@ -31,7 +31,7 @@ def entropy_and_target(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[
 def test_gold_logp_equals_full_logits_in_fp64(chunk: int | None) -> None:
     hidden, weight, gold = make(torch.float64)
     probe = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
-    actual, wanted = gold_logp(hidden, weight, gold, chunk), reference.gold_logp(hidden, weight, gold)
+    actual, wanted = target_logprobs(hidden, weight, gold, chunk), reference.target_logprobs(hidden, weight, gold)
     torch.testing.assert_close(actual, wanted)
     for ours, theirs in zip(
         torch.autograd.grad(actual, (hidden, weight), probe), torch.autograd.grad(wanted, (hidden, weight), probe)
@@ -65,7 +65,7 @@ def test_an_output_that_nobody_uses_or_that_has_no_gradient_is_fine() -> None:
     assert best.dtype == torch.int64
     assert torch.equal(best, (hidden @ weight.t()).argmax(-1))
     ours = torch.autograd.grad(logp.sum(), (hidden, weight))
-    theirs = torch.autograd.grad(reference.gold_logp(hidden, weight, gold).sum(), (hidden, weight))
+    theirs = torch.autograd.grad(reference.target_logprobs(hidden, weight, gold).sum(), (hidden, weight))
     for one, other in zip(ours, theirs):
         torch.testing.assert_close(one, other)
 
@@ -73,8 +73,8 @@ def test_an_output_that_nobody_uses_or_that_has_no_gradient_is_fine() -> None:
 @pytest.mark.parametrize("chunk", [4, None])
 def test_bf16_rounds_like_a_bf16_model_and_scores_in_fp32(chunk: int | None) -> None:
     hidden, weight, gold = make(torch.bfloat16)
-    actual = gold_logp(hidden, weight, gold, chunk)
-    wanted = reference.gold_logp(hidden.double(), weight.double(), gold)
+    actual = target_logprobs(hidden, weight, gold, chunk)
+    wanted = reference.target_logprobs(hidden.double(), weight.double(), gold)
     assert actual.dtype == torch.float32
     # One rounding of the logits to 8 bits of precision, and those are at most about 10 here.
     torch.testing.assert_close(actual.double(), wanted, rtol=0, atol=0.06)
@@ -89,7 +89,7 @@ def test_bf16_rounds_like_a_bf16_model_and_scores_in_fp32(chunk: int | None) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_rows_give_zero_gradients_that_exist(dtype: torch.dtype) -> None:
     hidden, weight, gold = make(dtype, rows=0)
-    logp = gold_logp(hidden, weight, gold)
+    logp = target_logprobs(hidden, weight, gold)
     one, two = score_rows(entropy_and_target, hidden, weight, (torch.zeros(0, VOCAB), torch.zeros(0)))
     assert logp.shape == one.shape == two.shape == (0,)
     (logp.sum() + one.sum() + two.sum()).backward()
@@ -100,15 +100,15 @@ def test_no_rows_give_zero_gradients_that_exist(dtype: torch.dtype) -> None:
 
 def test_only_the_needed_gradients_are_made() -> None:
     hidden, weight, gold = make(torch.float64)
-    (ours,) = torch.autograd.grad(gold_logp(hidden, weight.detach(), gold, 4).sum(), hidden)
-    (theirs,) = torch.autograd.grad(reference.gold_logp(hidden, weight, gold).sum(), hidden)
+    (ours,) = torch.autograd.grad(target_logprobs(hidden, weight.detach(), gold, 4).sum(), hidden)
+    (theirs,) = torch.autograd.grad(reference.target_logprobs(hidden, weight, gold).sum(), hidden)
     torch.testing.assert_close(ours, theirs)
-    assert not gold_logp(hidden.detach(), weight.detach(), gold).requires_grad
+    assert not target_logprobs(hidden.detach(), weight.detach(), gold).requires_grad
 
 
 def test_a_second_backward_through_the_same_graph_gives_the_same_gradients() -> None:
     hidden, weight, gold = make(torch.float64)
-    loss = gold_logp(hidden, weight, gold, 5).square().sum()
+    loss = target_logprobs(hidden, weight, gold, 5).square().sum()
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(loss, (hidden, weight))):
         torch.testing.assert_close(one, other)
@@ -117,7 +117,7 @@ def test_a_second_backward_through_the_same_graph_gives_the_same_gradients() -> 
 def test_inputs_are_left_as_they_were() -> None:
     hidden, weight, gold = make(torch.float64)
     before = hidden.detach().clone(), weight.detach().clone(), gold.clone()
-    gold_logp(hidden, weight, gold, 4).sum().backward()
+    target_logprobs(hidden, weight, gold, 4).sum().backward()
     for one, other in zip((hidden, weight, gold), before):
         assert torch.equal(one, other)
 
@@ -141,12 +141,12 @@ def test_no_tensor_of_all_rows_by_vocabulary_is_ever_made() -> None:
     weight = torch.randn(vocab, 4, requires_grad=True)
     gold = torch.randint(vocab, (rows,))
     with _Largest() as largest:
-        logp = gold_logp(hidden, weight, gold, chunk)
+        logp = target_logprobs(hidden, weight, gold, chunk)
         (entropy, _) = score_rows(lambda logits, g: (logits.logsumexp(-1), g.float()), hidden, weight, (gold,), chunk)
         (logp.sum() + entropy.sum()).backward()
     assert largest.seen == chunk * vocab
 
 
 def test_rows_per_chunk_keeps_the_budget() -> None:
-    assert rows_per_chunk(1000, 4 * 1000 * 7 + 3) == 7
-    assert rows_per_chunk(10**9, 1) == 1
+    assert rows_per_slice(1000, 4 * 1000 * 7 + 3) == 7
+    assert rows_per_slice(10**9, 1) == 1

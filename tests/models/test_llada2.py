@@ -9,9 +9,9 @@ import torch
 
 from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models import load_model, recompute_layers
+from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors
 from megatron_tide.models.experts import Experts
 from megatron_tide.models.llada2 import rotary, rotate
-from megatron_tide.models.tables import checkpoint_table, module_tensors
 from tests.reference import llada2 as reference
 from tests.support.models import hub_tensors, tiny_teacher_config, write_hub_folder
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tide.diffusion import Noised
-from megatron_tide.objectives import Counts, TeacherAnswer
+from megatron_tide.diffusion import DistillBatch
+from megatron_tide.objectives import Counts, TeacherOutputs
 from tests.reference import chunk as chunk_reference
 from tests.reference import denoise as denoise_reference
 from tests.reference import distribution as distribution_reference
@@ -50,7 +50,7 @@ NOTHING = (Sample(t=0.01, chunks=(), loose=0, maskable=5, seed=5),)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    noised: Noised
+    noised: DistillBatch
     hidden_MH: torch.Tensor
     teacher_RH: torch.Tensor
 
@@ -73,7 +73,7 @@ def heads() -> Heads:
     return Heads(student.requires_grad_(), teacher)
 
 
-def micro_batch(samples: Sequence[Sample]) -> MicroBatch:
+def micro_batch_size(samples: Sequence[Sample]) -> MicroBatch:
     """The rows of ``samples``, in order; what a sample draws depends on its own seed alone."""
     out: dict[str, list[Any]] = {name: [] for name in ("sample", "chunk", "gold", "t_chunk", "t_gold", "chunk_sample")}
     pairs: list[tuple[int, int, int]] = []
@@ -96,31 +96,31 @@ def micro_batch(samples: Sequence[Sample]) -> MicroBatch:
         teacher.append(torch.randn(teacher_rows, TEACHER_WIDTH, dtype=torch.float64, generator=generator))
     index = {name: torch.tensor(values, dtype=torch.long) for name, values in out.items()}
     pair_PP = torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
-    noised = Noised(
+    noised = DistillBatch(
         t=torch.tensor([sample.t for sample in samples], dtype=torch.float64),
         student=None,  # type: ignore[arg-type]  # objectives read rows, never the models' inputs
-        student_gold=index["gold"],
+        student_targets=index["gold"],
         student_sample=index["sample"],
         student_chunk=index["chunk"],
         teacher=None,
-        teacher_gold=index["t_gold"],
+        teacher_targets=index["t_gold"],
         teacher_chunk=index["t_chunk"],
         chunk_sample=index["chunk_sample"],
-        pair_student_row=pair_PP[:, 0],
-        pair_teacher_row=pair_PP[:, 1],
+        pair_student_index=pair_PP[:, 0],
+        pair_teacher_index=pair_PP[:, 1],
         pair_chunk=pair_PP[:, 2],
         maskable=sum(sample.maskable for sample in samples),
     )
     return MicroBatch(noised, torch.cat(hidden).requires_grad_(), torch.cat(teacher))
 
 
-def answer(batch: MicroBatch, weights: Heads, strategy: Any) -> TeacherAnswer:
+def answer(batch: MicroBatch, weights: Heads, strategy: Any) -> TeacherOutputs:
     """What a teacher with these hidden rows would say."""
     logits = batch.teacher_RH @ weights.teacher_VH.T
-    gold = logits.log_softmax(-1).gather(1, batch.noised.teacher_gold[:, None]).squeeze(1)
-    hidden = batch.teacher_RH[batch.noised.pair_teacher_row]
-    return TeacherAnswer(
-        gold_logp=gold if strategy.needs_gold else None,
+    gold = logits.log_softmax(-1).gather(1, batch.noised.teacher_targets[:, None]).squeeze(1)
+    hidden = batch.teacher_RH[batch.noised.pair_teacher_index]
+    return TeacherOutputs(
+        target_logprobs=gold if strategy.needs_target_logprobs else None,
         hidden=hidden if strategy.needs_hidden else None,
         head_weight=weights.teacher_VH if strategy.needs_hidden else None,
     )
@@ -146,9 +146,11 @@ def reference_losses(
     """(denoising loss, distillation loss) with loops over tokens, chunks and categories of full logits."""
     noised, T = batch.noised, want.temperature
     student_MV, teacher_RV = batch.hidden_MH @ weights.student_VH.T, batch.teacher_RH @ weights.teacher_VH.T
-    gold = [distribution_reference.probabilities(row, 1.0)[g].log() for row, g in zip(student_MV, noised.student_gold)]
+    gold = [
+        distribution_reference.probabilities(row, 1.0)[g].log() for row, g in zip(student_MV, noised.student_targets)
+    ]
     t_gold = [
-        distribution_reference.probabilities(row, 1.0)[g].log() for row, g in zip(teacher_RV, noised.teacher_gold)
+        distribution_reference.probabilities(row, 1.0)[g].log() for row, g in zip(teacher_RV, noised.teacher_targets)
     ]
     denoise = denoise_reference.denoise(
         gold, [noised.t[b].item() for b in noised.student_sample], int(max(counts.maskable, 1))

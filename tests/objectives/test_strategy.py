@@ -21,7 +21,7 @@ from tests.objectives.handmade import (
     MicroBatch,
     answer,
     heads,
-    micro_batch,
+    micro_batch_size,
     reference_losses,
 )
 
@@ -102,13 +102,13 @@ def built(switches, bridge):
         return build_strategy(StrategyConfig(**switches), bridge)
 
 
-def losses(strategy, batch: MicroBatch, weights, counts: Counts, chunk_rows=None):
+def losses(strategy, batch: MicroBatch, weights, counts: Counts, slice_rows=None):
     """(denoising loss, distillation loss, metrics) the way a training step asks for them."""
     noised = batch.noised
     strength_B = strategy.strength(PROGRESS, noised.t)
     said = answer(batch, weights, strategy)
-    scores = strategy.score(batch.hidden_MH, weights.student_VH, noised, said, strength_B, chunk_rows)
-    denoise = denoise_loss(scores.gold_logp, noised.t[noised.student_sample], counts.maskable)
+    scores = strategy.score(batch.hidden_MH, weights.student_VH, noised, said, strength_B, slice_rows)
+    denoise = denoise_loss(scores.target_logprobs, noised.t[noised.student_sample], counts.maskable)
     return denoise, *strategy.loss(scores, said, noised, strength_B, counts)
 
 
@@ -119,7 +119,7 @@ def gradients(loss, batch, weights):
 @pytest.mark.parametrize("case", list(CASES))
 def test_value_and_gradient_are_the_equations(case):
     switches, bridge, want = CASES[case]
-    strategy, batch, weights = built(switches, bridge), micro_batch(SAMPLES), heads()
+    strategy, batch, weights = built(switches, bridge), micro_batch_size(SAMPLES), heads()
     counts = Counts(maskable=57, chunks=17, pairs=8)  # global: more than this micro-batch holds
     denoise, distill, _ = losses(strategy, batch, weights, counts)
     expected_denoise, expected_distill = reference_losses(batch, weights, want, bridge, PROGRESS, counts)
@@ -135,9 +135,9 @@ def test_value_and_gradient_are_the_equations(case):
 @pytest.mark.parametrize("case", list(CASES))
 def test_two_micro_batches_add_up_to_the_whole(case):
     switches, bridge, _ = CASES[case]
-    strategy, weights, whole = built(switches, bridge), heads(), micro_batch(SAMPLES)
+    strategy, weights, whole = built(switches, bridge), heads(), micro_batch_size(SAMPLES)
     counts = whole.local_counts
-    parts = [micro_batch(SAMPLES[:2]), micro_batch(SAMPLES[2:])]
+    parts = [micro_batch_size(SAMPLES[:2]), micro_batch_size(SAMPLES[2:])]
     sums = [sum(part[i] for part in (losses(strategy, batch, weights, counts) for batch in parts)) for i in range(2)]
     denoise, distill, _ = losses(strategy, whole, weights, counts)
     torch.testing.assert_close(torch.stack(sums), torch.stack([denoise, distill]))
@@ -150,23 +150,23 @@ def test_two_micro_batches_add_up_to_the_whole(case):
 @pytest.mark.parametrize("samples", [LOOSE_ONLY, NOTHING], ids=["no chunk", "no row"])
 def test_a_rank_with_nothing_to_distil_still_runs_backward(case, samples):
     switches, bridge, _ = CASES[case]
-    strategy, batch, weights = built(switches, bridge), micro_batch(samples), heads()
+    strategy, batch, weights = built(switches, bridge), micro_batch_size(samples), heads()
     denoise, distill, metrics = losses(strategy, batch, weights, batch.local_counts)
     (denoise + distill).backward()
     assert distill.item() == 0.0
     assert torch.isfinite(weights.student_VH.grad).all()
     assert batch.hidden_MH.grad.shape == batch.hidden_MH.shape
-    _, _, full = losses(strategy, micro_batch(SAMPLES), heads(), Counts(maskable=1, chunks=1, pairs=1))
+    _, _, full = losses(strategy, micro_batch_size(SAMPLES), heads(), Counts(maskable=1, chunks=1, pairs=1))
     assert list(metrics) == list(full)
 
 
 @pytest.mark.parametrize("case", ["tide-bridge", "kl, one vocabulary", "calm"])
-@pytest.mark.parametrize("chunk_rows", [1, 2, 100])
-def test_how_many_rows_the_head_takes_at_once_changes_nothing(case, chunk_rows):
+@pytest.mark.parametrize("slice_rows", [1, 2, 100])
+def test_how_many_rows_the_head_takes_at_once_changes_nothing(case, slice_rows):
     switches, bridge, _ = CASES[case]
-    strategy, batch, weights = built(switches, bridge), micro_batch(SAMPLES), heads()
+    strategy, batch, weights = built(switches, bridge), micro_batch_size(SAMPLES), heads()
     counts = batch.local_counts
-    default, found = (losses(strategy, batch, weights, counts, rows) for rows in (None, chunk_rows))
+    default, found = (losses(strategy, batch, weights, counts, rows) for rows in (None, slice_rows))
     torch.testing.assert_close(found[:2], default[:2], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         gradients(found[0] + found[1], batch, weights), gradients(default[0] + default[1], batch, weights)
@@ -174,18 +174,18 @@ def test_how_many_rows_the_head_takes_at_once_changes_nothing(case, chunk_rows):
 
 
 def test_gold_log_probs_keep_their_rows_places():
-    batch, weights = micro_batch(SAMPLES), heads()
+    batch, weights = micro_batch_size(SAMPLES), heads()
     plain, split = (built({"strategy": name}, MAPPED) for name in ("calm", "tide-bridge"))
     strength = torch.ones(3, dtype=torch.float64)
     args = [(batch.hidden_MH, weights.student_VH, batch.noised, answer(batch, weights, s)) for s in (plain, split)]
     found = split.score(*args[1], strength)
-    torch.testing.assert_close(found.gold_logp, plain.score(*args[0], strength).gold_logp)
+    torch.testing.assert_close(found.target_logprobs, plain.score(*args[0], strength).target_logprobs)
     assert found.divergence.shape == batch.noised.pair_chunk.shape
 
 
 def test_each_active_chunk_is_counted_once():
     """tide-bridge = its rows' part over pairs plus its chunk part over the others, both over all active chunks."""
-    batch, weights = micro_batch(SAMPLES), heads()
+    batch, weights = micro_batch_size(SAMPLES), heads()
     counts = batch.local_counts
     off = {"strategy": "tide-bridge", "tidal": "off"}
     both = losses(built(off, MAPPED), batch, weights, counts)[1]
@@ -196,8 +196,8 @@ def test_each_active_chunk_is_counted_once():
     scores = chunk_only.score(batch.hidden_MH, weights.student_VH, batch.noised, said, strength)
     on_pairs = batch.noised.pair_chunk.tolist()
     term = chunk_only.chunk.chunks(
-        torch.stack([scores.gold_logp[batch.noised.student_chunk == k].sum() for k in range(int(counts.chunks))]),
-        torch.stack([said.gold_logp[batch.noised.teacher_chunk == k].sum() for k in range(int(counts.chunks))]),
+        torch.stack([scores.target_logprobs[batch.noised.student_chunk == k].sum() for k in range(int(counts.chunks))]),
+        torch.stack([said.target_logprobs[batch.noised.teacher_chunk == k].sum() for k in range(int(counts.chunks))]),
         torch.ones(int(counts.chunks), dtype=torch.float64),
     )
     others = sum(term[k] for k in range(int(counts.chunks)) if k not in on_pairs)
@@ -205,19 +205,19 @@ def test_each_active_chunk_is_counted_once():
 
 
 def test_nothing_flows_into_the_teacher():
-    batch, weights = micro_batch(SAMPLES), heads()
+    batch, weights = micro_batch_size(SAMPLES), heads()
     strategy = built({"strategy": "tide-bridge"}, MAPPED)
     said = answer(batch, weights, strategy)
-    for tensor in (said.gold_logp, said.hidden, said.head_weight):
+    for tensor in (said.target_logprobs, said.hidden, said.head_weight):
         tensor.requires_grad_()
     strength = strategy.strength(PROGRESS, batch.noised.t)
     scores = strategy.score(batch.hidden_MH, weights.student_VH, batch.noised, said, strength)
     strategy.loss(scores, said, batch.noised, strength, batch.local_counts)[0].backward()
-    assert [x.grad for x in (said.gold_logp, said.hidden, said.head_weight)] == [None, None, None]
+    assert [x.grad for x in (said.target_logprobs, said.hidden, said.head_weight)] == [None, None, None]
 
 
 def test_bf16_models_give_fp32_losses():
-    batch, weights = micro_batch(SAMPLES), heads()
+    batch, weights = micro_batch_size(SAMPLES), heads()
     noised = replace(batch.noised, t=batch.noised.t.float())
     strategy = built({"strategy": "tide-bridge"}, MAPPED)
     exact = losses(strategy, batch, weights, batch.local_counts)
@@ -229,7 +229,7 @@ def test_bf16_models_give_fp32_losses():
     strength = strategy.strength(PROGRESS, noised.t)
     scores = strategy.score(narrow.hidden_MH, head, noised, said, strength)
     distill, metrics = strategy.loss(scores, said, noised, strength, batch.local_counts)
-    assert scores.gold_logp.dtype == scores.divergence.dtype == distill.dtype == torch.float32
+    assert scores.target_logprobs.dtype == scores.divergence.dtype == distill.dtype == torch.float32
     assert distill.item() == pytest.approx(exact[1].item(), rel=0.05)
     distill.backward()
     assert torch.isfinite(narrow.hidden_MH.grad).all()
@@ -237,15 +237,15 @@ def test_bf16_models_give_fp32_losses():
 
 
 def test_metrics_say_what_happened():
-    batch, weights = micro_batch(SAMPLES), heads()
+    batch, weights = micro_batch_size(SAMPLES), heads()
     strategy = built({"strategy": "tide-bridge", "temperature": 5.0}, MAPPED)
     said = answer(batch, weights, strategy)
     _, _, metrics = losses(strategy, batch, weights, batch.local_counts)
     mean = {name: (total / count).item() for name, (total, count) in metrics.items()}
     noised, K = batch.noised, len(batch.noised.chunk_sample)
-    teacher_lp = [said.gold_logp[noised.teacher_chunk == k].sum().item() for k in range(K)]
+    teacher_lp = [said.target_logprobs[noised.teacher_chunk == k].sum().item() for k in range(K)]
     logits = (batch.hidden_MH @ weights.student_VH.T).log_softmax(-1)
-    gold = logits.gather(1, noised.student_gold[:, None]).squeeze(1)
+    gold = logits.gather(1, noised.student_targets[:, None]).squeeze(1)
     student_lp = [gold[noised.student_chunk == k].sum().item() for k in range(K)]
     assert mean["chunk/teacher_prob"] == pytest.approx(sum(math.exp(x / 5) for x in teacher_lp) / K)
     assert mean["chunk/student_prob"] == pytest.approx(sum(math.exp(x / 5) for x in student_lp) / K)

@@ -81,7 +81,7 @@ def test_every_name_builds_with_every_switch(name, bridge):
 
 
 @pytest.mark.parametrize(
-    ("name", "bridge", "needs_gold", "needs_hidden", "compdemo"),
+    ("name", "bridge", "needs_target_logprobs", "needs_hidden", "compdemo"),
     [
         ("bd3lm", None, False, False, False),
         ("calm", None, True, False, False),
@@ -94,10 +94,10 @@ def test_every_name_builds_with_every_switch(name, bridge):
         ("tide-bridge", MAPPED, True, True, True),
     ],
 )
-def test_what_a_name_asks_of_the_teacher(name, bridge, needs_gold, needs_hidden, compdemo):
+def test_what_a_name_asks_of_the_teacher(name, bridge, needs_target_logprobs, needs_hidden, compdemo):
     strategy = build(bridge, strategy=name)
-    assert (strategy.needs_gold, strategy.needs_hidden) == (needs_gold, needs_hidden)
-    assert strategy.needs_teacher == (needs_gold or needs_hidden)
+    assert (strategy.needs_target_logprobs, strategy.needs_hidden) == (needs_target_logprobs, needs_hidden)
+    assert strategy.needs_teacher == (needs_target_logprobs or needs_hidden)
     assert (strategy.compdemo is not None) == compdemo
     assert strategy.distill_weight == 1.0
 
@@ -140,7 +140,7 @@ def test_a_bridge_without_a_common_string_is_refused_for_distributions_alone():
     nothing = SimpleNamespace(
         shared=False, shared_prefix=0, student_ids=np.zeros(0, np.int64), teacher_ids=np.zeros(0, np.int64)
     )
-    assert build(nothing, strategy="tide-cross").needs_gold
+    assert build(nothing, strategy="tide-cross").needs_target_logprobs
     with pytest.raises(ValueError, match="share no token"):
         build(nothing, strategy="kl")
 

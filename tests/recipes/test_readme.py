@@ -52,8 +52,8 @@ def test_the_cluster_readme_names_things_that_exist():
     for name in re.findall(r"^\| `([\w.]+\.sh)`", SLURM, flags=re.M):
         assert (REPOSITORY / "slurm" / name).is_file() or name == "cluster.sh"
     hostings = set(re.findall(r"^\| [^|]* \| `(\w+)` \|", SLURM, flags=re.M))
-    assert {"resident", "zero3_cpu"} <= hostings
-    for hosting in hostings - {"resident", "HOSTING"}:
+    assert {"replicated", "zero3_cpu"} <= hostings
+    for hosting in hostings - {"replicated", "HOSTING"}:
         assert (REPOSITORY / "ds_configs" / f"teacher_{hosting}.json").is_file()
     job = (REPOSITORY / "slurm" / "job.sh").read_text(encoding="utf-8")
     for word in re.findall(r"^\| `([a-z ]+):` \|", SLURM, flags=re.M):

@@ -180,13 +180,13 @@ def test_quickstart_whole_and_small(quickstart):
 def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
     """The chain of the 16B recipe on the quickstart's models, on two ranks: the same losses wherever the teacher is."""
     folder, _ = quickstart
-    hostings = ["resident", *(path.stem.removeprefix("teacher_") for path in CONFIGS.glob("teacher_*.json"))]
+    hostings = ["replicated", *(path.stem.removeprefix("teacher_") for path in CONFIGS.glob("teacher_*.json"))]
     here = {"pipeline_4": False, "pipeline_8": False, "zero3_nvme": HAS_DISK_IO}  # more ranks than two; libaio
     hostings = [hosting for hosting in hostings if here.get(hosting, True)]
     knobs = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
     knobs = {name: str(folder / path) for name, path in knobs.items()}
     knobs |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}
-    flags = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch", "4", "--micro-batch", "1"]
+    flags = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch-size", "4", "--micro-batch-size", "1"]
     flags += ["--max-steps", "3", "--log-every", "1"]
     losses = {}
     for hosting in hostings:  # the first runs the whole chain; bridge and data of the others are the same
@@ -200,7 +200,7 @@ def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
         losses[hosting] = [json.loads(line)["loss/total"] for line in lines]
     assert all(len(curve) == 3 for curve in losses.values())
     for hosting, curve in losses.items():
-        assert curve == pytest.approx(losses["resident"], abs=1e-5), hosting
+        assert curve == pytest.approx(losses["replicated"], abs=1e-5), hosting
 
 
 def readme_commands_on(folder):

@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGE = REPOSITORY / "recipes" / "stage.py"
-FLAGS = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch", "4", "--micro-batch", "1"]
+FLAGS = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch-size", "4", "--micro-batch-size", "1"]
 FLAGS += ["--log-every", "1", "--save-every", "100000", "--max-steps", "4000", "--skip-teacher-probe"]
 
 

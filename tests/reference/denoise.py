@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def denoise(gold_logp: Sequence[Any], t: Sequence[float], maskable: int) -> Any:
+def denoise(target_logprobs: Sequence[Any], t: Sequence[float], maskable: int) -> Any:
     """sum_i (1 / t_i) * (-log p_i) / maskable."""
     total: Any = 0.0
-    for logp, rate in zip(gold_logp, t):
+    for logp, rate in zip(target_logprobs, t):
         total = total + (1.0 / rate) * -logp
     return total / maskable

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 
-def gold_logp(hidden_MH: Tensor, weight_VH: Tensor, gold_M: Tensor) -> Tensor:
+def target_logprobs(hidden_MH: Tensor, weight_VH: Tensor, targets_M: Tensor) -> Tensor:
     """[M], row by row."""
-    rows = [(weight_VH @ hidden).log_softmax(0)[gold] for hidden, gold in zip(hidden_MH, gold_M.tolist())]
+    rows = [(weight_VH @ hidden).log_softmax(0)[gold] for hidden, gold in zip(hidden_MH, targets_M.tolist())]
     return torch.stack(rows)
 
 

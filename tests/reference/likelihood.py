@@ -28,7 +28,7 @@ def likelihood(model: Any, data: PreparedData, side: str, *, draws: int, seed: i
             ids, hidden = tokens.ids[:, :length], hidden[:, :length]
             logits = two_copies(model, ids, hidden, manifest["block"], manifest["mask_id"])
             for position in range(int(tokens.prompt[0]), int(tokens.content_end[0]) + 1):
-                uncovered = tokens.chunk[0, position] < 0 and not data.one_sided
+                uncovered = tokens.chunk[0, position] < 0 and not data.student_only
                 if uncovered or not hidden[0, position]:
                     continue
                 gold = int(tokens.ids[0, position])

@@ -16,7 +16,7 @@ from tests.support.chain import Chain, build_chain, conversations, tiny_configs
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "slurm/distill_16b_to_0.6b.sh"
 STEPS = 40
-TRAINING = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch", "4", "--micro-batch", "1"]
+TRAINING = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch-size", "4", "--micro-batch-size", "1"]
 TRAINING += ["--log-every", "1", "--save-every", "1000", "--skip-teacher-probe"]
 
 

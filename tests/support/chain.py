@@ -60,8 +60,8 @@ class Chain:
 SMALL: dict[str, Any] = {
     "precision": "fp32",
     "teacher_dtype": "fp32",
-    "global_batch": 8,
-    "micro_batch": 4,
+    "global_batch_size": 8,
+    "micro_batch_size": 4,
     "max_steps": 4,
     "lr": 3e-3,
     "log_every": 1,
@@ -93,10 +93,10 @@ def tiny_configs() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def make_chain(root: Path, rows: int = 48) -> Chain:
-    """A tiny chain below ``root``, of :func:`conversations`; its ``one_sided`` is data for the student alone."""
+    """A tiny chain below ``root``, of :func:`conversations`; its ``student_only`` is data for the student alone."""
     chain = build_chain(root, conversations(rows), *tiny_configs(), BLOCK, (96, 96))
     student = ["--student", str(root / "student"), "--student-length", "96", "--student-block", str(BLOCK)]
-    prepare.main([*student, "--data", str(root / "corpus.jsonl"), *PREPARING, "--out", str(root / "one_sided")])
+    prepare.main([*student, "--data", str(root / "corpus.jsonl"), *PREPARING, "--out", str(root / "student_only")])
     return chain
 
 

@@ -83,7 +83,7 @@ def write_checkpoint(
         "version": "0",
         "config": config.to_dict(),
         "fingerprint": config.fingerprint,
-        "deciding": config.deciding(),
+        "affects_loss": config.loss_flags(),
         "strategy": build_strategy(config.strategy, bridge).describe(),
         "bridge_fingerprint": bridge.fingerprint if bridge else None,
         "data_fingerprint": prepared.fingerprint,

@@ -13,4 +13,4 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - every engine i
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 import megatron_tide.evaluate
-import megatron_tide.train.setup  # noqa: F401
+import megatron_tide.train.build  # noqa: F401

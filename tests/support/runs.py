@@ -15,15 +15,15 @@ def train_and_tell(knobs: dict[str, Any]) -> dict[str, list[float]]:
     Meant for ``run_on_ranks``.
     """
     from megatron_tide import distill
-    from megatron_tide.train.world import join_world, leave_world
+    from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
     config = from_flat(knobs)
     config.check()
-    world = join_world()
+    world = init_distributed()
     try:
         assert distill.train(config, world) == 0
     finally:
-        leave_world()
+        destroy_distributed()
     return read_curve(Path(config.paths.out))
 
 

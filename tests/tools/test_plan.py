@@ -25,7 +25,7 @@ def test_table_of_eight_small_gpus(capsys):
     assert "64 samples: 8 rank(s) x 2 micro-batches of 4" in printed
     rows = {line.split()[0]: line for line in printed.splitlines() if line.endswith("fits") or "  no: " in line}
     assert rows["zero3"].endswith("fits")
-    assert "no: each GPU lacks" in rows["resident"]
+    assert "no: each GPU lacks" in rows["replicated"]
     assert "set: --teacher-hosting pipeline --teacher-deepspeed ds_configs/teacher_pipeline_" in printed
     assert "teacher weights" in printed
 
@@ -50,7 +50,7 @@ def test_changes_that_make_it_fit(capsys):
 def test_nothing_helps(capsys):
     status, printed = told(capsys, "--gpus", "1", "--gpu-mem", "4", "--host-mem", "8")
     assert status == plan.EXIT_NOTHING_FITS
-    changes = "--activation-checkpointing --micro-batch 1 --deepspeed ds_configs/zero2_offload.json"
+    changes = "--activation-checkpointing --micro-batch-size 1 --deepspeed ds_configs/zero2_offload.json"
     assert f"nothing fits with {changes}: " in printed
     assert "too little" in printed
 
@@ -70,7 +70,7 @@ def test_json_holds_everything(capsys, tmp_path):
     told(capsys, *EIGHT, "--json", str(tmp_path / "plan.json"))
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["machine"]["ranks"] == 8
-    assert {item["hosting"] for item in written["plans"]} >= {"resident", "zero3", "zero3_nvme", "pipeline_8"}
+    assert {item["hosting"] for item in written["plans"]} >= {"replicated", "zero3", "zero3_nvme", "pipeline_8"}
     for item in written["plans"]:
         assert item["gpu"]["bytes"] == sum(item["gpu"]["parts"].values())
         assert item["fits"] == (not item["lacks"])
@@ -87,7 +87,10 @@ def test_this_machine_is_the_default(capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--gpus", "9", "--gpu-mem", "24"], "--global-batch 64 is no multiple of --micro-batch 4 x 9 ranks"),
+        (
+            ["--gpus", "9", "--gpu-mem", "24"],
+            "--global-batch-size 64 is not a multiple of --micro-batch-size 4 x 9 ranks",
+        ),
         (["--teacher", "/nowhere"], "/nowhere: no such folder, and the hub does not give its config.json"),
         (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
     ],

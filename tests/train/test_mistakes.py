@@ -32,8 +32,8 @@ def out(tmp_path):
         ({"lr": "fast"}, "invalid float value: 'fast'"),
         ({"temperature": 0.0}, "--temperature 0.0: must lie between 0.001 and 1000"),
         ({"compdemo_ratio": 1.5}, "--compdemo-ratio 1.5: must lie between 0 and 1"),
-        ({"global_batch": 7}, "global_batch 7 is no multiple of micro_batch 4 x 1 ranks = 4"),
-        ({"global_batch": 4096, "micro_batch": 4}, "more than the 48 prepared samples"),
+        ({"global_batch_size": 7}, "--global-batch-size 7 is not a multiple of --micro-batch-size 4 x 1 ranks = 4"),
+        ({"global_batch_size": 4096, "micro_batch_size": 4}, "more than the 48 prepared samples"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
         ({"data": "nowhere"}, "nowhere: no such folder of prepared data"),
         ({"bridge": "nowhere"}, "nowhere: holds no bridge"),
@@ -73,8 +73,8 @@ def test_deepspeed_json(chain, out, capsys, tmp_path, content, said):
     ("content", "said"),
     [
         ('{"learning_rate": 1}', "unknown knob 'learning_rate'"),
-        ('{"clip": "high"}', "clip = 'high' must be float"),
-        ('{"save": {"keep": 2.5}}', "keep = 2.5 must be int"),
+        ('{"max_grad_norm": "high"}', "max_grad_norm = 'high' must be float"),
+        ('{"save": {"keep_last": 2.5}}', "keep_last = 2.5 must be int"),
         ("nonsense", "not valid JSON"),
     ],
 )
@@ -87,8 +87,8 @@ def test_data_of_another_bridge(chain, out, capsys, tmp_path):
     """A bridge whose recorded student is another tokenizer is refused, and so are data that another bridge aligned."""
     swapped = refusal(capsys, *chain.flags(out, student=chain.root / "teacher"), "--dry-run")
     assert "is not the student tokenizer this bridge was built for" in swapped
-    one_sided = refusal(capsys, *chain.flags(out, data=chain.root / "one_sided"), "--dry-run")
-    assert "prepared with teacher tokenizer none" in one_sided
+    student_only = refusal(capsys, *chain.flags(out, data=chain.root / "student_only"), "--dry-run")
+    assert "prepared with teacher tokenizer none" in student_only
 
 
 def test_tampered_bridge(chain, out, capsys, tmp_path):
@@ -107,17 +107,17 @@ def test_truncated_shard(chain, out, capsys, tmp_path):
 
 
 def test_a_strategy_that_needs_a_teacher_in_parts(chain, out, capsys):
-    flags = ["--student", str(chain.root / "student"), "--data", str(chain.root / "one_sided"), "--out", str(out)]
+    flags = ["--student", str(chain.root / "student"), "--data", str(chain.root / "student_only"), "--out", str(out)]
     line = refusal(capsys, *flags, "--strategy", "bd3lm", "--chunk-objective", "calm", *BATCH, "--dry-run")
     assert "listens to a teacher: give --teacher and --bridge" in line
 
 
-BATCH = ["--global-batch", "8", "--micro-batch", "4"]
+BATCH = ["--global-batch-size", "8", "--micro-batch-size", "4"]
 
 
 def test_dry_run_checks_and_prints_without_writing(chain, out, capsys):
     assert distill.main([*chain.flags(out), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "48 samples, 4 steps of 8; all is well" in printed
+    assert "48 samples, 4 steps of 8 samples: OK" in printed
     assert json.loads(printed[: printed.rindex("}") + 1])["strategy"]
     assert not out.exists()

@@ -19,7 +19,7 @@ from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
 KNOBS = {
-    "micro_batch": 2,
+    "micro_batch_size": 2,
     "max_steps": 6,
     "save_every": 3,
     "keep": 9,

@@ -40,9 +40,9 @@ def untouched(chain, tmp_path_factory):
     ("world", "knobs"),
     [
         (2, {}),
-        (1, {"micro_batch": 8}),
-        (1, {"micro_batch": 1}),
-        (2, {"micro_batch": 2, "deepspeed": "ds_configs/zero2.json"}),
+        (1, {"micro_batch_size": 8}),
+        (1, {"micro_batch_size": 1}),
+        (2, {"micro_batch_size": 2, "deepspeed": "ds_configs/zero2.json"}),
         (2, {"deepspeed": "ds_configs/zero2_offload.json"}),
         (1, {"activation_checkpointing": True}),
     ],

@@ -44,9 +44,11 @@ def test_launchers(chain, tmp_path, launcher):
 
 def test_a_mistake_on_two_ranks_is_one_status_two(chain, tmp_path):
     line = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
-    finished = launched(*line, "megatron_tide.distill", *chain.flags(tmp_path / "run", global_batch=12, micro_batch=4))
+    finished = launched(
+        *line, "megatron_tide.distill", *chain.flags(tmp_path / "run", global_batch_size=12, micro_batch_size=4)
+    )
     assert finished.returncode != 0
-    assert "error: global_batch 12 is no multiple of micro_batch 4 x 2 ranks = 8" in finished.stderr
+    assert "error: global_batch_size 12 is no multiple of micro_batch_size 4 x 2 ranks = 8" in finished.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -116,24 +118,24 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
 
 def layer_calls(knobs):
     """Times that the student's first MLP is entered in one optimizer step (a recomputation need not finish it)."""
-    from megatron_tide.train import setup
-    from megatron_tide.train.inputs import read_inputs
+    from megatron_tide.train import build
+    from megatron_tide.train.distributed import destroy_distributed, init_distributed
+    from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.step import global_counts, train_step
-    from megatron_tide.train.world import join_world, leave_world
 
-    config, world = from_flat(knobs), join_world()
-    parts, windows = setup.build(config, read_inputs(config, 1), world)
+    config, world = from_flat(knobs), init_distributed()
+    parts, windows = build.build(config, read_run_inputs(config, 1), world)
     calls = []
     parts.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     window = windows(0)
     train_step(parts, window, global_counts(window, world, False)[0], 0.0)
-    leave_world()
+    destroy_distributed()
     return len(calls)
 
 
 def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
     knobs = chain.run(tmp_path, **KNOBS, strategy="calm")
-    micro_batches = knobs["global_batch"] // knobs["micro_batch"]
+    micro_batches = knobs["global_batch_size"] // knobs["micro_batch_size"]
     assert run_on_ranks(layer_calls, 1, knobs) == [micro_batches]
     assert run_on_ranks(layer_calls, 1, {**knobs, "activation_checkpointing": True}) == [2 * micro_batches]
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tide.config import from_flat
-from megatron_tide.train.checkpoint import newest_whole
+from megatron_tide.train.checkpoint import newest_complete
 from tests.support.disk import small_disk
 from tests.support.launch import ranks, steps_logged, wait_until
 from tests.support.ranks import run_on_ranks
@@ -15,14 +15,14 @@ from tests.support.runs import read_curve
 
 pytestmark = pytest.mark.ranks
 STEPS = 12
-KNOBS = {"micro_batch": 2, "max_steps": STEPS, "strategy": "tide-bridge", "temperature": 4.0}
+KNOBS = {"micro_batch_size": 2, "max_steps": STEPS, "strategy": "tide-bridge", "temperature": 4.0}
 
 
 def train_until(knobs, step):
     """Train on this rank; asked to stop once ``step`` steps are taken."""
     from megatron_tide import distill
     from megatron_tide.train import loop
-    from megatron_tide.train.world import join_world, leave_world
+    from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
     plain = loop.global_counts
 
@@ -30,11 +30,11 @@ def train_until(knobs, step):
         return plain(window, world, asked or world.trace.step > step)
 
     loop.global_counts = counts
-    world = join_world()
+    world = init_distributed()
     try:
         return distill.train(from_flat(knobs), world)
     finally:
-        leave_world()
+        destroy_distributed()
 
 
 def test_four_two_one_four(chain, tmp_path):
@@ -66,7 +66,7 @@ def check_small_disk(chain, out, tmp_path):
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in line
     assert "--resume auto" in line
-    whole = newest_whole(out, print)
+    whole = newest_complete(out, print)
     assert whole is not None
     assert f"could not save {out}/step-{int(whole.name[5:]) + 1:08d}" in line
     assert not list(out.glob(".saving-*"))

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megatron_tide.config import DistillConfig, StrategyConfig
-from megatron_tide.data.store import Stats
+from megatron_tide.data.prepared import Stats
 from megatron_tide.ds_config import offload_of, read_ds_config
 from megatron_tide.hosting.plan.fit import Hosting, advice, every_hosting, plan, plans
 from megatron_tide.hosting.plan.job import Job, Model, staircase_length
@@ -34,7 +34,7 @@ class Ranks(Protocol):
     @property
     def is_main(self) -> bool: ...
 
-    def share_from_main(self, value: Any) -> Any: ...
+    def broadcast_object(self, value: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,11 @@ def job_of(config: DistillConfig, ranks: int, asked: Asked) -> Job:
     train, paths = config.train, config.paths
     student = Model(model_config(paths.student))
     teacher = Model(model_config(paths.teacher)) if asked.gold or asked.hidden else None
-    forwards, rest = divmod(train.global_batch, train.micro_batch * ranks)
+    forwards, rest = divmod(train.global_batch_size, train.micro_batch_size * ranks)
     if rest or not forwards:
         raise ValueError(
-            f"--global-batch {train.global_batch} is no multiple of --micro-batch {train.micro_batch} x {ranks} ranks"
+            f"--global-batch-size {train.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {train.micro_batch_size} x {ranks} ranks"
         )
     teacher_block = teacher.config.block_size if teacher else 1
     steps = train.max_steps or MANY_STEPS
@@ -87,7 +88,7 @@ def job_of(config: DistillConfig, ranks: int, asked: Asked) -> Job:
         student=student,
         teacher=teacher,
         ranks=ranks,
-        micro_batch=train.micro_batch,
+        micro_batch_size=train.micro_batch_size,
         accumulation=forwards,
         student_tokens=asked.student_tokens,
         student_length=staircase_length(asked.student_tokens, student.config.block_size),
@@ -101,7 +102,7 @@ def job_of(config: DistillConfig, ranks: int, asked: Asked) -> Job:
         recompute=train.activation_checkpointing,
         deepspeed=read_ds_config(train.deepspeed, "--deepspeed"),
         steps=steps,
-        checkpoints=min(-(-steps // config.save.save_every), config.save.keep + 1),
+        checkpoints=min(-(-steps // config.save.save_every), config.save.keep_last + 1),
         stored_bytes=_largest_file(paths.teacher) if teacher else 0,
     )
 
@@ -135,8 +136,8 @@ def check_plan(config: DistillConfig, strategy: Strategy, stats: Stats, world: R
     if config.teacher.skip_plan:
         return
     longest = int(stats.student_length.max()), int(stats.teacher_length.max())
-    asked = Asked(strategy.needs_gold, strategy.needs_hidden, strategy.compdemo is not None, *longest)
-    refusal = world.share_from_main(_refusal(config, asked, world.size) if world.is_main else None)
+    asked = Asked(strategy.needs_target_logprobs, strategy.needs_hidden, strategy.compdemo is not None, *longest)
+    refusal = world.broadcast_object(_refusal(config, asked, world.size) if world.is_main else None)
     if refusal:
         raise ValueError(refusal)
 

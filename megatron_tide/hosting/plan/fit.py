@@ -98,7 +98,7 @@ class Plan:
 def every_hosting() -> list[Hosting]:
     """Resident, and each file ds_configs/teacher_*.json; the file's name begins with the kind."""
     files = sorted((REPOSITORY / "ds_configs").glob("teacher_*.json"))
-    return [Hosting("resident", "resident", "", {}), *(_hosting(path) for path in files)]
+    return [Hosting("replicated", "replicated", "", {}), *(_hosting(path) for path in files)]
 
 
 def _hosting(path: Path) -> Hosting:
@@ -108,7 +108,7 @@ def _hosting(path: Path) -> Hosting:
 
 
 _ENTER: dict[str, Callable[..., None]] = {
-    "resident": teacher.add_resident,
+    "replicated": teacher.add_resident,
     "zero3": teacher.add_zero3,
     "pipeline": teacher.add_pipeline,
 }
@@ -165,7 +165,9 @@ def closest(found: Sequence[Plan]) -> Plan:
 # What can be given up for memory, the cheapest first; none of it changes the curve.
 CHANGES: dict[str, Callable[[Job], Job]] = {
     "--activation-checkpointing": lambda job: replace(job, recompute=True),
-    "--micro-batch 1": lambda job: replace(job, micro_batch=1, accumulation=job.accumulation * job.micro_batch),
+    "--micro-batch-size 1": lambda job: replace(
+        job, micro_batch_size=1, accumulation=job.accumulation * job.micro_batch_size
+    ),
     "--deepspeed ds_configs/zero2_offload.json": lambda job: replace(
         job, deepspeed=read_ds_config("ds_configs/zero2_offload.json", "--deepspeed")
     ),

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from megatron_tide.hosting.plan.ledger import LARGEST_PIECE
+from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
+from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs, layer_specs_of
 from megatron_tide.models.llada2_config import LLaDA2Config
-from megatron_tide.models.sections import Section, Sections, sections_of
-from megatron_tide.models.tables import module_tensors
 
 FP32 = 4  # bytes
 
@@ -56,7 +56,7 @@ class Model:
     """A model's shapes, on no memory."""
 
     def __init__(self, source: ConfigSource) -> None:
-        self.sections: Sections = sections_of(source)
+        self.sections: LayerSpecs = layer_specs_of(source)
         self.config: Any = self.sections.config
         self.tensors = [tensor.numel() for tensor in module_tensors(self.sections.model).values()]
         self.parameters = sum(self.tensors)
@@ -94,7 +94,7 @@ class Model:
         return sum(_numbers(layer, ".experts.", share) for layer in self.sections.layers)
 
 
-def _numbers(section: Section, routed: str, share: float) -> float:
+def _numbers(section: LayerSpec, routed: str, share: float) -> float:
     return sum(t.numel() * (share if routed in f".{name}." else 1.0) for name, t in section.tensors.items())
 
 
@@ -110,7 +110,7 @@ class Job:
     student: Model
     teacher: Model | None
     ranks: int
-    micro_batch: int
+    micro_batch_size: int
     accumulation: int
     student_tokens: int
     student_length: int
@@ -130,11 +130,11 @@ class Job:
     @property
     def student_positions(self) -> int:
         """Positions in one forward of the student."""
-        return self.micro_batch * self.student_length
+        return self.micro_batch_size * self.student_length
 
     @property
     def teacher_sequences(self) -> int:
-        return self.micro_batch * self.halves
+        return self.micro_batch_size * self.halves
 
     @property
     def teacher_positions(self) -> int:

@@ -11,8 +11,8 @@ import math
 
 import torch
 
+from megatron_tide.hosting.flat_layers import TOKENS_AT_ONCE
 from megatron_tide.hosting.plan.job import Job, Model
-from megatron_tide.hosting.units import TOKENS_AT_ONCE
 
 BYTES, MOST = 0.66e6, 1024
 LAYER_SHAPES = 15  # matmuls of one layer of a student, forward and backward, for one number of positions

@@ -44,7 +44,9 @@ def teacher_seconds(job: Job, teacher: Model, machine: Machine, settings: dict[s
     """Expected seconds a step; ``settings``: the hosting's DeepSpeed JSON, {} for a resident one."""
     positions = job.accumulation * job.teacher_positions
     attention = 4.0 * sum(layer.query for layer in teacher.layers) * job.teacher_length
-    head = 2.0 * teacher.vocab * teacher.hidden * job.accumulation * job.micro_batch * job.teacher_tokens * job.gold
+    head = (
+        2.0 * teacher.vocab * teacher.hidden * job.accumulation * job.micro_batch_size * job.teacher_tokens * job.gold
+    )
     work = positions * (2.0 * teacher.active + attention) + head
     compute = work / (1e12 * (rates.gpu_tflops if machine.has_gpus else rates.cpu_tflops))
     if "pipeline" in settings:

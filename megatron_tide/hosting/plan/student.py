@@ -117,7 +117,7 @@ def _activations(books: Books, job: Job) -> None:
 def _logits(books: Books, job: Job) -> None:
     """One piece of fp32 logits (in bf16 also as they were multiplied), and a gradient of the output embedding."""
     size, vocab = job.precision.itemsize, job.student.vocab
-    rows = job.micro_batch * job.student_tokens
+    rows = job.micro_batch_size * job.student_tokens
     piece = min(LOGIT_BYTES, FP32 * rows * vocab)
     pieces = COMPARED if job.hidden else 1 if size == FP32 else 2
     books.use(BACKWARD, "head's logits", pieces * piece, piece)

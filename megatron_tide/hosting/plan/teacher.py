@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from megatron_tide.ds_config import offload_of
+from megatron_tide.hosting.flat_layers import TOKENS_AT_ONCE, FlatLayer
+from megatron_tide.hosting.layerwise import make_flat_layers
 from megatron_tide.hosting.pipeline import balanced
 from megatron_tide.hosting.plan.books import Books
 from megatron_tide.hosting.plan.job import FP32, Job, Model
 from megatron_tide.hosting.plan.ledger import PAGES
-from megatron_tide.hosting.sweep import make_units
-from megatron_tide.hosting.units import TOKENS_AT_ONCE, Unit
 from megatron_tide.hosting.zero3 import BUFFERS
 from megatron_tide.models.head import LOGIT_BYTES
 from megatron_tide.models.shards import MAX_SHARD_BYTES
@@ -32,10 +32,10 @@ from megatron_tide.models.shards import MAX_SHARD_BYTES
 LOADING, SWEEP = "teacher loading", "teacher sweep"
 
 
-def teacher_units(job: Job, teacher: Model) -> list[Unit]:
+def teacher_units(job: Job, teacher: Model) -> list[FlatLayer]:
     """The units that are sharded or dealt to stages, empty."""
     output = torch.empty(0, device="meta") if job.hidden else None
-    return make_units(teacher.sections, job.teacher_dtype, output=output, gold=job.gold)
+    return make_flat_layers(teacher.sections, job.teacher_dtype, output=output, gold=job.gold)
 
 
 def add_resident(books: Books, job: Job, teacher: Model, settings: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def _sweep(books: Books, job: Job, teacher: Model, micro_batches: int) -> None:
         mask = positions * job.teacher_length * size
         books.use(SWEEP, "attention masks", (micro_batches + 1) * mask, mask)
     if job.gold:
-        piece = min(LOGIT_BYTES, FP32 * job.micro_batch * job.teacher_tokens * teacher.vocab)
+        piece = min(LOGIT_BYTES, FP32 * job.micro_batch_size * job.teacher_tokens * teacher.vocab)
         books.use(SWEEP, "head's logits", piece * (1 if size == FP32 else 1.5), piece)
 
 

@@ -13,8 +13,8 @@ from megatron_tide.data import PreparedData
 from megatron_tide.hosting.plan import check
 from megatron_tide.hosting.plan.check import asked_of, check_plan
 from megatron_tide.hosting.plan.machine import GIB, Machine
-from megatron_tide.train import setup
-from megatron_tide.train.inputs import read_inputs
+from megatron_tide.train import build
+from megatron_tide.train.inputs import read_run_inputs
 from tests.support.chain import SMALL
 
 SHAPES = Path(models.__file__).parent / "configs"
@@ -23,7 +23,7 @@ SHAPES = Path(models.__file__).parent / "configs"
 class Alone:
     size, is_main, device = 1, True, torch.device("cpu")
 
-    def share_from_main(self, value):
+    def broadcast_object(self, value):
         return value
 
 
@@ -32,7 +32,7 @@ class Second(Alone):
 
     is_main = False
 
-    def share_from_main(self, value):
+    def broadcast_object(self, value):
         assert value is None
         return "as the first rank says"
 
@@ -44,16 +44,16 @@ def small_machine(monkeypatch):
 
 def test_trainer_refuses_in_one_line(chain, tmp_path, small_machine):
     config = from_flat({**chain.paths(tmp_path / "run"), **SMALL})
-    inputs = read_inputs(config, 1)
+    inputs = read_run_inputs(config, 1)
     with pytest.raises(ValueError, match="host memory: needs 0") as refused:
-        setup.build(config, inputs, Alone())
+        build.build(config, inputs, Alone())
     line = str(refused.value)
     assert "\n" not in line
-    assert line.startswith("--teacher-hosting resident does not fit: host memory: needs 0.")
+    assert line.startswith("--teacher-hosting replicated does not fit: host memory: needs 0.")
     assert "nothing would fit here; closest is " in line
     assert line.endswith("(--skip-plan goes on regardless)")
     with pytest.raises(ValueError, match="as the first rank says"):
-        setup.build(config, inputs, Second())
+        build.build(config, inputs, Second())
 
 
 def test_refusal_names_the_hosting_that_would_fit(chain, tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_refusal_names_the_hosting_that_would_fit(chain, tmp_path, monkeypatch):
     knobs = {**chain.paths(tmp_path / "run"), **SMALL, "teacher": str(SHAPES / "llada2_mini.json")}
     knobs |= {"teacher_dtype": "bf16"}
     config = from_flat(knobs)
-    strategy = read_inputs(from_flat({**knobs, "teacher": str(chain.root / "teacher")}), 1).strategy
+    strategy = read_run_inputs(from_flat({**knobs, "teacher": str(chain.root / "teacher")}), 1).strategy
     stats = PreparedData.open(knobs["data"]).stats
     with pytest.raises(ValueError, match="each GPU: needs 3") as refused:
         check_plan(config, strategy, stats, Alone())
@@ -73,7 +73,7 @@ def test_refusal_names_the_hosting_that_would_fit(chain, tmp_path, monkeypatch):
 
 def test_what_cannot_be_planned_is_told_alike(chain, tmp_path):
     knobs = {**chain.paths(tmp_path / "run"), **SMALL}
-    inputs = read_inputs(from_flat(knobs), 1)
+    inputs = read_run_inputs(from_flat(knobs), 1)
     (tmp_path / "config.json").write_text('{"model_type": "gpt9"}')
     config = from_flat({**knobs, "teacher": str(tmp_path)})
     with pytest.raises(ValueError, match="model_type 'gpt9' is not one of"):
@@ -82,7 +82,7 @@ def test_what_cannot_be_planned_is_told_alike(chain, tmp_path):
 
 def test_a_tiny_run_is_not_refused_here(chain, tmp_path):
     config = from_flat({**chain.paths(tmp_path / "run"), **SMALL})
-    inputs = read_inputs(config, 1)
+    inputs = read_run_inputs(config, 1)
     check_plan(config, inputs.strategy, inputs.data.stats, Alone())
 
 

@@ -37,7 +37,7 @@ def paper(paper_models):
             student=paper_models[0],
             teacher=paper_models[1],
             ranks=ranks,
-            micro_batch=4,
+            micro_batch_size=4,
             accumulation=16 // ranks,
             student_tokens=512,
             student_length=staircase_length(512, 32),
@@ -65,7 +65,7 @@ def hosting(name):
 def test_student_states_of_one_rank_are_18_bytes_a_parameter(paper):
     """bf16, ZeRO 1: weights 2, gradients 4, masters 4, moments 8; on 8 ranks the last two are shared out."""
     for ranks, each in ((1, 18.0), (8, 2 + 4 + 12 / 8)):
-        parts = plan(paper(ranks), Machine(ranks, 80 * GIB, 512 * GIB), hosting("resident")).gpu.parts
+        parts = plan(paper(ranks), Machine(ranks, 80 * GIB, 512 * GIB), hosting("replicated")).gpu.parts
         names = ("student weights", "student master weights", "student moments", "student gradients")
         held = sum(parts[name] for name in names) / paper().student.parameters
         assert held == pytest.approx(each + 2, abs=0.01)  # and 2 of bf16 gradients at the fullest
@@ -77,7 +77,7 @@ def test_teacher_shares(paper):
     gpus = Machine(8, 80 * GIB, 512 * GIB, 100 * GB)
     share = plan(job, gpus, hosting("zero3")).gpu.parts["teacher weights"]
     assert share * 8 == pytest.approx(whole, rel=1e-3)
-    assert plan(job, gpus, hosting("resident")).gpu.parts["teacher weights"] == whole
+    assert plan(job, gpus, hosting("replicated")).gpu.parts["teacher weights"] == whole
     stage = plan(job, gpus, hosting("pipeline_8")).gpu.parts["teacher weights"]
     assert whole / 8 < stage < 1.5 * whole / 8
     on_disk = plan(job, gpus, hosting("zero3_nvme"))
@@ -111,7 +111,7 @@ def test_what_costs_more_needs_more(paper):
         return plan(paper(**changes), gpus, hosting("zero3_cpu")).gpu.bytes
 
     assert need(recompute=True) < need()
-    assert need(micro_batch=1) < need() < need(micro_batch=8)
+    assert need(micro_batch_size=1) < need() < need(micro_batch_size=8)
     assert need(deepspeed=read_ds_config("ds_configs/zero2_offload.json", "")) < need()
     assert need(precision=torch.float32) > need()
     assert need(student_length=2000) > need()
@@ -157,7 +157,7 @@ def test_every_file_is_planned(paper, name):
         ((1, 24, 256, 0), {"zero3_cpu"}),
         ((1, 24, 64, 500), {"zero3_cpu", "zero3_nvme"}),
         ((1, 24, 32, 500), {"zero3_nvme"}),
-        ((1, 80, 64, 0), {"resident", "zero3", "zero3_cpu"}),
+        ((1, 80, 64, 0), {"replicated", "zero3", "zero3_cpu"}),
         ((1, 16, 64, 500), set()),
     ],
 )
@@ -175,7 +175,7 @@ def test_changes_make_it_fit_on_16_gib(paper):
 
 
 def test_the_full_size_proof_fits_its_allowance(paper):
-    job = paper(micro_batch=1, accumulation=2, halves=2, recompute=True, steps=1, checkpoints=1)
+    job = paper(micro_batch_size=1, accumulation=2, halves=2, recompute=True, steps=1, checkpoints=1)
     found = plans(job, Machine(1, 0, 22 * GIB, 45 * GB))
     assert [item.hosting.name for item in found if item.fits] == ["zero3_nvme"]
 
@@ -190,14 +190,14 @@ def test_speed_is_the_slower_of_work_and_traffic(paper):
     slow_disk = replace(USUAL, disk_gbs=1.0)
     assert seconds("zero3_nvme", slow_disk) == pytest.approx(held / GB)
     assert seconds("zero3_nvme", Rates(disk_gbs=1e6, pcie_gbs=1e6)) == pytest.approx(
-        seconds("resident", USUAL), rel=1e-2
+        seconds("replicated", USUAL), rel=1e-2
     )
     compute = 2 * 16 * 4 * 1024 * 1.1e9 / 150e12  # 1.1 B of 1.43 B active are in the layers
-    assert seconds("resident", USUAL) == pytest.approx(compute, rel=0.3)
+    assert seconds("replicated", USUAL) == pytest.approx(compute, rel=0.3)
     eight, gpus = paper(8), Machine(8, 24 * GIB, 256 * GIB)
     count = eight.accumulation * 8
     bubble = (count + 7) / count
-    assert seconds("pipeline_8", USUAL, eight, gpus) > bubble * seconds("resident", USUAL, eight, gpus)
+    assert seconds("pipeline_8", USUAL, eight, gpus) > bubble * seconds("replicated", USUAL, eight, gpus)
 
 
 def test_what_a_container_leaves(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from megatron_tide.hosting.plan.check import asked_of, job_of
 from megatron_tide.hosting.plan.fit import every_hosting, plan
 from megatron_tide.hosting.plan.machine import GIB, Machine
 from recipes.fullsize import prove
-from tests.hosting.hosts import rss_bytes
+from tests.hosting.backends import rss_bytes
 from tests.support.chain import SMALL
 from tests.support.disk import needs_disk_io
 from tests.support.medium import make_medium_chain
@@ -38,7 +38,7 @@ def train_and_weigh(knobs):
     return rss_bytes("VmHWM")
 
 
-def resident_bytes(job, name):
+def predicted_bytes(job, name):
     """Of one rank without GPU, at its peak."""
     hosting = next(item for item in every_hosting() if item.name == name)
     return plan(job, Machine(1, 0, 64 * GIB), hosting).host_resident.bytes
@@ -57,15 +57,15 @@ FROM_DISK = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "knobs"), [("resident", RESIDENT), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
+    ("name", "knobs"), [("replicated", RESIDENT), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
 )
 def test_peak_memory_is_foretold(medium, tmp_path, name, knobs):
-    knobs = {**medium.paths(tmp_path / "run"), **SMALL, "global_batch": 2, "micro_batch": 1, **knobs}
+    knobs = {**medium.paths(tmp_path / "run"), **SMALL, "global_batch_size": 2, "micro_batch_size": 1, **knobs}
     knobs |= {"skip_teacher_probe": True} | ({"teacher_nvme": str(tmp_path)} if name == "zero3_nvme" else {})
     config, stats = from_flat(knobs), PreparedData.open(knobs["data"]).stats
     longest = int(stats.student_length.max()), int(stats.teacher_length.max())
     job = job_of(config, 1, asked_of(config.strategy, False, *longest))
-    foretold = resident_bytes(job, name)
+    foretold = predicted_bytes(job, name)
     (measured,) = run_on_ranks(train_and_weigh, 1, knobs, timeout=280)
     assert foretold == pytest.approx(measured, rel=TOLERANCE)
 
@@ -83,4 +83,4 @@ def test_the_full_size_proof_was_foretold(tmp_path):
     job = job_of(config, 1, asked_of(config.strategy, False, longest["student"], longest["teacher"]))
     assert job.teacher.parameters == pytest.approx(measured["teacher_parameters"], rel=1e-6)  # and router biases
     assert job.student.parameters == measured["student_parameters"]
-    assert resident_bytes(job, "zero3_nvme") == pytest.approx(measured["peak_rss_bytes"], rel=TOLERANCE)
+    assert predicted_bytes(job, "zero3_nvme") == pytest.approx(measured["peak_rss_bytes"], rel=TOLERANCE)

@@ -1,0 +1,194 @@
+"""A prepared folder, opened for training: checked once, then read sample by sample through memory maps.
+
+``manifest.json`` names the shards with their sha256 and holds everything training must agree with: the fingerprints of
+tokenizers and bridge, mask / eos / pad ids, block sizes and lengths. Only four numbers a sample stay in memory
+(``Stats``); tokens are read from the page cache when a batch asks for them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_tide.data.shard import PROMPT, SIDES, UNALIGNED, Array, Sample, ShardFile, TokenizedSample, read_header
+from megatron_tide.files import fingerprint, read_json, sha256_file
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_OPEN_SHARDS = 64  # a map holds a file descriptor, and users have as few as 1,024 of them
+_AGAIN = "prepare the data again (python -m megatron_tide.data.prepare ...; finished shards are kept)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What ordering needs to know of every sample, all [n]: lengths in tokens (teacher 0 when one-sided),
+    ``maskable`` student tokens (response and EOS fill), and the sample ``keys`` int64."""
+
+    student_length: NDArray[np.int32]
+    teacher_length: NDArray[np.int32]
+    maskable: NDArray[np.int32]
+    keys: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class PreparedData:
+    """A prepared folder. ``len(data)`` samples; ``data.sample(i)``; ``data.stats``; ``data.manifest``.
+
+    Use ``PreparedData.open(folder)``; it raises ValueError, in one line that names the file, for anything that is not
+    exactly what ``prepare`` wrote.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[ShardFile], stats: Stats) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.stats = stats
+        self._shards = shards
+        self._starts = np.cumsum([0] + [shard.rows for shard in shards])
+        self._maps: OrderedDict[int, dict[str, Array]] = OrderedDict()
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = True) -> PreparedData:
+        """Open ``folder``. Headers, lengths and offsets are always checked; ``verify`` also reads every byte: the
+        sha256 of each shard, token ids below the vocabulary, chunk ids below the sample's count."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder of prepared data; make it with megatron_tide.data.prepare")
+        manifest = _read_manifest(folder)
+        shards, parts = [], []
+        for entry in manifest["shards"]:
+            shard = read_header(folder / str(entry["file"]))
+            if verify and sha256_file(shard.path) != entry["sha256"]:
+                raise ValueError(f"{shard.path}: its bytes changed since it was written (sha256); {_AGAIN}")
+            if shard.rows != entry["rows"]:
+                raise ValueError(f"{shard.path}: {shard.rows} samples, the manifest says {entry['rows']}; {_AGAIN}")
+            arrays = shard.open()
+            parts.append(_checked_stats(shard.path, arrays))
+            if verify:
+                _check_tokens(shard.path, arrays, manifest)
+            shards.append(shard)
+        stats = Stats(**{name: _join([getattr(part, name) for part in parts]) for name in Stats.__annotations__})
+        if not len(stats):
+            raise ValueError(f"{folder}: holds no sample; prepare it from other data or with longer lengths")
+        return cls(folder, manifest, shards, stats)
+
+    def __len__(self) -> int:
+        return len(self.stats)
+
+    @property
+    def student_only(self) -> bool:
+        """Whether there is no teacher side (data for pretraining)."""
+        return self.manifest["teacher"] is None
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the manifest, and through it of every shard."""
+        return str(self.manifest["fingerprint"])
+
+    def sample(self, index: int) -> Sample:
+        """Sample ``index`` in 0..len-1; IndexError outside. Its arrays are views of the file: read-only."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        arrays, row = self._map(number), index - int(self._starts[number])
+        sides = {name: _side(arrays, name, row) for name in SIDES}
+        return Sample(
+            key=int(arrays["key"][row]),
+            student=sides["student"],
+            teacher=None if self.student_only else sides["teacher"],
+            chunks=int(arrays["chunks"][row]),
+            response_bytes=int(arrays["response_bytes"][row]),
+        )
+
+    def check(self, *, student: str, teacher: str | None = None, bridge: str | None = None) -> None:
+        """ValueError unless the data were prepared with tokenizers and bridge of these fingerprints (None: none)."""
+        asked = {"student": student, "teacher": teacher}
+        found = {name: (self.manifest[name] or {}).get("fingerprint") for name in SIDES}
+        asked["bridge"], found["bridge"] = bridge, self.manifest["bridge"]
+        for name, value in asked.items():
+            if found[name] != value:
+                what = "bridge" if name == "bridge" else f"{name} tokenizer"
+                raise ValueError(
+                    f"{self.folder / MANIFEST}: prepared with {what} {_short(found[name])}, this run has "
+                    f"{_short(value)}; prepare again into another folder, or use the {what} of the data"
+                )
+
+    def _map(self, number: int) -> dict[str, Array]:
+        if number in self._maps:
+            self._maps.move_to_end(number)
+        else:
+            if len(self._maps) >= _OPEN_SHARDS:
+                self._maps.popitem(last=False)
+            self._maps[number] = self._shards[number].open()
+        return self._maps[number]
+
+
+def _short(value: str | None) -> str:
+    return value[:12] if value else "none"
+
+
+def _join(parts: list[Array]) -> Array:
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _side(arrays: Mapping[str, Array], name: str, row: int) -> TokenizedSample:
+    start, end = (int(x) for x in arrays[f"{name}_offsets"][row : row + 2])
+    return TokenizedSample(
+        ids=arrays[f"{name}_ids"][start:end],
+        chunk=arrays[f"{name}_chunk"][start:end],
+        prompt=int(arrays[f"{name}_prompt"][row]),
+        content_end=int(arrays[f"{name}_content_end"][row]),
+    )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    manifest = read_json(path, "the folder is not (or not completely) prepared: run megatron_tide.data.prepare")
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}")
+    stated = manifest.get("fingerprint")
+    if stated != fingerprint({name: value for name, value in manifest.items() if name != "fingerprint"}):
+        raise ValueError(f"{path}: does not match its own fingerprint (edited or damaged); {_AGAIN}")
+    return manifest
+
+
+def _checked_stats(path: Path, arrays: Mapping[str, Array]) -> Stats:
+    lengths = {}
+    for side in SIDES:
+        offsets = arrays[f"{side}_offsets"]
+        length = np.diff(offsets)
+        if offsets[0] != 0 or offsets[-1] != len(arrays[f"{side}_ids"]) or (length < 0).any():
+            raise ValueError(f"{path}: {side}_offsets do not rise from 0 to the number of tokens; {_AGAIN}")
+        prompt, end = arrays[f"{side}_prompt"], arrays[f"{side}_content_end"]
+        present = length > 0
+        if ((prompt < 0) | (end < prompt) | (end >= length))[present].any():
+            raise ValueError(f"{path}: a {side} prompt or content end lies outside its sample; {_AGAIN}")
+        lengths[side] = length.astype(np.int32)
+    return Stats(
+        student_length=lengths["student"],
+        teacher_length=lengths["teacher"],
+        maskable=lengths["student"] - np.asarray(arrays["student_prompt"]),
+        keys=np.array(arrays["key"], np.int64),
+    )
+
+
+def _check_tokens(path: Path, arrays: Mapping[str, Array], manifest: dict[str, Any]) -> None:
+    for side in SIDES:
+        ids, chunk = arrays[f"{side}_ids"], arrays[f"{side}_chunk"]
+        vocabulary = (manifest[side] or {"vocab_size": 0})["vocab_size"]
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
+            raise ValueError(f"{path}: {side}_ids outside the vocabulary of {vocabulary}; {_AGAIN}")
+        lengths = np.diff(arrays[f"{side}_offsets"])
+        if (chunk < UNALIGNED).any() or (chunk >= np.repeat(arrays["chunks"], lengths)).any():
+            raise ValueError(f"{path}: {side}_chunk outside the chunks of its sample; {_AGAIN}")
+        position = np.arange(len(ids)) - np.repeat(arrays[f"{side}_offsets"][:-1], lengths)
+        in_prompt = position < np.repeat(arrays[f"{side}_prompt"], lengths)
+        if ((chunk == PROMPT) != in_prompt).any():
+            raise ValueError(f"{path}: {side}_chunk marks other tokens as prompt than {side}_prompt says; {_AGAIN}")

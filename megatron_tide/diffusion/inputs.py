@@ -1,0 +1,149 @@
+"""A noised batch as the training step wants it: two model inputs, and the rows that are scored and compared.
+
+Shapes: B samples, S / T positions of student / teacher, M student rows, R teacher rows, K active chunks, P pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_tide.diffusion.compdemo import CompDemo
+from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput, staircase
+from megatron_tide.diffusion.masking import Noise, response
+from megatron_tide.diffusion.tensor_dataclass import TensorDataclass
+
+if TYPE_CHECKING:
+    from megatron_tide.data.batch import Batch, Tokens
+
+
+@dataclass(frozen=True)
+class TeacherLayout:
+    """The teacher's input: attention layout (of ATTENTION_LAYOUTS), block size, mask token, CompDemo or one pass."""
+
+    context: AttentionLayout
+    block: int
+    mask_id: int
+    compdemo: CompDemo | None = None
+
+
+@dataclass(frozen=True)
+class DistillBatch(TensorDataclass):
+    """One noised micro-batch, ready for both models; every index is int64 and was computed on the CPU.
+
+    t float32 [B]. student: the staircase input whose rows are all masked student tokens, in (sample, position) order;
+    student_targets [M] their tokens, student_sample [M], student_chunk [M] the active chunk each belongs to, or -1.
+    teacher (None without one): its rows are the scored tokens of the active chunks, in (sample, position) order;
+    teacher_targets [R], teacher_chunk [R]. An active chunk is masked completely on both sides; chunk_sample [K].
+    Pairs are the active chunks of exactly one scored token on each side: pair_student_index [P] into M,
+    pair_teacher_index [P] into R, pair_chunk [P] into K. maskable: number of maskable student tokens of the
+    micro-batch; tokens: number of all its student tokens, without padding. Without a teacher K = R = P = 0.
+    """
+
+    t: torch.Tensor
+    student: ModelInput
+    student_targets: torch.Tensor
+    student_sample: torch.Tensor
+    student_chunk: torch.Tensor
+    teacher: ModelInput | None
+    teacher_targets: torch.Tensor
+    teacher_chunk: torch.Tensor
+    chunk_sample: torch.Tensor
+    pair_student_index: torch.Tensor
+    pair_teacher_index: torch.Tensor
+    pair_chunk: torch.Tensor
+    maskable: int
+    tokens: int = 0
+
+
+def build_inputs(
+    batch: Batch, noise: Noise, *, student_block: int, student_mask_id: int, teacher: TeacherLayout | None
+) -> DistillBatch:
+    """Lay out ``batch`` under ``noise`` for the student (always the staircase) and, if asked, for the teacher.
+
+    Raises ValueError when a teacher is asked about data that was prepared without one.
+    """
+    if teacher is not None and batch.teacher is None:
+        raise ValueError("this data has no teacher's side: prepare it with a bridge, or train without a teacher")
+    active_BC = noise.chunk_masked if teacher is not None else torch.zeros_like(noise.chunk_masked)
+    chunk_sample_K = active_BC.nonzero()[:, 0]
+    chunk_id_BC = torch.where(active_BC, active_BC.flatten().cumsum(0).view_as(active_BC) - 1, -1)
+
+    sample_M, position_M = noise.student_masked.nonzero(as_tuple=True)
+    student = staircase(
+        batch.student, noise.student_masked, sample_M, position_M, block=student_block, mask_id=student_mask_id
+    )
+    student_chunk_M = _active(batch.student, chunk_id_BC)[sample_M, position_M]
+    asked, targets_R, teacher_chunk_R = _ask(batch, noise, chunk_id_BC, teacher)
+    pair_student_P, pair_teacher_P, pair_chunk_P = _pairs(student_chunk_M, teacher_chunk_R, len(chunk_sample_K))
+    return DistillBatch(
+        t=noise.t.float(),
+        student=student,
+        student_targets=batch.student.ids[sample_M, position_M],
+        student_sample=sample_M,
+        student_chunk=student_chunk_M,
+        teacher=asked,
+        teacher_targets=targets_R,
+        teacher_chunk=teacher_chunk_R,
+        chunk_sample=chunk_sample_K,
+        pair_student_index=pair_student_P,
+        pair_teacher_index=pair_teacher_P,
+        pair_chunk=pair_chunk_P,
+        maskable=int(response(batch.student).sum()),
+        tokens=int(batch.student.length.sum()),
+    )
+
+
+def _ask(
+    batch: Batch, noise: Noise, chunk_id_BC: torch.Tensor, teacher: TeacherLayout | None
+) -> tuple[ModelInput | None, torch.Tensor, torch.Tensor]:
+    """The teacher's input, the gold tokens [R] of its rows and their active chunks [R]."""
+    if teacher is None:
+        return None, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    tokens, masked = batch.teacher, noise.teacher_masked
+    assert tokens is not None
+    assert masked is not None
+    active_BT = _active(tokens, chunk_id_BC)
+    # EOS after the first only fill the last block: they are masked with the end chunk and never scored.
+    content_BT = torch.arange(tokens.ids.shape[1]) <= tokens.content_end[:, None]
+    sample_R, position_R = (content_BT & (active_BT >= 0)).nonzero(as_tuple=True)
+    targets_R, chunk_R = tokens.ids[sample_R, position_R], active_BT[sample_R, position_R]
+    if teacher.compdemo is not None:
+        first_BT = teacher.compdemo.split(batch, noise, noise.seed, noise.epoch)
+        second_BT = masked & (tokens.chunk >= 0) & ~first_BT
+        # The first B sequences reveal the first half and are read at the second; the other B the reverse.
+        masked = torch.cat([masked & ~first_BT, masked & ~second_BT])
+        sample_R = sample_R + len(tokens.ids) * first_BT[sample_R, position_R]
+        tokens = _twice(tokens)
+    asked = teacher.context(tokens, masked, sample_R, position_R, block=teacher.block, mask_id=teacher.mask_id)
+    return asked, targets_R, chunk_R
+
+
+def _active(tokens: Tokens, chunk_id_BC: torch.Tensor) -> torch.Tensor:
+    """int64 [B, S]: the active chunk of each token, -1 for a token of none."""
+    none_B1 = torch.full((len(chunk_id_BC), 1), -1)
+    index_BS = torch.where(tokens.chunk >= 0, tokens.chunk, chunk_id_BC.shape[1]).long()
+    return torch.cat([chunk_id_BC, none_B1], 1).gather(1, index_BS)
+
+
+def _pairs(
+    student_chunk_M: torch.Tensor, teacher_chunk_R: torch.Tensor, chunks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the chunks with one row on each side: the student's row, the teacher's row, the chunk; [P] each."""
+    single_student_K, student_row_K = _single(student_chunk_M, chunks)
+    single_teacher_K, teacher_row_K = _single(teacher_chunk_R, chunks)
+    pair_chunk_P = (single_student_K & single_teacher_K).nonzero()[:, 0]
+    return student_row_K[pair_chunk_P], teacher_row_K[pair_chunk_P], pair_chunk_P
+
+
+def _single(chunk_of_row: torch.Tensor, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [K], whether a chunk has exactly one row; int64 [K], that row (any of them where there are more)."""
+    row = (chunk_of_row >= 0).nonzero()[:, 0]
+    chunk = chunk_of_row[row]
+    return torch.bincount(chunk, minlength=chunks) == 1, torch.zeros(chunks, dtype=torch.int64).scatter(0, chunk, row)
+
+
+def _twice(tokens: Tokens) -> Tokens:
+    return replace(tokens, **{field.name: torch.cat([getattr(tokens, field.name)] * 2) for field in fields(tokens)})

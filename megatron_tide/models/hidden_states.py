@@ -1,0 +1,29 @@
+"""Hidden states of the rows that a loss asks for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_tide.diffusion import ModelInput
+
+
+def masked_hidden_states(model: Any, inputs: ModelInput) -> Tensor:
+    """The rows ``inputs.rows`` of the model's normed hidden states: [M, H], in their order; differentiable.
+
+    ``inputs``: ids and positions [N, L], an attention pattern, and flat row indices into N * L. Attention is a bool
+    mask on CPU (whose flex_attention has no backward pass) and a FlexAttention block mask on CUDA.
+    """
+    attention = inputs.attention
+    mask = attention.flex() if inputs.input_ids.is_cuda else attention.dense()
+    hidden = model.backbone(inputs.input_ids, mask, inputs.position_ids)
+    return hidden.flatten(0, 1).index_select(0, inputs.rows)
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep one hidden state per layer for the backward pass and recompute the rest (activation checkpointing)."""
+    # The first name is transformers 5's, which warns about the second, which is transformers 4's.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

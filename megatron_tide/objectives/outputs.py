@@ -1,0 +1,49 @@
+"""What goes into an objective: the teacher's answer, the student's scores, and the counts that the means divide by.
+
+Shape legend: M masked student rows, R scored teacher tokens, K active chunks, P one-to-one chunks ("pairs"), V
+vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOutputs:
+    """What a frozen teacher says about one micro-batch: numbers or hidden rows, never logits.
+
+    ``target_logprobs`` [R]: log-prob of each scored teacher token. ``hidden`` [P, H_t]: the teacher's last hidden state
+    at each pair, and ``head_weight`` [V_t, H_t], its head, from which the logits of a few rows at a time are made.
+    A field no objective asked for (``Strategy.needs_target_logprobs``, ``Strategy.needs_hidden``) is None. Nothing here
+    carries a gradient.
+    """
+
+    target_logprobs: Tensor | None = None
+    hidden: Tensor | None = None
+    head_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StudentScores:
+    """``target_logprobs`` [M] of the student's masked tokens; ``divergence`` [P] per pair (T^2 included) or None."""
+
+    target_logprobs: Tensor
+    divergence: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the means divide by, summed over every rank and every micro-batch of the step.
+
+    A loss is a local sum over a global count: the curve does not depend on how a batch is spread over ranks.
+
+    ``maskable``: response tokens that could have been masked. ``chunks``: active chunks. ``pairs``: active one-to-one
+    chunks.
+    """
+
+    maskable: float
+    chunks: float
+    pairs: float

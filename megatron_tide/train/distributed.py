@@ -1,0 +1,148 @@
+"""The ranks of a run: who am I, what device is mine, and the few collectives that training needs beside DeepSpeed's.
+
+Numbers that every rank already holds on the host (counts, a stop request) travel over a gloo group, so that they
+cost no device synchronisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.train.trace import Trace
+
+LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """One rank's view of the run. ``host_group`` is a gloo group over all ranks; ``trace``: what this one is doing."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: Any
+    trace: Trace = field(default_factory=Trace)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print_rank0(self, line: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
+        """Element-wise sum over all ranks (float64, on the host)."""
+        total = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def mean_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Mean of each value over all ranks, which have the same names (on the host)."""
+        if not values:
+            return {}
+        return {name: total / self.size for name, total in zip(values, self.sum_over_ranks(list(values.values())))}
+
+    def sum_tensor_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a small device tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_object(self, value: Any) -> Any:
+        """What rank 0 passes, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def gather_object_to_main(self, value: Any) -> list[Any]:
+        """What each rank passes, by rank, on rank 0; [] on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.host_group)
+        return values if self.is_main else []
+
+
+def launched_ranks() -> int:
+    """How many ranks the launcher's environment speaks of; 1 without a launcher.
+
+    Raises:
+        ValueError: a number of the environment that is none, or a rank outside its world.
+    """
+    found = {name: os.environ.get(name, default) for name, default in LAUNCH.items()}
+    for name, value in found.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name}={value!r} in the environment: a launcher sets it to a whole number; unset it")
+    rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if rank >= size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} in the environment: ranks count from 0; unset both")
+    return size
+
+
+def init_distributed() -> DistContext:
+    """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does.
+
+    Raises:
+        ValueError: as :func:`launched_ranks`.
+    """
+    launched_ranks()
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it had to guess
+    use_own_ninja()
+    trace = Trace()
+    trace.watch_collectives()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                timeout=COLLECTIVE_TIMEOUT,
+                verbose=False,
+                auto_mpi_discovery=False,
+            )
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return DistContext(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        host_group=dist.new_group(backend="gloo"),
+        trace=trace,
+    )
+
+
+def destroy_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

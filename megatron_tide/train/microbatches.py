@@ -1,0 +1,86 @@
+"""The micro-batches of each optimizer step on this rank: a pure function of (seed, step).
+
+    sampler (which samples)  ->  collate (one batch)  ->  noise (t, masks)  ->  build_inputs (model inputs, indices)
+
+All of it runs on the CPU; a thread prepares micro-batches ahead of the step that uses them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from megatron_tide.data import DistributedBatchSampler, PreparedData
+from megatron_tide.data.batch import read_batch
+from megatron_tide.diffusion import DistillBatch, Masking, TeacherLayout, build_inputs, noise
+
+AHEAD = 2  # steps prepared before they are needed
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MicrobatchLoader:
+    """``loader(step)`` gives this rank's micro-batches of that optimizer step."""
+
+    data: PreparedData
+    sampler: DistributedBatchSampler
+    masking: Masking
+    teacher: TeacherLayout | None
+    seed: int
+    rank: int
+    pin_memory: bool
+
+    def __call__(self, step: int) -> list[DistillBatch]:
+        epoch = self.sampler.epoch(step)
+        return [self._build(indices, epoch) for indices in self.sampler.microbatches(step, self.rank)]
+
+    def _build(self, indices: Iterable[int], epoch: int) -> DistillBatch:
+        batch = read_batch(self.data, indices)
+        drawn = noise(batch, seed=self.seed, epoch=epoch, masking=self.masking)
+        student = self.data.manifest["student"]
+        inputs = build_inputs(
+            batch, drawn, student_block=student["block"], student_mask_id=student["mask_id"], teacher=self.teacher
+        )
+        return inputs.pin_memory() if self.pin_memory else inputs
+
+    def from_step(self, first: int, total: int) -> Iterator[list[DistillBatch]]:
+        """Micro-batches of steps first .. total - 1, prepared ahead by a thread."""
+        return ahead(self, range(first, total))
+
+
+def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+    """``map(make, steps)``, with up to AHEAD results made early by a thread; its error is raised here, in order."""
+    results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def work() -> None:
+        try:
+            for step in steps:
+                if stopped.is_set():
+                    return
+                results.put((make(step), None))
+        except BaseException as error:  # handed to the consumer
+            results.put((None, error))
+            return
+        results.put((None, StopIteration()))
+
+    worker = threading.Thread(target=work, daemon=True, name="microbatches")
+    worker.start()
+    try:
+        while True:
+            result, error = results.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield result  # type: ignore[misc]
+    finally:
+        stopped.set()
+        while worker.is_alive():  # room for a result that it is waiting to hand over
+            try:
+                results.get_nowait()
+            except queue.Empty:
+                worker.join(0.05)

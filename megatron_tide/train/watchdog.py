@@ -1,0 +1,134 @@
+"""A rank that dies or stalls ends the run, instead of leaving the others in a collective for good.
+
+Each rank tells the others what it is doing and since when, through the store that the process group was made with. A
+thread on each rank looks at what all tell:
+
+    silent    nothing new from a rank: its process is dead or frozen, or its machine is gone
+    stalled   a rank tells that it has not moved
+
+After --hang-timeout of either, or at once when a collective fails and a rank is silent, the ranks that are left name
+it, its step and its last collective, and leave with status EXIT_LOST.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_tide.train.distributed import DistContext
+
+EXIT_LOST = 3
+BEAT = 1.0
+PATIENCE = 10.0  # seconds in which a collective's error is explained
+
+
+@dataclass
+class RankStatus:
+    """What a rank told last, and when that was new to us."""
+
+    beat: int = -1
+    since: float = 0.0
+    age: float = 0.0
+    step: int = 0
+    collective: str = "none yet"
+    inside: bool = False
+
+    @property
+    def silence(self) -> float:
+        return time.monotonic() - self.since
+
+    def place(self) -> str:
+        return f"step {self.step}, {'in' if self.inside else 'last collective'} {self.collective}"
+
+
+class HangWatchdog:
+    """Of a world of more than one rank; a world of one has nobody to leave alone. ``with Watch(world, seconds)``."""
+
+    def __init__(self, world: DistContext, hang_timeout: float) -> None:
+        self._world, self._stall = world, hang_timeout
+        self._stopped = threading.Event()
+        self._seen = [RankStatus(since=time.monotonic()) for _ in range(world.size)]
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+    def __enter__(self) -> HangWatchdog:
+        if self._world.size > 1:
+            self._store = self._connect()
+            self._tell(0)
+            self._world.sum_over_ranks([0.0])  # every rank has told something
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError) and self._thread.is_alive():
+            lost = self._wait_for_silence()
+            if lost is not None:
+                self._leave(lost, f"{self._named(lost)} is gone")
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @staticmethod
+    def _connect() -> dist.TCPStore:
+        """A connection of our own: the group's blocks while a collective is set up."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+
+    def _tell(self, beat: int) -> None:
+        trace = self._world.trace
+        told = [beat, trace.age, trace.step, trace.collective, trace.inside]
+        self._store.set(f"watch/{self._world.rank}", json.dumps(told))
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._stopped.wait(BEAT):
+            beat += 1
+            try:
+                self._tell(beat)
+                told = self._store.multi_get([f"watch/{rank}" for rank in range(self._world.size)])
+            except RuntimeError:  # the store is on rank 0's node
+                if not self._stopped.wait(PATIENCE):
+                    self._leave(0, "rank 0 has left, or its node does not answer")
+                return
+            for seen, text in zip(self._seen, told):
+                number, *rest = json.loads(text)
+                if number != seen.beat:
+                    seen.beat, seen.since = number, time.monotonic()
+                    seen.age, seen.step, seen.collective, seen.inside = rest
+            self._judge()
+
+    def _judge(self) -> None:
+        silent = max(range(self._world.size), key=lambda rank: self._seen[rank].silence)
+        if self._seen[silent].silence > self._stall:
+            self._leave(silent, f"{self._named(silent)} does not answer for {self._seen[silent].silence:.0f} s")
+        if max(seen.age for seen in self._seen) > self._stall:
+            # Those that wait for it are in a collective; it is not, or it entered one first.
+            rank = max(range(self._world.size), key=lambda rank: (not self._seen[rank].inside, self._seen[rank].age))
+            self._leave(rank, f"{self._named(rank)} has not moved for {self._seen[rank].age:.0f} s")
+
+    def _wait_for_silence(self) -> int | None:
+        """The rank that falls silent while others still tell, after a collective failed; None if all go on."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            silences = [seen.silence for seen in self._seen]
+            if max(silences) > 4 * BEAT:
+                return silences.index(max(silences))
+            time.sleep(BEAT / 4)
+        return None
+
+    def _named(self, rank: int) -> str:
+        return f"rank {rank} ({self._seen[rank].place()})"
+
+    def _leave(self, lost: int, what: str) -> None:
+        """End this process; the lowest rank that is left says why, and the others give it time to."""
+        if self._world.rank == (1 if lost == 0 else 0):
+            mend = "start the same command again: --resume auto goes on from the newest whole checkpoint"
+            print(f"error: {what}; {mend}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2 * BEAT)
+        os._exit(EXIT_LOST)
