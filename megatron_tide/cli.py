@@ -13,7 +13,7 @@ EXIT_INTERRUPTED = 130
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Call ``main(argv)`` and exit with its status; ValueError and OSError become one line and status 2.
 
-    A ValueError is the project's word for "the user can mend this"; anything else is a defect and keeps its traceback.
+    A ValueError is the project's word for "the user can fix this"; anything else is a defect and keeps its traceback.
     ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those two as well.
     """
     try:

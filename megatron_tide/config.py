@@ -191,7 +191,7 @@ class DistillConfig:
         """Refuse what cannot run.
 
         Raises:
-            ValueError: one line naming the flag and the mend.
+            ValueError: one line naming the flag and the fix.
         """
         for name, (info, value) in _flat(self).items():
             choices = info.metadata["choices"]

@@ -64,9 +64,9 @@ def write_json(path: Path, value: Any) -> None:
     atomic_write(path, (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: Path, mend: str = "") -> dict[str, Any]:
-    """Read a JSON object; ValueError, one line ending in ``mend``, when it is missing, not JSON, or not an object."""
-    tail = f"; {mend}" if mend else ""
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """Read a JSON object; ValueError, one line ending in ``hint``, when it is missing, not JSON, or not an object."""
+    tail = f"; {hint}" if hint else ""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -24,7 +24,7 @@ fail() {
 
 # However this script ends, its last line says so.
 at_the_end() {
-  [[ -n $TOLD ]] || printf 'failed: the job script itself stopped, with status %s; next: mend what is above, then %s\n' "$1" "$AGAIN"
+  [[ -n $TOLD ]] || printf 'failed: the job script itself stopped, with status %s; next: fix what is above, then %s\n' "$1" "$AGAIN"
 }
 
 # asked SIGNAL: by Slurm, to stop; the recipe hands it on to what it runs. TERM weighs more: it comes last.
@@ -170,7 +170,7 @@ conclude() {
       ;;
     USR1) ! ((status == 130 || status == 138)) || come_back 130 preempted ;; # 138: before it had anything to save
   esac
-  printf 'failed: %s; next: mend that, then %s\n' "$(reason "$status")" "$AGAIN"
+  printf 'failed: %s; next: fix that, then %s\n' "$(reason "$status")" "$AGAIN"
   exit "$status"
 }
 

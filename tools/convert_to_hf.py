@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
                         help="precision of the released weights [bfloat16]")  # fmt: skip
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file, e.g. 5GB or 500MiB [5GB]")
     parser.add_argument("--overwrite", action="store_true", help="replace the release at OUT once the new one is whole")
-    parser.add_argument("--start", default=None, help="the folder the run began from, if it has moved since")
+    parser.add_argument("--base-model", default=None, help="the folder the run began from, if it has moved since")
     parser.add_argument("--name", default=None, help="the model's name in its card [the name of OUT]")
     parser.add_argument("--license", default="apache-2.0", help="licence named in the card [apache-2.0]")
     parser.add_argument("--push-to-hub", metavar="NAME", help="then upload it to the hub, e.g. me/my-student")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         dtype=arguments.dtype,
         max_shard_bytes=parse_size(arguments.max_shard_size),
         overwrite=arguments.overwrite,
-        start=arguments.start,
+        base_model=arguments.base_model,
         name=arguments.name,
         license_id=arguments.license,
     )

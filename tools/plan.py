@@ -132,7 +132,7 @@ def _amount(place: str, size: int) -> str:
 
 
 def _verdict(found: list[Plan], job: Job, machine: Machine, rates: Rates) -> list[str]:
-    """What to set, and what the best plan consists of; or what is lacking and what would mend it."""
+    """What to set, and what the best plan consists of; or what is lacking and what would fix it."""
     lines: list[str] = []
     changes: tuple[str, ...] = ()
     if not found[0].fits:

@@ -118,7 +118,7 @@ class Bridge:
     def load(cls, folder: str | Path) -> Bridge:
         """Read an artefact, verifying its checksums; ValueError for a missing, altered or foreign one."""
         folder = Path(folder)
-        mend = "build the bridge again with --fresh"
+        hint = "build the bridge again with --fresh"
         try:
             record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             pairs = load_file(folder / VOCAB_MAP)
@@ -128,11 +128,11 @@ class Bridge:
             intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
             intact = intact and manifest["vocab_map_sha256"] == _mapfingerprint_of(student_ids, teacher_ids)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {mend}") from error
+            raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the bridge is damaged ({type(error).__name__}: {error}); {mend}") from error
+            raise ValueError(f"{folder}: the bridge is damaged ({type(error).__name__}: {error}); {hint}") from error
         if not intact:
-            raise ValueError(f"{folder}: the bridge's checksums do not match its content; {mend}")
+            raise ValueError(f"{folder}: the bridge's checksums do not match its content; {hint}")
         return cls(manifest, student_ids, teacher_ids)
 
     def save(self, folder: str | Path) -> None:

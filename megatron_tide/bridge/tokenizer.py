@@ -243,10 +243,10 @@ class TextTokenizer:
             )
         return index
 
-    def _role(self, role: str, mend: str) -> int:
+    def _role(self, role: str, hint: str) -> int:
         index = self._roles.get(role, -1)
         if index < 0:
-            raise ValueError(f"{self.name}: the tokenizer has no {role} token; {mend}")
+            raise ValueError(f"{self.name}: the tokenizer has no {role} token; {hint}")
         return index
 
 

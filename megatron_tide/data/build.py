@@ -120,7 +120,7 @@ def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None
         kept = job.shards - len(missing) + built
         reason = str(error) if isinstance(error, OSError) else "a worker died (out of memory? take fewer --workers)"
         raise OSError(
-            f"{job.out}: {reason}; {kept} of {job.shards} shards are finished and kept: mend it and run this again"
+            f"{job.out}: {reason}; {kept} of {job.shards} shards are finished and kept: fix it and run this again"
         ) from error
     finally:
         progress.close()

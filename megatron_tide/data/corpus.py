@@ -122,17 +122,17 @@ def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, obj
 
 
 def _existing(path: Path) -> dict[str, object]:
-    mend = "give --fresh to make it again, or another --out"
+    hint = "give --fresh to make it again, or another --out"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         python, files = manifest["python"], manifest["files"]
         damaged = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not the manifest of a corpus; {mend}") from None
+        raise ValueError(f"{path}: not the manifest of a corpus; {hint}") from None
     if python != platform.python_version():
-        raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {mend}")
+        raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {hint}")
     if damaged:
-        raise ValueError(f"{path.with_name(damaged[0])}: missing or changed since it was written; {mend}")
+        raise ValueError(f"{path.with_name(damaged[0])}: missing or changed since it was written; {hint}")
     return dict(manifest)
 
 

@@ -211,7 +211,7 @@ def require_sandbox(unsafe: bool = False) -> None:
     """Refuse to run programs where a promise does not hold; warn instead, where the user said that it may be so.
 
     Raises:
-        ValueError: what does not hold here, and the mend.
+        ValueError: what does not hold here, and the fix.
     """
     broken = broken_promises()
     if not broken:

@@ -20,7 +20,7 @@ def hosting_settings(teacher: TeacherConfig, world_size: int) -> dict[str, Any]:
     """The DeepSpeed JSON of a teacher's hosting, checked; {} for a resident one.
 
     Raises:
-        ValueError: one line: which file or flag, what is wrong, the mend.
+        ValueError: one line: which file or flag, what is wrong, the fix.
     """
     hosting, path = teacher.teacher_hosting, teacher.teacher_deepspeed
     if teacher.teacher_nvme and hosting != "zero3":

@@ -23,12 +23,12 @@ from megatron_tide.release.training_checkpoint import TrainingCheckpoint, open_c
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to convert; ``start`` and ``name`` None: as recorded, and as the folder is called."""
+    """How to convert; ``base_model`` and ``name`` None: as recorded, and as the folder is called."""
 
     dtype: str = "bfloat16"
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
-    start: str | None = None
+    base_model: str | None = None
     name: str | None = None
     license_id: str = "apache-2.0"
 
@@ -49,7 +49,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
         raise ValueError(f"{out}: holds something that is not a model, which --overwrite will not remove")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
-    trained = open_checkpoint(checkpoint, options.start)
+    trained = open_checkpoint(checkpoint, options.base_model)
     draft = out.with_name(f".{out.name}.converting")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -62,9 +62,9 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
 
 
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:
-    family, _ = read_config(trained.start)
+    family, _ = read_config(trained.base_model)
     kind, dtype = KINDS[family.model_type], DTYPES[options.dtype]
-    tokenizer = load_tokenizer(trained.start)
+    tokenizer = load_tokenizer(trained.base_model)
     knobs = generation_of(trained, tokenizer)
     export(trained, tokenizer, kind, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
     parity = check_parity(draft, trained, tokenizer, kind, knobs, dtype)

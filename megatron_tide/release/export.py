@@ -50,7 +50,9 @@ def generation_of(trained: TrainingCheckpoint, tokenizer: TextTokenizer) -> Gene
     """
     side = trained.run["data"]["student"]
     if side["fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(f"{trained.start}: its tokenizer is not the one of {trained.folder}; name the right --start")
+        raise ValueError(
+            f"{trained.base_model}: its tokenizer is not the one of {trained.folder}; name the right --base-model"
+        )
     return Generation(
         block_size=side["block"],
         mask_token_id=side["mask_id"],
@@ -69,7 +71,7 @@ def export(
     max_shard_bytes: int,
 ) -> None:
     """Write weights, config, generation config, tokenizer and code into the empty folder ``out``."""
-    model = meta_model(trained.start)
+    model = meta_model(trained.base_model)
     write_shards(out, _tensors(model, trained, dtype), max_shard_bytes)
     knobs = generation_of(trained, tokenizer)
     config: dict[str, Any] = config_dict(model, dtype) | vars(knobs)
@@ -98,10 +100,12 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(public key, tensor in the release's precision); what was never trained comes from the starting folder."""
     shapes = module_tensors(model)
-    stored, start = trained.names(), ShardedFolder(trained.start)
+    stored, start = trained.names(), ShardedFolder(trained.base_model)
     unknown = sorted(stored - set(shapes))
     if unknown:
-        raise ValueError(f"{trained.folder}: holds {unknown[0]}, which {trained.start}/config.json does not describe")
+        raise ValueError(
+            f"{trained.folder}: holds {unknown[0]}, which {trained.base_model}/config.json does not describe"
+        )
     held: tuple[str, torch.Tensor] | None = None  # a layer's stacked experts are read once for all their keys
     for key, slot in checkpoint_table(shapes).items():
         if slot.name not in stored:
@@ -111,8 +115,8 @@ def _tensors(
             held = (slot.name, trained.tensor(slot.name).to(dtype))
             if held[1].shape != shapes[slot.name].shape:
                 raise ValueError(
-                    f"{trained.folder}: {slot.name} has shape {list(held[1].shape)}, {trained.start}/config.json makes "
-                    f"it {list(shapes[slot.name].shape)}; name the right folder with --start"
+                    f"{trained.folder}: {slot.name} has shape {list(held[1].shape)}, {trained.base_model}/config.json "
+                    f"makes it {list(shapes[slot.name].shape)}; name the right folder with --base-model"
                 )
         yield key, slot.of({slot.name: held[1]})
 

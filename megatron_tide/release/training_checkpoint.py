@@ -19,14 +19,14 @@ JOURNAL = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCheckpoint:
-    """What training left: ``folder`` (of the step), ``start`` (the hub-format folder it began from), and its records.
+    """A checkpoint of the trainer: ``folder`` (of the step), ``base_model`` (the folder training began from), records.
 
     ``run`` is the recorded run (config, strategy, fingerprints, data manifest), ``state`` the trainer's counters, and
     ``metrics`` the last values logged up to this step.
     """
 
     folder: Path
-    start: Path
+    base_model: Path
     run: dict[str, Any]
     state: dict[str, Any]
     metrics: dict[str, float]
@@ -51,14 +51,15 @@ class TrainingCheckpoint:
         Raises:
             ValueError: when the starting folder describes other parameters.
         """
-        model = load_model(self.start, dtype, device=device)
+        model = load_model(self.base_model, dtype, device=device)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name in sorted(self.names()):
                 weight = self.tensor(name)
                 if name not in parameters or parameters[name].shape != weight.shape:
                     raise ValueError(
-                        f"{self.folder}: {name} is not what {self.start}/config.json describes; name the right --start"
+                        f"{self.folder}: {name} is not what {self.base_model}/config.json describes; "
+                        "name the right --base-model"
                     )
                 parameters[name].copy_(weight)
         return model
@@ -70,10 +71,10 @@ class TrainingCheckpoint:
             raise ValueError(f"{self.folder / WEIGHTS}: cannot be read ({error})") from None
 
 
-def open_checkpoint(path: str | Path, start: str | None = None) -> TrainingCheckpoint:
+def open_checkpoint(path: str | Path, base_model: str | None = None) -> TrainingCheckpoint:
     """Open a step folder, or a run folder's newest step, after checking every file's checksum.
 
-    ``start`` names the folder the run began from, where it has moved since.
+    ``base_model`` names the folder the run began from, where it has moved since.
 
     Raises:
         ValueError: no checkpoint there, a damaged file (named), or a starting folder that is gone.
@@ -85,13 +86,15 @@ def open_checkpoint(path: str | Path, start: str | None = None) -> TrainingCheck
         run, state = described["run"], described["state"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / STATE}: not a description of a checkpoint ({error!r})") from None
-    origin = start or run["model_folder"]
+    origin = base_model or run["model_folder"]
     try:
         begun = resolve_folder(origin)
     except ValueError as error:
-        raise ValueError(f"{folder}: the model it began from cannot be found ({error}); name it with --start") from None
+        raise ValueError(
+            f"{folder}: the model it began from cannot be found ({error}); name it with --base-model"
+        ) from None
     metrics = _last_metrics(folder.parent / JOURNAL, int(state["step"]))
-    return TrainingCheckpoint(folder=folder, start=begun, run=run, state=state, metrics=metrics)
+    return TrainingCheckpoint(folder=folder, base_model=begun, run=run, state=state, metrics=metrics)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     folder = Path(path)
     if (folder / CHECKSUMS).is_file() or any(folder.glob(f"{PREFIX}*/{CHECKSUMS}")):
         trained = open_checkpoint(folder)
-        return Opened(trained.model(dtype, device), trained.start)
+        return Opened(trained.model(dtype, device), trained.base_model)
     found = resolve_folder(path)
     return Opened(load_model(found, dtype, device=device), found)
 

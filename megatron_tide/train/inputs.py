@@ -35,7 +35,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     """Open data, tokenizers and bridge, and refuse any that do not belong together.
 
     Raises:
-        ValueError: one line: which artefact differs from which, and the mend.
+        ValueError: one line: which artefact differs from which, and the fix.
     """
     paths = config.paths
     engine_settings(config, world_size)

@@ -127,8 +127,8 @@ class HangWatchdog:
     def _leave(self, lost: int, what: str) -> None:
         """End this process; the lowest rank that is left says why, and the others give it time to."""
         if self._world.rank == (1 if lost == 0 else 0):
-            mend = "start the same command again: --resume auto goes on from the newest whole checkpoint"
-            print(f"error: {what}; {mend}", file=sys.stderr, flush=True)
+            hint = "start the same command again: --resume auto goes on from the newest whole checkpoint"
+            print(f"error: {what}; {hint}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * BEAT)
         os._exit(EXIT_LOST)

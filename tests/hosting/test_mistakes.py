@@ -1,4 +1,4 @@
-"""Mistakes in where a teacher should be: one line (what, where, the mend), told before ranks start if it can be."""
+"""Mistakes in where a teacher should be: one line (what, where, the fix), told before ranks start if it can be."""
 
 from __future__ import annotations
 

@@ -289,9 +289,9 @@ def test_a_start_that_is_gone_or_another_is_named(lab: Lab, tmp_path: Path) -> N
     start = shutil.copytree(lab.student, tmp_path / "start")
     checkpoint = write_checkpoint(lab, tmp_path / "run", start=start, data=lab.data)
     start.rename(tmp_path / "elsewhere")
-    assert_refused(checkpoint, tmp_path / "out", "--start")
-    assert_refused(checkpoint, tmp_path / "out", "tokenizer|shape|holds", start=str(lab.teacher))
-    convert(checkpoint, tmp_path / "out", Options(start=str(tmp_path / "elsewhere")))
+    assert_refused(checkpoint, tmp_path / "out", "--base-model")
+    assert_refused(checkpoint, tmp_path / "out", "tokenizer|shape|holds", base_model=str(lab.teacher))
+    convert(checkpoint, tmp_path / "out", Options(base_model=str(tmp_path / "elsewhere")))
 
 
 def test_sizes() -> None:

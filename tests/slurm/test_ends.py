@@ -83,7 +83,7 @@ def test_a_failure_is_named_and_not_requeued(desk, tmp_path, flags, knobs, reaso
     assert (job.status, job.restarts) == (2, 0)
     assert job.last_line.startswith("failed: ")
     assert reason in job.last_line
-    assert "; next: mend that, then sbatch slurm/distill_16b_to_0.6b.sh" in job.last_line
+    assert "; next: fix that, then sbatch slurm/distill_16b_to_0.6b.sh" in job.last_line
 
 
 @pytest.mark.parametrize(

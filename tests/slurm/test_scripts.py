@@ -1,4 +1,4 @@
-"""The scripts themselves: read by bash, by shellcheck and by Slurm; refusals are one line that says the mend."""
+"""The scripts themselves: read by bash, by shellcheck and by Slurm; refusals are one line that says the fix."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_prologue_that_ends_the_script_is_told_too(tmp_path):
     ended = run("bash", JOBS[0], PROLOGUE=str(tmp_path / "mine.sh"), **job)
     assert ended.returncode == 5
     assert (tmp_path / "run" / "logs" / "7.log").read_text().splitlines()[1:] == [
-        f"failed: the job script itself stopped, with status 5; next: mend what is above, then sbatch {JOBS[0]}"
+        f"failed: the job script itself stopped, with status 5; next: fix what is above, then sbatch {JOBS[0]}"
     ]
 
 

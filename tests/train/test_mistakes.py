@@ -1,4 +1,4 @@
-"""A user's mistakes: one line (what, where, the mend), status 2, no traceback, nothing written."""
+"""A user's mistakes: one line (what, where, the fix), status 2, no traceback, nothing written."""
 
 from __future__ import annotations
 
