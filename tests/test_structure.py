@@ -26,6 +26,7 @@ ORDER = [
     "objectives",
     "hosting",
     "generate",
+    "sandbox",
     "evaluate",
     "train",
     "release",

@@ -11,7 +11,7 @@ from megatron_tide.evaluate.asking import Asking, Score
 from megatron_tide.evaluate.humaneval import humaneval, read_problems
 from megatron_tide.evaluate.lm_harness import PROGRAMS, check_lm_task, lm_task
 from megatron_tide.evaluate.presets import Preset, preset_of, published, published_row
-from megatron_tide.evaluate.sandbox import require_sandbox
+from megatron_tide.sandbox import require_sandbox
 
 # Benchmarks that are asked and scored here; every other one is a task of lm-eval.
 OWN: dict[str, Callable[[Asking, Preset], list[Score]]] = {"humaneval": humaneval}

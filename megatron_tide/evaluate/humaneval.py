@@ -21,9 +21,9 @@ from typing import Any
 from megatron_tide.data.progress import Progress
 from megatron_tide.evaluate.asking import Asking, Score, cut, mean
 from megatron_tide.evaluate.presets import Preset
-from megatron_tide.evaluate.sandbox import LIMITS, require_sandbox, run_programs
 from megatron_tide.evaluate.store import Item, Store, resumed
 from megatron_tide.files import fingerprint
+from megatron_tide.sandbox import LIMITS, require_sandbox, run_programs
 
 QUESTION = (
     "Write a solution to the following problem and make sure that it passes the tests:\n```python\n{prompt}\n```\n"

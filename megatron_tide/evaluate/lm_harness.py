@@ -17,8 +17,8 @@ from megatron_tide.evaluate.asking import Asking, Score, mean
 from megatron_tide.evaluate.humaneval import judge
 from megatron_tide.evaluate.lm_tasks import mbpp
 from megatron_tide.evaluate.presets import Preset
-from megatron_tide.evaluate.sandbox import require_sandbox
 from megatron_tide.evaluate.store import Store
+from megatron_tide.sandbox import require_sandbox
 
 OUR_TASKS = Path(__file__).with_name("lm_tasks")
 # Tasks whose answers are programs: (sample's row, code) -> parts for the sandbox.

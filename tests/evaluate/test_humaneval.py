@@ -15,7 +15,7 @@ from megatron_tide.evaluate import humaneval as module
 from megatron_tide.evaluate.asking import Asking, cut, mean
 from megatron_tide.evaluate.humaneval import humaneval, pass_at_k, program_of, read_problems
 from megatron_tide.evaluate.presets import PAPER
-from megatron_tide.evaluate.sandbox import run_program
+from megatron_tide.sandbox import run_program
 from tests.support.answering import Scripted
 from tests.support.lab import Lab
 

@@ -1,15 +1,15 @@
-"""The inside of the sandbox: an interpreter that gives up its rights, then runs one program. See ``sandbox``.
+"""The sandbox worker: an interpreter that gives up its rights, then runs one program. See ``sandbox.run``.
 
-Started as a script, ``python -s -S -B jail.py RESULT_FD`` with a JSON order on standard input, so it imports nothing of
-the project and nothing but the standard library. Before the program runs, the process
+Started as a script, ``python -s -S -B worker.py RESULT_FD`` with a JSON order on standard input. It imports nothing but
+the standard library. Before the program runs, the process
 
 - arranges to die with the evaluation that started it;
 - sets its resource limits (CPU seconds, address space, no file of any size, few descriptors, no core);
 - drops every capability (root keeps none) and can never gain one;
-- lets Landlock take away the reading of every file but the interpreter's own library;
-- installs a seccomp filter with a list of what is allowed. Not in it, and therefore refused: starting a process or a
-  thread or another program, sockets of any kind, writing to, making, renaming or removing a file, signals to anything
-  but itself, tracing, raising a limit, mounting, and every system call that did not exist when this was written.
+- uses Landlock to forbid reading any file but the interpreter's own library;
+- installs a seccomp filter: an allow list of system calls. Not in the list, and therefore refused: starting a process,
+  a thread or another program, sockets of any kind, writing to, creating, renaming or removing a file, signals to
+  anything but itself, tracing, raising a limit, mounting, and every system call newer than this file.
 
 What is left is a process that computes, reads the standard library, and writes to a pipe.
 """
@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     **{"dup3": (292, 24), "pipe2": (293, 59), "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283)},
     **{"statx": (332, 291), "rseq": (334, 293), "faccessat2": (439, 439)},
 }
-# Allowed for some arguments only; how is said in ``_filter``.
+# Allowed for some arguments only: see ``_filter``.
 OPENAT, IOCTL, FCNTL, PRLIMIT = (257, 56), (16, 29), (72, 25), (302, 261)
 KILL, TKILL, TGKILL = (62, 129), (200, 130), (234, 131)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables, AUDIT_ARCH_*
@@ -70,7 +70,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Refused(Exception):
-    """A protection that this machine does not give."""
+    """A protection that this machine does not provide."""
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def confine(order: dict[str, Any]) -> list[str]:
-    """Give up every right that a computation does not need; -> what could not be given up, in words."""
+    """Give up every right that a computation does not need; returns what could not be given up, in words."""
     missing: list[str] = []
     for step in (_die_with_parent, _limit, _drop_capabilities, _hide_files, _filter_calls):
         try:

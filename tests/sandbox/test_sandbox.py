@@ -16,9 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.evaluate import sandbox
-from megatron_tide.evaluate.sandbox import LIMITS, broken_promises, require_sandbox, run_program, run_programs
-from tests.evaluate.hostile import HOSTILE, KEEP
+from megatron_tide.sandbox import (
+    LIMITS,
+    failed_self_tests,
+    require_sandbox,
+    run_program,
+    run_programs,
+    self_test,
+    worker,
+)
+from megatron_tide.sandbox import run as runner
+from tests.sandbox.hostile import HOSTILE, KEEP
 from tests.support.launch import REPOSITORY, wait_until
 
 SHORT = replace(LIMITS, cpu_seconds=1, wall_seconds=1.5, memory_bytes=1 << 28)
@@ -28,7 +36,7 @@ CHECK = ["def check(candidate):\n    assert candidate(2) == 3", "check(f)"]
 
 
 @dataclass
-class DistContext:
+class Surroundings:
     """What a hostile program finds around it, all of it the test's own."""
 
     folder: Path
@@ -62,7 +70,7 @@ def left_behind() -> list[str]:
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DistContext]:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surroundings]:
     folder, private = tmp_path / "home", tmp_path / "private"
     folder.mkdir()
     private.mkdir()
@@ -73,11 +81,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DistConte
     monkeypatch.setenv("HF_TOKEN", SECRET)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
-        yield DistContext(folder, victim, server)
+        yield Surroundings(folder, victim, server)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs_do_no_harm(world: DistContext, name: str) -> None:
+def test_hostile_programs_do_no_harm(world: Surroundings, name: str) -> None:
     text, ending = HOSTILE[name]
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     outcome = run_program([world.program(text), "def f(x): return 1", *CHECK], SHORT)
@@ -89,7 +97,7 @@ def test_hostile_programs_do_no_harm(world: DistContext, name: str) -> None:
     world.unharmed()
 
 
-def test_what_they_try_is_harm(world: DistContext) -> None:
+def test_what_they_try_is_harm(world: Surroundings) -> None:
     """The same attempts, outside: the victim can be read, the port answers, so it is the sandbox that forbids them."""
     read = world.program("assert open('VICTIM').read()\nimport socket\nsocket.create_connection(('127.0.0.1', PORT))")
     exec(compile(read, "<outside>", "exec"), {})
@@ -121,7 +129,7 @@ print("said", file=sys.stderr)
     assert outcome.passed, outcome.reason
 
 
-def test_a_program_does_not_find_its_order(world: DistContext) -> None:
+def test_a_program_does_not_find_its_order(world: Surroundings) -> None:
     """Neither the token nor the tests come through any descriptor, nor through what a module keeps."""
     search = (
         "found = []\nfor fd in range(64):\n    try:\n        os.lseek(fd, 0, 0)\n    except OSError: pass\n    try:\n"
@@ -138,10 +146,10 @@ def test_the_same_program_ends_the_same_way_every_time() -> None:
     assert len({outcome.reason for outcome in run_programs([program] * 4)}) == 1
 
 
-def test_a_killed_evaluation_leaves_no_program_behind(world: DistContext) -> None:
+def test_a_killed_evaluation_leaves_no_program_behind(world: Surroundings) -> None:
     """A program that only sleeps uses up no limit: it goes with the process that started it."""
     code = (
-        "import sys, tempfile\nfrom megatron_tide.evaluate.sandbox import run_program\n"
+        "import sys, tempfile\nfrom megatron_tide.sandbox import run_program\n"
         "tempfile.tempdir = sys.argv[1]\nprint('ready', flush=True)\n"
         "run_program(['import time\\nwhile True: time.sleep(1)'])"
     )
@@ -169,14 +177,14 @@ def test_many_are_told_apart_and_counted() -> None:
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
-def test_this_machine_keeps_every_promise() -> None:
-    assert broken_promises() == ()
+def test_this_machine_passes_every_self_test() -> None:
+    assert failed_self_tests() == ()
     require_sandbox()
 
 
 def test_a_machine_without_protections_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each protection in turn taken away: its absence is seen, in words, and nothing runs."""
-    source = sandbox.JAIL.read_text()
+    source = runner.WORKER.read_text()
     taken = {
         "_limit": "bounded memory|allowed",
         "_hide_files": "no reading of other files \\(SystemExit: it was allowed\\)",
@@ -185,61 +193,59 @@ def test_a_machine_without_protections_is_refused(monkeypatch: pytest.MonkeyPatc
     for step, word in taken.items():
         weak = tmp_path / f"{step}.py"
         weak.write_text(source.replace(f"def {step}(", f"def {step}(_: object) -> None:\n    pass\n\n\ndef _unused("))
-        monkeypatch.setattr(sandbox, "JAIL", weak)
-        broken_promises.cache_clear()
+        monkeypatch.setattr(runner, "WORKER", weak)
+        failed_self_tests.cache_clear()
         with pytest.raises(ValueError, match=word) as refused:
             require_sandbox()
         assert "--unsafe-programs" in str(refused.value)
-    broken_promises.cache_clear()
+    failed_self_tests.cache_clear()
 
 
 def test_a_protection_that_fails_stops_the_program(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weak = tmp_path / "jail.py"
-    weak.write_text(sandbox.JAIL.read_text().replace("create, add, restrict = 444", "create, add, restrict = 9999"))
-    monkeypatch.setattr(sandbox, "JAIL", weak)
-    broken_promises.cache_clear()
+    weak = tmp_path / "worker.py"
+    weak.write_text(runner.WORKER.read_text().replace("create, add, restrict = 444", "create, add, restrict = 9999"))
+    monkeypatch.setattr(runner, "WORKER", weak)
+    failed_self_tests.cache_clear()
     assert run_program(["pass"]).reason.startswith("sandbox: hide files: Landlock is not there")
     assert run_program(["pass"], strict=False).passed
     require_sandbox(unsafe=True)
     assert "warning: programs written by a model cannot be run safely here" in capsys.readouterr().err
-    broken_promises.cache_clear()
+    failed_self_tests.cache_clear()
 
 
 def test_other_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox.sys, "platform", "darwin")
-    broken_promises.cache_clear()
+    monkeypatch.setattr(self_test.sys, "platform", "darwin")
+    failed_self_tests.cache_clear()
     with pytest.raises(ValueError, match="on Linux only, and this is darwin"):
         require_sandbox()
-    broken_promises.cache_clear()
+    failed_self_tests.cache_clear()
 
 
 def test_the_filter_of_each_architecture_refuses_by_default() -> None:
     """The BPF program run by hand: a listed call goes, a conditional one by its argument, all others are refused."""
-    from megatron_tide.evaluate import jail
-
-    for column, arch in jail.ARCHITECTURES.values():
-        code = jail._filter(column, arch, me=77)
+    for column, arch in worker.ARCHITECTURES.values():
+        code = worker._filter(column, arch, me=77)
 
         def verdict(number: int, *arguments: int, arch: int = arch, code: list[bytes] = code) -> int:
             return interpreted(code, number, arch, arguments)
 
-        go, refuse = jail._GO, jail._REFUSE
-        numbers = {n[column] for n in jail.ALLOWED.values() if n[column] is not None}
+        go, refuse = worker._GO, worker._REFUSE
+        numbers = {n[column] for n in worker.ALLOWED.values() if n[column] is not None}
         assert all(verdict(number) == go for number in numbers)
-        conditional = {n[column] for n in (jail.OPENAT, jail.IOCTL, jail.FCNTL, jail.PRLIMIT)}
-        conditional |= {n[column] for n in (jail.KILL, jail.TKILL, jail.TGKILL)}
+        conditional = {n[column] for n in (worker.OPENAT, worker.IOCTL, worker.FCNTL, worker.PRLIMIT)}
+        conditional |= {n[column] for n in (worker.KILL, worker.TKILL, worker.TGKILL)}
         assert all(verdict(n, 1 << 20, 1 << 20, 1 << 20) == refuse for n in set(range(600)) - numbers - conditional)
-        opened = jail.OPENAT[column]
+        opened = worker.OPENAT[column]
         assert verdict(opened, 0, 0, os.O_RDONLY | os.O_CLOEXEC) == go
         assert {verdict(opened, 0, 0, flag) for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)} == {refuse}
-        assert verdict(jail.KILL[column], 77) == go
-        assert verdict(jail.KILL[column], 78) == refuse
-        assert verdict(jail.PRLIMIT[column], 0, 0, 0) == go
-        assert verdict(jail.PRLIMIT[column], 0, 0, 1 << 32) == refuse
-        assert verdict(jail.FCNTL[column], 0, 8) == refuse  # F_SETOWN
-        assert verdict(0, arch=1234) == jail._DIE
+        assert verdict(worker.KILL[column], 77) == go
+        assert verdict(worker.KILL[column], 78) == refuse
+        assert verdict(worker.PRLIMIT[column], 0, 0, 0) == go
+        assert verdict(worker.PRLIMIT[column], 0, 0, 1 << 32) == refuse
+        assert verdict(worker.FCNTL[column], 0, 8) == refuse  # F_SETOWN
+        assert verdict(0, arch=1234) == worker._DIE
 
 
 def interpreted(code: list[bytes], number: int, arch: int, arguments: tuple[int, ...]) -> int:
