@@ -1,13 +1,153 @@
-"""What every command of the project does with a user's mistake: one line on stderr and exit status 2."""
+"""The command line of every command: a frozen dataclass becomes flags, and a user's mistake becomes one line.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Args:
+        student: str = flag(..., "Folder of the student", metavar="DIR")     # ... : the flag is required
+        limit: int = flag(2000, "Number of texts to read", low=1)
+        fresh: bool = flag(False, "Start over")                              # a plain switch
+
+The type of a field is the type of its flag: str, int, float, bool or Path, one of them ``| None``, or ``tuple[T, ...]``
+for several values. A field that is a dataclass itself is a group of flags. Flags stay flat, so their names are unique.
+A command is a module with a docstring (its help; the part from "Examples:" comes last), ``Args`` and ``run(args)``.
+It imports what is heavy inside ``run``, so that help and mistakes answer at once.
+
+Why not a library: tyro 1.0 prints a mistake as a box of four to twelve lines and cannot be given another form;
+jsonargparse 4.53 spells the flags of a group ``--group.flag``, reads lists as JSON, and prints the usage with each
+mistake; simple-parsing 0.1.9 fails on a "%" in a help text. They would save the walk over the fields below, and that
+walk also reads the JSON of ``--config``.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import difflib
 import os
 import sys
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, is_dataclass
+from pathlib import Path
+from typing import Any
 
+PROGRAM = "python -m megatron_tide"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_INF = float("inf")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float = -_INF,
+    high: float = _INF,
+    metavar: str | None = None,
+    shown: str | None = None,
+    kind: str = "flag",
+    **more: Any,
+) -> Any:
+    """A dataclass field that is a flag. ``default=...``: it must be given.
+
+    Numbers lie in [``low``, ``high``]. ``shown`` stands in the help in place of the default. ``kind``: "flag";
+    "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata.
+    """
+    about = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar, "shown": shown}
+    return dataclasses.field(default=MISSING if default is ... else default, metadata={**about, "kind": kind, **more})
+
+
+def spelled(info: Field[Any]) -> str:
+    """``max_steps`` -> ``--max-steps``; a positional argument -> ``MODEL``."""
+    if info.metadata["kind"] == "positional":
+        return info.metadata["metavar"] or info.name.upper()
+    return "--" + info.name.replace("_", "-")
+
+
+def flags_of(args_type: Any, group: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
+    """Every flag of a dataclass and of the dataclasses in it: (group, field, type)."""
+    hints = typing.get_type_hints(args_type)
+    for info in dataclasses.fields(args_type):
+        hint = hints[info.name]
+        if is_dataclass(hint):
+            yield from flags_of(hint, (hint.__doc__ or "").splitlines()[0].rstrip("."))
+        else:
+            yield group, info, hint
+
+
+def values_of(args: Any) -> Iterator[tuple[Field[Any], Any]]:
+    """Every flag of an instance with its value."""
+    for info in dataclasses.fields(args):
+        value = getattr(args, info.name)
+        if is_dataclass(value):
+            yield from values_of(value)
+        else:
+            yield info, value
+
+
+def given(args_type: Any, argv: Sequence[str], doc: str, prog: str) -> dict[str, Any]:
+    """The flags in ``argv``, ``{field: value}``, without defaults: presets and files can still come in between.
+
+    Raises:
+        ValueError: an unknown flag, or a value of another type.
+    """
+    about, examples, lines = doc.partition("\nExamples:\n")
+    parser = _Parser(
+        prog=prog,
+        usage=_usage(args_type, prog),
+        description=about.strip(),
+        epilog=(examples + lines).strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(parser, args_type)
+    found, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        names = [spelled(info) for _, info, _ in flags_of(args_type)]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    return vars(found)
+
+
+def add_flags(parser: argparse.ArgumentParser, args_type: Any) -> None:
+    """Every flag of a dataclass, in its group."""
+    groups: dict[str, Any] = {"": parser}
+    for title, info, hint in flags_of(args_type):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], info, hint)
+
+
+def build(args_type: Any, values: Mapping[str, Any], origin: str = "command line") -> Any:
+    """The dataclass from ``{field: value}``, flat also where it has groups; the rest are defaults.
+
+    Raises:
+        ValueError: one line with the flag: unknown, missing, of another type, not a choice, out of range.
+    """
+    rest, missing = dict(values), list[str]()
+    args = _made(args_type, rest, origin, missing)
+    if rest:
+        raise ValueError(f"{origin}: unknown flag {sorted(rest)[0]!r}; --help lists them all")
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)} (see --help)")
+    for info, value in values_of(args):
+        for item in value if isinstance(value, tuple) else () if value is None else (value,):
+            _check(info, item)
+    return args
+
+
+def parse(command: Any, argv: Sequence[str], prog: str = PROGRAM) -> Any:
+    """The checked ``Args`` of a command's module. Its ``defaults(given)``, if it has one, may change defaults."""
+    values = given(command.Args, argv, command.__doc__ or "", prog)
+    between = command.defaults(values) if hasattr(command, "defaults") else {}
+    return build(command.Args, {**between, **values})
+
+
+def call(command: Any, argv: Sequence[str], prog: str) -> int | None:
+    """Run a command's module; its exit status."""
+    status: int | None = command.run(parse(command, argv, prog))
+    return status
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -24,7 +164,114 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     except (ValueError, OSError) as error:
         if os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
             raise
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         status = EXIT_USER_ERROR
     sys.exit(status or 0)
+
+
+def printable(text: str) -> str:
+    """``text`` with everything that a terminal would act on, or hide, as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def _usage(args_type: Any, prog: str) -> str:
+    """The positional arguments and the required flags; all flags would be a screen of them."""
+    words = [prog]
+    for _, info, hint in flags_of(args_type):
+        name, (kind, many, _) = spelled(info), kind_of(hint)
+        value = info.metadata["metavar"] or kind.__name__.upper()
+        many_mark = " ..." if many else ""
+        if info.metadata["kind"] == "positional":
+            words.append(f"{name}{many_mark}" if info.default is MISSING else f"[{name}{many_mark}]")
+        elif info.default is MISSING:
+            words.append(f"{name} {value}{many_mark}")
+    return " ".join([*words, "[flags]"]).replace("%", "%%")
+
+
+def _add(group: Any, info: Field[Any], hint: Any) -> None:
+    """One flag as argparse has it, without its default."""
+    about, (kind, many, optional) = info.metadata, kind_of(hint)
+    text = argparse.SUPPRESS if about["kind"] == "hidden" else f"{about['help']}{_default(info)}".replace("%", "%%")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    if kind is bool:
+        both = optional and about["kind"] != "hidden"
+        group.add_argument(spelled(info), action=argparse.BooleanOptionalAction if both else "store_true", **options)
+        if not both:  # it can be set in a file, or by a preset
+            off = {"dest": info.name, "action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            group.add_argument(f"--no-{spelled(info)[2:]}", **off)
+        return
+    options |= {"type": kind, "choices": about["choices"], "metavar": about["metavar"]}
+    if not (about["choices"] or about["metavar"]):
+        options["metavar"] = info.name.upper() if about["kind"] == "positional" else kind.__name__.upper()
+    if about["kind"] == "repeated":
+        options["action"] = "append"
+    elif many:
+        options["nargs"] = "+" if info.default is MISSING or about["kind"] != "positional" else "*"
+    elif about["kind"] == "positional" and info.default is not MISSING:
+        options["nargs"] = "?"
+    names = [info.name] if about["kind"] == "positional" else [spelled(info)]
+    names += ["--" + info.name] if about["kind"] == "hidden" else []  # as launchers spell it
+    group.add_argument(*names, **options)
+
+
+def _default(info: Field[Any]) -> str:
+    if info.default is MISSING:
+        return "" if info.metadata["kind"] == "positional" else " (required)"
+    value = info.default
+    if info.metadata["shown"] is not None:
+        value = info.metadata["shown"]
+    elif value is None or value is False or value in ("", ()):
+        return ""
+    return f" (default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
+
+
+def kind_of(hint: Any) -> tuple[Any, bool, bool]:
+    """``tuple[T, ...]``, ``T | None`` or ``T`` -> (T, whether there are several, whether None is a value)."""
+    optional = isinstance(hint, types.UnionType)
+    if optional:
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    many = typing.get_origin(hint) is tuple
+    return typing.get_args(hint)[0] if many else hint, many, optional
+
+
+def _made(args_type: Any, values: dict[str, Any], origin: str, missing: list[str]) -> Any:
+    """The dataclass from the values that it has a field for, which are taken out of ``values``."""
+    hints, chosen = typing.get_type_hints(args_type), {}
+    for info in dataclasses.fields(args_type):
+        hint = hints[info.name]
+        if is_dataclass(hint):
+            chosen[info.name] = _made(hint, values, origin, missing)
+        elif info.name in values:
+            chosen[info.name] = _typed(origin, info.name, hint, values.pop(info.name))
+        elif info.default is MISSING:
+            missing.append(spelled(info))
+    return None if missing else args_type(**chosen)
+
+
+def _typed(origin: str, name: str, hint: Any, value: Any) -> Any:
+    kind, many, optional = kind_of(hint)
+    if value is None and optional:
+        return None
+    if many and isinstance(value, (list, tuple)):
+        return tuple(_typed(origin, name, kind, item) for item in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if many or not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{origin}: {name} = {value!r} must be {'a list of ' if many else ''}{kind.__name__}")
+    return value
+
+
+def _check(info: Field[Any], value: Any) -> None:
+    choices, low, high = (info.metadata[name] for name in ("choices", "low", "high"))
+    if choices and value not in choices:
+        raise ValueError(f"{spelled(info)} {value}: choose one of {', '.join(choices)}")
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
+        raise ValueError(f"{spelled(info)} {value}: must {'be' if high == _INF else 'lie'} {bound}")

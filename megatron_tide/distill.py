@@ -1,38 +1,41 @@
 """Train a block-diffusion student: with a teacher (distillation), or without (--strategy bd3lm: pretraining, baseline).
 
-    python -m megatron_tide.distill --student DIR --teacher DIR --bridge DIR --data DIR --out runs/NAME
-    torchrun --nproc-per-node 8 -m megatron_tide.distill ...        any number of ranks gives the same curve
-    deepspeed --module megatron_tide.distill ...
+Run again, it resumes from its newest checkpoint. Ctrl-C finishes the step, saves, and stops. Any number of ranks gives
+the same curve. Data and bridge come from the prepare and bridge commands; the convert command makes the release.
 
-Run again, it goes on from its newest checkpoint. Ctrl-C finishes the step, saves, and stops. Data and bridge come from
-`python -m megatron_tide.data.prepare` and `python -m megatron_tide.bridge`; `tools/convert_to_hf.py` makes the release.
+Examples:
+  python -m megatron_tide distill --student DIR --teacher DIR --bridge DIR --data DIR --out runs/NAME
+  torchrun --nproc-per-node 8 -m megatron_tide.distill --config runs/NAME/tide-cross/run.json --out runs/OTHER
+  deepspeed --module megatron_tide.distill --student DIR --data DIR --out runs/NAME --strategy bd3lm --dry-run
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_tide import cli
-from megatron_tide.config import DistillConfig, parse
+from megatron_tide.config import DistillArgs, DistillConfig, preset_and_file
 from megatron_tide.files import write_json
 
+Args, defaults = DistillArgs, preset_and_file
 EXIT_STOPPED = 130
 
 
-def main(argv: list[str]) -> int:
-    config, arguments = parse(argv, __doc__ or "")
-    if arguments.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    if arguments.dry_run:
-        return dry_run(config)
+def run(args: DistillArgs) -> int:
+    args.run.check()
+    if args.dry_run:
+        return dry_run(args.run)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
     world = init_distributed()
     try:
-        return train(config, world)
+        return train(args.run, world)
     finally:
         destroy_distributed()
 
@@ -72,6 +75,10 @@ def train(config: DistillConfig, world: Any) -> int:
     how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
     world.print_rank0(f"step {state.step}/{state.total_steps}: {how} ({out})")
     return 0 if finished else EXIT_STOPPED
+
+
+def main(argv: list[str]) -> int | None:
+    return cli.call(sys.modules[__name__], argv, f"{cli.PROGRAM}.distill")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ CASES = {
     "config: not JSON": (RUN, with_config("{"), "run.json: not valid JSON"),
     "config: a list": (RUN, with_config([]), "holds a JSON list, not an object"),
     "config: not text": (RUN, with_config(b"\xff\xfe\x00"), "run.json: not valid JSON"),
-    "config: unknown knob": (RUN, with_config({"learning_rate": 1}), "unknown knob 'learning_rate'"),
+    "config: unknown flag": (RUN, with_config({"learning_rate": 1}), "unknown flag 'learning_rate'"),
     "config: wrong type": (RUN, with_config({"max_grad_norm": "high"}), "max_grad_norm = 'high' must be float"),
     "config: null": (RUN, with_config({"max_grad_norm": None}), "max_grad_norm = None must be float"),
     "config: a section that is a number": (RUN, with_config({"train": 3}), "train"),

@@ -16,7 +16,6 @@ ORDER = [
     "cli",
     "clock",
     "machine",
-    "presets",
     "config",
     "ds_config",
     "bridge",

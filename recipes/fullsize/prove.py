@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.common import report
-from megatron_tide import cli
+from megatron_tide import cli, distill
 from megatron_tide.bridge import load_tokenizer
-from megatron_tide.config import DistillConfig, parse
+from megatron_tide.config import DistillConfig
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.place import host_layers
 from megatron_tide.hosting.settings import DTYPES, hosting_settings
@@ -90,7 +90,9 @@ def trainer_config(folders: Folders, accumulation: int, flags: list[str]) -> Dis
     own = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     own += ["--strategy", "tide-cross", "--compdemo", "--activation-checkpointing", "--max-steps", "1"]
     own += ["--micro-batch-size", "1", "--global-batch-size", str(accumulation)]
-    return parse([*own, *flags], "")[0]
+    config: DistillConfig = cli.parse(distill, [*own, *flags]).run
+    config.check()
+    return config
 
 
 def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:

@@ -50,15 +50,14 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
 
 @pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh"])
 def test_every_command_is_understood(recipe):
-    from megatron_tide.config import parse
+    from megatron_tide import cli, distill
     from megatron_tide.data.prepare import _parser
     from megatron_tide.report.footprint import arguments_of
 
     checked = 0
     for words in commands(recipe).values():
         if "megatron_tide.distill" in words:
-            config, _ = parse(words[words.index("megatron_tide.distill") + 1 :], "")
-            assert config.paths.out
+            assert cli.parse(distill, words[words.index("megatron_tide.distill") + 1 :]).run.paths.out
         elif "megatron_tide.data.prepare" in words:
             _parser().parse_args(words[words.index("megatron_tide.data.prepare") + 1 :])
         elif "megatron_tide.report.footprint" in words:
@@ -72,11 +71,12 @@ def test_every_command_is_understood(recipe):
 
 
 def test_paper_is_the_default_and_flags_pass_through():
-    from megatron_tide.config import DistillConfig, parse
+    from megatron_tide import cli, distill
+    from megatron_tide.config import DistillConfig
 
     def config(*arguments):
         words = commands("distill_16b_to_0.6b.sh", *arguments)["train-tide-cross"]
-        return parse(words[words.index("megatron_tide.distill") + 1 :], "")[0]
+        return cli.parse(distill, words[words.index("megatron_tide.distill") + 1 :]).run
 
     plain = config()
     assert plain.train == DistillConfig().train

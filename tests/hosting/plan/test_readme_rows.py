@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.config import parse
+from megatron_tide import cli, distill
 from tools import plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -70,7 +70,7 @@ def test_row_loads_dry_runs_and_fits(machine, knobs, flags, tmp_path, capsys):
     lines = finished.stdout.splitlines()
     training = shlex.split(lines[next(n for n, line in enumerate(lines) if line.startswith("# train-")) + 1])
     given = training[training.index("megatron_tide.distill") + 1 :]
-    config, _ = parse(given, "")
+    config = cli.parse(distill, given).run
     assert config.teacher.teacher_hosting == knobs["HOSTING"].partition("_")[0]
     assert plan.main([*machine, *given, "--json", str(tmp_path / "plan.json")]) == 0
     planned = json.loads((tmp_path / "plan.json").read_text())["plans"]
