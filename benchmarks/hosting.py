@@ -140,7 +140,7 @@ class PlainTeacher:
         sequence, position = asked.rows // asked.input_ids.shape[1], asked.rows % asked.input_ids.shape[1]
         mask = asked.attention.dense()
         gold = torch.empty(len(asked.rows))
-        samples = len(noised.t)
+        samples = len(noised.rate)
         for start in (0, samples):
             half = slice(start, start + samples)
             logits = self.engine(asked.input_ids[half], mask[half], asked.position_ids[half]).logits

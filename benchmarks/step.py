@@ -70,7 +70,7 @@ def make_batch(vocab: int, samples: int, length: int) -> tuple[Batch, DistillBat
 def ours(step: Step) -> Tensor:
     rows = masked_hidden_states(step.model, step.noised.student)
     logp = target_logprobs(rows, step.model.head_weight, step.noised.student_targets)
-    return -(logp / step.noised.t[step.noised.student_sample]).sum() / step.noised.maskable
+    return -(logp / step.noised.inverse_weight[step.noised.student_level]).sum() / step.noised.maskable
 
 
 def plain(step: Step) -> Tensor:
@@ -81,7 +81,7 @@ def plain(step: Step) -> Tensor:
     mask = staircase_mask(length, BLOCK).expand(samples, 1, -1, -1)
     logits = step.model(both, mask, positions).logits.float()[:, :length]
     losses = torch.nn.functional.cross_entropy(logits[masked], clean[masked], reduction="none")
-    return (losses / step.noised.t[step.noised.student_sample]).sum() / step.noised.maskable
+    return (losses / step.noised.inverse_weight[step.noised.student_level]).sum() / step.noised.maskable
 
 
 WAYS: dict[str, Way] = {"plain": plain, "ours": ours}

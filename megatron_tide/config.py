@@ -95,6 +95,7 @@ class StrategyConfig:
     compdemo_ratio: float = flag(0.5, "Share of the masks in the first half", low=0, high=1)
     compdemo_split: str = flag("bernoulli", "How the masks are split into halves", choices=("bernoulli", "exact"))
     compdemo_unit: str = flag("chunk", "What goes to one half as a whole", choices=("chunk", "token"))
+    noise_schedule: str = flag("linear", "How the share of masked tokens depends on t", choices=("linear",))
     masking: str = flag(
         "expand",
         "expand: sample tokens, then mask their whole chunks (published); synchronous: sample chunks",

@@ -1,9 +1,10 @@
 """Clean -> noised: what is masked, what each model is shown, and which rows are scored.
 
-In order: ``masking`` draws the timestep and the masks (both sides agree chunk by chunk), ``compdemo`` splits the masked
-part into two halves for the teacher's two passes, ``layouts`` arranges tokens as model inputs with their
-``attention`` mask, and ``inputs`` turns a batch into one ``DistillBatch``. All of it runs on the CPU, in the loader, on
-complete batches: the training step receives row indices and never waits for the device to learn a size.
+In order: ``masking`` draws noise and masks (both sides agree chunk by chunk) as its ``noise_schedule`` says,
+``compdemo`` splits the masked part into two halves for the teacher's two passes, ``layouts`` arranges tokens as model
+inputs with their ``attention`` mask, and ``inputs`` turns a batch into one ``DistillBatch``. All of it runs on the CPU,
+in the loader, on complete batches: the training step receives row indices and never waits for the device to learn a
+size.
 """
 
 from megatron_tide.diffusion.attention import BlockDiffusionMask, staircase_mask
@@ -11,10 +12,12 @@ from megatron_tide.diffusion.compdemo import CompDemo
 from megatron_tide.diffusion.inputs import DistillBatch, TeacherLayout, build_inputs
 from megatron_tide.diffusion.layouts import ATTENTION_LAYOUTS, AttentionLayout, ModelInput
 from megatron_tide.diffusion.masking import MASKINGS, ChunkMasking, Masking, Noise, TokenExpandedMasking, noise
+from megatron_tide.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
 
 __all__ = [
     "ATTENTION_LAYOUTS",
     "MASKINGS",
+    "NOISE_SCHEDULES",
     "AttentionLayout",
     "BlockDiffusionMask",
     "ChunkMasking",
@@ -23,6 +26,7 @@ __all__ = [
     "Masking",
     "ModelInput",
     "Noise",
+    "NoiseSchedule",
     "TeacherLayout",
     "TokenExpandedMasking",
     "build_inputs",

@@ -1,6 +1,7 @@
 """A noised batch as the training step wants it: two model inputs, and the rows that are scored and compared.
 
-Shapes: B samples, S / T positions of student / teacher, M student rows, R teacher rows, K active chunks, P pairs.
+Shapes: B samples, S / T positions of student / teacher, M student rows, R teacher rows, K active chunks, P pairs, N
+noise levels.
 """
 
 from __future__ import annotations
@@ -33,24 +34,26 @@ class TeacherLayout:
 class DistillBatch(TensorDataclass):
     """One noised micro-batch, ready for both models; every index is int64 and was computed on the CPU.
 
-    t float32 [B]. student: the staircase input whose rows are all masked student tokens, in (sample, position) order;
-    student_targets [M] their tokens, student_sample [M], student_chunk [M] the active chunk each belongs to, or -1.
+    rate, inverse_weight float32 [N]: of each noise level (see ``Noise``). student: the staircase input whose rows are
+    all masked student tokens, in (sample, position) order; student_targets [M] their tokens, student_level [M] their
+    noise, student_chunk [M] the active chunk each belongs to, or -1.
     teacher (None without one): its rows are the scored tokens of the active chunks, in (sample, position) order;
-    teacher_targets [R], teacher_chunk [R]. An active chunk is masked completely on both sides; chunk_sample [K].
-    Pairs are the active chunks of exactly one scored token on each side: pair_student_index [P] into M,
+    teacher_targets [R], teacher_chunk [R]. An active chunk is masked completely on both sides; chunk_level [K]: its
+    noise. Pairs are the active chunks of exactly one scored token on each side: pair_student_index [P] into M,
     pair_teacher_index [P] into R, pair_chunk [P] into K. maskable: number of maskable student tokens of the
     micro-batch; tokens: number of all its student tokens, without padding. Without a teacher K = R = P = 0.
     """
 
-    t: torch.Tensor
+    rate: torch.Tensor
+    inverse_weight: torch.Tensor
     student: ModelInput
     student_targets: torch.Tensor
-    student_sample: torch.Tensor
+    student_level: torch.Tensor
     student_chunk: torch.Tensor
     teacher: ModelInput | None
     teacher_targets: torch.Tensor
     teacher_chunk: torch.Tensor
-    chunk_sample: torch.Tensor
+    chunk_level: torch.Tensor
     pair_student_index: torch.Tensor
     pair_teacher_index: torch.Tensor
     pair_chunk: torch.Tensor
@@ -68,7 +71,7 @@ def build_inputs(
     if teacher is not None and batch.teacher is None:
         raise ValueError("this data has no teacher's side: prepare it with a bridge, or train without a teacher")
     active_BC = noise.chunk_masked if teacher is not None else torch.zeros_like(noise.chunk_masked)
-    chunk_sample_K = active_BC.nonzero()[:, 0]
+    chunk_level_K = noise.chunk_level[active_BC]
     chunk_id_BC = torch.where(active_BC, active_BC.flatten().cumsum(0).view_as(active_BC) - 1, -1)
 
     sample_M, position_M = noise.student_masked.nonzero(as_tuple=True)
@@ -77,17 +80,18 @@ def build_inputs(
     )
     student_chunk_M = _active(batch.student, chunk_id_BC)[sample_M, position_M]
     asked, targets_R, teacher_chunk_R = _ask(batch, noise, chunk_id_BC, teacher)
-    pair_student_P, pair_teacher_P, pair_chunk_P = _pairs(student_chunk_M, teacher_chunk_R, len(chunk_sample_K))
+    pair_student_P, pair_teacher_P, pair_chunk_P = _pairs(student_chunk_M, teacher_chunk_R, len(chunk_level_K))
     return DistillBatch(
-        t=noise.t.float(),
+        rate=noise.rate.float(),
+        inverse_weight=noise.inverse_weight.float(),
         student=student,
         student_targets=batch.student.ids[sample_M, position_M],
-        student_sample=sample_M,
+        student_level=noise.student_level[sample_M, position_M],
         student_chunk=student_chunk_M,
         teacher=asked,
         teacher_targets=targets_R,
         teacher_chunk=teacher_chunk_R,
-        chunk_sample=chunk_sample_K,
+        chunk_level=chunk_level_K,
         pair_student_index=pair_student_P,
         pair_teacher_index=pair_teacher_P,
         pair_chunk=pair_chunk_P,

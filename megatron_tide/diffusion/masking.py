@@ -1,6 +1,6 @@
-"""The timestep and the masks of a batch, on both sides, so that a chunk is masked on both or on neither.
+"""The noise of a batch: rates, and masks on both sides, so that a chunk is masked on both or on neither.
 
-Shapes: B samples, S student positions, T teacher positions, C chunks of the sample that has most.
+Shapes: B samples, S student positions, T teacher positions, C chunks of the sample that has most, N noise levels.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_tide.diffusion.counter_rng import uniform_rows
+from megatron_tide.diffusion.noise_schedule import LINEAR, NoiseSchedule
 
 if TYPE_CHECKING:
     from megatron_tide.data.batch import Batch, Tokens
@@ -21,14 +22,20 @@ _STREAM = b"noise"
 
 @dataclass(frozen=True)
 class Noise:
-    """What is masked in one batch.
+    """What is masked in one batch, and how strongly.
 
-    t [B] float64 in (0, 1]: the timestep, which is also the masking rate (linear schedule). student_masked bool [B, S],
-    teacher_masked bool [B, T] (None for one-sided data), chunk_masked bool [B, C]. ``seed`` and ``epoch`` are those of
-    the draws: the CompDemo split belongs to the same ones.
+    A level is one draw of the time; N of them, float64: ``rate`` [N] in (0, 1], the probability that a token is masked,
+    and ``inverse_weight`` [N], which the loss of a masked token is divided by. student_level int64 [B, S] and
+    chunk_level int64 [B, C]: the level of each token and chunk. Today a sample has one level, so N = B and a token's
+    level is its sample; whatever reads the noise asks the level, never the sample. student_masked bool [B, S],
+    teacher_masked bool [B, T] (None for student-only data), chunk_masked bool [B, C]. ``seed`` and ``epoch`` are those
+    of the draws: the CompDemo split belongs to the same ones.
     """
 
-    t: torch.Tensor
+    rate: torch.Tensor
+    inverse_weight: torch.Tensor
+    student_level: torch.Tensor
+    chunk_level: torch.Tensor
     student_masked: torch.Tensor
     teacher_masked: torch.Tensor | None
     chunk_masked: torch.Tensor
@@ -37,10 +44,14 @@ class Noise:
 
 
 class Masking(Protocol):
-    """How the draws of a chunk's student tokens become the one draw of the chunk (masked if below t)."""
+    """Which chunks are masked, from which of their student tokens were drawn."""
 
-    def chunk_draws(self, draws_BS: torch.Tensor, index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
-        """[B, chunks] from [B, S]; ``index_BS`` holds each token's chunk, or ``chunks`` for a token of none."""
+    def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
+        """bool [B, C] from bool [B, S].
+
+        ``index_BS``: each token's chunk, or C for a token of none. ``first_BC``: each chunk's first token, or S for a
+        chunk that the sample does not have, which is not masked.
+        """
         ...
 
 
@@ -48,25 +59,23 @@ class Masking(Protocol):
 class TokenExpandedMasking:
     """As published: tokens are drawn, and one drawn token masks its whole chunk on both sides.
 
-    A token's true masking rate is therefore 1 - (1 - t)^n in a chunk of n student tokens, above t for n > 1.
+    A token's true masking rate is therefore 1 - (1 - rate)^n in a chunk of n student tokens, above the rate for n > 1.
     """
 
-    def chunk_draws(self, draws_BS: torch.Tensor, index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
-        """The smallest draw of the chunk's tokens: below t as soon as one of them is."""
-        return _smallest(draws_BS, index_BS, chunks)
+    def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
+        """Masked as soon as one of the chunk's tokens is drawn."""
+        samples, chunks = first_BC.shape
+        count = torch.zeros(samples, chunks + 1, dtype=torch.int32).scatter_add_(1, index_BS, drawn_BS.int())
+        return count[:, :chunks] > 0
 
 
 @dataclass(frozen=True)
 class ChunkMasking:
-    """Chunks are drawn, each with probability t: every token's rate is exactly t, so the denoising loss is unbiased."""
+    """Chunks are drawn: every token's rate is exactly the noise's, so the denoising loss is unbiased."""
 
-    def chunk_draws(self, draws_BS: torch.Tensor, index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
+    def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
         """The draw of the chunk's first token stands for the chunk; the others are not looked at."""
-        length = draws_BS.shape[1]
-        position_BS = torch.arange(length, dtype=draws_BS.dtype).expand_as(index_BS)
-        first_BC = _smallest(position_BS, index_BS, chunks).clamp(max=length).long()
-        # A chunk the sample does not have starts after its last token: no draw, never masked.
-        return torch.nn.functional.pad(draws_BS, (0, 1), value=torch.inf).gather(1, first_BC)
+        return _at_first(drawn_BS, first_BC)
 
 
 MASKINGS: dict[str, Masking] = {"expand": TokenExpandedMasking(), "synchronous": ChunkMasking()}
@@ -78,36 +87,46 @@ def noise(
     seed: int,
     epoch: int,
     masking: Masking,
-    eps: float = 1e-3,
+    schedule: NoiseSchedule = LINEAR,
     t: torch.Tensor | np.ndarray | None = None,
 ) -> Noise:
     """Draw the noise of a batch: a pure function of (seed, epoch, sample key), whatever the batch around a sample.
 
-    t is uniform in (eps, 1), one a sample, unless given ([B], in (0, 1]; the masks then use the same draws against the
-    given rates). Units of masking on the student's side: chunks, and each response token that no chunk covers. On the
-    teacher's side chunks follow the student, and response tokens that no chunk covers are always masked: they have no
-    counterpart whose secret they could keep. A sample may end with nothing masked.
+    The schedule draws one time per sample, unless ``t`` is given ([B], in (0, 1]; the same draws of tokens are then
+    compared with its rates). Units of masking on the student's side: chunks, and each response token that no chunk
+    covers. On the teacher's side chunks follow the student, and response tokens that no chunk covers are always masked:
+    the student has no counterpart of them. A sample may end with nothing masked.
 
-    Raises ValueError for an eps outside [0, 1) or timesteps of the wrong shape or range.
+    Raises ValueError for timesteps of the wrong shape or range.
     """
-    if not 0 <= eps < 1:
-        raise ValueError(f"eps = {eps}: the smallest timestep must lie in [0, 1)")
     student = batch.student
     response_BS = response(student)
     draws = uniform_rows(seed, epoch, batch.keys, 1 + student.length - student.prompt, _STREAM)
-    t_B = eps + (1 - eps) * draws[:, 0] if t is None else _given(t, len(draws))
+    t_N = schedule.draw(draws[:, 0]) if t is None else _given(t, len(draws))
+    rate_N, samples, length = schedule.rate(t_N), *student.ids.shape
+    level_BS = torch.arange(samples)[:, None].expand(samples, length)
 
     # The draw after the timestep's belongs to the first response token, and so on: prompts cost none.
-    place_BS = 1 + torch.arange(student.ids.shape[1]) - student.prompt[:, None]
-    token_draws_BS = draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1)).where(response_BS, torch.inf)
+    place_BS = 1 + torch.arange(length) - student.prompt[:, None]
+    token_draws_BS = draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1))
+    drawn_BS = response_BS & (token_draws_BS < rate_N[level_BS])
     chunks = int(batch.chunks.max())
     index_BS = torch.where(response_BS & (student.chunk >= 0), student.chunk, chunks).long()
-    chunk_masked_BC = masking.chunk_draws(token_draws_BS, index_BS, chunks) < t_B[:, None]
+    first_BC = _first_tokens(index_BS, chunks)
+    chunk_masked_BC = masking.chunks(drawn_BS, index_BS, first_BC)
 
-    with_none_BC1 = torch.cat([chunk_masked_BC, torch.zeros(len(t_B), 1, dtype=torch.bool)], 1)
-    student_masked_BS = torch.where(index_BS < chunks, with_none_BC1.gather(1, index_BS), token_draws_BS < t_B[:, None])
-    teacher_masked_BT = None if batch.teacher is None else _follow(batch.teacher, with_none_BC1)
-    return Noise(t_B, student_masked_BS, teacher_masked_BT, chunk_masked_BC, seed, epoch)
+    with_none_BC1 = torch.cat([chunk_masked_BC, torch.zeros(samples, 1, dtype=torch.bool)], 1)
+    return Noise(
+        rate=rate_N,
+        inverse_weight=schedule.inverse_weight(t_N),
+        student_level=level_BS,
+        chunk_level=_at_first(level_BS, first_BC),
+        student_masked=torch.where(index_BS < chunks, with_none_BC1.gather(1, index_BS), drawn_BS),
+        teacher_masked=None if batch.teacher is None else _follow(batch.teacher, with_none_BC1),
+        chunk_masked=chunk_masked_BC,
+        seed=seed,
+        epoch=epoch,
+    )
 
 
 def response(tokens: Tokens) -> torch.Tensor:
@@ -133,7 +152,13 @@ def _follow(teacher: Tokens, with_none_BC1: torch.Tensor) -> torch.Tensor:
     return response(teacher) & (follows_BT | ~in_chunk_BT)
 
 
-def _smallest(values_BS: torch.Tensor, index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
-    """[B, chunks]: the smallest value of each chunk, +inf for a chunk the sample does not have."""
-    smallest = torch.full((len(values_BS), chunks + 1), torch.inf, dtype=values_BS.dtype)
-    return smallest.scatter_reduce_(1, index_BS, values_BS, "amin")[:, :chunks]
+def _first_tokens(index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
+    """int64 [B, chunks]: the position of each chunk's first token, S for a chunk the sample does not have."""
+    samples, length = index_BS.shape
+    first = torch.full((samples, chunks + 1), length)
+    return first.scatter_reduce_(1, index_BS, torch.arange(length).expand_as(index_BS), "amin")[:, :chunks]
+
+
+def _at_first(values_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
+    """[B, C]: the value of each chunk's first token; 0 for a chunk the sample does not have."""
+    return torch.nn.functional.pad(values_BS, (0, 1)).gather(1, first_BC)

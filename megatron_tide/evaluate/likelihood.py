@@ -1,9 +1,10 @@
 """Held-out likelihood: the diffusion bound in bits per byte, comparable across tokenizers and between both sides.
 
-For timesteps t the masked diffusion bound on a response's -log p is E_t[1/t * sum over masked tokens of -log p(token)]
-(linear schedule; TIDE section 3, MDLM eq. 10). It is estimated on a grid, t_k = eps + (1 - eps)(k + u)/K with one u a
-sample, and divided by the response's bytes. Whole chunks are masked (``ChunkMasking``), drawn by (seed, k, sample), so
-every model on the same prepared data, student or teacher, guesses the same bytes from the same bytes.
+For timesteps t the masked diffusion bound on a response's -log p is E_t[w(t) * sum over masked tokens of -log p(token)]
+(w = 1/t: linear schedule, and the same value for any other; TIDE section 3, MDLM eq. 10). It is estimated on a grid,
+t_k = eps + (1 - eps)(k + u)/K with one u a sample, and divided by the response's bytes. Whole chunks are masked
+(``ChunkMasking``), drawn by (seed, k, sample), so every model on the same prepared data, student or teacher, guesses
+the same bytes from the same bytes.
 
 Bytes that no chunk covers are scored on neither side, yet count as bytes on both: the bound stays comparable, and is
 that much too low in absolute terms (a prepared folder's manifest says how many there are: usually none).
@@ -23,11 +24,12 @@ from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise
 from megatron_tide.diffusion.counter_rng import uniforms
+from megatron_tide.diffusion.noise_schedule import LINEAR
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.sides import Question, Side, ask
 from megatron_tide.models import masked_hidden_states, score_rows
 
-EPS = 1e-3
+SCHEDULE = LINEAR
 GRID_STREAM = b"likelihood"
 BINS = 10
 
@@ -83,14 +85,14 @@ class Sums:
     bytes: Floats
 
     def bound(self) -> Floats:
-        """Nats a sample, [n]: the mean over its draws of 1/t times the summed -log p."""
-        return (self.nats / self.t).mean(1)
+        """Nats a sample, [n]: the mean over its draws of w(t) times the summed -log p."""
+        return (self.nats / SCHEDULE.inverse_weight(torch.from_numpy(self.t)).numpy()).mean(1)
 
 
 def timestep_grid(keys: torch.Tensor, draws: int, seed: int) -> torch.Tensor:
     """float64 [B, K]: one timestep in each of K equal strata of (eps, 1), shifted by one u a sample."""
     shift_B = torch.tensor([uniforms(seed, 0, int(key), GRID_STREAM, 1)[0] for key in keys], dtype=torch.float64)
-    return EPS + (1.0 - EPS) * (torch.arange(draws, dtype=torch.float64) + shift_B.unsqueeze(1)) / draws
+    return SCHEDULE.draw((torch.arange(draws, dtype=torch.float64) + shift_B.unsqueeze(1)) / draws)
 
 
 def _gold_and_hit(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +141,9 @@ def measure(
         sums.t[places] = grid_BK.numpy()
         sums.bytes[places] = [data.sample(int(index)).response_bytes for index in indices[places]]
         for k in range(draws):
-            drawn = noise(batch, seed=seed, epoch=k, masking=MASKINGS["synchronous"], t=grid_BK[:, k])
+            drawn = noise(
+                batch, seed=seed, epoch=k, masking=MASKINGS["synchronous"], schedule=SCHEDULE, t=grid_BK[:, k]
+            )
             question = ask(side, batch, drawn)
             if len(question.gold):
                 nats, right, masked = _score(model, question, len(places), slice_rows).numpy()

@@ -1,11 +1,11 @@
 """A strategy: which objectives listen to the teacher, and how; built once from its name (``table.build_strategy``).
 
-A training step uses three methods, in order: ``strength`` (TIDAL's lambda per sample), ``score`` (the student's head
-on its masked rows: one number per row, never [B, S, V]) and ``loss`` (a local sum over global counts). None of them
-waits for the device.
+A training step uses three methods, in order: ``strength`` (TIDAL's lambda per noise level), ``score`` (the student's
+head on its masked rows: one number per row, never [B, S, V]) and ``loss`` (a local sum over global counts). None of
+them waits for the device.
 
-Shapes: B samples, M masked student rows, R scored teacher tokens, K active chunks, P pairs (one-to-one chunks), V
-vocabulary, H hidden.
+Shapes: N noise levels (see ``diffusion.masking.Noise``), M masked student rows, R scored teacher tokens, K active
+chunks, P pairs (one-to-one chunks), V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tide.diffusion import CompDemo, DistillBatch, Masking
+from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSchedule
 from megatron_tide.models.head import score_rows, target_logprobs
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
 from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
@@ -28,7 +28,7 @@ from megatron_tide.objectives.tidal import TidalUse, midrange_weight, tidal_stre
 
 @dataclass(frozen=True)
 class TidalCurve:
-    """lambda(progress, t), and the optional midrange weight."""
+    """lambda(progress, masking rate), and the optional midrange weight."""
 
     init: float
     peak: float
@@ -36,11 +36,11 @@ class TidalCurve:
     axes: str
     midrange: bool
 
-    def strength(self, progress: float, t_B: Tensor) -> Tensor:
-        return tidal_strength(progress, t_B, self.init, self.peak, self.ramp, self.axes)
+    def strength(self, progress: float, rate_N: Tensor) -> Tensor:
+        return tidal_strength(progress, rate_N, self.init, self.peak, self.ramp, self.axes)
 
-    def sample_weight(self, t_B: Tensor) -> Tensor:
-        return midrange_weight(t_B) if self.midrange else torch.ones_like(t_B)
+    def level_weight(self, rate_N: Tensor) -> Tensor:
+        return midrange_weight(rate_N) if self.midrange else torch.ones_like(rate_N)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class Strategy:
     rows: DistributionTerm | None
     curve: TidalCurve
     compdemo: CompDemo | None
+    noise_schedule: NoiseSchedule
     masking: Masking
     distill_weight: float
     provenance: dict[str, Any]
@@ -109,9 +110,9 @@ class Strategy:
         """What was built, in plain values: for run.json and the model card."""
         return dict(self.provenance)
 
-    def strength(self, progress: float, t_B: Tensor) -> Tensor:
-        """lambda [B] for the samples' timesteps; ``progress``: step / total steps, in [0, 1]."""
-        return self.curve.strength(progress, t_B)
+    def strength(self, progress: float, rate_N: Tensor) -> Tensor:
+        """lambda [N] for the noise levels' masking rates; ``progress``: step / total steps, in [0, 1]."""
+        return self.curve.strength(progress, rate_N)
 
     def score(
         self,
@@ -119,7 +120,7 @@ class Strategy:
         head_weight_VH: Tensor,
         batch: DistillBatch,
         teacher: TeacherOutputs,
-        strength_B: Tensor,
+        strength_N: Tensor,
         slice_rows: int | None = None,
     ) -> StudentScores:
         """Run the student's head once over its masked rows; pairs get their divergence in the same pass.
@@ -128,35 +129,35 @@ class Strategy:
         """
         if self.rows is None:
             return StudentScores(target_logprobs(hidden_MH, head_weight_VH, batch.student_targets, slice_rows), None)
-        pairs_P, others_N = batch.pair_student_index, _complement(batch.pair_student_index, hidden_MH.shape[0])
+        pairs_P, others_Q = batch.pair_student_index, _complement(batch.pair_student_index, hidden_MH.shape[0])
         assert teacher.hidden is not None
-        pair_args = (batch.student_targets[pairs_P], teacher.hidden, strength_B[batch.chunk_sample[batch.pair_chunk]])
+        pair_args = (batch.student_targets[pairs_P], teacher.hidden, strength_N[batch.chunk_level[batch.pair_chunk]])
         pair_fn = _PairScores(self.rows, teacher)
         pair_logprobs_P, divergence_P = score_rows(pair_fn, hidden_MH[pairs_P], head_weight_VH, pair_args, slice_rows)
-        other_logprobs_N = target_logprobs(
-            hidden_MH[others_N], head_weight_VH, batch.student_targets[others_N], slice_rows
+        other_logprobs_Q = target_logprobs(
+            hidden_MH[others_Q], head_weight_VH, batch.student_targets[others_Q], slice_rows
         )
-        order_M = torch.cat([pairs_P, others_N])
-        targets_M = torch.cat([pair_logprobs_P, other_logprobs_N])
+        order_M = torch.cat([pairs_P, others_Q])
+        targets_M = torch.cat([pair_logprobs_P, other_logprobs_Q])
         return StudentScores(torch.zeros_like(targets_M).index_copy(0, order_M, targets_M), divergence_P)
 
     def loss(
-        self, scores: StudentScores, teacher: TeacherOutputs, batch: DistillBatch, strength_B: Tensor, counts: Counts
+        self, scores: StudentScores, teacher: TeacherOutputs, batch: DistillBatch, strength_N: Tensor, counts: Counts
     ) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the distillation loss (a scalar), and metrics with a fixed set of names.
 
         The loss, not yet times ``distill_weight``, is a sum over local chunks and pairs divided by GLOBAL counts: the
         active chunks, or the pairs where only the rows' objective is on. It is 0 with a graph where there are none.
         """
-        total, metrics = scores.target_logprobs.new_zeros(()), self._common_metrics(scores, batch, strength_B)
-        weight_B = self.curve.sample_weight(batch.t)
+        total, metrics = scores.target_logprobs.new_zeros(()), self._common_metrics(scores, batch, strength_N)
+        weight_N = self.curve.level_weight(batch.rate)
         if self.chunk is not None:
-            chunk_total, chunk_metrics = self._chunk_part(self.chunk, scores, teacher, batch, strength_B, weight_B)
+            chunk_total, chunk_metrics = self._chunk_part(self.chunk, scores, teacher, batch, strength_N, weight_N)
             total, metrics = total + chunk_total, metrics | chunk_metrics
         if self.rows is not None:
             assert scores.divergence is not None
-            sample_P = batch.chunk_sample[batch.pair_chunk]
-            weight_P = self.rows.tidal.weight(strength_B[sample_P]) * weight_B[sample_P]
+            level_P = batch.chunk_level[batch.pair_chunk]
+            weight_P = self.rows.tidal.weight(strength_N[level_P]) * weight_N[level_P]
             total = total + (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
             metrics["distill/kl"] = _summed(scores.divergence)
         return mean_over(total, counts.pairs if self.chunk is None else counts.chunks), metrics
@@ -167,19 +168,19 @@ class Strategy:
         scores: StudentScores,
         teacher: TeacherOutputs,
         batch: DistillBatch,
-        strength_B: Tensor,
-        weight_B: Tensor,
+        strength_N: Tensor,
+        weight_N: Tensor,
     ) -> tuple[Tensor, Metrics]:
         """Sum of the weighted chunk terms, and the chunk statistics (over all active chunks)."""
         assert teacher.target_logprobs is not None
-        sample_K = batch.chunk_sample
-        student_lp_K = chunk_logp(scores.target_logprobs, batch.student_chunk, sample_K.numel())
-        teacher_lp_K = chunk_logp(teacher.target_logprobs, batch.teacher_chunk, sample_K.numel())
-        term_K = term.chunks(student_lp_K, teacher_lp_K, strength_B[sample_K])
+        level_K = batch.chunk_level
+        student_lp_K = chunk_logp(scores.target_logprobs, batch.student_chunk, level_K.numel())
+        teacher_lp_K = chunk_logp(teacher.target_logprobs, batch.teacher_chunk, level_K.numel())
+        term_K = term.chunks(student_lp_K, teacher_lp_K, strength_N[level_K])
         taken_K = torch.ones_like(term_K)
         if self.rows is not None:
             taken_K = taken_K.index_fill(0, batch.pair_chunk, 0.0)
-        weight_K = term.tidal.weight(strength_B[sample_K]) * weight_B[sample_K]
+        weight_K = term.tidal.weight(strength_N[level_K]) * weight_N[level_K]
         break_even = -term.temperature * math.log(2)
         student_p_K = (student_lp_K.detach() / term.temperature).exp()
         teacher_p_K = (teacher_lp_K / term.temperature).exp()
@@ -194,15 +195,15 @@ class Strategy:
         }
         return (term_K * taken_K * weight_K.to(term_K.dtype)).sum(), metrics
 
-    def _common_metrics(self, scores: StudentScores, batch: DistillBatch, strength_B: Tensor) -> Metrics:
+    def _common_metrics(self, scores: StudentScores, batch: DistillBatch, strength_N: Tensor) -> Metrics:
         if not self.needs_teacher:
             return {}
         dtype = scores.target_logprobs.dtype
-        chunks = scores.target_logprobs.new_full((), batch.chunk_sample.numel())
+        chunks = scores.target_logprobs.new_full((), batch.chunk_level.numel())
         return {
             "chunk/active_share": _summed((batch.student_chunk >= 0).to(dtype)),
             "chunk/pair_share": (torch.full_like(chunks, batch.pair_chunk.numel()), chunks),
-            "tidal/strength": _summed(strength_B),
+            "tidal/strength": _summed(strength_N),
         }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, MASKINGS, CompDemo
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, MASKINGS, NOISE_SCHEDULES, CompDemo
 from megatron_tide.objectives.chunk import CHUNK_OBJECTIVES, ChunkObjective
 from megatron_tide.objectives.common import named
 from megatron_tide.objectives.distribution import DISTRIBUTION_OBJECTIVES, DistributionObjective, VocabMap
@@ -113,6 +113,7 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         rows=row_term,
         curve=_curve(config),
         compdemo=split if compdemo else None,
+        noise_schedule=named(NOISE_SCHEDULES, config.noise_schedule, "noise schedule"),
         masking=named(MASKINGS, config.masking, "masking"),
         distill_weight=config.distill_weight,
         provenance=_provenance(config, chunk_term, row_term, compdemo),
@@ -201,6 +202,7 @@ def _provenance(
         "strategy": config.strategy,
         "chunk_objective": chunk.objective.name if chunk else "none",
         "distribution_objective": rows.objective.name if rows else "none",
+        "noise_schedule": config.noise_schedule,
         "masking": config.masking,
     }
     if chunk is None and rows is None:

@@ -61,6 +61,7 @@ def build(
     loader = MicrobatchLoader(
         data=inputs.data,
         sampler=inputs.sampler,
+        noise_schedule=strategy.noise_schedule,
         masking=strategy.masking,
         teacher=layout,
         seed=config.train.seed,

@@ -59,12 +59,12 @@ class MetricAccumulator:
         return result
 
 
-def denoise_metrics(target_logprobs_M: torch.Tensor, t_M: torch.Tensor) -> dict[str, Metric]:
-    """Mean -log p of masked tokens, over all and by timestep bin (nats a token)."""
+def denoise_metrics(target_logprobs_M: torch.Tensor, rate_M: torch.Tensor) -> dict[str, Metric]:
+    """Mean -log p of masked tokens, over all and by bin of their masking rate (nats per token)."""
     nats_M = -target_logprobs_M.double()
     total = nats_M.sum()
     mean = {"denoise/nats_per_masked_token": (total, torch.full_like(total, nats_M.numel()))}
-    return mean | means_by_bin("denoise_by_timestep", t_M, nats_M)
+    return mean | means_by_bin("denoise_by_timestep", rate_M, nats_M)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

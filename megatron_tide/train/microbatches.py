@@ -1,6 +1,6 @@
 """The micro-batches of each optimizer step on this rank: a pure function of (seed, step).
 
-    sampler (which samples)  ->  collate (one batch)  ->  noise (t, masks)  ->  build_inputs (model inputs, indices)
+    sampler (which samples)  ->  collate (one batch)  ->  noise (rates, masks)  ->  build_inputs (model inputs, indices)
 
 All of it runs on the CPU; a thread prepares micro-batches ahead of the step that uses them.
 """
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.data.batch import read_batch
-from megatron_tide.diffusion import DistillBatch, Masking, TeacherLayout, build_inputs, noise
+from megatron_tide.diffusion import DistillBatch, Masking, NoiseSchedule, TeacherLayout, build_inputs, noise
 
 AHEAD = 2  # steps prepared before they are needed
 T = TypeVar("T")
@@ -27,6 +27,7 @@ class MicrobatchLoader:
 
     data: PreparedData
     sampler: DistributedBatchSampler
+    noise_schedule: NoiseSchedule
     masking: Masking
     teacher: TeacherLayout | None
     seed: int
@@ -39,7 +40,7 @@ class MicrobatchLoader:
 
     def _build(self, indices: Iterable[int], epoch: int) -> DistillBatch:
         batch = read_batch(self.data, indices)
-        drawn = noise(batch, seed=self.seed, epoch=epoch, masking=self.masking)
+        drawn = noise(batch, seed=self.seed, epoch=epoch, masking=self.masking, schedule=self.noise_schedule)
         student = self.data.manifest["student"]
         inputs = build_inputs(
             batch, drawn, student_block=student["block"], student_mask_id=student["mask_id"], teacher=self.teacher

@@ -41,12 +41,11 @@ def train_step(
     with context.clock("student"):
         for batch, outputs in zip(microbatches, teacher_outputs):
             context.world.trace.heartbeat()
-            strength_B = strategy.strength(progress, batch.t)
+            strength_N = strategy.strength(progress, batch.rate)
             hidden_MH = masked_hidden_states(model, batch.student)
-            scores = strategy.score(hidden_MH, model.head_weight, batch, outputs, strength_B)
-            t_M = batch.t[batch.student_sample]
-            denoise = denoise_loss(scores.target_logprobs, t_M, counts.maskable)
-            distill, metrics = strategy.loss(scores, outputs, batch, strength_B, counts)
+            scores = strategy.score(hidden_MH, model.head_weight, batch, outputs, strength_N)
+            denoise = denoise_loss(scores.target_logprobs, batch.inverse_weight[batch.student_level], counts.maskable)
+            distill, metrics = strategy.loss(scores, outputs, batch, strength_N, counts)
             loss = denoise + strategy.distill_weight * distill
             context.engine.backward(loss * context.world.size, scale_wrt_gas=False)
             context.engine.step()
@@ -55,7 +54,7 @@ def train_step(
             accumulator.add_loss("loss/denoise", denoise)
             accumulator.add_loss("loss/distill", distill)
             accumulator.add(metrics)
-            accumulator.add(denoise_metrics(scores.target_logprobs.detach(), t_M))
+            accumulator.add(denoise_metrics(scores.target_logprobs.detach(), batch.rate[batch.student_level]))
     return accumulator
 
 
@@ -63,7 +62,7 @@ def global_counts(microbatches: Sequence[DistillBatch], world: DistContext, stop
     """The window's denominators over all ranks, and whether any rank was asked to stop: one collective, on the host."""
     local = [
         sum(batch.maskable for batch in microbatches),
-        sum(len(batch.chunk_sample) for batch in microbatches),
+        sum(len(batch.chunk_level) for batch in microbatches),
         sum(len(batch.pair_chunk) for batch in microbatches),
         float(stop_asked),
     ]

@@ -117,10 +117,11 @@ def test_rows_equal_reference(context: str, items: list[dict[str, Any]], seed: i
 
     assert seen.maskable == maskable
     assert seen.tokens == sum(len(item["student_ids"]) for item in items)
-    assert torch.equal(seen.t, noised.t.float())
-    assert seen.chunk_sample.tolist() == [b for b, _ in chunks]
+    assert torch.equal(seen.rate, noised.rate.float())
+    assert torch.equal(seen.inverse_weight, noised.inverse_weight.float())
+    assert seen.chunk_level.tolist() == [b for b, _ in chunks]
     assert _where(seen.student) == [(b, position) for b, position, _, _ in students]
-    assert seen.student_sample.tolist() == [b for b, *_ in students]
+    assert seen.student_level.tolist() == [b for b, *_ in students]
     assert seen.student_targets.tolist() == [gold for _, _, gold, _ in students]
     index = {chunk: k for k, chunk in enumerate(chunks)}
     assert seen.student_chunk.tolist() == [index.get((b, c), -1) for b, _, _, c in students]
@@ -148,7 +149,7 @@ def test_without_a_teacher(student_only: bool) -> None:
     assert seen.teacher is None
     assert len(seen.student.rows) == noised.student_masked.sum() > 0
     assert set(seen.student_chunk.tolist()) == {-1}
-    empty = (seen.teacher_targets, seen.teacher_chunk, seen.chunk_sample, seen.pair_chunk, seen.pair_student_index)
+    empty = (seen.teacher_targets, seen.teacher_chunk, seen.chunk_level, seen.pair_chunk, seen.pair_student_index)
     assert [len(each) for each in empty] == [0] * 5
     if student_only:
         teacher = TeacherLayout(ATTENTION_LAYOUTS["full"], 8, samples.TEACHER_MASK)
@@ -161,16 +162,16 @@ def test_nothing_masked(context: str) -> None:
     items = [samples.make(key, (2, 3), [(1, 1), (2, 1)]) for key in range(3)]
     noised, seen = _view(items, 0, context, t=np.full(3, 1e-12))
     assert not noised.student_masked.any()
-    assert [len(each) for each in (seen.student.rows, seen.teacher.rows, seen.chunk_sample, seen.pair_chunk)] == [0] * 4
+    assert [len(each) for each in (seen.student.rows, seen.teacher.rows, seen.chunk_level, seen.pair_chunk)] == [0] * 4
     assert seen.maskable > 0
 
 
 def test_noised_moves_as_one() -> None:
     _, seen = _view([samples.make(0, (2, 3), [(1, 1), (2, 1)])], 0)
     moved: DistillBatch = seen.to("meta", non_blocking=True)
-    assert moved.t.is_meta
+    assert moved.rate.is_meta
     assert moved.pair_chunk.is_meta
     assert moved.student.rows.is_meta
     assert moved.teacher.attention.valid.is_meta
     assert moved.maskable == seen.maskable
-    assert not seen.t.is_meta
+    assert not seen.rate.is_meta

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_tide.diffusion import MASKINGS, Noise, noise
 from megatron_tide.diffusion.counter_rng import uniforms
+from megatron_tide.diffusion.noise_schedule import Linear
 from tests.diffusion import samples
 from tests.reference import noise as reference
 
@@ -51,7 +52,7 @@ def test_noise_equals_reference(kind: str, items: list[dict[str, Any]], seed: in
     result = noise(samples.collate(items, padding), seed=seed, epoch=2, masking=MASKINGS[kind])
     for row, item in enumerate(items):
         t, *masks = reference.masks(item, seed, 2, kind, 1e-3)
-        assert result.t[row].item() == t
+        assert result.rate[row].item() == t
         assert _masks(result, row, item) == tuple(masks)
         assert not result.student_masked[row, len(item["student_ids"]) :].any()
         assert not result.teacher_masked[row, len(item["teacher_ids"]) :].any()
@@ -88,7 +89,7 @@ def test_noise_belongs_to_the_sample(kind: str, items: list[dict[str, Any]], ord
     together = noise(samples.collate([items[i] for i in shuffled], 6), seed=5, epoch=1, masking=MASKINGS[kind])
     for row, i in enumerate(shuffled):
         alone = noise(samples.collate([items[i]]), seed=5, epoch=1, masking=MASKINGS[kind])
-        assert together.t[row] == alone.t[0]
+        assert together.rate[row] == alone.rate[0]
         assert _masks(together, row, items[i]) == _masks(alone, 0, items[i])
 
 
@@ -123,7 +124,7 @@ def test_expand_rate_grows_with_the_chunk() -> None:
 
 def test_timesteps_are_uniform_from_eps_on() -> None:
     eps = 0.2
-    t = noise(_many(COUNT), seed=3, epoch=0, masking=MASKINGS["expand"], eps=eps).t.sort().values
+    t = noise(_many(COUNT), seed=3, epoch=0, masking=MASKINGS["expand"], schedule=Linear(eps=eps)).rate.sort().values
     assert eps < t[0]
     assert t[-1] < 1
     empirical = torch.arange(1, COUNT + 1) / COUNT
@@ -133,7 +134,7 @@ def test_timesteps_are_uniform_from_eps_on() -> None:
 def test_seeds_and_epochs_differ() -> None:
     batch = _many(50)
     runs = [noise(batch, seed=s, epoch=e, masking=MASKINGS["expand"]) for s, e in ((0, 0), (1, 0), (0, 1))]
-    assert len({tuple(run.t.tolist()) for run in runs}) == 3
+    assert len({tuple(run.rate.tolist()) for run in runs}) == 3
     assert not torch.equal(runs[0].student_masked, runs[2].student_masked)
 
 
@@ -144,7 +145,7 @@ def test_given_timesteps_keep_the_draws(kind: str) -> None:
     low, high, all_ = (
         noise(batch, seed=0, epoch=0, masking=MASKINGS[kind], t=torch.full((20,), t)) for t in (0.2, 0.6, 1.0)
     )
-    assert low.t.dtype == torch.float64
+    assert low.rate.dtype == torch.float64
     assert torch.all(low.student_masked <= high.student_masked)
     assert low.student_masked.sum() < high.student_masked.sum()
     assert all_.student_masked.sum(1).tolist() == (batch.student.length - batch.student.prompt).tolist()
@@ -159,4 +160,4 @@ def test_bad_timesteps(t: list[float]) -> None:
 
 def test_bad_eps() -> None:
     with pytest.raises(ValueError, match="eps"):
-        noise(_many(2), seed=0, epoch=0, masking=MASKINGS["expand"], eps=1.0)
+        Linear(eps=1.0)

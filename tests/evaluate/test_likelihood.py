@@ -16,7 +16,7 @@ from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise
 from megatron_tide.evaluate import evaluate_likelihood, student_side, teacher_side, validate
 from megatron_tide.evaluate.bootstrap import ratio
-from megatron_tide.evaluate.likelihood import EPS, spread, timestep_grid
+from megatron_tide.evaluate.likelihood import SCHEDULE, spread, timestep_grid
 from megatron_tide.evaluate.sides import ask
 from megatron_tide.evaluate.validation import DRAWS
 from megatron_tide.models import load_model
@@ -134,7 +134,8 @@ def test_grid_is_stratified_and_belongs_to_the_sample() -> None:
     grid = timestep_grid(keys, 4, seed=0)
     assert torch.equal(grid[0], grid[2])
     assert not torch.equal(grid[0], grid[1])
-    assert torch.equal(((grid - EPS) / (1 - EPS) * 4).floor(), torch.arange(4.0, dtype=torch.float64).expand(3, 4))
+    eps = SCHEDULE.eps
+    assert torch.equal(((grid - eps) / (1 - eps) * 4).floor(), torch.arange(4.0, dtype=torch.float64).expand(3, 4))
     assert not torch.equal(grid, timestep_grid(keys, 4, seed=1))
 
 

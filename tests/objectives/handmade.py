@@ -57,7 +57,7 @@ class MicroBatch:
     @property
     def local_counts(self) -> Counts:
         noised = self.noised
-        return Counts(maskable=noised.maskable, chunks=len(noised.chunk_sample), pairs=len(noised.pair_chunk))
+        return Counts(maskable=noised.maskable, chunks=len(noised.chunk_level), pairs=len(noised.pair_chunk))
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,16 @@ def heads() -> Heads:
 
 def micro_batch_size(samples: Sequence[Sample]) -> MicroBatch:
     """The rows of ``samples``, in order; what a sample draws depends on its own seed alone."""
-    out: dict[str, list[Any]] = {name: [] for name in ("sample", "chunk", "gold", "t_chunk", "t_gold", "chunk_sample")}
+    out: dict[str, list[Any]] = {name: [] for name in ("sample", "chunk", "gold", "t_chunk", "t_gold", "chunk_level")}
     pairs: list[tuple[int, int, int]] = []
     hidden, teacher = [], []
     for b, sample in enumerate(samples):
         generator = torch.Generator().manual_seed(sample.seed)
         for student_tokens, teacher_tokens in sample.chunks:
-            k = len(out["chunk_sample"])
+            k = len(out["chunk_level"])
             if (student_tokens, teacher_tokens) == (1, 1):
                 pairs.append((len(out["chunk"]), len(out["t_chunk"]), k))
-            out["chunk_sample"].append(b)
+            out["chunk_level"].append(b)
             out["chunk"] += [k] * student_tokens
             out["t_chunk"] += [k] * teacher_tokens
         out["chunk"] += [-1] * sample.loose
@@ -97,15 +97,16 @@ def micro_batch_size(samples: Sequence[Sample]) -> MicroBatch:
     index = {name: torch.tensor(values, dtype=torch.long) for name, values in out.items()}
     pair_PP = torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
     noised = DistillBatch(
-        t=torch.tensor([sample.t for sample in samples], dtype=torch.float64),
+        rate=torch.tensor([sample.t for sample in samples], dtype=torch.float64),
+        inverse_weight=torch.tensor([sample.t for sample in samples], dtype=torch.float64),
         student=None,  # type: ignore[arg-type]  # objectives read rows, never the models' inputs
         student_targets=index["gold"],
-        student_sample=index["sample"],
+        student_level=index["sample"],
         student_chunk=index["chunk"],
         teacher=None,
         teacher_targets=index["t_gold"],
         teacher_chunk=index["t_chunk"],
-        chunk_sample=index["chunk_sample"],
+        chunk_level=index["chunk_level"],
         pair_student_index=pair_PP[:, 0],
         pair_teacher_index=pair_PP[:, 1],
         pair_chunk=pair_PP[:, 2],
@@ -153,11 +154,11 @@ def reference_losses(
         distribution_reference.probabilities(row, 1.0)[g].log() for row, g in zip(teacher_RV, noised.teacher_targets)
     ]
     denoise = denoise_reference.denoise(
-        gold, [noised.t[b].item() for b in noised.student_sample], int(max(counts.maskable, 1))
+        gold, [noised.inverse_weight[b].item() for b in noised.student_level], int(max(counts.maskable, 1))
     )
     total = torch.zeros((), dtype=torch.float64)
-    for k, b in enumerate(noised.chunk_sample.tolist()):
-        t = noised.t[b].item()
+    for k, b in enumerate(noised.chunk_level.tolist()):
+        t = noised.rate[b].item()
         strength = tidal_reference.strength(progress, t, 0.1, 0.9, want.ramp, want.axes)
         weight = tidal_reference.midrange(t) if want.midrange else 1.0
         student_rows = [m for m, c in enumerate(noised.student_chunk.tolist()) if c == k]

@@ -30,7 +30,8 @@ def real_micro_batch(strategy) -> MicroBatch:
     noised = build_inputs(batch, drawn, student_block=STUDENT_BLOCK, student_mask_id=STUDENT_MASK, teacher=teacher)
     noised = replace(
         noised,
-        t=noised.t.double(),
+        rate=noised.rate.double(),
+        inverse_weight=noised.inverse_weight.double(),
         student_targets=noised.student_targets % STUDENT_VOCAB,
         teacher_targets=noised.teacher_targets % TEACHER_VOCAB,
     )

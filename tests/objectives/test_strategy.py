@@ -105,11 +105,11 @@ def built(switches, bridge):
 def losses(strategy, batch: MicroBatch, weights, counts: Counts, slice_rows=None):
     """(denoising loss, distillation loss, metrics) the way a training step asks for them."""
     noised = batch.noised
-    strength_B = strategy.strength(PROGRESS, noised.t)
+    strength_N = strategy.strength(PROGRESS, noised.rate)
     said = answer(batch, weights, strategy)
-    scores = strategy.score(batch.hidden_MH, weights.student_VH, noised, said, strength_B, slice_rows)
-    denoise = denoise_loss(scores.target_logprobs, noised.t[noised.student_sample], counts.maskable)
-    return denoise, *strategy.loss(scores, said, noised, strength_B, counts)
+    scores = strategy.score(batch.hidden_MH, weights.student_VH, noised, said, strength_N, slice_rows)
+    denoise = denoise_loss(scores.target_logprobs, noised.inverse_weight[noised.student_level], counts.maskable)
+    return denoise, *strategy.loss(scores, said, noised, strength_N, counts)
 
 
 def gradients(loss, batch, weights):
@@ -210,7 +210,7 @@ def test_nothing_flows_into_the_teacher():
     said = answer(batch, weights, strategy)
     for tensor in (said.target_logprobs, said.hidden, said.head_weight):
         tensor.requires_grad_()
-    strength = strategy.strength(PROGRESS, batch.noised.t)
+    strength = strategy.strength(PROGRESS, batch.noised.rate)
     scores = strategy.score(batch.hidden_MH, weights.student_VH, batch.noised, said, strength)
     strategy.loss(scores, said, batch.noised, strength, batch.local_counts)[0].backward()
     assert [x.grad for x in (said.target_logprobs, said.hidden, said.head_weight)] == [None, None, None]
@@ -218,7 +218,7 @@ def test_nothing_flows_into_the_teacher():
 
 def test_bf16_models_give_fp32_losses():
     batch, weights = micro_batch_size(SAMPLES), heads()
-    noised = replace(batch.noised, t=batch.noised.t.float())
+    noised = replace(batch.noised, rate=batch.noised.rate.float(), inverse_weight=batch.noised.inverse_weight.float())
     strategy = built({"strategy": "tide-bridge"}, MAPPED)
     exact = losses(strategy, batch, weights, batch.local_counts)
     hidden, head, teacher_RH, teacher_VH = (
@@ -226,7 +226,7 @@ def test_bf16_models_give_fp32_losses():
     )
     narrow = MicroBatch(noised, hidden.requires_grad_(), teacher_RH)
     said = answer(narrow, replace(weights, teacher_VH=teacher_VH), strategy)
-    strength = strategy.strength(PROGRESS, noised.t)
+    strength = strategy.strength(PROGRESS, noised.rate)
     scores = strategy.score(narrow.hidden_MH, head, noised, said, strength)
     distill, metrics = strategy.loss(scores, said, noised, strength, batch.local_counts)
     assert scores.target_logprobs.dtype == scores.divergence.dtype == distill.dtype == torch.float32
@@ -242,7 +242,7 @@ def test_metrics_say_what_happened():
     said = answer(batch, weights, strategy)
     _, _, metrics = losses(strategy, batch, weights, batch.local_counts)
     mean = {name: (total / count).item() for name, (total, count) in metrics.items()}
-    noised, K = batch.noised, len(batch.noised.chunk_sample)
+    noised, K = batch.noised, len(batch.noised.chunk_level)
     teacher_lp = [said.target_logprobs[noised.teacher_chunk == k].sum().item() for k in range(K)]
     logits = (batch.hidden_MH @ weights.student_VH.T).log_softmax(-1)
     gold = logits.gather(1, noised.student_targets[:, None]).squeeze(1)
@@ -265,7 +265,7 @@ def test_metrics_say_what_happened():
     rows = len(noised.student_chunk)
     assert mean["chunk/active_share"] == pytest.approx((rows - 3) / rows)
     assert mean["chunk/pair_share"] == pytest.approx(5 / 9)
-    assert mean["tidal/strength"] == pytest.approx(strategy.strength(PROGRESS, noised.t).mean().item())
+    assert mean["tidal/strength"] == pytest.approx(strategy.strength(PROGRESS, noised.rate).mean().item())
     assert metrics["distill/kl"][1].item() == 5
     assert metrics["distill/chunk"][1].item() == 4
     assert not any(tensor.requires_grad for pair in metrics.values() for tensor in pair)

@@ -30,7 +30,7 @@ def train_poisoned(knobs, rank, steps):
     def poisoned(self, step):
         window = plain(self, step)
         if self.rank == rank and step in steps:
-            window[1] = replace(window[1], t=torch.full_like(window[1].t, float("nan")))
+            window[1] = replace(window[1], inverse_weight=torch.full_like(window[1].inverse_weight, float("nan")))
         return window
 
     MicrobatchLoader.__call__ = poisoned
