@@ -11,7 +11,7 @@ import torch
 
 
 class Clock:
-    """Seconds spent in named parts of the step; on a GPU by events, read when a log line is due."""
+    """Seconds spent in named parts of the step; on a GPU with events, read when a log line is due."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -31,7 +31,7 @@ class Clock:
         self._spans.append((part, start, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last call; on a GPU, only after what was timed is known to be over."""
+        """Seconds by part since the last call; on a GPU, call it only after the timed work has finished."""
         seconds: dict[str, float] = {}
         for part, start, end in self._spans:
             spent = start.elapsed_time(end) / 1e3 if self._cuda else end - start

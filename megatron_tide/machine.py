@@ -1,4 +1,4 @@
-"""What a number was measured on: the machine, its matmul rate, the versions, and what a process holds of its memory."""
+"""What a measurement ran on: machine, matmul rate, package versions, memory of this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and that of each installed package a measurement may lean on."""
+    """Versions of Python and of each installed package that matters to a measurement."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:
-    """Floating-point operations a second of a square product on the CPU, the best of some."""
+    """Floating-point operations per second of a square matmul on the CPU, the best of several rounds."""
     import torch
 
     left, right = (torch.randn(MATMUL, MATMUL).to(dtype) for _ in range(2))
@@ -59,22 +59,22 @@ def rss_bytes(field: str = "VmRSS") -> int:
 
 
 def reset_peak() -> None:
-    """The peak (``VmHWM``) starts again from what is held now."""
+    """Reset the peak (``VmHWM``) to the current value."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_of(name: str) -> str:
-    """The device that a tool's ``--device`` names; ``auto`` is a GPU where there is one.
+    """The device of a command's ``--device``; ``auto`` is a GPU where there is one.
 
     Raises:
-        ValueError: a GPU is asked for and torch sees none.
+        ValueError: cuda was requested and torch sees no GPU.
     """
     import torch  # takes seconds, and most of what imports this file has no use for it
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no GPU here; leave the flag out, or install torch's CUDA build")
+        raise ValueError(f"--device {name}: torch sees no GPU; omit the flag, or install torch's CUDA build")
     return name
 
 

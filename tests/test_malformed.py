@@ -162,7 +162,7 @@ CASES = {
     "shard: a pickle": (RUN, lambda good: good.shard().write_bytes(pickle.dumps(Harm())), "shard-"),
     "evaluation: a cut shard": (EVALUATE, lambda good: cut(good.shard()), "shard-"),
     # checkpoints
-    "checkpoint: cut": (CONVERT, lambda good: cut(good.checkpoint / "model.safetensors"), "model.safetensors: damaged"),
+    "checkpoint: cut": (CONVERT, lambda good: cut(good.checkpoint / "model.safetensors"), "model.safetensors: corrupt"),
     "checkpoint: a file less": (CONVERT, lambda good: (good.checkpoint / STATE).unlink(), f"{STATE}: missing"),
     "checkpoint: sums are a list": (
         CONVERT,
@@ -171,7 +171,11 @@ CASES = {
     ),
     "checkpoint: a pickle": (CONVERT, checkpoint_file("model.safetensors", pickle.dumps(Harm())), "model.safetensors"),
     "checkpoint: state is a list": (CONVERT, checkpoint_file(STATE, b"[]"), f"{STATE}: holds a JSON list"),
-    "checkpoint: state of another kind": (CONVERT, checkpoint_file(STATE, b'{"state": {}}'), f"{STATE}: does not"),
+    "checkpoint: state of another kind": (
+        CONVERT,
+        checkpoint_file(STATE, b'{"state": {}}'),
+        f"{STATE}: is not a checkpoint",
+    ),
     # models and tokenizers
     "model: config is no JSON": (
         PLAN,
@@ -232,12 +236,12 @@ def test_one_line_and_status_two(chain, lab_checkpoint, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: cut(folder / "model.safetensors", 1), "model.safetensors: damaged"),
+        (lambda folder: cut(folder / "model.safetensors", 1), "model.safetensors: corrupt"),
         (lambda folder: (folder / "exp_avg.safetensors").unlink(), "exp_avg.safetensors: missing"),
         (lambda folder: (folder / CHECKSUMS).unlink(), f"no readable {CHECKSUMS}"),
         (
             lambda folder: (folder / STATE).write_bytes(bytes([(folder / STATE).read_bytes()[0] ^ 1]) + b"x"),
-            f"{STATE}: damaged",
+            f"{STATE}: corrupt",
         ),
     ],
     ids=["cut", "a file less", "without sums", "flipped"],

@@ -1,4 +1,4 @@
-"""Who attends to whom, as three small arrays a sample and one rule."""
+"""Attention masks of block diffusion, as three small arrays per sample and one rule."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class BlockDiffusionMask(TensorDataclass):
 
     block int32 [N, L]: the block of each position. noised bool [N, L]: True in the xt copy of [xt ; x0], False in x0
     and wherever there is one copy only. valid bool [N, L]: False for padding. A noised query sees its own noised block
-    and the clean blocks before it; a clean query sees the clean blocks up to its own. Nobody sees padding, except that
-    a padding position sees itself, so that no softmax is over nothing.
+    and the clean blocks before it; a clean query sees the clean blocks up to its own. Padding is visible to
+    no position but itself, so that no softmax is empty.
     """
 
     block: torch.Tensor
@@ -32,7 +32,7 @@ class BlockDiffusionMask(TensorDataclass):
         )
 
     def flex(self) -> BlockMask:
-        """The same rule for flex_attention, on the pattern's device; equal for every head."""
+        """The same rule for flex_attention, on this mask's device; equal for all heads."""
         own, clean, reach = self._codes()
 
         def attends(n: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -44,8 +44,8 @@ class BlockDiffusionMask(TensorDataclass):
     def _codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rule in two comparisons: q attends to k where own_q == own_k or clean_k <= reach_q; int32 [N, L] each.
 
-        own is the block for the noised and a number of its own for all others (who always see themselves); clean is the
-        block a clean position offers, reach the last clean block a position sees.
+        own: the block of a noised position, a unique number for all others (which always see themselves); clean: the
+        block of a clean position; reach: the last clean block a position sees.
         """
         itself = -1 - torch.arange(self.block.shape[1], dtype=torch.int32, device=self.block.device)
         block = self.block.int()

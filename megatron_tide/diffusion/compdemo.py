@@ -1,4 +1,4 @@
-"""Complementary demonstrations: the teacher sees half of what the student must guess, twice."""
+"""CompDemo: two teacher passes, each with a complementary half of the masked tokens revealed (TIDE)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STREAM = b"compdemo"
 class CompDemo:
     """Split the masked part M of each sample into A and B; each half is scored with the other one revealed.
 
-    ratio: share of A. exact: |A| = round(ratio * |M|), ties to even, instead of a coin a unit (as published).
+    ratio: share of A. exact: |A| = round(ratio * |M|), ties to even, instead of one coin flip per unit (as published).
     by_token: the units are teacher tokens instead of chunks (where both tokenizers are the same, or halves may cut
     through chunks). Raises ValueError for a ratio outside [0, 1].
     """
@@ -37,7 +37,7 @@ class CompDemo:
         """bool [B, T]: the teacher's tokens in A; those of B are the other masked tokens that belong to a chunk.
 
         Tokens of no chunk are in neither half: they are never scored and never revealed. The EOS that fill up the last
-        block go with the first one also by token: revealed alone, they would tell where the response ends.
+        block go with the first one also by token: revealed alone, they would show where the response ends.
         """
         teacher = batch.teacher
         assert teacher is not None

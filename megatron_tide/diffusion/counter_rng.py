@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, not to a run.
+"""Counter-based random numbers that belong to a sample, not to a run.
 
 Every draw is a pure function of (seed, epoch, sample key, stream): world size, micro-batch, order, padding and resuming
 cannot change it. The key of the counter-based Philox generator is a hash of those four, and its raw words are turned
@@ -27,7 +27,7 @@ def uniforms(seed: int, epoch: int, key: int, stream: bytes, count: int) -> np.n
 
 
 def uniform_rows(seed: int, epoch: int, keys_B: torch.Tensor, counts_B: torch.Tensor, stream: bytes) -> torch.Tensor:
-    """One row of draws a sample: float64 [B, max(counts)]; +inf, which no rate exceeds, after a sample's own count."""
+    """One row of draws per sample: float64 [B, max(counts)]; +inf, above every rate, past a sample's own count."""
     counts = counts_B.tolist()
     rows = np.full((len(counts), max(counts, default=0)), np.inf)
     for row, key, count in zip(rows, keys_B.tolist(), counts, strict=True):

@@ -1,4 +1,4 @@
-"""A noised batch as the training step wants it: two model inputs, and the rows that are scored and compared.
+"""A noised batch in the form the training step needs: two model inputs, and indices of the scored positions.
 
 Shapes: B samples, S / T positions of student / teacher, M student rows, R teacher rows, K active chunks, P pairs, N
 noise levels.
@@ -64,12 +64,12 @@ class DistillBatch(TensorDataclass):
 def build_inputs(
     batch: Batch, noise: Noise, *, student_block: int, student_mask_id: int, teacher: TeacherLayout | None
 ) -> DistillBatch:
-    """Lay out ``batch`` under ``noise`` for the student (always the staircase) and, if asked, for the teacher.
+    """Lay out ``batch`` under ``noise`` for the student (always the staircase) and, if given, for the teacher.
 
-    Raises ValueError when a teacher is asked about data that was prepared without one.
+    Raises ValueError for a teacher and data that was prepared without one.
     """
     if teacher is not None and batch.teacher is None:
-        raise ValueError("this data has no teacher's side: prepare it with a bridge, or train without a teacher")
+        raise ValueError("this data holds no teacher tokens: prepare it with a bridge, or train without a teacher")
     active_BC = noise.chunk_masked if teacher is not None else torch.zeros_like(noise.chunk_masked)
     chunk_level_K = noise.chunk_level[active_BC]
     chunk_id_BC = torch.where(active_BC, active_BC.flatten().cumsum(0).view_as(active_BC) - 1, -1)
@@ -79,7 +79,7 @@ def build_inputs(
         batch.student, noise.student_masked, sample_M, position_M, block=student_block, mask_id=student_mask_id
     )
     student_chunk_M = _active(batch.student, chunk_id_BC)[sample_M, position_M]
-    asked, targets_R, teacher_chunk_R = _ask(batch, noise, chunk_id_BC, teacher)
+    teacher_input, targets_R, teacher_chunk_R = _teacher_input(batch, noise, chunk_id_BC, teacher)
     pair_student_P, pair_teacher_P, pair_chunk_P = _pairs(student_chunk_M, teacher_chunk_R, len(chunk_level_K))
     return DistillBatch(
         rate=noise.rate.float(),
@@ -88,7 +88,7 @@ def build_inputs(
         student_targets=batch.student.ids[sample_M, position_M],
         student_level=noise.student_level[sample_M, position_M],
         student_chunk=student_chunk_M,
-        teacher=asked,
+        teacher=teacher_input,
         teacher_targets=targets_R,
         teacher_chunk=teacher_chunk_R,
         chunk_level=chunk_level_K,
@@ -100,7 +100,7 @@ def build_inputs(
     )
 
 
-def _ask(
+def _teacher_input(
     batch: Batch, noise: Noise, chunk_id_BC: torch.Tensor, teacher: TeacherLayout | None
 ) -> tuple[ModelInput | None, torch.Tensor, torch.Tensor]:
     """The teacher's input, the gold tokens [R] of its rows and their active chunks [R]."""
@@ -121,12 +121,12 @@ def _ask(
         masked = torch.cat([masked & ~first_BT, masked & ~second_BT])
         sample_R = sample_R + len(tokens.ids) * first_BT[sample_R, position_R]
         tokens = _twice(tokens)
-    asked = teacher.context(tokens, masked, sample_R, position_R, block=teacher.block, mask_id=teacher.mask_id)
-    return asked, targets_R, chunk_R
+    model_input = teacher.context(tokens, masked, sample_R, position_R, block=teacher.block, mask_id=teacher.mask_id)
+    return model_input, targets_R, chunk_R
 
 
 def _active(tokens: Tokens, chunk_id_BC: torch.Tensor) -> torch.Tensor:
-    """int64 [B, S]: the active chunk of each token, -1 for a token of none."""
+    """int64 [B, S]: the active chunk of each token, -1 for a token in none."""
     none_B1 = torch.full((len(chunk_id_BC), 1), -1)
     index_BS = torch.where(tokens.chunk >= 0, tokens.chunk, chunk_id_BC.shape[1]).long()
     return torch.cat([chunk_id_BC, none_B1], 1).gather(1, index_BS)

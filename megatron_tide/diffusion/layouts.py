@@ -1,7 +1,7 @@
-"""How much of a sample a model sees, and the input it is given for it.
+"""Attention layouts: which part of a sample a model sees, and the model input for it.
 
 Shapes: N sequences (the batch, or twice the batch under CompDemo), S positions of the tokens, L positions of the input,
-M rows asked for.
+M scored rows.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelInput(TensorDataclass):
-    """One forward: input_ids and position_ids int64 [N, L], the attention pattern, and rows int64 [M].
+    """One forward: input_ids and position_ids int64 [N, L], the attention mask, and rows int64 [M].
 
-    rows index the flattened N * L positions whose predictions are wanted, in the order they were asked for. There is no
+    rows: indices into the flattened N * L positions whose predictions are scored, in order. There is no
     right shift: the output at a row predicts that row's token. Padding holds some token of the vocabulary.
     """
 
@@ -34,9 +34,9 @@ class ModelInput(TensorDataclass):
 
 
 class AttentionLayout(Protocol):
-    """A way to show noised tokens to a model.
+    """Builds a model's input from noised tokens.
 
-    The input for ``tokens`` with ``masked`` bool [N, S], asked for the rows (sample, position), int64 [M] each;
+    The input for ``tokens`` with ``masked`` bool [N, S], scored at (sample, position), int64 [M] each;
     ``block`` is the model's block size, ``mask_id`` its mask token.
     """
 

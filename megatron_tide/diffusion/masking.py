@@ -1,6 +1,6 @@
 """The noise of a batch: rates, and masks on both sides, so that a chunk is masked on both or on neither.
 
-Shapes: B samples, S student positions, T teacher positions, C chunks of the sample that has most, N noise levels.
+Shapes: B samples, S student positions, T teacher positions, C chunks of the sample with most chunks, N noise levels.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ChunkMasking:
     """Chunks are drawn: every token's rate is exactly the noise's, so the denoising loss is unbiased."""
 
     def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
-        """The draw of the chunk's first token stands for the chunk; the others are not looked at."""
+        """The draw of the chunk's first token stands for the chunk; the others are ignored."""
         return _at_first(drawn_BS, first_BC)
 
 
@@ -90,7 +90,8 @@ def noise(
     schedule: NoiseSchedule = LINEAR,
     t: torch.Tensor | np.ndarray | None = None,
 ) -> Noise:
-    """Draw the noise of a batch: a pure function of (seed, epoch, sample key), whatever the batch around a sample.
+    """Draw the noise of a batch: a pure function of (seed, epoch, sample key), independent of the other samples in the
+    batch.
 
     The schedule draws one time per sample, unless ``t`` is given ([B], in (0, 1]; the same draws of tokens are then
     compared with its rates). Units of masking on the student's side: chunks, and each response token that no chunk
@@ -138,7 +139,7 @@ def response(tokens: Tokens) -> torch.Tensor:
 def _given(t: torch.Tensor | np.ndarray, samples: int) -> torch.Tensor:
     t_B = torch.as_tensor(t, dtype=torch.float64)
     if t_B.shape != (samples,):
-        raise ValueError(f"timesteps of shape {list(t_B.shape)} for a batch of {samples}: give one a sample")
+        raise ValueError(f"timesteps of shape {list(t_B.shape)} for a batch of {samples}: give one per sample")
     if not bool(((t_B > 0) & (t_B <= 1)).all()):
         raise ValueError("timesteps must lie in (0, 1]: 0 masks nothing and has an infinite loss weight")
     return t_B

@@ -1,4 +1,4 @@
-"""Dataclasses of tensors that travel as one."""
+"""Dataclasses whose tensors move between devices together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ Self = TypeVar("Self", bound="TensorDataclass")
 
 
 class TensorDataclass:
-    """Base of a dataclass whose tensors (and other Movables) move together; everything else is carried along."""
+    """Base of a dataclass whose tensors (and other TensorDataclasses) move together; other fields are copied as they
+    are.
+    """
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """A copy whose tensors are on ``device``; ``non_blocking`` helps only after ``pin_memory``."""

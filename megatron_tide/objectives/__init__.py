@@ -1,8 +1,8 @@
 """Log-probs -> loss: denoising, chunk objectives, distribution objectives, TIDAL, and the strategies made of them.
 
 ``chunk`` compares one number per chunk, whatever the tokenizers; ``distribution`` compares whole rows where both
-sides spell a chunk with one token; ``tidal`` says how strongly; ``table`` puts them together by name and ``strategy``
-is what a training step calls. To add an objective: write ``term(student, target)`` in ``chunk`` (or ``rows`` in
+sides spell a chunk with one token; ``tidal`` gives the strength; ``table`` combines them by name; a training step
+calls ``strategy``. To add an objective: write ``term(student, target)`` in ``chunk`` (or ``rows`` in
 ``distribution``) and its line in the table there.
 """
 

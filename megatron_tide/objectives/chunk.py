@@ -1,6 +1,6 @@
 """Chunk objectives: one Bernoulli per chunk, for teachers with another tokenizer (TIDE, CALM and Reverse CALM).
 
-A chunk's log-prob is the sum over its gold tokens; p = exp(LP / T) says how likely a side finds the whole chunk.
+A chunk's log-prob is the sum over its gold tokens; p = exp(LP / T) is a model's probability of the complete chunk.
 Everything is done in log space, in fp32 or wider: a chunk is one event among very many, its p is often far below what
 1 - p can resolve.
 
@@ -87,7 +87,7 @@ def reverse_calm(student: Bernoulli, target: Bernoulli) -> Tensor:
     """Reverse CALM: -[p_s log p_t + (1-p_s) log(1-p_t)].
 
     Linear in p_s with slope -log(p_t/(1-p_t)), which only the frozen teacher decides: a chunk whose teacher log-prob
-    lies below -T ln 2 is pushed DOWN, and one the student finds impossible is left alone.
+    lies below -T ln 2 is pushed DOWN, and one the student finds impossible gets no gradient.
     """
     return -(student.log_p.exp() * target.log_p - torch.expm1(student.log_p) * target.log_q)
 
@@ -117,8 +117,8 @@ def chunk_loss(
     """Mean of a chunk objective over the active chunks.
 
     ``student_logp``, ``teacher_logp`` [B, C]: chunk log-probs (sums over the chunk's gold tokens, natural log; not yet
-    divided by T). ``active`` bool [B, C]: chunks that are masked and whole on both sides; what stands in the others is
-    never looked at. ``kind``: calm, reverse_calm or bernoulli_kl. Returns a scalar, 0 with a graph where no chunk is
+    divided by T). ``active`` bool [B, C]: chunks that are masked and complete on both sides; the
+    others are ignored. ``kind``: calm, reverse_calm or bernoulli_kl. Returns a scalar, 0 with a graph where no chunk is
     active.
     """
     objective = named(CHUNK_OBJECTIVES, kind, "chunk objective")
@@ -130,7 +130,7 @@ def chunk_loss(
 
 
 def chunk_logp(token_logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
-    """Token log-probs [N] summed into their chunks -> [chunks]; ``chunk_N`` int64, -1 for a token of none."""
+    """Token log-probs [N] summed into their chunks -> [chunks]; ``chunk_N`` int64, -1 for a token in no chunk."""
     logp_N = at_least_fp32(token_logp_N)
     # One slot more takes the -1s: selecting them away would wait for the device.
     slot_N = torch.where(chunk_N < 0, chunks, chunk_N)

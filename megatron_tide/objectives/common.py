@@ -1,5 +1,4 @@
-"""Small things every objective needs: a name looked up in a table, a precision, a mean over a global count, and metrics
-by bins."""
+"""Shared by all objectives: lookup by name, precision, means over a global count, metrics by bins."""
 
 from __future__ import annotations
 
@@ -13,14 +12,14 @@ Entry = TypeVar("Entry")
 
 
 def named(table: Mapping[str, Entry], name: str, what: str) -> Entry:
-    """``table[name]``, or ValueError with the valid names; ``what``: how the message calls an entry."""
+    """``table[name]``, or ValueError with the valid names; ``what``: the word for an entry in the message."""
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; use one of {', '.join(table)}")
     return table[name]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Log-probs and logits are worked on in fp32, or in fp64 if they come so."""
+    """``x`` in fp32, or in fp64 if it is already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

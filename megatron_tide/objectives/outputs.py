@@ -1,4 +1,4 @@
-"""What goes into an objective: the teacher's answer, the student's scores, and the counts that the means divide by.
+"""Inputs of an objective: the teacher's outputs, the student's scores, and the counts that means divide by.
 
 Shape legend: M masked student rows, R scored teacher tokens, K active chunks, P one-to-one chunks ("pairs"), V
 vocabulary, H hidden.
@@ -13,11 +13,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOutputs:
-    """What a frozen teacher says about one micro-batch: numbers or hidden rows, never logits.
+    """A frozen teacher's outputs for one micro-batch: numbers or hidden states, never logits.
 
     ``target_logprobs`` [R]: log-prob of each scored teacher token. ``hidden`` [P, H_t]: the teacher's last hidden state
-    at each pair, and ``head_weight`` [V_t, H_t], its head, from which the logits of a few rows at a time are made.
-    A field no objective asked for (``Strategy.needs_target_logprobs``, ``Strategy.needs_hidden``) is None. Nothing here
+    at each pair, and ``head_weight`` [V_t, H_t], its head, from which the logits of a few rows at a time are made. A
+    field that no objective needs (``Strategy.needs_target_logprobs``, ``Strategy.needs_hidden``) is None. Nothing here
     carries a gradient.
     """
 
@@ -36,7 +36,7 @@ class StudentScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What the means divide by, summed over every rank and every micro-batch of the step.
+    """Denominators of the means, summed over all ranks and micro-batches of the step.
 
     A loss is a local sum over a global count: the curve does not depend on how a batch is spread over ranks.
 

@@ -1,8 +1,9 @@
-"""A strategy: which objectives listen to the teacher, and how; built once from its name (``table.build_strategy``).
+"""A strategy: the objectives that use the teacher, with their settings; built once from its name
+(``table.build_strategy``).
 
 A training step uses three methods, in order: ``strength`` (TIDAL's lambda per noise level), ``score`` (the student's
 head on its masked rows: one number per row, never [B, S, V]) and ``loss`` (a local sum over global counts). None of
-them waits for the device.
+them synchronises with the device.
 
 Shapes: N noise levels (see ``diffusion.masking.Noise``), M masked student rows, R scored teacher tokens, K active
 chunks, P pairs (one-to-one chunks), V vocabulary, H hidden.
@@ -76,7 +77,7 @@ class DistributionTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """What is distilled and how.
+    """A distillation loss with its settings.
 
     ``chunk`` scores chunks by their gold tokens, ``rows`` compares whole distributions on pairs. With both, each
     active chunk is counted once: pairs take the rows' term, the others the chunk term.
@@ -94,12 +95,12 @@ class Strategy:
 
     @property
     def needs_target_logprobs(self) -> bool:
-        """Whether the teacher's gold log-probs [R] are asked for."""
+        """Whether the teacher's gold log-probs [R] are needed."""
         return self.chunk is not None
 
     @property
     def needs_hidden(self) -> bool:
-        """Whether the teacher's hidden rows at pairs [P, H_t] are asked for."""
+        """Whether the teacher's hidden rows at pairs [P, H_t] are needed."""
         return self.rows is not None
 
     @property
@@ -125,7 +126,7 @@ class Strategy:
     ) -> StudentScores:
         """Run the student's head once over its masked rows; pairs get their divergence in the same pass.
 
-        ``slice_rows``: rows whose logits exist at once; None leaves it to the head.
+        ``slice_rows``: number of rows whose logits exist at once; None: the head decides.
         """
         if self.rows is None:
             return StudentScores(target_logprobs(hidden_MH, head_weight_VH, batch.student_targets, slice_rows), None)
@@ -208,9 +209,9 @@ class Strategy:
 
 
 class _PairScores:
-    """What the head computes on the logits of a few pairs: (gold log-prob, divergence), each [m].
+    """What the head computes from the logits of a slice of pairs: (target log-prob, divergence), each [m].
 
-    The teacher's logits of the same few rows are made beside them, from its hidden rows; they carry no gradient.
+    The teacher's logits of the same rows are computed here from its hidden states, without gradient.
     """
 
     def __init__(self, term: DistributionTerm, teacher: TeacherOutputs) -> None:
@@ -228,8 +229,8 @@ class _PairScores:
 
 
 def _complement(some_P: Tensor, size: int) -> Tensor:
-    """The indices below ``size`` that are not in ``some_P``, in order. Their number is known, so the device is not
-    waited for."""
+    """The indices below ``size`` that are not in ``some_P``, in order. Their number is known, so there is no
+    device synchronisation."""
     is_other = torch.ones(size, dtype=torch.int8, device=some_P.device).index_fill(0, some_P, 0)
     return is_other.argsort(stable=True)[some_P.numel() :]
 

@@ -1,4 +1,4 @@
-"""The strategies by name, and how a name and its switches become a ``Strategy``.
+"""The strategies by name, and ``build_strategy``: a name with its switches -> ``Strategy``.
 
 A new strategy is one line in ``STRATEGIES``.
 """
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategySpec:
-    """One strategy's parts, by name; a switch of the run replaces its part.
+    """The parts of one strategy, by name; a flag of the run replaces its part.
 
     ``chunk_tidal`` and ``distribution_tidal``: what TIDAL does to each objective (``--tidal`` replaces both).
-    ``where_vocabularies_differ``: the recipe that stands in where the two tokenizers are not the same.
+    ``where_vocabularies_differ``: the spec used instead where the two tokenizers differ.
     """
 
     meaning: str
@@ -81,17 +81,16 @@ _UNITS = {"chunk": False, "token": True}
 def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     """The strategy that ``config`` names, with its switches applied.
 
-    ``bridge`` may be None where nothing needs to know which tokens the two vocabularies share: for bd3lm and chunk
-    objectives. ValueError (one line) for an unknown word, a number out of range, or parts that do not go together.
-    Warns, once, where TIDAL mixes the target of a reversed objective, and where CompDemo would split chunks that
-    are scored whole.
+    ``bridge`` may be None where the shared vocabulary does not matter: for bd3lm and chunk objectives. ValueError (one
+    line) for an unknown word, a number out of range, or parts that do not go together. Warns, once, where TIDAL mixes
+    the target of a reversed objective, and where CompDemo would split chunks that are scored whole.
     """
-    recipe = _recipe(config, bridge)
-    chunk = named(_CHUNK, _either(config.chunk_objective, recipe.chunk), "chunk objective")
-    rows = named(_DISTRIBUTION, _either(config.distribution_objective, recipe.distribution), "distribution objective")
-    chunk_tidal = named(TIDAL_USES, _either(config.tidal, recipe.chunk_tidal), "TIDAL use")
-    rows_tidal = named(TIDAL_USES, _either(config.tidal, recipe.distribution_tidal), "TIDAL use")
-    compdemo = recipe.compdemo if config.compdemo is None else config.compdemo
+    spec = _spec(config, bridge)
+    chunk = named(_CHUNK, _either(config.chunk_objective, spec.chunk), "chunk objective")
+    rows = named(_DISTRIBUTION, _either(config.distribution_objective, spec.distribution), "distribution objective")
+    chunk_tidal = named(TIDAL_USES, _either(config.tidal, spec.chunk_tidal), "TIDAL use")
+    rows_tidal = named(TIDAL_USES, _either(config.tidal, spec.distribution_tidal), "TIDAL use")
+    compdemo = spec.compdemo if config.compdemo is None else config.compdemo
     _check_numbers(config)
     if chunk is None and rows is None:
         _check_nothing_distilled(config)
@@ -124,15 +123,15 @@ def _either(switch: str | None, default: str) -> str:
     return default if switch is None else switch
 
 
-def _recipe(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
-    recipe = named(STRATEGIES, config.strategy, "strategy")
-    if recipe.where_vocabularies_differ is None:
-        return recipe
+def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
+    spec = named(STRATEGIES, config.strategy, "strategy")
+    if spec.where_vocabularies_differ is None:
+        return spec
     if bridge is None:
         raise ValueError(
             f"strategy {config.strategy!r} depends on whether the two tokenizers are the same; give it their bridge"
         )
-    return recipe if bridge.shared else recipe.where_vocabularies_differ
+    return spec if bridge.shared else spec.where_vocabularies_differ
 
 
 def _curve(config: StrategyConfig) -> TidalCurve:
@@ -154,14 +153,14 @@ def _check_numbers(config: StrategyConfig) -> None:
 def _check_nothing_distilled(config: StrategyConfig) -> None:
     """Without an objective, a switch that would change one is a mistake, and so is a strategy that lost all of its
     own."""
-    recipe = STRATEGIES[config.strategy]
-    if (recipe.chunk, recipe.distribution) != ("none", "none"):
+    spec = STRATEGIES[config.strategy]
+    if (spec.chunk, spec.distribution) != ("none", "none"):
         raise ValueError(f"strategy {config.strategy!r} is left without an objective; use strategy bd3lm for none")
     idle = {"tidal": config.tidal not in (None, "off"), "tidal_midrange": config.tidal_midrange}
     for switch, is_on in (idle | {"compdemo": bool(config.compdemo)}).items():
         if is_on:
             raise ValueError(
-                f"{switch} has no effect on strategy {config.strategy!r}, which asks no teacher; "
+                f"{switch} has no effect on strategy {config.strategy!r}, which uses no teacher; "
                 "name an objective or drop it"
             )
 

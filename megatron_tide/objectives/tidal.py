@@ -1,4 +1,4 @@
-"""TIDAL: how strongly to listen to the teacher (TIDE, TIDAL section).
+"""TIDAL: strength of the teacher's signal over training progress and timestep (TIDE, TIDAL section).
 
 Early in training the student cannot follow the teacher's tail, and at high t the teacher, too, guesses. Both axes
 give one number per sample, lambda in [0, 1]. It either MIXES the target (the student's own, detached, prediction
@@ -71,7 +71,7 @@ def mixed_rows(student_mD: Tensor, teacher_mD: Tensor, strength_m: Tensor) -> Te
 def mixed_chunks(student: Bernoulli, teacher: Bernoulli, strength: Tensor) -> Bernoulli:
     """p_mix = (1 - lambda) p_s + lambda p_t and its complement, DETACHED, in log space; all shapes [...] equal.
 
-    It stands in the teacher's place, so the teacher's floor applies to it: what a chunk can ask for stays bounded.
+    It replaces the teacher, so the teacher's floor applies to it: a chunk's gradient stays bounded.
     """
     with torch.no_grad():
         share = strength.to(student.log_p.dtype)

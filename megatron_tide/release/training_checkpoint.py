@@ -126,7 +126,7 @@ def _step_folder(path: Path) -> Path:
         return path
     steps = sorted(folder for folder in path.glob(f"{PREFIX}*") if (folder / CHECKSUMS).is_file())
     if not steps:
-        raise ValueError(f"{path}: holds no whole checkpoint ({PREFIX}*/{CHECKSUMS}); has the run saved one yet?")
+        raise ValueError(f"{path}: holds no complete checkpoint ({PREFIX}*/{CHECKSUMS}); has the run saved one yet?")
     return steps[-1]
 
 

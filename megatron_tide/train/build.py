@@ -1,6 +1,6 @@
-"""From checked inputs to the parts of a run: load, build, probe.
+"""Build what a run works with from its checked inputs: models, engine, teacher backend, loader.
 
-Every refusal happens before the first step, on every rank alike.
+Every error is raised before the first step, on all ranks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from megatron_tide.train.teacher_probe import check_teacher
 def build(
     config: DistillConfig, inputs: RunInputs, world: DistContext, backend: Any = None
 ) -> tuple[TrainContext, MicrobatchLoader]:
-    """Load the models, start the engine, place the teacher; or take ``backend``, one that is placed already.
+    """Load the student, start its engine and build the teacher backend (or use ``backend``, an existing one).
 
     Raises:
-        ValueError: also for a run that cannot fit here, before anything is loaded.
+        ValueError: among others for a run that does not fit on this machine, before anything is loaded.
     """
     if backend is None:
         check_plan(config, inputs.strategy, inputs.data.stats, world)
@@ -75,19 +75,19 @@ def build(
 def probe(
     config: DistillConfig, inputs: RunInputs, context: TrainContext, loader: MicrobatchLoader, state: TrainState
 ) -> None:
-    """Before a run's first step, refuse a teacher that knows no more than chance (``check_teacher``'s ValueError)."""
+    """Before the first step, refuse a teacher that is no better than chance (ValueError of ``check_teacher``)."""
     if state.step or config.teacher.skip_teacher_probe or not inputs.strategy.needs_teacher:
         return
     side = inputs.data.manifest["teacher"]
     mean = check_teacher(context, loader(0), side["vocab_size"], config.paths.teacher, side["mask_id"])
     uniform = -math.log(side["vocab_size"])
     context.world.print_rank0(
-        f"teacher: {mean:.2f} nats a gold token on the first window; a uniform guess is {uniform:.2f}"
+        f"teacher: {mean:.2f} nats per target token in the first step's data; a uniform guess gives {uniform:.2f}"
     )
 
 
 def measurement(config: DistillConfig, inputs: RunInputs, context: TrainContext) -> Callable[[], dict[str, float]]:
-    """What ``--eval-every`` measures: the student's held-out values (a collective)."""
+    """The measurement of ``--eval-every``: the student on held-out data (a collective)."""
 
     def measure() -> dict[str, float]:
         from megatron_tide.evaluate import student_side, validate
@@ -101,10 +101,10 @@ def measurement(config: DistillConfig, inputs: RunInputs, context: TrainContext)
 
 
 def starting_point(config: DistillConfig, inputs: RunInputs, context: TrainContext) -> TrainState:
-    """Where to begin: ``--resume`` decides; a checkpoint of another run is refused.
+    """The state to start from, as ``--resume`` says; a checkpoint of a different run is refused.
 
     Raises:
-        ValueError: naming the first knob or fingerprint that differs, or the folder that is already in use.
+        ValueError: names the first flag or fingerprint that differs, or the folder that is in use.
     """
     start = TrainState(step=0, total_steps=inputs.total_steps)
     folder = _resume_folder(config, context.world)
@@ -120,27 +120,27 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
     out, resume = Path(config.paths.out), config.save.resume
     if resume == "never":
         if any(out.glob(f"{checkpoint.PREFIX}*")):
-            raise ValueError(f"--resume never: {out} already holds checkpoints; take another --out or --resume auto")
+            raise ValueError(f"--resume never: {out} already holds checkpoints; use another --out or --resume auto")
         return None
     if resume != "auto":
         checkpoint.verify(Path(resume))
         return Path(resume)
-    # Rank 0 checks the sums once for all: the files are shared, reading them world times is not a better check.
+    # Rank 0 verifies for all ranks: the files are shared.
     found = world.broadcast_object(checkpoint.newest_complete(out, world.print_rank0) if world.is_main else None)
     if found is None and any(out.glob(f"{checkpoint.PREFIX}*")):
-        raise ValueError(f"{out}: none of its checkpoints is whole; remove them to start over, or take another --out")
+        raise ValueError(f"{out}: none of its checkpoints is complete; remove them to start over, or use another --out")
     return found
 
 
 def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run had other curve-deciding knobs, data or bridge."""
+    """Refuse a checkpoint whose run had other loss-affecting flags, data or bridge."""
     theirs = checkpoint.read_description(folder)["run"]
     for flag, mine in run["affects_loss"].items():
         if theirs["affects_loss"].get(flag) != mine:
             raise ValueError(
-                f"{folder} was trained with {flag} = {theirs['deciding'].get(flag)!r}, this run has {mine!r}: "
-                f"take that value, another --out, or remove the folder"
+                f"{folder} was trained with {flag} = {theirs['affects_loss'].get(flag)!r}, this run has {mine!r}: "
+                f"use that value or another --out, or remove the folder"
             )
     for what in ("data_fingerprint", "bridge_fingerprint", "total_steps"):
         if theirs[what] != run[what]:
-            raise ValueError(f"{folder} was trained with another {what.split('_')[0]}: take another --out, or that one")
+            raise ValueError(f"{folder} was trained with another {what.split('_')[0]}: use another --out")

@@ -1,14 +1,14 @@
-"""Checkpoints that do not know the topology: whole fp32 tensors by parameter name, safetensors and JSON, no pickle.
+"""Topology-free checkpoints: full fp32 tensors by parameter name, in safetensors and JSON, no pickle.
 
     runs/NAME/run.json                  what the run is (config, strategy, fingerprints)
     runs/NAME/step-00000020/
         model.safetensors               fp32 master weights
         exp_avg.safetensors exp_avg_sq.safetensors
         trainer.json                    TrainState, and run.json again: a checkpoint describes itself
-        checksums.json                  sha256 of every file above; its presence makes the checkpoint whole
+        checksums.json                  sha256 of every file above; written last, it makes the checkpoint complete
 
 A checkpoint is written under a temporary name, flushed to disk, checksummed and renamed: a run that dies at any moment
-leaves the earlier ones as they were. Any ZeRO stage, offload and world size reads what any other wrote.
+leaves the earlier checkpoints intact. Any ZeRO stage, offload and world size reads what any other wrote.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PREFIX, TEMPORARY = "step-", ".saving-"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that a run needs to go on beside its tensors; data order and noise are pure functions of ``step``."""
+    """What a run needs besides its tensors to resume; data order and noise are pure functions of ``step``."""
 
     step: int  # optimizer steps taken
     total_steps: int
@@ -56,7 +56,7 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
     """Write one checkpoint (a collective), then remove all but the newest ``keep``.
 
     Raises:
-        OSError: on every rank, when rank 0 could not write; the earlier checkpoints stay whole.
+        OSError: on every rank, when rank 0 could not write; the earlier checkpoints are untouched.
     """
     final = checkpoint_folder(run_folder, state.step)
     draft = run_folder / f"{TEMPORARY}{final.name}"
@@ -75,8 +75,8 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
         if world.is_main:
             shutil.rmtree(draft, ignore_errors=True)
         raise OSError(
-            f"could not save {final}: {told}; free some space and start again: --resume auto goes on "
-            f"from the newest whole checkpoint"
+            f"could not save {final}: {told}; free disk space and run the same command again: "
+            "--resume auto continues from the newest complete checkpoint"
         )
     if world.is_main:
         _prune(run_folder, keep)
@@ -84,10 +84,10 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
 
 
 def restore(folder: Path, engine: Any) -> TrainState:
-    """Put a whole checkpoint into the engine's partitions; each rank reads for itself.
+    """Load a checkpoint into the engine's partitions; each rank reads its own part.
 
     Raises:
-        ValueError: when its parameters are not this model's.
+        ValueError: when its parameters differ from this model's.
     """
     state = TrainState(**read_description(folder)["state"])
     with safe_open(folder / WEIGHTS, "pt") as weights:
@@ -106,22 +106,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     """``{"state": ..., "run": ...}`` of a checkpoint.
 
     Raises:
-        ValueError: for a file that is no such thing.
+        ValueError: when the file is not a checkpoint description.
     """
     found = read_json(folder / STATE, "take another checkpoint")
     state = found.get("state")
     if not isinstance(found.get("run"), dict) or not isinstance(state, dict) or set(state) != set(_STATE):
-        raise ValueError(f"{folder / STATE}: does not describe a checkpoint of this version; take another checkpoint")
+        raise ValueError(f"{folder / STATE}: is not a checkpoint description of this version; use another checkpoint")
     return found
 
 
 def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose checksums hold; a damaged one is named to ``tell`` and passed over."""
+    """The newest checkpoint whose checksums match; a corrupt one is reported through ``tell`` and skipped."""
     for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
         try:
             verify(folder)
         except ValueError as error:
-            tell(f"warning: {error}; taking the checkpoint before it")
+            tell(f"warning: {error}; using the checkpoint before it")
             continue
         return folder
     return None
@@ -131,20 +131,20 @@ def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its checksum.
 
     Raises:
-        ValueError: naming the first file that is missing or damaged.
+        ValueError: names the first file that is missing or corrupt.
     """
     try:
         accumulator = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         accumulator = None
     if not isinstance(accumulator, dict):
-        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so this is not a whole checkpoint")
+        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
     for name, expected in accumulator.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path}: missing from the checkpoint")
         if sha256_file(path) != expected:
-            raise ValueError(f"{path}: damaged (its checksum differs)")
+            raise ValueError(f"{path}: corrupt (its checksum differs)")
 
 
 class _Lazy:
@@ -158,7 +158,7 @@ class _Lazy:
 
 
 def _gathered(engine: Any, world: DistContext) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-    """(file, tensors) one file at a time; all ranks take part, only rank 0 keeps the tensors."""
+    """(file, tensors) one file at a time; a collective, only rank 0 keeps the tensors."""
     yield WEIGHTS, _collect(engine, world, full_master_weight)
     for moment in MOMENTS:
         yield f"{moment}.safetensors", _collect(engine, world, lambda p, m=moment: full_moment(p, m))

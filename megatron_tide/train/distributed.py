@@ -1,7 +1,6 @@
-"""The ranks of a run: who am I, what device is mine, and the few collectives that training needs beside DeepSpeed's.
+"""The ranks of a run: rank, device, and the few collectives that training needs besides DeepSpeed's.
 
-Numbers that every rank already holds on the host (counts, a stop request) travel over a gloo group, so that they
-cost no device synchronisation.
+Numbers that are on the CPU already (counts, a stop request) use a gloo group, so they cost no device synchronisation.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class DistContext:
-    """One rank's view of the run. ``host_group`` is a gloo group over all ranks; ``trace``: what this one is doing."""
+    """One rank of the run. ``host_group``: gloo group over all ranks; ``trace``: this rank's last activity."""
 
     rank: int
     size: int
@@ -41,7 +40,7 @@ class DistContext:
         return self.rank == 0
 
     def print_rank0(self, line: str) -> None:
-        """Print a line, once for all ranks."""
+        """Print a line on rank 0."""
         if self.is_main:
             print(line, flush=True)
 
@@ -65,14 +64,14 @@ class DistContext:
         return tensor
 
     def broadcast_object(self, value: Any) -> Any:
-        """What rank 0 passes, on every rank."""
+        """Rank 0's ``value``, on every rank."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
     def gather_object_to_main(self, value: Any) -> list[Any]:
-        """What each rank passes, by rank, on rank 0; [] on the others."""
+        """Every rank's ``value``, ordered by rank, on rank 0; [] on the others."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -81,10 +80,10 @@ class DistContext:
 
 
 def launched_ranks() -> int:
-    """How many ranks the launcher's environment speaks of; 1 without a launcher.
+    """Number of ranks according to the launcher's environment; 1 without a launcher.
 
     Raises:
-        ValueError: a number of the environment that is none, or a rank outside its world.
+        ValueError: a variable that is not a number, or a rank outside its world size.
     """
     found = {name: os.environ.get(name, default) for name, default in LAUNCH.items()}
     for name, value in found.items():
@@ -97,7 +96,7 @@ def launched_ranks() -> int:
 
 
 def init_distributed() -> DistContext:
-    """Join the process group that torchrun, the deepspeed launcher or Slurm describes; alone if nobody does.
+    """Join the process group that torchrun, the deepspeed launcher or Slurm describes; a group of one without them.
 
     Raises:
         ValueError: as :func:`launched_ranks`.

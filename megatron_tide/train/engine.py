@@ -1,7 +1,7 @@
-"""The DeepSpeed engine of the student: ds_configs JSON + the run's knobs -> engine; ZeRO state by parameter name.
+"""The DeepSpeed engine of the student: ds_configs JSON + the run's flags -> engine; ZeRO state by parameter name.
 
-ds_configs hold how memory and communication are arranged. Batch sizes, learning rate and precision belong to the run
-and are filled in here, so that they exist once.
+ds_configs set memory and communication. Batch sizes, learning rate and precision come from the run's flags and are
+filled in here, so that each is stated once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def student_ds_config(path: str) -> dict[str, Any]:
-    """A ds_configs file for the student.
+    """Read a ds_configs file for the student.
 
     Raises:
         ValueError: as ``read_ds_config``, or for a ZeRO stage that the student cannot use.
@@ -35,7 +35,7 @@ def student_ds_config(path: str) -> dict[str, Any]:
 
 
 def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of the student."""
+    """The complete DeepSpeed configuration of the student."""
     train = config.train
     settings = student_ds_config(train.deepspeed)
     offloads = "offload_optimizer" in settings["zero_optimization"]
@@ -85,7 +85,7 @@ def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) ->
 
 
 def skipped(engine: Any) -> bool:
-    """Whether the last optimizer step was left out because the gradient's norm, a global one, was not finite."""
+    """Whether the last optimizer step was skipped because the global gradient norm was not finite."""
     return bool(engine.optimizer.overflow)
 
 
@@ -104,21 +104,21 @@ def trained_parameters(engine: Any) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def full_master_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """The whole fp32 weight, gathered from all ranks (a collective)."""
+    """The full fp32 weight, gathered from all ranks (a collective)."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
 
 
 def full_moment(parameter: nn.Parameter, moment: str) -> torch.Tensor:
-    """The whole fp32 Adam moment, gathered from all ranks (a collective)."""
+    """The full fp32 Adam moment, gathered from all ranks (a collective)."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, moment)
 
 
 def restore_state(engine: Any, weights: Any, moments: dict[str, Any], steps_taken: int) -> None:
-    """Put a checkpoint's tensors back into this rank's partitions; ``weights[name]`` yields a whole fp32 tensor."""
+    """Put a checkpoint's tensors back into this rank's partitions; ``weights[name]`` yields a full fp32 tensor."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     _make_moments(engine, steps_taken)

@@ -1,6 +1,6 @@
-"""What a run reads, compared: configuration, data, tokenizers, bridge. No model code is imported: a dry run is quick.
+"""Read and cross-check a run's inputs: configuration, data, tokenizers, bridge. Imports no model code: fast dry runs.
 
-Every refusal happens before the first step, on every rank alike.
+Every error is raised before the first step, on all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_tide.train.engine import engine_settings
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run reads, checked against each other; nothing large is loaded yet."""
+    """A run's inputs, checked against each other; no weights are loaded yet."""
 
     data: PreparedData
     validation: PreparedData | None
@@ -32,10 +32,10 @@ class RunInputs:
 
 
 def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
-    """Open data, tokenizers and bridge, and refuse any that do not belong together.
+    """Open data, tokenizers and bridge, and check that they belong together.
 
     Raises:
-        ValueError: one line: which artefact differs from which, and the fix.
+        ValueError: one line: which artifact differs from which, and the fix.
     """
     paths = config.paths
     engine_settings(config, world_size)
@@ -48,7 +48,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         _check_origin(prepared, student, bridge)
     strategy = build_strategy(config.strategy, bridge)
     if strategy.needs_teacher and not (paths.teacher and paths.bridge):
-        raise ValueError(f"--strategy {config.strategy.strategy} listens to a teacher: give --teacher and --bridge")
+        raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
     sampler = DistributedBatchSampler(
         data.stats, config.train.global_batch_size, config.train.micro_batch_size, world_size, config.train.seed
     )
@@ -77,7 +77,7 @@ def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:
 
 
 def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | None) -> None:
-    """Refuse data of other tokenizers or another bridge; without a bridge, the teacher's side does not matter."""
+    """Refuse data of other tokenizers or another bridge; without a bridge, the teacher's tokens are not compared."""
     if bridge is None:
         teacher = data.manifest["teacher"]
         prepared = None if teacher is None else teacher["fingerprint"]

@@ -1,4 +1,4 @@
-"""The training loop: windows -> steps -> logs, measurements, checkpoints."""
+"""The training loop: micro-batches -> steps -> logs, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Measure = Callable[[], dict[str, float]]
 
 @dataclass
 class StopRequest:
-    """Set by Ctrl-C, SIGTERM or SIGUSR1: the step under way is finished, one checkpoint saved, and the run ends."""
+    """Set by Ctrl-C, SIGTERM or SIGUSR1: the run finishes its current step, saves a checkpoint and ends."""
 
     signal: int = 0
 
@@ -35,13 +35,13 @@ class StopRequest:
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal == number == signal.SIGINT:  # asked twice by hand: do not wait
+        if self.signal == number == signal.SIGINT:  # Ctrl-C twice: do not wait
             raise KeyboardInterrupt
         self.signal = number
 
 
 class Loop:
-    """Runs from a state to the last step. Everything it uses is built; nothing here knows how."""
+    """Runs from a state to the last step with the parts that ``build`` made."""
 
     def __init__(
         self, config: DistillConfig, context: TrainContext, loader: MicrobatchLoader, run: dict[str, Any]
@@ -50,9 +50,9 @@ class Loop:
         self.folder = Path(config.paths.out)
 
     def train(self, state: TrainState, stop: StopRequest, measure: Measure) -> TrainState:
-        """Train until ``state.step == state.total_steps``, or until a rank is asked to stop; saved either way.
+        """Train until ``state.step == state.total_steps``, or until a rank receives a stop signal; saves either way.
 
-        ``measure()`` gives held-out values (a collective); it is called every ``eval_every`` steps.
+        ``measure()`` evaluates on held-out data (a collective), every ``eval_every`` steps.
         """
         context, save, total = self.context, self.config.save, state.total_steps
         logger = MetricLogger(self.folder, context.world, total, state.step)
@@ -100,7 +100,7 @@ class Loop:
     def _log(
         self, logger: MetricLogger, state: TrainState, accumulator: MetricAccumulator, since: float, lr: float
     ) -> float:
-        """Reduce, write and print what was gathered since the last time; the new start of the clock."""
+        """Reduce, write and print the metrics since the last log line; returns the time of this one."""
         values = accumulator.reduce(self.context.world)
         now = time.perf_counter()
         seconds = self.context.clock.read()

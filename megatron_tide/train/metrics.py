@@ -1,4 +1,4 @@
-"""What a run reports: sums that stay on the device until a log line is due, and where the numbers go."""
+"""A run's metrics: sums that stay on the device until a log line is due, and the logs they go to."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MetricAccumulator:
         self.losses[name] = loss.detach().double() if old is None else old + loss.detach()
 
     def add_step(self, step: MetricAccumulator, tokens: int) -> None:
-        """Gather one step more: ``tokens`` of this rank's window."""
+        """Add one step; ``tokens``: number of student tokens of this rank in it."""
         self.add(step.means)
         for name, loss in step.losses.items():
             self.add_loss(name, loss)
@@ -45,7 +45,7 @@ class MetricAccumulator:
         self.steps += 1
 
     def reduce(self, world: DistContext) -> dict[str, float]:
-        """Global values: one collective, one synchronisation. Means without a count are left out."""
+        """Global values: one collective, one synchronisation. Means with count 0 are omitted."""
         names, losses = sorted(self.means), sorted(self.losses)
         context = [*(self.losses[n] / self.steps for n in losses), *(x for n in names for x in self.means[n])]
         flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in context])
@@ -68,7 +68,7 @@ def denoise_metrics(target_logprobs_M: torch.Tensor, rate_M: torch.Tensor) -> di
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Peak bytes: of this process on the host, and on its GPU if it has one."""
+    """Peak memory in bytes: of this process on the CPU, and on its GPU if it has one."""
     peaks = {"memory/host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
     if device.type == "cuda":
         peaks["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
@@ -76,9 +76,9 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 class MetricLogger:
-    """Rank 0's record of a run: metrics.jsonl, TensorBoard, and one line on the terminal. Silent on other ranks.
+    """Rank 0's logs: metrics.jsonl, TensorBoard, and one line on the terminal. Other ranks write nothing.
 
-    A resumed run drops the lines of steps that it will take again, so that each step stands once.
+    A resumed run removes the lines of the steps it will repeat, so that each step appears once.
     """
 
     def __init__(self, folder: Path, world: DistContext, total_steps: int, first_step: int) -> None:
@@ -104,7 +104,7 @@ class MetricLogger:
             self._board.add_scalar(name, value, step)
 
     def print_rank0(self, step: int, values: dict[str, float]) -> None:
-        """The progress line: where we are, how it goes, how long it takes."""
+        """Print the progress line: step, losses, speed, time left."""
         if not self._main:
             return
         done = max(1, step - self._first)

@@ -53,7 +53,7 @@ class MicrobatchLoader:
 
 
 def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
-    """``map(make, steps)``, with up to AHEAD results made early by a thread; its error is raised here, in order."""
+    """``map(make, steps)``, with up to AHEAD results computed early by a thread; errors are raised here, in order."""
     results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
     stopped = threading.Event()
 

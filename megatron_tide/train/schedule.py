@@ -8,7 +8,7 @@ import math
 def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, min_ratio: float) -> float:
     """Linear warm-up over the first ``warmup_ratio`` of the steps, then a cosine down to ``min_ratio * peak``.
 
-    ``step`` counts from 0, and the first step already moves: step 0 of w warm-up steps has peak / w.
+    ``step`` counts from 0; step 0 of w warm-up steps has peak / w, so it already moves the weights.
     """
     warmup = int(total * warmup_ratio)
     if step < warmup:

@@ -1,4 +1,4 @@
-"""One optimizer step: noised window -> teacher's numbers -> student's rows -> loss -> update."""
+"""One optimizer step: micro-batches -> teacher outputs -> student scores -> loss -> update."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from megatron_tide.train.metrics import MetricAccumulator, denoise_metrics
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a step works with: all of it built once."""
+    """What a step works with; built once."""
 
     engine: Any  # DeepSpeed's
-    backend: Any  # where the teacher lives
+    backend: Any  # the teacher's
     strategy: Strategy
     world: DistContext
     clock: Clock
@@ -30,7 +30,7 @@ class TrainContext:
 def train_step(
     context: TrainContext, microbatches: Sequence[DistillBatch], counts: Counts, progress: float
 ) -> MetricAccumulator:
-    """Take one optimizer step over this rank's micro-batches; sums and counts of every metric, still on the device.
+    """Take one optimizer step over this rank's micro-batches; returns sums and counts of all metrics, on the device.
 
     Losses are local sums over ``counts``, which are global: the ranks' gradients add up to that of the global batch
     whatever the topology. DeepSpeed averages over ranks, so the loss is multiplied by their number.
@@ -59,7 +59,7 @@ def train_step(
 
 
 def global_counts(microbatches: Sequence[DistillBatch], world: DistContext, stop_asked: bool) -> tuple[Counts, bool]:
-    """The window's denominators over all ranks, and whether any rank was asked to stop: one collective, on the host."""
+    """The step's denominators over all ranks, and whether any rank was told to stop: one collective, on the CPU."""
     local = [
         sum(batch.maskable for batch in microbatches),
         sum(len(batch.chunk_level) for batch in microbatches),

@@ -1,7 +1,7 @@
-"""What a rank is doing, for whoever asks why a run stands still: its step, the last collective it entered or left.
+"""What a rank did last, for diagnosing hangs: its step, the last collective it entered or left.
 
-torch.distributed records this for NCCL only. Its functions are wrapped once, before DeepSpeed takes hold of them, so
-that DeepSpeed's collectives are seen like our own.
+torch.distributed records this for NCCL only. Its functions are wrapped once, before DeepSpeed imports
+them, so that DeepSpeed's collectives are recorded too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLLECTIVES = (
 
 
 class Trace:
-    """The last thing this rank did, and when."""
+    """This rank's last activity and its time."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -31,17 +31,17 @@ class Trace:
 
     @property
     def age(self) -> float:
-        """Seconds since this rank last did something that is noted."""
+        """Seconds since this rank's last recorded activity."""
         return time.monotonic() - self._moved
 
     def heartbeat(self, step: int | None = None) -> None:
-        """Note that this rank goes on; ``step``: the optimizer step it works on from now on."""
+        """Record progress; ``step``: the optimizer step that begins now."""
         self._moved = time.monotonic()
         if step is not None:
             self.step = step
 
     def watch_collectives(self) -> None:
-        """From here on every collective of this process is noted."""
+        """Record every collective of this process from now on."""
         for name in COLLECTIVES:
             plain = getattr(getattr(dist, name), "__wrapped_by_trace__", None) or getattr(dist, name)
             setattr(dist, name, self._noted(name, plain))

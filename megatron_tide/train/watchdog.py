@@ -1,13 +1,12 @@
-"""A rank that dies or stalls ends the run, instead of leaving the others in a collective for good.
+"""End the run when a rank dies or hangs, instead of leaving the others in a collective forever.
 
-Each rank tells the others what it is doing and since when, through the store that the process group was made with. A
-thread on each rank looks at what all tell:
+Each rank publishes its activity and its time in the process group's store. A thread on each rank watches all of them:
 
-    silent    nothing new from a rank: its process is dead or frozen, or its machine is gone
-    stalled   a rank tells that it has not moved
+    silent    a rank publishes nothing new: its process is dead or frozen, or its node is lost
+    hanging   a rank publishes that it makes no progress
 
-After --hang-timeout of either, or at once when a collective fails and a rank is silent, the ranks that are left name
-it, its step and its last collective, and leave with status EXIT_LOST.
+After --hang-timeout seconds of either, or at once when a collective fails and a rank is silent, the remaining ranks
+print that rank, its step and its last collective, and exit with status EXIT_LOST.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PATIENCE = 10.0  # seconds in which a collective's error is explained
 
 @dataclass
 class RankStatus:
-    """What a rank told last, and when that was new to us."""
+    """A rank's last published activity, and when it last changed."""
 
     beat: int = -1
     since: float = 0.0
@@ -48,7 +47,7 @@ class RankStatus:
 
 
 class HangWatchdog:
-    """Of a world of more than one rank; a world of one has nobody to leave alone. ``with Watch(world, seconds)``."""
+    """``with HangWatchdog(world, seconds):`` does nothing for a single rank."""
 
     def __init__(self, world: DistContext, hang_timeout: float) -> None:
         self._world, self._stall = world, hang_timeout
@@ -75,7 +74,7 @@ class HangWatchdog:
 
     @staticmethod
     def _connect() -> dist.TCPStore:
-        """A connection of our own: the group's blocks while a collective is set up."""
+        """A separate connection: the group's own blocks while a collective is being set up."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
 
@@ -112,7 +111,7 @@ class HangWatchdog:
             self._leave(rank, f"{self._named(rank)} has not moved for {self._seen[rank].age:.0f} s")
 
     def _wait_for_silence(self) -> int | None:
-        """The rank that falls silent while others still tell, after a collective failed; None if all go on."""
+        """After a failed collective: the rank that fell silent while others still publish; None if none did."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             silences = [seen.silence for seen in self._seen]
@@ -125,9 +124,9 @@ class HangWatchdog:
         return f"rank {rank} ({self._seen[rank].place()})"
 
     def _leave(self, lost: int, what: str) -> None:
-        """End this process; the lowest rank that is left says why, and the others give it time to."""
+        """End this process; the lowest remaining rank prints why, the others wait for it."""
         if self._world.rank == (1 if lost == 0 else 0):
-            hint = "start the same command again: --resume auto goes on from the newest whole checkpoint"
+            hint = "run the same command again: --resume auto continues from the newest complete checkpoint"
             print(f"error: {what}; {hint}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * BEAT)

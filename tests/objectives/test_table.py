@@ -117,7 +117,7 @@ REFUSED = [
     ({"strategy": "calm", "distribution_objective": "forward_kl"}, None, "give it the bridge"),
     ({"strategy": "tide-shared"}, None, "depends on whether the two tokenizers are the same; give it their bridge"),
     ({"strategy": "tide-cross", "chunk_objective": "none"}, MAPPED, "is left without an objective; use strategy bd3lm"),
-    ({"strategy": "bd3lm", "tidal": "mix"}, None, "tidal has no effect on strategy 'bd3lm', which asks no teacher"),
+    ({"strategy": "bd3lm", "tidal": "mix"}, None, "tidal has no effect on strategy 'bd3lm', which uses no teacher"),
     ({"strategy": "bd3lm", "tidal_midrange": True}, None, "tidal_midrange has no effect"),
     ({"strategy": "bd3lm", "compdemo": True}, None, "compdemo has no effect"),
     ({"temperature": 0.0}, MAPPED, "temperature 0.0 is not above 0"),

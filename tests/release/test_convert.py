@@ -274,14 +274,14 @@ def test_a_damaged_checkpoint_is_named(checkpoint: Path, tmp_path: Path, file: s
     content = bytearray((damaged / file).read_bytes())
     content[len(content) // 2] ^= 1
     (damaged / file).write_bytes(content)
-    assert_refused(damaged, tmp_path / "out", f"{file}: damaged")
+    assert_refused(damaged, tmp_path / "out", f"{file}: corrupt")
     (damaged / file).unlink()
-    assert_refused(damaged, tmp_path / "out", f"{file}|no whole checkpoint")
+    assert_refused(damaged, tmp_path / "out", f"{file}|no complete checkpoint")
 
 
 def test_what_is_no_checkpoint_is_said_so(lab: Lab, tmp_path: Path) -> None:
     assert_refused(tmp_path / "nowhere", tmp_path / "out", "no such folder")
-    assert_refused(lab.student, tmp_path / "out", "no whole checkpoint")
+    assert_refused(lab.student, tmp_path / "out", "no complete checkpoint")
 
 
 @pytest.mark.usefixtures("no_gate")

@@ -109,7 +109,7 @@ def test_truncated_shard(chain, out, capsys, tmp_path):
 def test_a_strategy_that_needs_a_teacher_in_parts(chain, out, capsys):
     flags = ["--student", str(chain.root / "student"), "--data", str(chain.root / "student_only"), "--out", str(out)]
     line = refusal(capsys, *flags, "--strategy", "bd3lm", "--chunk-objective", "calm", *BATCH, "--dry-run")
-    assert "listens to a teacher: give --teacher and --bridge" in line
+    assert "needs a teacher: give --teacher and --bridge" in line
 
 
 BATCH = ["--global-batch-size", "8", "--micro-batch-size", "4"]

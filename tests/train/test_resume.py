@@ -90,7 +90,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(chain, untouche
         file.write(b"\x55")
     finished = run_command(chain, out)
     assert finished.returncode == 0, finished.stderr
-    assert "step-00000006/exp_avg.safetensors: damaged" in finished.stdout
+    assert "step-00000006/exp_avg.safetensors: corrupt" in finished.stdout
     assert "resuming from" in finished.stdout
     assert "step-00000003" in finished.stdout
 

@@ -80,5 +80,5 @@ def test_a_teacher_of_token_frequencies_passes(chain, tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     knobs = chain.run(tmp_path / "run", max_steps=1, teacher=str(teacher), skip_teacher_probe=False)
     (said,) = run_on_ranks(said_while_training, 1, knobs, timeout=200)
-    assert "nats a gold token on the first window; a uniform guess is" in said
+    assert "nats per target token in the first step's data; a uniform guess gives" in said
     assert list((tmp_path / "run").glob("step-*"))
