@@ -44,15 +44,16 @@ from megatron_tide.diffusion import (
 from megatron_tide.ds_config import read_ds_config
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.zero3 import Zero3Teacher
-from megatron_tide.models.checkpoint_keys import checkpoint_table, keeps_precision, module_tensors
+from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors
 from megatron_tide.models.experts import Experts
-from megatron_tide.models.families import meta_model
+from megatron_tide.models.families import meta_model, read_config
 from megatron_tide.models.layer_specs import layer_specs_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
 from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "megatron_tide/models/configs/llada2_mini.json"
+FAMILY, _ = read_config(CONFIG)
 DEEPSPEED = ROOT / "ds_configs/teacher_zero3_nvme.json"
 PLAIN_BUFFERS = 8  # tensors of the plain way in memory: those at work, and several ahead
 PROMPT, T = 0.25, 0.5  # share of a sample, rate of masking
@@ -64,7 +65,7 @@ SEED = 0
 
 def random_tensor(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The tensor that a checkpoint key stands for: the same on every call."""
-    if keeps_precision(key):
+    if FAMILY.keeps_precision(key):
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape, dtype=dtype)
@@ -76,7 +77,8 @@ def write_teacher(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> i
     """A random teacher as safetensors in hub format, one shard in memory at a time; -> bytes of its tensors."""
     tensors = module_tensors(meta_model(config))
     pairs = (
-        (key, random_tensor(key, slot.of(tensors).shape, dtype)) for key, slot in checkpoint_table(tensors).items()
+        (key, random_tensor(key, slot.of(tensors).shape, dtype))
+        for key, slot in checkpoint_table(tensors, FAMILY).items()
     )
     total = write_shards(folder, pairs, 10**9)
     write_json(folder / "config.json", config)
@@ -122,7 +124,7 @@ class PlainTeacher:
         for path in ("model.word_embeddings", *layers, "model.norm", "lm_head"):
             part = model.get_submodule(path).to_empty(device="cpu")
             tensors = {f"{path}.{name}": tensor.detach() for name, tensor in module_tensors(part).items()}
-            for key, slot in checkpoint_table(tensors).items():
+            for key, slot in checkpoint_table(tensors, FAMILY).items():
                 slot.of(tensors).copy_(random_tensor(key, slot.of(tensors).shape, dtype))
             del tensors
             context = deepspeed.zero.Init(module=part, config_dict_or_path=settings, param_swapper=swapper)

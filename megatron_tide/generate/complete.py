@@ -11,6 +11,7 @@ import torch
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+from megatron_tide.models.families import family_of
 from megatron_tide.models.generation_a2d import decoding_rule
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a character whose last bytes are still to come
@@ -121,5 +122,10 @@ def _moment(decoder: BlockDecoder, new_text: str) -> Moment:
 
 
 def _rule(model: Any, tokenizer: TextTokenizer, knobs: dict[str, Any]) -> DecodingRule:
+    if family_of(model).generation != "block_diffusion":
+        raise ValueError(
+            f"generate: a {model.config.model_type} model is autoregressive and does not decode in blocks; "
+            "generate with transformers instead"
+        )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return decoding_rule(model, None, ids | knobs)

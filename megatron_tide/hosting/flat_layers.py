@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_tide.hosting.state import ForwardState
 from megatron_tide.models import target_logprobs
-from megatron_tide.models.checkpoint_keys import checkpoint_table, keeps_precision
+from megatron_tide.models.checkpoint_keys import checkpoint_table
 from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
 
@@ -38,7 +38,7 @@ class FlatLayer(nn.Module):
         self._start: dict[str, int] = {}
         step, size = ALIGNMENT // dtype.itemsize, 0
         for name, meta in self._shapes.items():
-            if keeps_precision(name):
+            if specs.family.keeps_precision(name):
                 self.exact[name] = meta
             else:
                 self._start[name] = size
@@ -63,7 +63,7 @@ class FlatLayer(nn.Module):
         The checkpoint's tensors have the shapes that config.json gives them (``open_layer_specs`` saw to it).
         """
         flat = torch.zeros(self.flat.numel(), dtype=self.flat.dtype, device=device)
-        table = checkpoint_table(self._shapes)
+        table = checkpoint_table(self._shapes, self.specs.family)
         for key, stored in source.tensors(key for key, slot in table.items() if read or slot.name in self.exact):
             slot = table[key]
             assert stored.shape == slot.of(self._shapes).shape, key

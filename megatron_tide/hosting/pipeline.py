@@ -60,7 +60,7 @@ class PipelineStage(nn.Module):
             state = ForwardState(unpack(packed, self.coming.popleft()))
             if not self.first:
                 positions = state.inputs.input.position_ids
-                state.start(tensors[0], *self._sections[0].layout.rotary(positions, tensors[0]))
+                state.start(tensors[0], *self._sections[0].rotations(tensors[0], positions))
             for flat_layer in self.flat_layers:
                 flat_layer([state])
         if self.last:

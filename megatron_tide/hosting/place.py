@@ -75,7 +75,7 @@ def open_layer_specs(folder: str) -> tuple[LayerSpecs, ShardedFolder]:
     path = resolve_folder(folder)
     specs, source = layer_specs_of(path), ShardedFolder(path)
     tensors = module_tensors(specs.model)
-    table = checkpoint_table(tensors)
+    table = checkpoint_table(tensors, specs.family)
     check_keys(source, set(table), set(tied_aliases(specs.model)))
     check_shapes(source, table, tensors)
     return specs, source

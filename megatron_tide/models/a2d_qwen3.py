@@ -76,14 +76,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: 
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def _attention_interface(
+def attention_interface(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     output = attend(query, key, value, attention_mask, kwargs["scaling"])
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION, _attention_interface)
+AttentionInterface.register(ATTENTION, attention_interface)
 
 
 class A2DQwen3Config(Qwen3Config):

@@ -1,4 +1,4 @@
-"""Checkpoint keys: one table per model, used in both directions.
+"""Checkpoint keys: a family's table of them, used in both directions.
 
 A table names, for every key of a public checkpoint, the tensor of our module that holds it and the slice of it.
 Reading and writing walk the same table, so what comes in goes out bit for bit.
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-_EXPERTS = re.compile(r"^(?P<block>.*\.mlp\.experts)\.(?P<projection>gate_proj|up_proj|down_proj)$")
+from megatron_tide.models.families import Family
+
+INDEX = "{index}"
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint's tensor lives: a whole tensor of the module, or (``index``) one expert of a stacked one."""
+    """Where a checkpoint's tensor lives: a complete tensor of the module, or (``index``) one slice of a stacked one."""
 
     name: str
     index: int | None = None
@@ -38,22 +40,23 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def checkpoint_table(tensors: dict[str, Tensor]) -> dict[str, Slot]:
-    """Public checkpoint key -> slot, for a module's tensors, in the order they are written."""
-    table = {}
+def checkpoint_table(tensors: dict[str, Tensor], family: Family) -> dict[str, Slot]:
+    """Public checkpoint key -> slot, for a module's tensors, in the order they are written.
+
+    ``family.checkpoint_keys`` maps a pattern of our names to the template of the public key; ``{index}`` in it numbers
+    the slices of a stacked tensor. Names that no pattern matches are public as they are.
+    """
+    table: dict[str, Slot] = {}
     for name, tensor in tensors.items():
-        stacked = _EXPERTS.match(name)
-        if stacked is None:
-            table[name] = Slot(name)
-            continue
-        for expert in range(len(tensor)):
-            table[f"{stacked['block']}.{expert}.{stacked['projection']}.weight"] = Slot(name, expert)
+        key = name
+        for pattern, template in family.checkpoint_keys.items():
+            if found := re.fullmatch(pattern, name):
+                key = found.expand(template)
+        if INDEX in key:
+            table |= {key.replace(INDEX, str(index)): Slot(name, index) for index in range(len(tensor))}
+        else:
+            table[key] = Slot(name)
     return table
-
-
-def keeps_precision(name: str) -> bool:
-    """Whether a module's tensor is stored and held in the precision it came in, whatever the rest is cast to."""
-    return name.endswith(".expert_bias")
 
 
 def tied_aliases(module: nn.Module) -> dict[str, str]:

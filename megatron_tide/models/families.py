@@ -1,26 +1,129 @@
-"""The model types we know: how a ``config.json`` becomes a module and is written again."""
+"""The registry of model families: the one place that knows what a ``config.json``'s ``model_type`` means.
+
+A family is one row of :data:`FAMILIES` and its module. To add one, write its module (a ``PreTrainedModel`` with
+``backbone`` and ``head_weight``) and its row; nothing else in the project asks which family a model belongs to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from megatron_tide.files import read_json
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
-from megatron_tide.models.llada2 import LLaDA2MoeModelLM
-from megatron_tide.models.llada2_config import LLaDA2Config
-
-AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
-AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)
+from megatron_tide.models.causal import Qwen3ForCausalLM
+from megatron_tide.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
 
 ConfigSource = str | Path | dict[str, Any]
+# These keys say how a file was made or is run, not what the model is.
+_NOT_SHAPES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """``config.json`` of a transformers model: its class, the keys it must have, and those that it may have.
+
+    Only these keys are written, whatever the installed transformers would add. RoPE is written as ``rope_theta`` and
+    ``rope_scaling``, which transformers 4 and 5 both read.
+    """
+
+    config_class: type[PretrainedConfig]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def read(self, values: dict[str, Any]) -> Any:
+        """The config object. ValueError names the keys that are missing."""
+        missing = [key for key in self.required if values.get(key) is None]
+        if missing:
+            raise ValueError(f"lacks {', '.join(missing)}")
+        if values.get("rope_theta") is None and "rope_theta" not in (values.get("rope_parameters") or {}):
+            raise ValueError("lacks rope_theta")
+        return self.config_class(**{key: value for key, value in values.items() if key not in _NOT_SHAPES})
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """The dict of ``config.json``, without ``model_type`` and the like."""
+        values = config.to_dict()
+        rope = values.get("rope_parameters") or {
+            "rope_theta": values["rope_theta"],
+            **(values.get("rope_scaling") or {}),
+        }
+        plain = rope.get("rope_type", "default") == "default"
+        written = {key: values[key] for key in (*self.required, *self.optional) if key in values}
+        return {**written, "rope_theta": rope["rope_theta"], "rope_scaling": None if plain else rope}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLayout:
+    """Paths of a model's parts, for running it layer by layer. The defaults are transformers' names.
+
+    ``rotary``: a module built from the config alone and called as ``rotary(hidden, position_ids) -> (cos, sin)``.
+    A layer is called as ``layer(hidden, attention_mask=..., position_embeddings=(cos, sin))`` and returns its next
+    hidden states. ``joint_mlp``: its ``attention_block`` runs for each micro-batch, then its ``mlp_block`` once over
+    the tokens of all of them (experts' weights are then read once).
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str = "model.norm"
+    output: str = "lm_head"
+    rotary: str = "model.rotary_emb"
+    joint_mlp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseFiles:
+    """What a release carries beside weights, config and tokenizer.
+
+    ``code``: files of this folder that are copied. ``auto_map``: the entry of ``config.json`` that makes transformers
+    use them. Empty for a format whose code is published elsewhere: such a release loads with this package.
+    """
+
+    code: tuple[str, ...] = ()
+    auto_map: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row: all that the project knows about a kind of model.
+
+    ``model_types``: values of ``config.json``'s ``model_type``; the first one is written. ``module``: called with a
+    config; has ``backbone(input_ids, attention_mask, position_ids, past_key_values)`` -> [B, L, H] and ``head_weight``
+    [V, H]. ``checkpoint_keys``: see :func:`megatron_tide.models.checkpoint_keys.checkpoint_table`.
+    ``stored_precision``: endings of tensor names that are never cast. ``shifts_by_one``: the row at a position predicts
+    the NEXT token, not its own. ``trains_as``: the model type that training makes of it ("" for its own).
+    """
+
+    model_types: tuple[str, ...]
+    module: type[PreTrainedModel]
+    read_config: Callable[[dict[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    checkpoint_keys: Mapping[str, str] = field(default_factory=dict)
+    stored_precision: tuple[str, ...] = ()
+    layout: LayerLayout = LayerLayout()
+    generation: Literal["block_diffusion", "autoregressive"] = "block_diffusion"
+    shifts_by_one: bool = False
+    trains_as: str = ""
+    release: ReleaseFiles = ReleaseFiles()
+
+    def keeps_precision(self, name: str) -> bool:
+        """Whether a tensor is stored and held in the precision it came in, whatever the rest is cast to."""
+        return name.endswith(self.stored_precision)
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Add a row to :data:`FAMILIES`, in place of earlier ones of its model types."""
+    FAMILIES.update(dict.fromkeys(family.model_types, family))
+
 
 _QWEN3_REQUIRED = (
     "vocab_size",
@@ -32,7 +135,6 @@ _QWEN3_REQUIRED = (
     "head_dim",
     "tie_word_embeddings",
 )
-# What else a public Qwen3 config.json holds, and our two: all that is written, whatever the running transformers adds.
 _QWEN3_OPTIONAL = (
     "attention_bias",
     "attention_dropout",
@@ -47,80 +149,63 @@ _QWEN3_OPTIONAL = (
     "sliding_window",
     "use_cache",
     "use_sliding_window",
-    "block_size",
-    "mask_token_id",
 )
-# These say how a file was made or is run, not what the model is.
-_NOT_OURS = ("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
-
-
-def _qwen3_config(values: dict[str, Any]) -> A2DQwen3Config:
-    lacking = [key for key in _QWEN3_REQUIRED if values.get(key) is None]
-    if lacking:
-        raise ValueError(f"lacks {', '.join(lacking)}")
-    if values.get("rope_theta") is None and "rope_theta" not in (values.get("rope_parameters") or {}):
-        raise ValueError("lacks rope_theta")
-    return A2DQwen3Config(**{key: value for key, value in values.items() if key not in _NOT_OURS})
-
-
-def _qwen3_dict(config: A2DQwen3Config) -> dict[str, Any]:
-    values = config.to_dict()
-    # The flat rope_theta of the public files: transformers 4 reads nothing else, and 5 reads it too.
-    rope = values.get("rope_parameters") or {"rope_theta": values["rope_theta"], **(values.get("rope_scaling") or {})}
-    plain = rope.get("rope_type", "default") == "default"
-    written = {key: values[key] for key in (*_QWEN3_REQUIRED, *_QWEN3_OPTIONAL) if key in values}
-    return {**written, "rope_theta": rope["rope_theta"], "rope_scaling": None if plain else rope}
-
-
-def _build_qwen3(config: A2DQwen3Config) -> nn.Module:
-    model = A2DQwen3LMHeadModel(config)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
-
-
-def _fresh_llada2(config: LLaDA2Config) -> nn.Module:
-    model = LLaDA2MoeModelLM(config)
-    model.init_weights()
-    return model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One public model type: reading and writing its config, building its module, building it with random weights."""
-
-    model_type: str
-    architecture: str
-    read_config: Callable[[dict[str, Any]], Any]
-    write_config: Callable[[Any], dict[str, Any]]
-    build: Callable[[Any], nn.Module]
-    fresh: Callable[[Any], nn.Module]
-
-
-_QWEN3 = Family(
-    model_type=A2DQwen3Config.model_type,
-    architecture=A2DQwen3LMHeadModel.__name__,
-    read_config=_qwen3_config,
-    write_config=_qwen3_dict,
-    build=_build_qwen3,
-    fresh=_build_qwen3,
+_A2D_CONFIG = HubConfig(
+    config_class=A2DQwen3Config,
+    required=_QWEN3_REQUIRED,
+    optional=(*_QWEN3_OPTIONAL, "block_size", "mask_token_id"),
 )
-_LLADA2 = Family(
-    model_type=LLaDA2Config.model_type,
-    architecture=LLaDA2MoeModelLM.__name__,
-    read_config=LLaDA2Config.from_dict,
-    write_config=LLaDA2Config.to_dict,
-    build=LLaDA2MoeModelLM,
-    fresh=_fresh_llada2,
+_QWEN3_CONFIG = HubConfig(config_class=Qwen3Config, required=_QWEN3_REQUIRED, optional=_QWEN3_OPTIONAL)
+
+# The student, and WeDLM, which has the same tensors under the same names (the mask decides what each token sees).
+register(
+    Family(
+        model_types=("a2d-qwen3", "wedlm"),
+        module=A2DQwen3LMHeadModel,
+        read_config=_A2D_CONFIG.read,
+        write_config=_A2D_CONFIG.write,
+        release=ReleaseFiles(
+            code=("a2d_qwen3.py", "generation_a2d.py", "decoding_a2d.py"),
+            auto_map={
+                "AutoConfig": "a2d_qwen3.A2DQwen3Config",
+                "AutoModelForMaskedLM": "a2d_qwen3.A2DQwen3LMHeadModel",
+            },
+        ),
+    )
 )
-# WeDLM and plain Qwen3 hold the student's weights under the student's names; who sees whom is the mask's business.
-FAMILIES = {"a2d-qwen3": _QWEN3, "qwen3": _QWEN3, "wedlm": _QWEN3, "llada2_moe": _LLADA2}
+# Plain autoregressive Qwen3: the paper's baseline, and what a student can start from.
+register(
+    Family(
+        model_types=("qwen3",),
+        module=Qwen3ForCausalLM,
+        read_config=_QWEN3_CONFIG.read,
+        write_config=_QWEN3_CONFIG.write,
+        generation="autoregressive",
+        shifts_by_one=True,
+        trains_as="a2d-qwen3",
+    )
+)
+# LLaDA2.0-mini and 2.1-mini. The public code for this format is published elsewhere.
+register(
+    Family(
+        model_types=("llada2_moe",),
+        module=LLaDA2MoeModelLM,
+        read_config=LLaDA2Config.read,
+        write_config=LLaDA2Config.to_dict,
+        checkpoint_keys={r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)": r"\1.{index}.\2.weight"},
+        stored_precision=(".expert_bias",),
+        layout=LayerLayout(embedding="model.word_embeddings", joint_mlp=True),
+    )
+)
+AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
+AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)
 
 
-def read_config(source: ConfigSource) -> tuple[Family, Any]:
+def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Family, Any]:
     """(family, config object) of a hub-format folder, a ``config.json``, or its dict.
 
-    ValueError for a file that is missing or broken, an unknown model_type, or a config that describes no model of ours.
+    ``as_student``: the family that training makes of it. ValueError for a file that is missing or broken, an unknown
+    model_type, or a config that describes no model of the family.
     """
     where = "config"
     if not isinstance(source, dict):
@@ -131,39 +216,46 @@ def read_config(source: ConfigSource) -> tuple[Family, Any]:
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ValueError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
+    if as_student and family.trains_as:
+        family = FAMILIES[family.trains_as]
     try:
         return family, family.read_config(source)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-def config_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """The ``config.json`` of a model whose weights are stored in ``dtype``."""
+def family_of(model: nn.Module) -> Family:
+    """The family of a module that this package built."""
     config: Any = model.config
-    family = FAMILIES[config.model_type]
+    return FAMILIES[config.model_type]
+
+
+def config_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """The ``config.json`` of a model with weights stored in ``dtype``."""
+    family = family_of(model)
     return {
-        **family.write_config(config),
-        "model_type": family.model_type,
-        "architectures": [family.architecture],
+        **family.write_config(model.config),
+        "model_type": family.model_types[0],
+        "architectures": [family.module.__name__],
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def meta_model(source: ConfigSource) -> nn.Module:
-    """The module of a config with its shapes and no memory (torch's meta device)."""
-    family, config = read_config(source)
+def meta_model(source: ConfigSource, *, as_student: bool = False) -> Any:
+    """The module of a config on torch's meta device: shapes without memory."""
+    family, config = read_config(source, as_student=as_student)
     with torch.device("meta"):
-        return family.build(config)
+        return family.module(config)
 
 
 def parameter_count(source: ConfigSource) -> int:
-    """How many parameters a config describes, a tied one counted once; nothing is allocated."""
+    """The number of parameters that a config describes, a tied one counted once; nothing is allocated."""
     return sum(parameter.numel() for parameter in meta_model(source).parameters())
 
 
-def fresh_model(source: ConfigSource, seed: int) -> nn.Module:
+def fresh_model(source: ConfigSource, seed: int) -> Any:
     """A model with random weights, fp32, on CPU: a function of config and seed. torch's own random state is kept."""
     family, config = read_config(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.fresh(config)
+        return family.module(config)

@@ -14,11 +14,11 @@ from transformers.generation import GenerationMixin
 from .decoding_a2d import DEFAULT_NEW_TOKENS, BlockDecoder, DecodingRule
 
 
-class BlockGeneration:
-    """Gives a block diffusion model ``generate``; its defaults come from ``config`` and ``generation_config``."""
+class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
+    """Block decoding as a model's ``generate``; its defaults come from ``config`` and ``generation_config``."""
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -59,10 +59,6 @@ class BlockGeneration:
         for row, answer in enumerate(answers):
             new[row, : len(answer)] = answer
         return torch.cat((filled_BP, new), dim=1)
-
-
-class BlockGenerationMixin(BlockGeneration, GenerationMixin):  # type: ignore[misc]
-    """The same for transformers' models."""
 
 
 def _stream(decoder: BlockDecoder, streamer: Any) -> None:

@@ -1,16 +1,16 @@
-"""A model as sections (embedding, layers, head), each of which can be held, moved and called on its own.
+"""A model as its parts (embedding, layers, norm, output), each of which can be held, moved and called on its own.
 
-What hosting needs of a teacher that is never whole in one place: which tensors a section consists of, and how to run it
+What hosting needs of a teacher that is never complete in one place: which tensors a part consists of, and how to run it
 from given tensors. The modules are on torch's meta device: shapes and arithmetic without memory.
 
-Shapes: N batch, L length, H hidden size, M rows asked for.
+Shapes: N sequences, L length, H hidden size, M scored rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,91 +18,15 @@ from torch.func import functional_call
 
 from megatron_tide.models.a2d_qwen3 import Mask
 from megatron_tide.models.checkpoint_keys import module_tensors, tied_aliases
-from megatron_tide.models.families import ConfigSource, meta_model, read_config
-from megatron_tide.models.llada2 import rotary
+from megatron_tide.models.families import ConfigSource, Family, family_of, meta_model
 
 Tensors = Mapping[str, Tensor]
 Flow = tuple[Tensor, Tensor, Tensor, Mask | None]  # hidden [N, L, H], cos, sin, mask: of one micro-batch
 
 
-class Layout(Protocol):
-    """Where a family's sections are (module paths), and how its layers are called."""
-
-    embedding: str
-    layers: str
-    norm: str
-    output: str
-
-    def rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for positions [N, L], of the type and device of ``like``."""
-        ...
-
-    def run_layer(self, layer: nn.Module, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
-        """A layer with the weights ``tensors`` over several flows: their next hidden states."""
-        ...
-
-
-class _LLaDA2:
-    embedding, layers, norm, output = "model.word_embeddings", "model.layers", "model.norm", "lm_head"
-
-    def __init__(self, config: Any) -> None:
-        self._size, self._theta = config.rotary_size, config.rope_theta
-
-    def rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary(position_ids, self._size, self._theta, like.dtype)
-
-    def run_layer(self, layer: nn.Module, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
-        named = {f"layer.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(_LayerOverBatches(layer), named, (flows,))
-
-
-class _LayerOverBatches(nn.Module):
-    """An LLaDA2 layer over several flows: attention in each, then all their tokens through the experts at once.
-
-    An expert's weights are read once for all of them, and its matmul has that many more rows.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer: Any = layer
-
-    def forward(self, flows: Sequence[Flow]) -> list[Tensor]:
-        mixed = [self.layer.attention_block(*flow) for flow in flows]
-        fed_TH = self.layer.mlp_block(torch.cat([hidden.flatten(0, 1) for hidden in mixed])[None])[0]
-        parts = fed_TH.split([hidden.shape[:2].numel() for hidden in mixed])
-        return [part.view_as(hidden) for part, hidden in zip(parts, mixed)]
-
-
-class _Qwen3:
-    embedding, layers, norm, output = "model.embed_tokens", "model.layers", "model.norm", "lm_head"
-
-    def __init__(self, config: Any) -> None:
-        from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
-
-        self._rotary = Qwen3RotaryEmbedding(config)
-
-    def rotary(self, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        self._rotary = self._rotary.to(like.device)
-        return self._rotary(like, position_ids)
-
-    def run_layer(self, layer: nn.Module, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
-        return [
-            functional_call(
-                layer,
-                dict(tensors),
-                (),
-                {"hidden_states": hidden, "attention_mask": mask, "position_embeddings": (cos, sin)},
-            )
-            for hidden, cos, sin, mask in flows
-        ]
-
-
-_LAYOUTS: dict[str, type] = {"a2d-qwen3": _Qwen3, "llada2_moe": _LLaDA2}
-
-
 @dataclass(frozen=True)
 class LayerSpec:
-    """One part of a model: its ``tensors`` (own name -> meta tensor) and what they are called in the whole model."""
+    """One part of a model: its ``tensors`` (own name -> meta tensor) and their ``names`` in the whole model."""
 
     title: str
     tensors: dict[str, Tensor]
@@ -111,11 +35,15 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class LayerSpecs:
-    """A model in order: ``embedding``, ``layers``, ``norm`` and ``output`` (the two together are the head)."""
+    """A model in order: ``embedding``, ``layers``, ``norm`` and ``output`` (the last two are the head).
+
+    ``model`` has no memory; ``rotary``, its position embedding, has its values.
+    """
 
     config: Any
+    family: Family
     model: nn.Module
-    layout: Layout
+    rotary: nn.Module
     embedding: LayerSpec
     layers: tuple[LayerSpec, ...]
     norm: LayerSpec
@@ -124,41 +52,67 @@ class LayerSpecs:
     def run_embedding(self, tensors: Tensors, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> hidden [N, L, H], and the cosines and sines that every layer takes."""
         hidden = nn.functional.embedding(input_ids, tensors["weight"])
-        return hidden, *self.layout.rotary(position_ids, hidden)
+        return hidden, *self.rotations(hidden, position_ids)
+
+    def rotations(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for positions [N, L], of the type and on the device of ``hidden``."""
+        return self.rotary.to(hidden.device)(hidden, position_ids)
 
     def run_layer(self, number: int, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
-        """One layer over several flows, whose masks ``attention_mask_for`` gave: the next hidden states of each."""
-        return self.layout.run_layer(self.model.get_submodule(f"{self.layout.layers}.{number}"), tensors, flows)
+        """One layer over several micro-batches, with masks from ``attention_mask_for``: their next hidden states."""
+        layout = self.family.layout
+        layer = _Layer(self.model.get_submodule(f"{layout.layers}.{number}"), layout.joint_mlp)
+        return functional_call(layer, {f"layer.{name}": tensor for name, tensor in tensors.items()}, (flows,))
 
     def run_norm(self, tensors: Tensors, rows: Tensor) -> Tensor:
         """The last norm, [M, H] -> [M, H]."""
-        return functional_call(self.model.get_submodule(self.layout.norm), dict(tensors), (rows,))
+        return functional_call(self.model.get_submodule(self.family.layout.norm), dict(tensors), (rows,))
+
+
+class _Layer(nn.Module):
+    """A decoder layer over several micro-batches: one after the other, or with one MLP call for all their tokens."""
+
+    def __init__(self, layer: nn.Module, joint_mlp: bool) -> None:
+        super().__init__()
+        self.layer: Any = layer
+        self.joint_mlp = joint_mlp
+
+    def forward(self, flows: Sequence[Flow]) -> list[Tensor]:
+        call = self.layer.attention_block if self.joint_mlp else self.layer
+        hidden = [call(x, attention_mask=mask, position_embeddings=(cos, sin)) for x, cos, sin, mask in flows]
+        if not self.joint_mlp:
+            return hidden
+        # An expert's weights are read once for all tokens, and its matmul has that many more rows.
+        out_TH = self.layer.mlp_block(torch.cat([x.flatten(0, 1) for x in hidden])[None])[0]
+        parts = out_TH.split([x.shape[:2].numel() for x in hidden])
+        return [part.view_as(x) for part, x in zip(parts, hidden)]
 
 
 def layer_specs_of(source: ConfigSource) -> LayerSpecs:
-    """The sections of a hub-format folder's model, or of a ``config.json`` or its dict; nothing is allocated."""
-    family, config = read_config(source)
+    """The parts of a hub-format folder's model, or of a ``config.json`` or its dict; no weight is allocated."""
     model = meta_model(source)
-    layout: Layout = _LAYOUTS[family.model_type](config)
+    family = family_of(model)
+    layout = family.layout
     every, tied = module_tensors(model), tied_aliases(model)
 
     def spec(title: str, path: str) -> LayerSpec:
         state = model.get_submodule(path).state_dict(keep_vars=True)
         names = {name: tied.get(f"{path}.{name}", f"{path}.{name}") for name in state}
-        return LayerSpec(title, {name: every[whole] for name, whole in names.items()}, names)
+        return LayerSpec(title, {name: every[full] for name, full in names.items()}, names)
 
-    count = len(model.get_submodule(layout.layers))  # type: ignore[arg-type]
+    count = len(model.get_submodule(layout.layers))
     return LayerSpecs(
-        config=config,
+        config=model.config,
+        family=family,
         model=model,
-        layout=layout,
+        rotary=type(model.get_submodule(layout.rotary))(model.config),
         embedding=spec("embedding", layout.embedding),
-        layers=tuple(spec(f"layer {number}", f"{layout.layers}.{number}") for number in range(count)),
+        layers=tuple(spec(f"layer {n}", f"{layout.layers}.{n}") for n in range(count)),
         norm=spec("norm", layout.norm),
         output=spec("output", layout.output),
     )
 
 
 def layer_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
-    """Bytes of a section held in ``dtype``."""
+    """Bytes of a part held in ``dtype``."""
     return sum(tensor.numel() for tensor in spec.tensors.values()) * dtype.itemsize

@@ -1,31 +1,134 @@
 """The teacher: LLaDA2 (``llada2_moe``), numerically equal to the public format's semantics.
 
 Parameter names are those of the public checkpoints, except that a layer's experts are three stacked tensors
-(``mlp.experts.{gate,up,down}_proj``); :mod:`megatron_tide.models.checkpoint_keys` translates both ways. Layers are
-called one by one with plain tensors, ``layer(hidden, cos, sin, mask)``, so they can be streamed, sharded or pipelined.
+(``mlp.experts.{gate,up,down}_proj``); its row in :mod:`megatron_tide.models.families` translates both ways. Layers are
+called as transformers' are, so they can be streamed, sharded or put into a pipeline.
 
 Shapes: N batch, L length, H hidden size, V vocabulary, D head dimension, R rotated part of D.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
 from megatron_tide.models.a2d_qwen3 import Mask, attend, attention_mask_for
 from megatron_tide.models.decoding_a2d import BlockCache
 from megatron_tide.models.experts import Experts, Router
-from megatron_tide.models.generation_a2d import BlockGeneration
-from megatron_tide.models.llada2_config import LLaDA2Config
+from megatron_tide.models.generation_a2d import BlockGenerationMixin
 
-KVUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Rotations = tuple[Tensor, Tensor]  # cos, sin [N or 1, L, R]
+
+# Keys that would change what is computed, and the only value that is implemented: any other is refused.
+_FIXED = {
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "rope_scaling": None,
+}
+
+
+class LLaDA2Config(PretrainedConfig):
+    """Shapes and ids of a LLaDA2 model; ``extra`` holds the file's other keys, so that writing gives them back.
+
+    The public configuration class's defaults are placeholders of another model, so what decides a shape has no default
+    here: :meth:`read` refuses a file that lacks it.
+    """
+
+    model_type = "llada2_moe"
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_shared_experts: int
+    moe_intermediate_size: int
+    n_group: int
+    topk_group: int
+    first_k_dense_replace: int
+    routed_scaling_factor: float
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    partial_rotary_factor: float = 0.5
+    rotary_dim: int | None = None
+    initializer_range: float = 0.02
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+    mask_token_id: int | None = None
+    block_size: int = 32
+    extra: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for broken, rule in self._rules():
+            if broken:
+                raise ValueError(f"llada2_moe config: {rule}")
+        super().__post_init__(**kwargs)
+
+    def _rules(self) -> Iterator[tuple[bool, str]]:
+        experts, groups, kept, chosen = self.num_experts, self.n_group, self.topk_group, self.num_experts_per_tok
+        yield groups < 1 or experts % groups != 0, f"n_group {groups} must divide num_experts {experts}"
+        inside = experts // groups
+        yield inside < 2, f"a group's score needs two experts and n_group {groups} leaves {inside}: lower it"
+        yield not 0 < kept <= groups, f"topk_group {kept} must be from 1 to n_group {groups}"
+        reach = kept * inside
+        yield not 0 < chosen <= reach, f"num_experts_per_tok {chosen} exceeds the {reach} experts of the kept groups"
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        yield heads % kv_heads != 0, f"num_key_value_heads {kv_heads} must divide num_attention_heads {heads}"
+        size = self.rotary_size
+        yield (
+            size % 2 != 0 or not 0 < size <= self.head_dim,
+            f"rotary size {size} must be even, within head_dim {self.head_dim}",
+        )
+        for name in ("hidden_size", "moe_intermediate_size"):
+            # Grouped matmul wants rows that start on 16 bytes: 8 numbers of bf16.
+            yield getattr(self, name) % 8 != 0, f"{name} {getattr(self, name)} must be a multiple of 8"
+
+    @property
+    def rotary_size(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return self.rotary_dim or int(self.head_dim * self.partial_rotary_factor)
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> LLaDA2Config:
+        """Read the public ``config.json``'s dict. ValueError for a missing key or a variant that is not implemented."""
+        values = dict(values)
+        rope = values.pop("rope_parameters", None) or {}
+        values.setdefault("rope_theta", rope.get("rope_theta"))
+        if values.get("head_dim") is None and values.get("hidden_size") and values.get("num_attention_heads"):
+            values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+        for key, only in _FIXED.items():
+            if values.get(key, only) != only:
+                raise ValueError(f"llada2_moe config: {key} = {values[key]!r} is not implemented (only {only!r} is)")
+        missing = [name for name in _REQUIRED if values.get(name) is None]
+        if missing:
+            raise ValueError(f"llada2_moe config lacks {', '.join(missing)}")
+        own = {name: value for name, value in values.items() if name in _OWN}
+        return cls(**own, extra={key: value for key, value in values.items() if key not in _OWN})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict of ``config.json``, with the keys that :meth:`read` did not know among them."""
+        own = {name: getattr(self, name) for name in _OWN if name != "rotary_dim" or self.rotary_dim is not None}
+        return {**_FIXED, **(self.extra or {}), **own, "model_type": self.model_type}
+
+
+_FIELDS = [item for item in fields(LLaDA2Config) if item.name in LLaDA2Config.__annotations__ and item.name != "extra"]
+_OWN = [item.name for item in _FIELDS]
+_REQUIRED = [item.name for item in _FIELDS if item.default is MISSING]
 
 
 class RMSNorm(nn.Module):
@@ -42,12 +145,23 @@ class RMSNorm(nn.Module):
         return self.weight * exact.to(x.dtype)
 
 
-def rotary(position_ids: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(position_ids: Tensor, size: int, theta: float, dtype: torch.dtype) -> Rotations:
     """Cosines and sines [N, L, size] for positions [N, L]: angles in fp32, the same in both halves of ``size``."""
     steps = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32)
     angle = position_ids.float()[..., None] / theta ** (steps / size)
     angle = torch.cat((angle, angle), -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """:func:`rotary` with a config's numbers, of the type of ``hidden``; it stores nothing."""
+
+    def __init__(self, config: LLaDA2Config) -> None:
+        super().__init__()
+        self.size, self.theta = config.rotary_size, config.rope_theta
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> Rotations:
+        return rotary(position_ids, self.size, self.theta, hidden.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -61,25 +175,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention with a fused q, k, v projection (in that order) and a norm on each head's q and k."""
 
-    def __init__(self, config: LLaDA2Config) -> None:
+    def __init__(self, config: LLaDA2Config, index: int) -> None:
         super().__init__()
+        self.index = index
         self.heads, self.kv_heads, self.size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.size, bias=False)
         self.query_layernorm = RMSNorm(self.size, config.rms_norm_eps)
         self.key_layernorm = RMSNorm(self.size, config.rms_norm_eps)
         self.dense = nn.Linear(self.heads * self.size, config.hidden_size, bias=False)
 
-    def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, kv_update: KVUpdate | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Mask | None, rotations: Rotations, cache: BlockCache | None) -> Tensor:
         fused = self.query_key_value(hidden).unflatten(-1, (-1, self.size))
         query, key, value = (
             part.transpose(1, 2) for part in fused.split((self.heads, self.kv_heads, self.kv_heads), 2)
         )
-        query = rotate(self.query_layernorm(query), cos, sin)
-        key = rotate(self.key_layernorm(key), cos, sin)
-        if kv_update is not None:
-            key, value = kv_update(key, value)
+        query = rotate(self.query_layernorm(query), *rotations)
+        key = rotate(self.key_layernorm(key), *rotations)
+        if cache is not None:
+            key, value = cache.update(key, value, self.index)
         mixed = attend(query, key, value, mask, self.size**-0.5)
         return self.dense(mixed.transpose(1, 2).flatten(2))
 
@@ -122,12 +235,12 @@ class MoEBlock(nn.Module):
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden)
 
 
-class LLaDA2Layer(nn.Module):
+class LLaDA2Layer(GradientCheckpointingLayer):
     """One decoder layer; the first ``first_k_dense_replace`` have a dense feed-forward network."""
 
     def __init__(self, config: LLaDA2Config, index: int) -> None:
         super().__init__()
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.mlp: nn.Module = MoEBlock(config)
         if index < config.first_k_dense_replace:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
@@ -135,19 +248,25 @@ class LLaDA2Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, kv_update: KVUpdate | None = None
+        self,
+        hidden: Tensor,
+        attention_mask: Mask | None,
+        position_embeddings: Rotations,
+        past_key_values: BlockCache | None = None,
     ) -> Tensor:
-        """hidden [N, L, H]; cos, sin [N or 1, L, R]; mask as ``attend`` takes it -> [N, L, H].
-
-        ``kv_update`` is given this layer's keys and values and returns those to attend to: the cache of generation.
-        """
-        return self.mlp_block(self.attention_block(hidden, cos, sin, mask, kv_update))
+        """hidden [N, L, H]; mask as ``attend`` takes it; cos, sin [N or 1, L, R] -> [N, L, H]."""
+        return self.mlp_block(self.attention_block(hidden, attention_mask, position_embeddings, past_key_values))
 
     def attention_block(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None, kv_update: KVUpdate | None = None
+        self,
+        hidden: Tensor,
+        attention_mask: Mask | None,
+        position_embeddings: Rotations,
+        past_key_values: BlockCache | None = None,
     ) -> Tensor:
         """The first half: attention, between the positions of each sequence."""
-        return hidden + self.attention(self.input_layernorm(hidden), cos, sin, mask, kv_update)
+        mixed = self.attention(self.input_layernorm(hidden), attention_mask, position_embeddings, past_key_values)
+        return hidden + mixed
 
     def mlp_block(self, hidden: Tensor) -> Tensor:
         """The second half: the feed-forward network or the experts, for each position on its own."""
@@ -155,61 +274,49 @@ class LLaDA2Layer(nn.Module):
 
 
 class LLaDA2Decoder(nn.Module):
-    """Embedding, layers, norm. ``embed`` -> each of ``layers`` -> ``norm`` is the whole of :meth:`forward`."""
+    """Embedding, layers, norm."""
 
     def __init__(self, config: LLaDA2Config) -> None:
         super().__init__()
-        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LLaDA2Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """-> hidden [N, L, H], cos and sin [N or 1, L, R]: all that the layers are called with but the mask."""
-        hidden = self.word_embeddings(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        return hidden, *rotary(position_ids, self.config.rotary_size, self.config.rope_theta, hidden.dtype)
+        self.rotary_emb = RotaryEmbedding(config)
 
     def forward(
         self, input_ids: Tensor, mask: Mask | None, position_ids: Tensor | None, cache: BlockCache | None = None
     ) -> Tensor:
-        hidden, cos, sin = self.embed(input_ids, position_ids)
-        for index, layer in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, cos, sin, mask, use_reentrant=False)
-            else:
-                kv_update = None if cache is None else functools.partial(cache.update, layer_idx=index)
-                hidden = layer(hidden, cos, sin, mask, kv_update)
+        hidden = self.word_embeddings(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        rotations = self.rotary_emb(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, mask, rotations, past_key_values=cache)
         return self.norm(hidden)
 
 
-class LLaDA2MoeModelLM(BlockGeneration, nn.Module):
+class LLaDA2MoeModelLM(BlockGenerationMixin, PreTrainedModel):  # type: ignore[misc]
     """LLaDA2 with its head: ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [N, L, V].
 
     ``generate`` decodes in blocks, as the student does. No mask means bidirectional, a mask is taken as given (None,
     [N, L] padding, [N, 1, Q, K] bool or additive, BlockMask).
     """
 
+    config_class = LLaDA2Config
+    base_model_prefix = "model"
+    _input_embed_layer = "word_embeddings"
+    supports_gradient_checkpointing = True
+
     def __init__(self, config: LLaDA2Config) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = LLaDA2Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     @property
     def head_weight(self) -> Tensor:
         """The output embedding, [V, H]."""
         return self.lm_head.weight
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.weight.device
 
     def backbone(
         self,
@@ -219,7 +326,8 @@ class LLaDA2MoeModelLM(BlockGeneration, nn.Module):
         past_key_values: BlockCache | None = None,
     ) -> Tensor:
         """Normed hidden states [N, L, H]; ``past_key_values`` is attended to and appended to."""
-        return self.model(input_ids, attention_mask_for(attention_mask, self.dtype), position_ids, past_key_values)
+        mask = attention_mask_for(attention_mask, self.head_weight.dtype)
+        return self.model(input_ids, mask, position_ids, past_key_values)
 
     def forward(
         self,
@@ -230,18 +338,12 @@ class LLaDA2MoeModelLM(BlockGeneration, nn.Module):
     ) -> MaskedLMOutput:
         return MaskedLMOutput(logits=self.lm_head(self.backbone(input_ids, attention_mask, position_ids)))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """transformers' name for: keep one hidden state per layer, recompute the rest in the backward pass."""
-        self.model.checkpointing = True
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Fresh weights from torch's current random state: matrices N(0, initializer_range), norms 1, router bias 0."""
-        for name, parameter in self.named_parameters():
-            if name.endswith(("norm.weight", "layernorm.weight")):
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fresh weights: matrices N(0, initializer_range), norms 1, router bias 0."""
+        for parameter in module.parameters(recurse=False):
+            if isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(0.0, self.config.initializer_range)
-        for layer in self.model.layers:
-            if isinstance(layer.mlp, MoEBlock):
-                layer.mlp.gate.expert_bias.zero_()
+        if isinstance(module, Router):
+            module.expert_bias.zero_()

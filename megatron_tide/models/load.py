@@ -19,9 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from megatron_tide.files import write_json
-from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
-from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, keeps_precision, module_tensors, tied_aliases
-from megatron_tide.models.families import config_dict, meta_model
+from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
+from megatron_tide.models.families import config_dict, family_of, meta_model
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
 
 # Weights, configuration and tokenizers; never code.
@@ -42,21 +41,27 @@ def resolve_folder(path: str | Path) -> Path:
         raise ValueError(f"{name}: no such folder, and the hub does not give it ({reason[0]})") from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu") -> Any:
-    """The model of a folder or hub name, of type ``a2d-qwen3`` (our releases), ``qwen3``, ``wedlm`` or ``llada2_moe``.
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str | torch.device = "cpu",
+    as_student: bool = False,
+) -> Any:
+    """The model of a hub-format folder or hub name, of any family in :mod:`megatron_tide.models.families`.
 
     -> a module in ``eval`` mode with ``model(input_ids, attention_mask=None, position_ids=None).logits`` [B, L, V],
     ``.backbone(...)`` [B, L, H], ``.head_weight`` [V, H] and ``.config``; weights in ``dtype``, but a router's bias
-    in the precision it is stored in. One shard is open at a time, and tensors go straight to ``device``. ValueError,
-    one line, for a folder that is missing, of another type, or whose tensors are missing, unexpected, misshapen or
-    unreadable.
+    in the precision it is stored in. ``as_student``: as the block diffusion model that training makes of it. One shard
+    is open at a time, and tensors go straight to ``device``. ValueError, one line, for a folder that is missing, of
+    another type, or has tensors that are missing, unexpected, misshapen or unreadable.
     """
     folder = resolve_folder(path)
-    model = meta_model(folder)
+    model = meta_model(folder, as_student=as_student)
     _fill(model, ShardedFolder(folder), dtype, torch.device(device))
-    if isinstance(model, A2DQwen3LMHeadModel):
-        # Rotary frequencies are computed, not stored: on meta they have no values.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    # Rotary frequencies are computed, not stored: on meta they have no values.
+    rotary = family_of(model).layout.rotary
+    model.set_submodule(rotary, type(model.get_submodule(rotary))(model.config).to(device))
     return model.eval()
 
 
@@ -72,12 +77,12 @@ def write_folder(
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
         raise ValueError(f"{out}: already holds a model; choose another folder, or remove it first")
     out.mkdir(parents=True, exist_ok=True)
-    tensors = module_tensors(model)
+    tensors, family = module_tensors(model), family_of(model)
 
     def pairs() -> Iterator[tuple[str, Tensor]]:
-        for key, slot in checkpoint_table(tensors).items():
+        for key, slot in checkpoint_table(tensors, family).items():
             tensor = slot.of(tensors)
-            yield key, tensor if dtype is None or keeps_precision(slot.name) else tensor.to(dtype)
+            yield key, tensor if dtype is None or family.keeps_precision(slot.name) else tensor.to(dtype)
 
     write_shards(out, pairs(), max_shard_bytes)
     write_json(out / "config.json", config_dict(model, dtype or next(model.parameters()).dtype))
@@ -85,8 +90,8 @@ def write_folder(
 
 def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: torch.device) -> None:
     """Give every tensor of a meta-device model its memory and its stored value."""
-    shapes = module_tensors(model)
-    table, aliases = checkpoint_table(shapes), tied_aliases(model)
+    shapes, family = module_tensors(model), family_of(model)
+    table, aliases = checkpoint_table(shapes, family), tied_aliases(model)
     check_keys(source, set(table), set(aliases))
     check_shapes(source, table, shapes)
     ready: dict[str, Tensor] = {}
@@ -94,7 +99,7 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
         slot = table[key]
         if slot.index is None:
             # Copied even where nothing changes: a mapped file must not stand behind weights that train.
-            kept = stored.dtype if keeps_precision(slot.name) else dtype
+            kept = stored.dtype if family.keeps_precision(slot.name) else dtype
             ready[slot.name] = stored.to(device, kept, copy=True)
             continue
         if slot.name not in ready:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import megatron_tide
+from megatron_tide.models.families import Family
 from megatron_tide.release.export import Generation
-from megatron_tide.release.kinds import Kind
 from megatron_tide.release.scores import HEADING
 from megatron_tide.release.training_checkpoint import TrainingCheckpoint
 
@@ -18,13 +18,19 @@ TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
 
 
 def model_card(
-    trained: TrainingCheckpoint, kind: Kind, knobs: Generation, parity: Mapping[str, Any], *, name: str, license_id: str
+    trained: TrainingCheckpoint,
+    family: Family,
+    knobs: Generation,
+    parity: Mapping[str, Any],
+    *,
+    name: str,
+    license_id: str,
 ) -> str:
     """README.md of a release called ``name``."""
     sections = [
         _front_matter(trained, license_id),
         f"# {name}\n\n{_summary(trained, knobs)}",
-        _usage(name, kind, knobs),
+        _usage(name, family, knobs),
         _method(trained),
         _table("Knobs of the run", _flat_knobs(trained.run["config"])),
         _data(trained),
@@ -85,10 +91,10 @@ def _summary(trained: TrainingCheckpoint, knobs: Generation) -> str:
     return text + f"- Steps: {trained.step}, samples seen: {trained.state.get('samples_seen')}"
 
 
-def _usage(name: str, kind: Kind, knobs: Generation) -> str:
-    if not kind.auto_map:
+def _usage(name: str, family: Family, knobs: Generation) -> str:
+    if not family.release.auto_map:
         return (
-            "## How to load it\n\nWeights, config and tokenizer in the public `llada2_moe` format:\n\n"
+            f"## How to load it\n\nWeights, config and tokenizer in the public `{family.model_types[0]}` format:\n\n"
             f'```python\nfrom megatron_tide.models import load_model\n\nmodel = load_model("{name}")\n```'
         )
     return f"""## How to generate

@@ -16,7 +16,6 @@ from megatron_tide.files import write_json
 from megatron_tide.models import read_config
 from megatron_tide.release.card import model_card, public_run
 from megatron_tide.release.export import DTYPES, export, generation_of
-from megatron_tide.release.kinds import KINDS
 from megatron_tide.release.parity import check_parity
 from megatron_tide.release.training_checkpoint import TrainingCheckpoint, open_checkpoint
 
@@ -62,15 +61,15 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
 
 
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:
-    family, _ = read_config(trained.base_model)
-    kind, dtype = KINDS[family.model_type], DTYPES[options.dtype]
+    family, _ = read_config(trained.base_model, as_student=True)
+    dtype = DTYPES[options.dtype]
     tokenizer = load_tokenizer(trained.base_model)
     knobs = generation_of(trained, tokenizer)
-    export(trained, tokenizer, kind, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
-    parity = check_parity(draft, trained, tokenizer, kind, knobs, dtype)
+    export(trained, tokenizer, family.release, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
+    parity = check_parity(draft, trained, tokenizer, family.release, knobs, dtype)
     write_json(draft / "parity.json", parity)
     write_json(draft / "provenance.json", {"run": public_run(trained.run), "state": trained.state})
-    card = model_card(trained, kind, knobs, parity, name=name, license_id=options.license_id)
+    card = model_card(trained, family, knobs, parity, name=name, license_id=options.license_id)
     (draft / "README.md").write_text(card, encoding="utf-8")
     return parity
 

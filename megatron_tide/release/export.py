@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+import megatron_tide.models
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.files import read_json, write_json
 from megatron_tide.models import meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
-from megatron_tide.models.load import config_dict
+from megatron_tide.models.families import ReleaseFiles, config_dict, family_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.release.kinds import Kind
 from megatron_tide.release.training_checkpoint import TrainingCheckpoint
 
+MODELS = Path(megatron_tide.models.__file__).parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -64,25 +65,25 @@ def generation_of(trained: TrainingCheckpoint, tokenizer: TextTokenizer) -> Gene
 def export(
     trained: TrainingCheckpoint,
     tokenizer: TextTokenizer,
-    kind: Kind,
+    files: ReleaseFiles,
     out: Path,
     *,
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
     """Write weights, config, generation config, tokenizer and code into the empty folder ``out``."""
-    model = meta_model(trained.base_model)
+    model = meta_model(trained.base_model, as_student=True)
     write_shards(out, _tensors(model, trained, dtype), max_shard_bytes)
     knobs = generation_of(trained, tokenizer)
     config: dict[str, Any] = config_dict(model, dtype) | vars(knobs)
-    if kind.auto_map:
-        config["auto_map"] = kind.auto_map
+    if files.auto_map:
+        config["auto_map"] = files.auto_map
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {**vars(knobs), "do_sample": False})
     tokenizer.save(out)
     _name_tokenizer_class(out / "tokenizer_config.json")
-    for file in kind.code:
-        shutil.copyfile(file, out / file.name)
+    for name in files.code:
+        shutil.copyfile(MODELS / name, out / name)
     for file in out.glob("*.safetensors"):  # written readable by their owner alone
         file.chmod((out / "config.json").stat().st_mode)
 
@@ -107,7 +108,7 @@ def _tensors(
             f"{trained.folder}: holds {unknown[0]}, which {trained.base_model}/config.json does not describe"
         )
     held: tuple[str, torch.Tensor] | None = None  # a layer's stacked experts are read once for all their keys
-    for key, slot in checkpoint_table(shapes).items():
+    for key, slot in checkpoint_table(shapes, family_of(model)).items():
         if slot.name not in stored:
             yield key, _untrained(start, key, slot)
             continue

@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 import megatron_tide
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.models.families import ReleaseFiles
 from megatron_tide.release import probe
 from megatron_tide.release.export import Generation
-from megatron_tide.release.kinds import Kind
 from megatron_tide.release.training_checkpoint import TrainingCheckpoint
 
 REPOSITORY = Path(megatron_tide.__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def check_parity(
     release: Path,
     trained: TrainingCheckpoint,
     tokenizer: TextTokenizer,
-    kind: Kind,
+    files: ReleaseFiles,
     knobs: Generation,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def check_parity(
     Raises:
         ValueError: naming the first thing that differs, or what the fresh process failed with.
     """
-    theirs = _ask_release(release, kind, knobs, dtype)
+    theirs = _ask_release(release, files, knobs, dtype)
     ours = _ask_training(trained, tokenizer, knobs, dtype)
     worst, rows, tokens = 0.0, 0, 0
     for name, expected in ours.items():
@@ -90,7 +90,7 @@ def _ask_training(
     return probe.ask(model, prompts, block=knobs.block_size, mask_id=knobs.mask_token_id, **vars(knobs))
 
 
-def _ask_release(release: Path, kind: Kind, knobs: Generation, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _ask_release(release: Path, files: ReleaseFiles, knobs: Generation, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory(prefix="tide-parity-") as scratch:
         request, answers = Path(scratch) / "request.json", Path(scratch) / "answers.safetensors"
         program = Path(scratch) / "code" / "probe.py"
@@ -100,7 +100,7 @@ def _ask_release(release: Path, kind: Kind, knobs: Generation, dtype: torch.dtyp
             json.dumps(
                 {
                     "folder": str(release.resolve()),
-                    "prober": kind.prober,
+                    "prober": "transformers" if files.auto_map else "package",
                     "dtype": str(dtype).removeprefix("torch."),
                     "block": knobs.block_size,
                     "mask_id": knobs.mask_token_id,
@@ -111,7 +111,7 @@ def _ask_release(release: Path, kind: Kind, knobs: Generation, dtype: torch.dtyp
         )
         command = [sys.executable, str(program), str(request), str(answers)]
         done = subprocess.run(
-            command, cwd=scratch, env=_environment(kind, scratch), capture_output=True, text=True, errors="replace"
+            command, cwd=scratch, env=_environment(files, scratch), capture_output=True, text=True, errors="replace"
         )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
@@ -119,10 +119,10 @@ def _ask_release(release: Path, kind: Kind, knobs: Generation, dtype: torch.dtyp
         return load_file(answers)
 
 
-def _environment(kind: Kind, scratch: str) -> dict[str, str]:
+def _environment(files: ReleaseFiles, scratch: str) -> dict[str, str]:
     """Offline, an empty cache for the folder's code, and this project importable only where it is meant to be."""
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != REPOSITORY]
-    if kind.needs_package:
+    if not files.auto_map:
         paths.insert(0, str(REPOSITORY))
     own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
     return os.environ | own | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}

@@ -51,7 +51,7 @@ class TrainingCheckpoint:
         Raises:
             ValueError: when the starting folder describes other parameters.
         """
-        model = load_model(self.base_model, dtype, device=device)
+        model = load_model(self.base_model, dtype, device=device, as_student=True)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name in sorted(self.names()):

@@ -16,7 +16,7 @@ from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
 from megatron_tide.hosting.place import build_teacher
 from megatron_tide.hosting.plan.check import check_plan
 from megatron_tide.hosting.replicated import NoTeacher
-from megatron_tide.models import load_model, recompute_layers
+from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
 from megatron_tide.train import checkpoint
 from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.distributed import DistContext
@@ -37,7 +37,7 @@ def build(
     """
     if backend is None:
         check_plan(config, inputs.strategy, inputs.data.stats, world)
-    model = load_model(config.paths.student).train()
+    model = load_model(config.paths.student, as_student=True).train()
     block = inputs.data.manifest["student"]["block"]
     if model.config.block_size != block:
         raise ValueError(
@@ -51,6 +51,7 @@ def build(
     if not strategy.needs_teacher:
         backend = NoTeacher()
     else:
+        _warn_of_shift(config.paths.teacher, world)
         backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
         layout = TeacherLayout(
             context=ATTENTION_LAYOUTS[config.strategy.teacher_context],
@@ -70,6 +71,15 @@ def build(
     )
     context = TrainContext(engine=engine, backend=backend, strategy=strategy, world=world, clock=Clock(world.device))
     return context, loader
+
+
+def _warn_of_shift(teacher: str, world: DistContext) -> None:
+    family, _ = read_config(resolve_folder(teacher))
+    if family.shifts_by_one:
+        world.print_rank0(
+            f"warning: {teacher} is a {family.model_types[0]} model, which predicts the NEXT token at each position; "
+            "the distillation takes its predictions for the token AT each position"
+        )
 
 
 def probe(

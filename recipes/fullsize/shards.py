@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tide.models.checkpoint_keys import checkpoint_table, keeps_precision
+from megatron_tide.models.checkpoint_keys import checkpoint_table
 from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
 
@@ -24,7 +24,7 @@ class MadeShards(ShardedFolder):
     """Random weights from ``seed``, one shard a section; ``seconds`` and ``bytes`` tell what making them took."""
 
     def __init__(self, folder: Path, specs: LayerSpecs, dtype: torch.dtype, seed: int) -> None:
-        self.seed, self.dtype = seed, dtype
+        self.family, self.seed, self.dtype = specs.family, seed, dtype
         self.seconds, self.bytes = 0.0, 0
         every = [specs.embedding, *specs.layers, specs.norm, specs.output]
         names = [f"model-{place:05d}-of-{len(every):05d}.safetensors" for place in range(1, len(every) + 1)]
@@ -34,10 +34,9 @@ class MadeShards(ShardedFolder):
     def _find(self) -> dict[str, str]:
         return {key: file for file, section in self._section_of.items() for key in self._table(section)}
 
-    @staticmethod
-    def _table(section: LayerSpec) -> dict[str, Tensor]:
+    def _table(self, section: LayerSpec) -> dict[str, Tensor]:
         metas = {section.names[name]: meta for name, meta in section.tensors.items()}
-        return {key: slot.of(metas) for key, slot in checkpoint_table(metas).items()}
+        return {key: slot.of(metas) for key, slot in checkpoint_table(metas, self.family).items()}
 
     def tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         wanted = set(keys)
@@ -57,7 +56,7 @@ class MadeShards(ShardedFolder):
         self.seconds += time.perf_counter() - started
 
     def _random(self, key: str, meta: Tensor, generator: torch.Generator) -> Tensor:
-        if keeps_precision(key):
+        if self.family.keeps_precision(key):
             return torch.zeros(meta.shape)
         if meta.dim() == 1:
             return torch.ones(meta.shape, dtype=self.dtype)

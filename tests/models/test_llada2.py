@@ -11,6 +11,7 @@ from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models import load_model, recompute_layers
 from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors
 from megatron_tide.models.experts import Experts
+from megatron_tide.models.families import family_of
 from megatron_tide.models.llada2 import rotary, rotate
 from tests.reference import llada2 as reference
 from tests.support.models import hub_tensors, tiny_teacher_config, write_hub_folder
@@ -48,7 +49,7 @@ def test_logits_and_gradients_equal_the_loops(folder: Any, mask: str) -> None:
     wanted.backward(probe)
     logits.backward(probe.float())
     gradients = {name: tensor.grad for name, tensor in module_tensors(model).items()}
-    for key, slot in checkpoint_table(module_tensors(model)).items():
+    for key, slot in checkpoint_table(module_tensors(model), family_of(model)).items():
         if key.endswith("expert_bias"):
             continue
         assert weights[key].grad is not None or "experts" in key, key
@@ -150,9 +151,10 @@ def test_rotation_turns_half_the_head_and_depends_on_distance_only() -> None:
 def test_layers_one_by_one_are_the_backbone(folder: Any, dtype: torch.dtype) -> None:
     model = load_model(folder, dtype)
     ids = ids_of(2)
-    hidden, cos, sin = model.model.embed(ids, None)
+    hidden = model.model.word_embeddings(ids)
+    rotations = model.model.rotary_emb(hidden, torch.arange(LENGTH)[None])
     for layer in model.model.layers:
-        hidden = layer(hidden, cos, sin, None)
+        hidden = layer(hidden, None, rotations)
     assert torch.equal(model.model.norm(hidden), model.backbone(ids))
 
 
@@ -160,7 +162,7 @@ def test_recomputed_layers_give_the_same_gradients(folder: Any) -> None:
     plain, again = load_model(folder), load_model(folder)
     recompute_layers(again)
     calls = []
-    again.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    again.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for model in (plain, again):
         model.train()
         model(ids_of(2)).logits.square().mean().backward()

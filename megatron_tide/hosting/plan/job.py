@@ -12,7 +12,6 @@ from megatron_tide.hosting.plan.ledger import LARGEST_PIECE
 from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
 from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs, layer_specs_of
-from megatron_tide.models.llada2_config import LLaDA2Config
 
 FP32 = 4  # bytes
 
@@ -69,7 +68,7 @@ class Model:
         plain = Widths(
             config.hidden_size, query, config.num_key_value_heads * config.head_dim, config.intermediate_size
         )
-        if not isinstance(config, LLaDA2Config):
+        if not hasattr(config, "num_experts"):
             return [plain] * config.num_hidden_layers
         expert = config.moe_intermediate_size
         mixture = replace(
@@ -90,7 +89,7 @@ class Model:
     def active(self) -> float:
         """Parameters that one position is multiplied with in its layers: of the experts, the chosen ones."""
         config = self.config
-        share = config.num_experts_per_tok / config.num_experts if isinstance(config, LLaDA2Config) else 1.0
+        share = config.num_experts_per_tok / config.num_experts if hasattr(config, "num_experts") else 1.0
         return sum(_numbers(layer, ".experts.", share) for layer in self.sections.layers)
 
 
