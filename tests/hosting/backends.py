@@ -80,7 +80,7 @@ def windows_of(knobs: Knobs, world: DistContext) -> tuple[Strategy, MicrobatchLo
     )
     windows = MicrobatchLoader(
         data=inputs.data,
-        order=inputs.sampler,
+        sampler=inputs.sampler,
         masking=inputs.strategy.masking,
         teacher=layout,
         seed=config.train.seed,
