@@ -42,7 +42,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     add("--out", help="folder for answers, sample by sample [MODEL/evaluation]")
     add("--json", metavar="FILE", help="also write everything as JSON")
     add("--card", action="store_true", help="also write the scores of each release into its model card")
-    add("--seed", type=int, default=0, help="of masks, draws and bootstrap [0]")
+    add("--seed", type=int, default=0, help="of masks, sampling and bootstrap [0]")
     add("--batch-size", type=int, default=8, help="samples at once; changes speed only [8]")
     add("--dtype", choices=("bfloat16", "float32"), default="float32", help="precision [float32]")
     add("--device", default="auto", help=DEVICE_HELP)
@@ -56,7 +56,9 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         help="what teachers attend to; the staircase gives them what students see [staircase]",
     )
     bound.add_argument("--samples", type=int, default=0, help="of the data, spread evenly over it [all]")
-    bound.add_argument("--draws", type=int, default=8, help="timesteps a sample, one in each of as many strata [8]")
+    bound.add_argument(
+        "--mc-samples", type=int, default=8, help="timesteps per sample, one in each of as many strata [8]"
+    )
 
     put = parser.add_argument_group("benchmarks").add_argument
     put("--preset", choices=("paper",), default="paper", help="settings of each benchmark [paper]")
@@ -111,28 +113,27 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.data:
         raise ValueError("likelihood is measured on held-out data: add --data, a prepared folder, or choose --tasks")
     from megatron_tide.data import PreparedData
-    from megatron_tide.evaluate import student_side, teacher_side
     from megatron_tide.evaluate.answerers import check_has_bound
-    from megatron_tide.evaluate.comparison import Measuring, likelihood_record, likelihood_table, measure_model
+    from megatron_tide.evaluate.comparison import LikelihoodSettings, likelihood_record, likelihood_table, measure_model
     from megatron_tide.release import DTYPES, open_model
 
     data = PreparedData.open(arguments.data)
-    how = Measuring(
+    how = LikelihoodSettings(
         data=data,
-        context=arguments.teacher_context,
+        teacher_context=arguments.teacher_context,
         samples=arguments.samples,
-        draws=arguments.draws,
+        mc_samples=arguments.mc_samples,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         dtype=DTYPES[arguments.dtype],
         device=device_of(arguments.device),
     )
-    models: list[tuple[str, Any]] = [(text, None) for text in arguments.model]
-    models += [(text, student_side(data)) for text in arguments.student]
-    models += [(text, teacher_side(data, arguments.teacher_context)) for text in arguments.teacher]
+    models: list[tuple[str, str | None]] = [(text, None) for text in arguments.model]
+    models += [(text, "student") for text in arguments.student]
+    models += [(text, "teacher") for text in arguments.teacher]
     for text in arguments.model:
         check_has_bound(named(text)[1])
-    rows = [measure_model(*named(text), side, how, open_model) for text, side in models]
+    rows = [measure_model(*named(text), role, how, open_model) for text, role in models]
     print(likelihood_table(rows))
     return likelihood_record(rows, how)
 

@@ -1,8 +1,9 @@
-"""Held-out likelihood of several models as one table: the same masks for every row, paired to the first student."""
+"""Held-out likelihood of several models as one table: the same masks for every row, paired with the first student."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,9 @@ import torch
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
-from megatron_tide.data.progress import Progress
-from megatron_tide.evaluate.answerers import OpenModel
-from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood
-from megatron_tide.evaluate.sides import Side, student_side, teacher_side
+from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
+
+OpenModel = Callable[[str, torch.dtype, str], Any]
 
 
 @dataclass(frozen=True)
@@ -27,60 +27,46 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
-    """What is measured on, and how, for every model alike."""
+class LikelihoodSettings:
+    """What every model is measured on, and how. ``teacher_context``: the attention layout of teachers."""
 
     data: PreparedData
-    context: str
+    teacher_context: str
     samples: int
-    draws: int
+    mc_samples: int
     seed: int
     batch_size: int
     dtype: torch.dtype
     device: str
 
-    def sides(self) -> dict[str, Side]:
-        """Side of each tokenizer by fingerprint; the student's where both sides have the same."""
-        sides = {} if self.data.student_only else {self.fingerprint("teacher"): teacher_side(self.data, self.context)}
-        return sides | {self.fingerprint("student"): student_side(self.data)}
 
-    def fingerprint(self, side: str) -> str:
-        return str(self.data.manifest[side]["fingerprint"])
-
-
-def measure_model(name: str, path: str, side: Side | None, how: Measuring, open_model: OpenModel) -> Row:
-    """One row; ``side`` None: the one whose tokenizer the model has.
+def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings, open_model: OpenModel) -> Row:
+    """One row, scored as ``role`` (student or teacher); None: as the one whose tokenizer the model has.
 
     Raises:
         ValueError: a model whose tokenizer the data was not prepared with.
     """
     opened = open_model(path, how.dtype, how.device)
     mine = load_tokenizer(opened.folder).fingerprint
-    if side is None:
-        side = how.sides().get(mine)
-        if side is None:
-            raise ValueError(f"{path}: {how.data.folder} was prepared for models with other tokenizers")
-    if mine != how.fingerprint(side.name):
-        raise ValueError(f"{path}: {how.data.folder} was prepared for a {side.name} with another tokenizer")
+    roles = ("student",) if how.data.student_only else ("student", "teacher")
+    fitting = [one for one in roles if how.data.manifest[one]["fingerprint"] == mine]
+    if not (role or fitting):
+        raise ValueError(f"{path}: {how.data.folder} was prepared for models with other tokenizers")
+    role = role or fitting[0]
+    scoring = scoring_inputs(how.data, role, how.teacher_context if role == "teacher" else "staircase")
+    if role not in fitting:
+        raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
     started = time.perf_counter()
-    bar: Any = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or Progress(total, name)
-        bar.update(done)
-
     report = evaluate_likelihood(
         opened.model,
         how.data,
-        side,
+        scoring,
         samples=how.samples,
-        draws=how.draws,
+        mc_samples=how.mc_samples,
         seed=how.seed,
         batch_size=how.batch_size,
-        progress=progress,
+        label=name,
     )
-    bar.close()
     return Row(name, path, report, time.perf_counter() - started)
 
 
@@ -89,7 +75,7 @@ def first_student(rows: list[Row]) -> Row | None:
 
 
 def likelihood_table(rows: list[Row]) -> str:
-    """For people: one line a model."""
+    """For people: one line per model."""
     base, width = first_student(rows), max(5, *(len(row.name) for row in rows))
     head = (
         f"{'model':<{width}}  {'side':<7}  {'bits per byte':<25}  {'less the first student':<27}  masked-token accuracy"
@@ -104,16 +90,16 @@ def likelihood_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def likelihood_record(rows: list[Row], how: Measuring) -> dict[str, Any]:
+def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any]:
     """For programs: settings, and every model with its numbers."""
     base = first_student(rows)
     return {
         "data": {"folder": str(how.data.folder), "fingerprint": how.data.fingerprint},
         "settings": {
             "samples": rows[0].report.samples,
-            "draws": how.draws,
+            "mc_samples": how.mc_samples,
             "seed": how.seed,
-            "teacher_context": how.context,
+            "teacher_context": how.teacher_context,
             "dtype": str(how.dtype).removeprefix("torch."),
         },
         "models": [

@@ -62,7 +62,8 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
     for model in content.get("models", ()):
         if model["path"] != path:
             continue
-        how = f"diffusion bound, {settings['draws']} timesteps a sample, seed {settings['seed']}, {settings['dtype']}"
+        how = f"diffusion bound, {settings['mc_samples']} timesteps per sample"
+        how += f", seed {settings['seed']}, {settings['dtype']}"
         task = f"held-out text ({Path(content['data']['folder']).name})"
         for metric in ("bits_per_byte", "masked_token_accuracy"):
             estimate = model[metric]

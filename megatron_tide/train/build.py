@@ -100,12 +100,14 @@ def measurement(config: DistillConfig, inputs: RunInputs, context: TrainContext)
     """The measurement of ``--eval-every``: the student on held-out data (a collective)."""
 
     def measure() -> dict[str, float]:
-        from megatron_tide.evaluate import student_side, validate
+        from megatron_tide.evaluate import scoring_inputs, validate
 
         held_out, batch = inputs.validation, config.train.micro_batch_size
         assert held_out is not None
-        side, samples = student_side(held_out), config.save.eval_samples
-        return validate(context.engine.module, held_out, side, world=context.world, samples=samples, batch_size=batch)
+        scoring, samples = scoring_inputs(held_out, "student"), config.save.eval_samples
+        return validate(
+            context.engine.module, held_out, scoring, world=context.world, samples=samples, batch_size=batch
+        )
 
     return measure
 

@@ -14,16 +14,12 @@ import torch
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise
-from megatron_tide.evaluate import evaluate_likelihood, student_side, teacher_side, validate
+from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs, validate
 from megatron_tide.evaluate.bootstrap import ratio
-from megatron_tide.evaluate.likelihood import SCHEDULE, spread, timestep_grid
-from megatron_tide.evaluate.sides import ask
-from megatron_tide.evaluate.validation import DRAWS
+from megatron_tide.evaluate.likelihood import SCHEDULE, VALIDATION_MC_SAMPLES, masked_tokens, spread, timestep_grid
 from megatron_tide.models import load_model
 from tests.reference.likelihood import likelihood as plain
 from tests.support.lab import Lab
-
-SIDES = {"student": student_side, "teacher": teacher_side}
 
 
 @pytest.fixture(scope="module")
@@ -41,57 +37,59 @@ def test_equals_the_plain_way(models: dict[str, Any], data: PreparedData, name: 
     def grid(key: int) -> list[float]:
         return timestep_grid(torch.tensor([key]), 3, seed=4)[0].tolist()
 
-    expected = plain(models[name], data, name, draws=3, seed=4, grid=grid)
-    report = evaluate_likelihood(models[name], data, SIDES[name](data), draws=3, seed=4, batch_size=5, slice_rows=7)
+    expected = plain(models[name], data, name, mc_samples=3, seed=4, grid=grid)
+    report = evaluate_likelihood(
+        models[name], data, scoring_inputs(data, name), mc_samples=3, seed=4, batch_size=5, slice_rows=7
+    )
     assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte"], rel=1e-5)
     assert report.accuracy.value == pytest.approx(expected["accuracy"], rel=1e-9)
     assert report.bits_per_byte.low < report.bits_per_byte.value < report.bits_per_byte.high
 
 
-def test_one_sided_data_scores_all_of_the_response(lab: Lab, models: dict[str, Any]) -> None:
+def test_student_only_data_scores_all_of_the_response(lab: Lab, models: dict[str, Any]) -> None:
     alone = PreparedData.open(lab.student_data)
     expected = plain(
         models["student"],
         alone,
         "student",
-        draws=2,
+        mc_samples=2,
         seed=0,
         grid=lambda key: timestep_grid(torch.tensor([key]), 2, 0)[0],
     )
-    report = evaluate_likelihood(models["student"], alone, student_side(alone), draws=2, seed=0)
+    report = evaluate_likelihood(models["student"], alone, scoring_inputs(alone, "student"), mc_samples=2, seed=0)
     assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte"], rel=1e-5)
     with pytest.raises(ValueError, match="without a teacher"):
-        teacher_side(alone)
+        scoring_inputs(alone, "teacher")
 
 
 def test_both_sides_guess_the_same_chunks(data: PreparedData) -> None:
-    student, teacher = student_side(data), teacher_side(data)
+    student, teacher = scoring_inputs(data, "student"), scoring_inputs(data, "teacher")
     batch = read_batch(data, range(len(data)))
     for k in range(3):
         drawn = noise(batch, seed=1, epoch=k, masking=MASKINGS["synchronous"], t=torch.full((len(data),), 0.4))
         chunks = []
         for side in (student, teacher):
-            question, tokens = ask(side, batch, drawn), side.tokens(batch)
-            scored = {(int(s), int(g)) for s, g in zip(question.sample, question.gold)}
+            found, tokens = masked_tokens(side, batch, drawn), side.tokens(batch)
+            scored = {(int(s), int(g)) for s, g in zip(found.sample_M, found.targets_M)}
             assert scored  # gold tokens differ by side; chunks are compared below
             position = torch.arange(tokens.ids.shape[1])
             counted = side.masked(drawn) & (tokens.chunk >= 0) & (position <= tokens.content_end[:, None])
-            assert int(counted.sum()) == len(question.gold)
+            assert int(counted.sum()) == len(found.targets_M)
             chunks.append({(s, c) for s, c in zip(counted.nonzero()[:, 0].tolist(), tokens.chunk[counted].tolist())})
         assert chunks[0] == chunks[1]
 
 
 def test_fill_behind_the_end_is_masked_but_not_scored(data: PreparedData) -> None:
-    side = teacher_side(data)
+    side = scoring_inputs(data, "teacher")
     batch = read_batch(data, range(len(data)))
     drawn = noise(batch, seed=0, epoch=0, masking=MASKINGS["synchronous"], t=torch.ones(len(data)))
-    question = ask(side, batch, drawn)
+    found = masked_tokens(side, batch, drawn)
     eos = data.manifest["teacher"]["eos_id"]
     whole = [i for i in range(len(data)) if data.sample(i).teacher.ids[-1] == eos]
     fills = [i for i in whole if len(data.sample(i).teacher.ids) > data.sample(i).teacher.content_end + 1]
     assert fills
     for i in fills:
-        assert int((question.gold[question.sample == i] == eos).sum()) == 1
+        assert int((found.targets_M[found.sample_M == i] == eos).sum()) == 1
         assert bool(drawn.teacher_masked[i, int(batch.teacher.content_end[i]) + 1])
 
 
@@ -108,22 +106,24 @@ class Uniform(torch.nn.Module):
 
 @pytest.mark.parametrize("name", ["student", "teacher"])
 def test_uniform_model_costs_log_v_a_token(data: PreparedData, name: str) -> None:
-    vocabulary, draws = 512, 6
-    report = evaluate_likelihood(Uniform(vocabulary), data, SIDES[name](data), draws=draws, seed=3)
+    vocabulary, mc_samples = 512, 6
+    report = evaluate_likelihood(Uniform(vocabulary), data, scoring_inputs(data, name), mc_samples=mc_samples, seed=3)
     per_sample = np.zeros(len(data))
     batch = read_batch(data, range(len(data)))
-    grid = timestep_grid(batch.keys, draws, 3)
-    for k in range(draws):
+    grid = timestep_grid(batch.keys, mc_samples, 3)
+    for k in range(mc_samples):
         drawn = noise(batch, seed=3, epoch=k, masking=MASKINGS["synchronous"], t=grid[:, k])
-        counts = torch.bincount(ask(SIDES[name](data), batch, drawn).sample, minlength=len(data))
-        per_sample += (counts.double() / grid[:, k] / draws).numpy()
+        counts = torch.bincount(masked_tokens(scoring_inputs(data, name), batch, drawn).sample_M, minlength=len(data))
+        per_sample += (counts.double() / grid[:, k] / mc_samples).numpy()
     size = sum(data.sample(i).response_bytes for i in range(len(data)))
     assert report.bits_per_byte.value == pytest.approx(per_sample.sum() * math.log2(vocabulary) / size, rel=1e-6)
 
 
 def test_the_bound_of_a_uniform_model_is_unbiased(data: PreparedData) -> None:
-    """Many draws: log2(V) bits for each scored token, whatever was masked when."""
-    report = evaluate_likelihood(Uniform(512), data, student_side(data), draws=400, seed=0, batch_size=24)
+    """Many timesteps: log2(V) bits for each scored token, whatever was masked when."""
+    report = evaluate_likelihood(
+        Uniform(512), data, scoring_inputs(data, "student"), mc_samples=400, seed=0, batch_size=24
+    )
     tokens = sum(int((data.sample(i).student.chunk >= 0).sum()) for i in range(len(data)))
     size = sum(data.sample(i).response_bytes for i in range(len(data)))
     assert report.bits_per_byte.value == pytest.approx(tokens * 9.0 / size, rel=0.03)
@@ -140,14 +140,14 @@ def test_grid_is_stratified_and_belongs_to_the_sample() -> None:
 
 
 def test_result_does_not_depend_on_batches(models: dict[str, Any], data: PreparedData) -> None:
-    one = evaluate_likelihood(models["student"], data, student_side(data), draws=2, batch_size=1)
-    many = evaluate_likelihood(models["student"], data, student_side(data), draws=2, batch_size=24)
+    one = evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=2, batch_size=1)
+    many = evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=2, batch_size=24)
     assert np.allclose(one.nats, many.nats, rtol=1e-5)
     assert one.by_timestep[0].keys() == many.by_timestep[0].keys()
 
 
 def test_bins_add_up(models: dict[str, Any], data: PreparedData) -> None:
-    report = evaluate_likelihood(models["student"], data, student_side(data), draws=5)
+    report = evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=5)
     masked = sum(row["masked_tokens"] for row in report.by_timestep)
     right = sum(row["masked_tokens"] * row["masked_token_accuracy"] for row in report.by_timestep)
     assert right / masked == pytest.approx(report.accuracy.value)
@@ -160,15 +160,15 @@ def test_bins_add_up(models: dict[str, Any], data: PreparedData) -> None:
 
 
 def test_paired_difference(models: dict[str, Any], data: PreparedData) -> None:
-    student = evaluate_likelihood(models["student"], data, student_side(data), draws=2)
-    teacher = evaluate_likelihood(models["teacher"], data, teacher_side(data), draws=2)
+    student = evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=2)
+    teacher = evaluate_likelihood(models["teacher"], data, scoring_inputs(data, "teacher"), mc_samples=2)
     difference = student.minus(teacher)
     assert difference.value == pytest.approx(student.bits_per_byte.value - teacher.bits_per_byte.value)
     same = student.minus(student)
     assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
     # Paired on the same masks, a difference is known better than either number.
     assert difference.high - difference.low < student.bits_per_byte.high - student.bits_per_byte.low
-    other = evaluate_likelihood(models["teacher"], data, teacher_side(data), draws=3)
+    other = evaluate_likelihood(models["teacher"], data, scoring_inputs(data, "teacher"), mc_samples=3)
     with pytest.raises(ValueError, match="same settings"):
         student.minus(other)
 
@@ -190,7 +190,7 @@ def test_bootstrap_interval_has_its_coverage() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_validation_is_shared_out_over_ranks(models: dict[str, Any], data: PreparedData, world_size: int) -> None:
     """Ranks' shares add up to the whole; an empty share is no obstacle."""
-    model, side, shares = models["student"].train(), student_side(data), []
+    model, side, shares = models["student"].train(), scoring_inputs(data, "student"), []
 
     def collect(rank: int) -> SimpleNamespace:
         return SimpleNamespace(
@@ -199,7 +199,7 @@ def test_validation_is_shared_out_over_ranks(models: dict[str, Any], data: Prepa
 
     for rank in range(world_size):
         values = validate(model, data, side, world=collect(rank), samples=4, batch_size=3, seed=2)
-    expected = evaluate_likelihood(model, data, side, samples=4, draws=DRAWS, seed=2)
+    expected = evaluate_likelihood(model, data, side, samples=4, mc_samples=VALIDATION_MC_SAMPLES, seed=2)
     assert values["validation/bits_per_byte"] == pytest.approx(expected.bits_per_byte.value, rel=1e-6)
     assert values["validation/masked_token_accuracy"] == pytest.approx(expected.accuracy.value)
     assert model.training
@@ -212,7 +212,7 @@ def test_samples_are_spread_over_the_data() -> None:
 
 
 def test_wrong_settings_are_named(models: dict[str, Any], data: PreparedData) -> None:
-    with pytest.raises(ValueError, match="draws"):
-        evaluate_likelihood(models["student"], data, student_side(data), draws=0)
+    with pytest.raises(ValueError, match="mc_samples"):
+        evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=0)
     with pytest.raises(ValueError, match="context 'sideways'"):
-        teacher_side(data, "sideways")
+        scoring_inputs(data, "teacher", "sideways")

@@ -13,7 +13,7 @@ from megatron_tide.diffusion import MASKINGS, noise, staircase_mask
 
 
 @torch.no_grad()
-def likelihood(model: Any, data: PreparedData, side: str, *, draws: int, seed: int, grid: Any) -> dict[str, float]:
+def likelihood(model: Any, data: PreparedData, side: str, *, mc_samples: int, seed: int, grid: Any) -> dict[str, float]:
     """Bits per byte and masked-token accuracy over all of ``data``; ``grid(key)`` gives a sample's timesteps."""
     manifest = data.manifest[side]
     nats = size = right = masked = 0.0
@@ -32,7 +32,7 @@ def likelihood(model: Any, data: PreparedData, side: str, *, draws: int, seed: i
                 if uncovered or not hidden[0, position]:
                     continue
                 gold = int(tokens.ids[0, position])
-                nats += -float(torch.log_softmax(logits[position].double(), -1)[gold]) / float(t) / draws
+                nats += -float(torch.log_softmax(logits[position].double(), -1)[gold]) / float(t) / mc_samples
                 right += float(int(logits[position].argmax()) == gold)
                 masked += 1
     return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / masked}

@@ -61,7 +61,7 @@ def test_the_record_of_an_evaluation_becomes_rows() -> None:
     estimate = {"value": 0.5, "low": 0.25, "high": 0.75}
     record = {
         "data": {"folder": "runs/x/test-data"},
-        "settings": {"draws": 8, "seed": 0, "dtype": "float32"},
+        "settings": {"mc_samples": 8, "seed": 0, "dtype": "float32"},
         "models": [
             {"path": path, "samples": 9, "bits_per_byte": estimate, "masked_token_accuracy": estimate}
             for path in ("hf", "other")

@@ -33,7 +33,7 @@ def recipe(chain, tmp_path_factory) -> Path:
         "--student",
         str(folder / "bridged"),
     ]
-    scored = ["--data", data, *models, "--teacher", teacher, "--samples", "6", "--draws", "2"]
+    scored = ["--data", data, *models, "--teacher", teacher, "--samples", "6", "--mc-samples", "2"]
     evaluate.main([*scored, "--json", str(folder / "scores.json")])
     prompts = ["--prompt", "Add <b>two</b> & three.", "--prompt", "Count.", "--max-new-tokens", "6"]
     generate.main([student, *prompts, "--json", str(folder / "completions.jsonl")])

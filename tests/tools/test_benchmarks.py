@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tide import cli
 from megatron_tide.data import PreparedData
-from megatron_tide.evaluate import evaluate_likelihood, student_side, teacher_side
+from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
 from megatron_tide.evaluate.presets import published_row
 from megatron_tide.lock import RunLock
 from megatron_tide.models import load_model
@@ -138,12 +138,12 @@ def test_results_are_kept_in_the_models_folder(lab: Lab, tmp_path: Path) -> None
 
 def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> None:
     scores = tmp_path / "scores.json"
-    flags = ["--tasks", "likelihood", "--data", str(lab.data), "--draws", "2", "--json", str(scores)]
+    flags = ["--tasks", "likelihood", "--data", str(lab.data), "--mc-samples", "2", "--json", str(scores)]
     tool.main([f"a={lab.student}", f"b={lab.teacher}", *flags])
     found = json.loads(scores.read_text())["models"]
     data = PreparedData.open(lab.data)
-    student = evaluate_likelihood(load_model(lab.student), data, student_side(data), draws=2)
-    teacher = evaluate_likelihood(load_model(lab.teacher), data, teacher_side(data), draws=2)
+    student = evaluate_likelihood(load_model(lab.student), data, scoring_inputs(data, "student"), mc_samples=2)
+    teacher = evaluate_likelihood(load_model(lab.teacher), data, scoring_inputs(data, "teacher"), mc_samples=2)
     assert [one["side"] for one in found] == ["student", "teacher"]
     assert found[0]["bits_per_byte"] == student.bits_per_byte.to_dict()
     assert found[1]["minus_first_student"] == teacher.minus(student).to_dict()

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tide import cli
 from megatron_tide.data import PreparedData
-from megatron_tide.evaluate import evaluate_likelihood, student_side, teacher_side
+from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
 from megatron_tide.models import load_model
 from tests.support.lab import Lab, write_checkpoint
 from tools import evaluate as tool
@@ -21,7 +21,7 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     scores = tmp_path / "scores.json"
     tool.main(
         [
-            *("--data", str(lab.data), "--draws", "2", "--seed", "3", "--json", str(scores)),
+            *("--data", str(lab.data), "--mc-samples", "2", "--seed", "3", "--json", str(scores)),
             *(
                 "--student",
                 f"start={lab.student}",
@@ -35,8 +35,8 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     found = {row["name"]: row for row in json.loads(scores.read_text())["models"]}
     assert list(found) == ["start", "moved", "teacher"]
     data = PreparedData.open(lab.data)
-    start = evaluate_likelihood(load_model(lab.student), data, student_side(data), draws=2, seed=3)
-    teacher = evaluate_likelihood(load_model(lab.teacher), data, teacher_side(data), draws=2, seed=3)
+    start = evaluate_likelihood(load_model(lab.student), data, scoring_inputs(data, "student"), mc_samples=2, seed=3)
+    teacher = evaluate_likelihood(load_model(lab.teacher), data, scoring_inputs(data, "teacher"), mc_samples=2, seed=3)
     assert found["start"]["bits_per_byte"] == start.bits_per_byte.to_dict()
     assert found["teacher"]["masked_token_accuracy"] == teacher.accuracy.to_dict()
     assert found["teacher"]["minus_first_student"] == teacher.minus(start).to_dict()
@@ -50,7 +50,7 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_scores_reach_the_model_card(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     release = shutil.copytree(lab.student, tmp_path / "hf")
     (release / "README.md").write_text("# hf\n\n## Scores\n\nNot measured yet.\n\n## Parity\n")
-    flags = ["--data", str(lab.data), "--draws", "1", "--samples", "4", "--card"]
+    flags = ["--data", str(lab.data), "--mc-samples", "1", "--samples", "4", "--card"]
     tool.main([*flags, "--student", f"start={lab.student}", "--student", str(release)])
     card = (release / "README.md").read_text()
     assert card.count("| held-out text (data) | bits per byte | ") == 1
@@ -76,7 +76,7 @@ def test_a_model_on_the_wrong_side_is_refused(
     [
         (["--data", "nowhere", "--student", "x"], "nowhere"),
         (["--data", "DATA", "--student", "a=x", "--student", "a=y"], "NAME=PATH"),
-        (["--data", "DATA", "--student", "STUDENT", "--draws", "0"], "draws"),
+        (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "mc_samples"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
     ],
 )
