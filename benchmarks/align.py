@@ -24,7 +24,7 @@ from benchmarks.common import paired_seconds, report
 from megatron_tide import cli
 from megatron_tide.bridge import TEXTS_AT_ONCE, align_batch, load_tokenizer
 from megatron_tide.bridge.byte_table import ByteTable
-from tools.train_tokenizers import train_byte_bpe, train_sentencepiece
+from megatron_tide.bridge.train_tokenizers import train_byte_bpe, train_sentencepiece
 
 STUDENT_VOCABULARY, TEACHER_VOCABULARY = 4096, 8192
 

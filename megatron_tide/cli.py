@@ -211,9 +211,9 @@ def _add(group: Any, info: Field[Any], hint: Any) -> None:
     if about["kind"] == "repeated":
         options["action"] = "append"
     elif many:
-        options["nargs"] = "+" if info.default is MISSING or about["kind"] != "positional" else "*"
-    elif about["kind"] == "positional" and info.default is not MISSING:
-        options["nargs"] = "?"
+        options["nargs"] = "*" if about["kind"] == "positional" else "+"
+    elif about["kind"] == "positional":
+        options["nargs"] = "?"  # what is missing is named by ``build``, with the flags
     names = [info.name] if about["kind"] == "positional" else [spelled(info)]
     names += ["--" + info.name] if about["kind"] == "hidden" else []  # as launchers spell it
     group.add_argument(*names, **options)

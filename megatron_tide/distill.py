@@ -1,4 +1,4 @@
-"""Train a block-diffusion student: with a teacher (distillation), or without (--strategy bd3lm: pretraining, baseline).
+"""Train a block-diffusion student: by distillation, or without a teacher (--strategy bd3lm).
 
 Run again, it resumes from its newest checkpoint. Ctrl-C finishes the step, saves, and stops. Any number of ranks gives
 the same curve. Data and bridge come from the prepare and bridge commands; the convert command makes the release.

@@ -52,7 +52,7 @@ setup_environment() {
   fi
   local ops=(${BUILD_OPS[@]+"${BUILD_OPS[@]}"})
   [[ ${HOSTING:-} != *nvme ]] || ops+=(--disk)
-  "$PYTHON" tools/build_ops.py ${ops[@]+"${ops[@]}"}
+  "$PYTHON" -m megatron_tide build-ops ${ops[@]+"${ops[@]}"}
 }
 
 # wanted STAGE: whether ONLY names it. Words of ONLY that named a stage are kept, to tell at the end which did not.
@@ -187,7 +187,7 @@ release() {
   local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
 
   stage sample "$PYTHON" -m megatron_tide.data.sample --data "$DATA" --out "$run/sample.jsonl"
-  stage bridge "$PYTHON" -m megatron_tide.bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
+  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
   stage data "$PYTHON" -m megatron_tide.data.prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \

@@ -35,10 +35,10 @@ hosting
 
 stage corpus "$PYTHON" recipes/fullsize/corpus.py --out "$run/corpus.jsonl"
 # So few tokens for the teacher that it needs two for one of the student: both lengths are filled.
-stage tokenizers "$PYTHON" tools/train_tokenizers.py --data "$run/corpus.jsonl" --teacher-vocab 430 \
+stage tokenizers "$PYTHON" -m megatron_tide train-tokenizers --data "$run/corpus.jsonl" --teacher-vocab 430 \
   --student-out "$run/tokenizers/student" --teacher-out "$run/tokenizers/teacher"
 tokenizers=(--student "$run/tokenizers/student" --teacher "$run/tokenizers/teacher")
-stage bridge "$PYTHON" -m megatron_tide.bridge "${tokenizers[@]}" --sample "$run/corpus.jsonl" --out "$run/bridge"
+stage bridge "$PYTHON" -m megatron_tide bridge "${tokenizers[@]}" --sample "$run/corpus.jsonl" --out "$run/bridge"
 stage data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus.jsonl" "${tokenizers[@]}" --bridge "$run/bridge" \
   --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
 

@@ -37,7 +37,7 @@ common=(--precision fp32 --global-batch-size 8 --micro-batch-size 8 --beta2 0.98
 # pretrain WHO CORPUS STEPS LR: fresh weights + denoising only -> $run/WHO, a folder in hub format
 pretrain() {
   local who=$1 corpus=$2 steps=$3 lr=$4
-  stage "$who-init" "$PYTHON" tools/init_model.py --config "recipes/quickstart/$who.json" \
+  stage "$who-init" "$PYTHON" -m megatron_tide init-model --config "recipes/quickstart/$who.json" \
     --tokenizer "$run/tokenizers/$who" --seed "$SEED" --out "$run/init/$who" --fresh
   stage "$who-data" "$PYTHON" -m megatron_tide.data.prepare --data "$corpus" --student "$run/tokenizers/$who" \
     --student-length "$STUDENT_LENGTH" --out "$run/$who-data"
@@ -46,8 +46,8 @@ pretrain() {
   stage "$who-convert" "$PYTHON" tools/convert_to_hf.py "$run/$who-pretraining" "$run/$who" --dtype float32 --overwrite
 }
 
-stage corpus "$PYTHON" -m megatron_tide.data.corpus --out "$run/corpus"
-stage tokenizers "$PYTHON" tools/train_tokenizers.py --data "$run/corpus/train.jsonl" \
+stage corpus "$PYTHON" -m megatron_tide corpus --out "$run/corpus"
+stage tokenizers "$PYTHON" -m megatron_tide train-tokenizers --data "$run/corpus/train.jsonl" \
   --student-out "$run/tokenizers/student" --teacher-out "$run/tokenizers/teacher"
 pretrain teacher "$run/corpus/train.jsonl" "$TEACHER_STEPS" 3e-3
 pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS" 3e-3
@@ -63,7 +63,7 @@ distil "$run/bd3lm" "${both[@]}" --strategy bd3lm
 distil "$run/tide-cross-tidal" "${both[@]}" --strategy tide-cross --tidal weight
 distil "$run/tide-bridge" "${both[@]}" --strategy tide-bridge
 
-stage completions "$PYTHON" tools/generate.py "$run/hf" --file "$run/corpus/test.jsonl" --limit 3 --max-new-tokens 96 \
+stage completions "$PYTHON" -m megatron_tide generate "$run/hf" --file "$run/corpus/test.jsonl" --limit 3 --max-new-tokens 96 \
   --json "$run/completions.jsonl"
 stage test-data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus/test.jsonl" --student "$STUDENT" \
   --teacher "$TEACHER" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli, distill
-from megatron_tide.bridge import __main__ as bridge
 from megatron_tide.data import prepare
 from megatron_tide.train.checkpoint import CHECKSUMS, STATE, newest_complete
 from tests.support.chain import Chain
+from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
 from tools import convert_to_hf, evaluate, plan
 
@@ -82,7 +82,7 @@ def evaluating(good: Good) -> list[str]:
     return ["--data", str(good.root / "data"), "--student", str(good.root / "student")]
 
 
-RUN, PREPARE, BRIDGE = (distill.main, dry_run), (prepare.main, preparing), (bridge.main, building)
+RUN, PREPARE, BRIDGE = (distill.main, dry_run), (prepare.main, preparing), (command("bridge"), building)
 CONVERT, PLAN, EVALUATE = (convert_to_hf.main, converting), (plan.main, planning), (evaluate.main, evaluating)
 
 

@@ -18,6 +18,7 @@ ORDER = [
     "machine",
     "config",
     "ds_config",
+    "ds_ops",
     "bridge",
     "data",
     "diffusion",
@@ -31,6 +32,8 @@ ORDER = [
     "release",
     "report",
     "distill",
+    "commands",
+    "__main__",
 ]
 SOURCES = [
     path

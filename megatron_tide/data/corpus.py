@@ -9,21 +9,18 @@ was seen in training. Rows stand in the order of a hash of their id: any first p
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
 import platform
-import sys
-import sysconfig
 import textwrap
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_tide import cli
 from megatron_tide.files import atomic_write, sha256_file, write_json
 
 SPLITS = ("train", "validation", "test")
@@ -92,7 +89,7 @@ def split_by_file(pairs: list[Pair]) -> dict[str, list[Pair]]:
     return splits
 
 
-def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, object]:
+def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, Any]:
     """Write the corpus of ``library`` to the folder ``out`` and return its manifest. A corpus that is there is kept.
 
     ValueError when ``out`` holds the corpus of another interpreter, or one that was changed, unless ``fresh``.
@@ -121,7 +118,7 @@ def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, obj
     return manifest
 
 
-def _existing(path: Path) -> dict[str, object]:
+def _existing(path: Path) -> dict[str, Any]:
     hint = "give --fresh to make it again, or another --out"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -205,25 +202,3 @@ def _same_code(body: str, statements: list[ast.stmt]) -> bool:
     except (SyntaxError, ValueError):
         return False
     return [ast.dump(s) for s in parsed] == [ast.dump(s) for s in statements]
-
-
-def main(argv: list[str]) -> int:
-    """The command line; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_tide.data.corpus",
-        description="Write train, validation and test files of docstring -> code chat messages, taken from this "
-        "Python's own standard library and split by source file, and a tenth of train. Needs no network.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; a finished corpus there is kept")
-    parser.add_argument("--fresh", action="store_true", help="make it again even if it is there")
-    arguments = parser.parse_args(argv)
-    manifest = write_corpus(arguments.out, Path(sysconfig.get_paths()["stdlib"]), arguments.fresh)
-    files = manifest["files"]
-    assert isinstance(files, dict)
-    counts = ", ".join(f"{entry['pairs']} in {name}" for name, entry in files.items())
-    print(f"corpus of Python {manifest['python']} in {arguments.out}: {counts}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -4,7 +4,15 @@ The sampler itself is ``megatron_tide.models.decoding_a2d``: one file, shared wi
 """
 
 from megatron_tide.generate.complete import Completion, complete, prompt_ids, stream
-from megatron_tide.generate.prompts import Prompt, from_prepared, from_text, read_prompts, with_holes
+from megatron_tide.generate.prompts import (
+    Prompt,
+    from_prepared,
+    from_text,
+    print_answers,
+    read_prompts,
+    with_holes,
+    write_answers,
+)
 from megatron_tide.generate.terminal import chat
 from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
 from megatron_tide.models.generation_a2d import decoding_rule
@@ -19,8 +27,10 @@ __all__ = [
     "decoding_rule",
     "from_prepared",
     "from_text",
+    "print_answers",
     "prompt_ids",
     "read_prompts",
     "stream",
     "with_holes",
+    "write_answers",
 ]

@@ -25,6 +25,7 @@ from megatron_tide.hosting.place import host_layers
 from megatron_tide.hosting.settings import DTYPES, hosting_settings
 from megatron_tide.machine import matmul_rate
 from megatron_tide.models import fresh_model, parameter_count, write_folder
+from megatron_tide.models.init_model import complete_config
 from megatron_tide.models.layer_specs import layer_specs_of
 from megatron_tide.train import build, checkpoint
 from megatron_tide.train.checkpoint import TrainState
@@ -38,7 +39,6 @@ from recipes.fullsize.measure import (
     sweep_operations,
 )
 from recipes.fullsize.shards import MadeShards
-from tools.init_model import complete
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def main(argv: list[str]) -> None:
     stop_above(int(arguments.memory_gib * 2**30))
     shapes = {}
     for side, path in (("student", arguments.student_shape), ("teacher", arguments.teacher_shape)):
-        shapes[side] = complete(read_json(path), load_tokenizer(folders.run / "tokenizers" / side))
+        shapes[side] = complete_config(read_json(path), load_tokenizer(folders.run / "tokenizers" / side))
     disk = Path(flags[flags.index("--teacher-nvme") + 1])
     needed = check_disk(folders, disk, shapes["teacher"], shapes["student"])
     make_models(folders, shapes, arguments.seed)

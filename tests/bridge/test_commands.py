@@ -7,18 +7,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_tide import cli
-from megatron_tide.bridge import Bridge, TextTokenizer, __main__, align_text, load_tokenizer
+from megatron_tide.bridge import Bridge, TextTokenizer, align_text, load_tokenizer
 from megatron_tide.bridge.samples import read_samples
+from megatron_tide.bridge.show import show, show_side
 from tests.bridge.test_bridge import character_tokenizer
+from tests.support.commands import command
 from tests.support.tokenizers import TEXTS
-from tools import inspect_bridge, train_tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -35,10 +36,10 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def status(main: Callable[[list[str]], None], *arguments: object) -> int:
+def status(name: str, *arguments: object) -> int:
     """Exit status of a command run in this process, by the wrapper that every command goes through."""
     with pytest.raises(SystemExit) as caught:
-        cli.run(main, [str(argument) for argument in arguments])
+        cli.run(command(name), [str(argument) for argument in arguments])
     return int(caught.value.code or 0)
 
 
@@ -58,17 +59,17 @@ def build(folders: Mapping[str, Path], data: Path, tmp_path: Path) -> list[objec
 
 
 def test_build_then_skip_then_rebuild(capsys: Capture, build: list[object], tmp_path: Path) -> None:
-    assert status(__main__.main, *build) == 0
+    assert status("bridge", *build) == 0
     first = capsys.readouterr().out
     assert "bridge: built" in first
     assert "coverage: 1.0000 of bytes" in first
     written = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "bridge").iterdir()}
-    assert status(__main__.main, *build) == 0
+    assert status("bridge", *build) == 0
     assert "bridge: done, skipped" in capsys.readouterr().out
     for name, (time, content) in written.items():
         assert (tmp_path / "bridge" / name).stat().st_mtime_ns == time
         assert (tmp_path / "bridge" / name).read_bytes() == content
-    assert status(__main__.main, *build, "--fresh") == 0
+    assert status("bridge", *build, "--fresh") == 0
     assert "bridge: built" in capsys.readouterr().out
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() == written["manifest.json"][1]
 
@@ -76,36 +77,36 @@ def test_build_then_skip_then_rebuild(capsys: Capture, build: list[object], tmp_
 def test_a_differing_bridge_is_not_overwritten(
     capsys: Capture, build: list[object], folders: Mapping[str, Path], data: Path, tmp_path: Path
 ) -> None:
-    status(__main__.main, *build)
+    status("bridge", *build)
     before = (tmp_path / "bridge" / "manifest.json").read_bytes()
     capsys.readouterr()
     others = [*build]
     others[3] = folders["prefixed"]
-    assert status(__main__.main, *others) == 2
+    assert status("bridge", *others) == 2
     assert_refused(capsys, "holds a bridge of other tokenizers; pass --fresh")
-    assert status(__main__.main, *build, "--sample-limit", 3) == 2
+    assert status("bridge", *build, "--sample-limit", 3) == 2
     assert_refused(capsys, "another sample; pass --fresh")
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() == before
-    assert status(__main__.main, *others, "--fresh") == 0
+    assert status("bridge", *others, "--fresh") == 0
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() != before
 
 
 def test_a_damaged_bridge_is_not_taken_for_done(capsys: Capture, build: list[object], tmp_path: Path) -> None:
-    status(__main__.main, *build)
+    status("bridge", *build)
     (tmp_path / "bridge" / "vocab_map.safetensors").unlink()
     capsys.readouterr()
-    assert status(__main__.main, *build) == 2
+    assert status("bridge", *build) == 2
     assert_refused(capsys, "build the bridge again with --fresh")
-    assert status(__main__.main, *build, "--fresh") == 0
+    assert status("bridge", *build, "--fresh") == 0
 
 
 def test_coverage_floor_stops_and_writes_nothing(capsys: Capture, build: list[object], tmp_path: Path) -> None:
     character_tokenizer(tmp_path / "characters", "abcdefghijklmnopqrstuvw")
     build[1] = tmp_path / "characters"
-    assert status(__main__.main, *build) == 2
+    assert status("bridge", *build) == 2
     assert_refused(capsys, r"covers 0\.\d+ of the sample's bytes, the floor is 0.98")
     assert not (tmp_path / "bridge").exists()
-    assert status(__main__.main, *build, "--coverage-floor", 0) == 0
+    assert status("bridge", *build, "--coverage-floor", 0) == 0
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_coverage_floor_stops_and_writes_nothing(capsys: Capture, build: list[ob
         (1, "absent/tokenizer", "absent/tokenizer: neither a tokenizer here nor reachable on the hub"),
         (1, "./absent", "no such tokenizer"),
         (5, "absent.jsonl", "absent.jsonl"),
-        ("--coverage-floor", 98, "must be a share from 0 to 1"),
+        ("--coverage-floor", 98, "--coverage-floor 98.0: must lie between 0 and 1"),
         ("--sample-limit", 0, "must be at least 1"),
         ("--student-mask", "<|hole|>", "no token '<|hole|>' to use as the mask"),
     ],
@@ -124,7 +125,7 @@ def test_build_mistakes(capsys: Capture, build: list[object], place: int | str, 
         build[place] = value
     else:
         build += [place, value]
-    assert status(__main__.main, *build) == 2
+    assert status("bridge", *build) == 2
     assert_refused(capsys, re.escape(reason))
 
 
@@ -141,7 +142,7 @@ BROKEN_DATA = {
 @pytest.mark.parametrize("content", BROKEN_DATA)
 def test_broken_data(capsys: Capture, build: list[object], data: Path, content: str) -> None:
     data.write_text(content, encoding="utf-8")
-    assert status(__main__.main, *build) == 2
+    assert status("bridge", *build) == 2
     assert_refused(capsys, re.escape(BROKEN_DATA[content]))
 
 
@@ -161,19 +162,19 @@ def test_samples_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command",
-    [["-m", "megatron_tide.bridge"], ["tools/inspect_bridge.py", "x"], ["tools/train_tokenizers.py"]],
+    "words",
+    [["-m", "megatron_tide", "bridge"], ["tools/inspect_bridge.py", "x"], ["-m", "megatron_tide", "train-tokenizers"]],
     ids=["bridge", "inspect", "train"],
 )
-def test_from_a_shell(tmp_path: Path, command: list[str]) -> None:
-    run = [sys.executable, *command]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if command[0] == "-m" else {**os.environ}
+def test_from_a_shell(tmp_path: Path, words: list[str]) -> None:
+    run = [sys.executable, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)} if words[0] == "-m" else {**os.environ}
     shown = subprocess.run([*run, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0
     assert "usage:" in shown.stdout
     lacking = ["--student", "absent/a", "--teacher", "absent/b"]
-    lacking += ["--sample", "absent.jsonl", "--out", str(tmp_path / "out")] if command[0] == "-m" else []
-    if "train" in command[0]:
+    lacking += ["--sample", "absent.jsonl", "--out", str(tmp_path / "out")] if "bridge" in words else []
+    if "train-tokenizers" in words:
         lacking = ["--data", "absent.jsonl", "--student-out", str(tmp_path / "s"), "--teacher-out", str(tmp_path / "t")]
     failed = subprocess.run([*run, *lacking], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2
@@ -184,7 +185,7 @@ def test_from_a_shell(tmp_path: Path, command: list[str]) -> None:
 
 def test_inspect_shows_both_sides(capsys: Capture, folders: Mapping[str, Path], data: Path) -> None:
     pair = ["--student", folders["student"], "--teacher", folders["teacher"]]
-    assert status(inspect_bridge.main, "def add\n\x1b[2J", *pair) == 0
+    assert status("inspect", "def add\n\x1b[2J", *pair) == 0
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert r"\x1b" in shown
@@ -195,22 +196,22 @@ def test_inspect_shows_both_sides(capsys: Capture, folders: Mapping[str, Path], 
     assert bodies[0].count("[") == bodies[1].count("[")
     assert "coverage: 1.0000" in shown
     assert load_tokenizer(folders["student"]).fingerprint[:16] in shown
-    assert status(inspect_bridge.main, "--data", data, "--limit", 2, "--no-color", *pair) == 0
+    assert status("inspect", "--data", data, "--limit", 2, "--no-color", *pair) == 0
     assert capsys.readouterr().out.count("student, ") == 2
 
 
 def test_inspect_colours(tokenizers: Mapping[str, TextTokenizer]) -> None:
     student, teacher = tokenizers["student"], tokenizers["teacher"]
-    shown = inspect_bridge.show(student, teacher, align_text(student, teacher, "def add(x):\n    pass"), colour=True)
+    shown = show(student, teacher, align_text(student, teacher, "def add(x):\n    pass"), colour=True)
     rows = re.findall(r"tokens:\n(.*?)\n(?=teacher|\d+ chunks)", shown, re.DOTALL)
     # The sequence of colours, one a chunk, is the same on both sides; every line ends with the colours off.
     colours = [re.findall(r"\x1b\[30;4\dm", row.replace("\n\x1b[30;4", "\n")) for row in rows]
     assert colours[0] == colours[1]
     assert all(left != right for left, right in zip(colours[0], colours[0][1:]))
     assert all(line.endswith("\x1b[0m") for row in rows for line in row.split("\n"))
-    uncovered = inspect_bridge.show_side(student, student.encode("a"), np.array([-2]), colour=True)
+    uncovered = show_side(student, student.encode("a"), np.array([-2]), colour=True)
     assert uncovered.startswith("\x1b[97;41m")
-    assert inspect_bridge.show_side(student, student.encode("a"), np.array([-2]), colour=False) == "~a~"
+    assert show_side(student, student.encode("a"), np.array([-2]), colour=False) == "~a~"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_inspect_mistakes(
     capsys: Capture, folders: Mapping[str, Path], arguments: tuple[str, ...], reason: str
 ) -> None:
     pair = ["--student", folders["student"], "--teacher", folders["teacher"]]
-    assert status(inspect_bridge.main, *arguments, *pair) == 2
+    assert status("inspect", *arguments, *pair) == 2
     assert_refused(capsys, reason)
 
 
@@ -236,19 +237,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_training_is_deterministic_skips_and_refuses(capsys: Capture, train: list[object], tmp_path: Path) -> None:
-    assert status(train_tokenizers.main, *train) == 0
+    assert status("train-tokenizers", *train) == 0
     assert capsys.readouterr().out.count(": trained") == 2
     before = contents(tmp_path / "s"), contents(tmp_path / "t")
     assert load_tokenizer(tmp_path / "s").vocab_size == 300
     assert load_tokenizer(tmp_path / "t").vocab_size == 340
     bridge = Bridge.build(load_tokenizer(tmp_path / "s"), load_tokenizer(tmp_path / "t"), TEXTS)
     assert bridge.coverage == 1.0
-    assert status(train_tokenizers.main, *train) == 0
+    assert status("train-tokenizers", *train) == 0
     assert capsys.readouterr().out.count("done, skipped") == 2
-    assert status(train_tokenizers.main, *train, "--fresh") == 0
+    assert status("train-tokenizers", *train, "--fresh") == 0
     assert (contents(tmp_path / "s"), contents(tmp_path / "t")) == before
     capsys.readouterr()
-    assert status(train_tokenizers.main, *train, "--student-vocab", 310) == 2
+    assert status("train-tokenizers", *train, "--student-vocab", 310) == 2
     assert_refused(capsys, "holds something else than this training; pass --fresh")
     assert contents(tmp_path / "s") == before[0]
 
@@ -256,7 +257,7 @@ def test_training_is_deterministic_skips_and_refuses(capsys: Capture, train: lis
 def test_training_never_deletes_what_it_did_not_make(capsys: Capture, train: list[object], tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").write_text("years of work", encoding="utf-8")
-    assert status(train_tokenizers.main, *train, "--fresh") == 2
+    assert status("train-tokenizers", *train, "--fresh") == 2
     assert_refused(capsys, "was not made by this tool")
     assert (tmp_path / "s" / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
@@ -272,7 +273,7 @@ def test_training_never_deletes_what_it_did_not_make(capsys: Capture, train: lis
 def test_training_mistakes(
     capsys: Capture, train: list[object], arguments: tuple[str, object], reason: str, tmp_path: Path
 ) -> None:
-    assert status(train_tokenizers.main, *train, *arguments) == 2
+    assert status("train-tokenizers", *train, *arguments) == 2
     assert_refused(capsys, reason)
     assert not list(tmp_path.glob("*.partial"))
 
@@ -280,7 +281,7 @@ def test_training_mistakes(
 def test_training_on_data_without_messages(capsys: Capture, train: list[object], data: Path) -> None:
     for content, reason in (('{"text": "x"}\n', "line 1 does not read as"), ("", "holds no messages")):
         data.write_text(content, encoding="utf-8")
-        assert status(train_tokenizers.main, *train) == 2
+        assert status("train-tokenizers", *train) == 2
         assert_refused(capsys, reason)
 
 

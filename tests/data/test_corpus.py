@@ -148,7 +148,7 @@ def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_says_where_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "megatron_tide.data.corpus", "--out", str(tmp_path / "file" / "corpus")]
+    command = [sys.executable, "-m", "megatron_tide", "corpus", "--out", str(tmp_path / "file" / "corpus")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.report import footprint
+from tests.support.commands import command
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
-from tools import evaluate, generate
+from tools import evaluate
 
 TIDAL = {"strategy": "tide-bridge", "tidal_ramp": "linear", "temperature": 5.0}
 NEW_TOKENS = 5
@@ -36,7 +37,7 @@ def recipe(chain, tmp_path_factory) -> Path:
     scored = ["--data", data, *models, "--teacher", teacher, "--samples", "6", "--mc-samples", "2"]
     evaluate.main([*scored, "--json", str(folder / "scores.json")])
     prompts = ["--prompt", "Add <b>two</b> & three.", "--prompt", "Count.", "--max-new-tokens", "6"]
-    generate.main([student, *prompts, "--json", str(folder / "completions.jsonl")])
+    command("generate")([student, *prompts, "--json", str(folder / "completions.jsonl")])
     sizes = ["--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"]
     footprint.main(["--student", student, "--teacher", teacher, "--out", str(folder / "footprint.json"), *sizes])
     (folder / ".stages").mkdir()

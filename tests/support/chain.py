@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.data import prepare
+from megatron_tide.models.init_model import init_model
 from tests.support.models import tiny_student_config, tiny_teacher_config
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
-from tools import init_model
 
 BLOCK = 8
 WORDS = [
@@ -121,7 +121,7 @@ def build_chain(
         shapes = root / f"{side}.json"
         kept = {key: value for key, value in config.items() if key not in LEFT_TO_THE_TOOL}
         shapes.write_text(json.dumps({**kept, "block_size": block}))
-        init_model.make(shapes, str(root / "tokenizers" / side), seed, root / side, False)
+        init_model(shapes, str(root / "tokenizers" / side), seed, root / side, False)
         flags += [f"--{side}", str(root / side), f"--{side}-length", str(length), f"--{side}-block", str(block)]
     loaded = [load_tokenizer(root / side) for side in sides]
     Bridge.build(*loaded, [row["messages"][1]["content"] for row in talks]).save(root / "bridge")

@@ -1,6 +1,6 @@
 """Small real tokenizers for tests: the quickstart's own trainers, on a few texts."""
 
-from tools.train_tokenizers import train_byte_bpe, train_sentencepiece
+from megatron_tide.bridge.train_tokenizers import train_byte_bpe, train_sentencepiece
 
 __all__ = ["TEXTS", "train_byte_bpe", "train_sentencepiece"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.build_ops import YOUNG_SECONDS, clear
+from megatron_tide.ds_ops import YOUNG_SECONDS, clear
 
 
 @pytest.fixture

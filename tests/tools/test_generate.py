@@ -1,4 +1,4 @@
-"""tools/generate.py on a model folder and on a checkpoint."""
+"""The generate command on a model folder and on a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli
+from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
-from tools import generate as tool
+
+generate = command("generate")
 
 
 def test_prompts_from_the_command_line(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    tool.main([str(lab.student), "--prompt", "Hello", "--prompt", "Bye", "--max-new-tokens", "9"])
+    generate([str(lab.student), "--prompt", "Hello", "--prompt", "Bye", "--max-new-tokens", "9"])
     printed = capsys.readouterr().out
     assert "--- prompt 2 of 2\nBye\n--- answer" in printed
     assert "tokens/s" in printed.splitlines()[-1]
@@ -23,9 +25,9 @@ def test_prompts_from_the_command_line(lab: Lab, capsys: pytest.CaptureFixture[s
 def test_prepared_prompts_with_a_checkpoint(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
     flags = ["--data", str(lab.data), "--limit", "2", "--show-reference", "--max-new-tokens", "5"]
-    tool.main([str(tmp_path / "run"), *flags, "--json", str(tmp_path / "answers.jsonl")])
+    generate([str(tmp_path / "run"), *flags, "--json", str(tmp_path / "answers.jsonl")])
     printed = capsys.readouterr().out
-    assert "--- on record\nvalue_0 = 0" in printed
+    assert "--- reference\nvalue_0 = 0" in printed
     rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     for row in rows:
@@ -34,7 +36,7 @@ def test_prepared_prompts_with_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
 
 
 def test_infilling(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    tool.main([str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = 1", "--steps", "4"])
+    generate([str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = 1", "--steps", "4"])
     printed = capsys.readouterr().out
     assert "--- answer\na = " in printed
     assert "\nb = 1\n" in printed
@@ -43,7 +45,7 @@ def test_infilling(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-    tool.main([str(lab.student), "--chat", "--max-new-tokens", "9", "--threshold", "0.0"])
+    generate([str(lab.student), "--chat", "--max-new-tokens", "9", "--threshold", "0.0"])
     assert "tokens/s" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -61,7 +63,7 @@ def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run(tool.main, [str(lab.student), *flags])
+        cli.run(generate, [str(lab.student), *flags])
     error = capsys.readouterr().err.strip()
     assert ended.value.code == 2
     assert error.startswith("error: ")
@@ -71,6 +73,6 @@ def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], fla
 
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run(tool.main, ["./nowhere", "--prompt", "x"])
+        cli.run(generate, ["./nowhere", "--prompt", "x"])
     assert ended.value.code == 2
     assert "nowhere" in capsys.readouterr().err

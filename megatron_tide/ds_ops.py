@@ -8,7 +8,6 @@ a teacher on NVMe needs (it takes libaio's header: apt-get install libaio-dev). 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import os
@@ -17,7 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_tide import cli
 from megatron_tide.ds_config import use_own_ninja
 
 YOUNG_SECONDS = 5  # between taking a lock and starting the compiler pass fewer
@@ -77,16 +75,13 @@ def build(title: str, builder: str, folder: Path) -> None:
         print(f"\r   compiled DeepSpeed's {title} op in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--offload", action="store_true", help="also the CPU Adam, for offload_optimizer")
-    parser.add_argument("--disk", action="store_true", help="also asynchronous disk I/O, for a teacher on NVMe")
-    arguments = parser.parse_args(argv)
+def build_ops(*, offload: bool, disk: bool) -> None:
+    """Build what is missing, one process of this machine at a time. ValueError where an op does not compile."""
     import torch
 
     wanted = [] if torch.cuda.is_available() else ["shared-memory communication"]
-    wanted += ["CPU Adam"] if arguments.offload else []
-    wanted += ["disk I/O"] if arguments.disk else []
+    wanted += ["CPU Adam"] if offload else []
+    wanted += ["disk I/O"] if disk else []
     use_own_ninja()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -99,7 +94,3 @@ def main(argv: list[str]) -> None:
             clear(lock)
         for title in wanted:
             build(title, BUILDERS[title], folder)
-
-
-if __name__ == "__main__":
-    cli.run(main)

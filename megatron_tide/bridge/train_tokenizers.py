@@ -1,29 +1,20 @@
-"""Train the quickstart's two tokenizers on the train split: a student's and a teacher's, as unlike as real ones are.
-
-Student: byte-level BPE (Hugging Face tokenizer.json) with Qwen's chat format. Teacher: SentencePiece unigram with byte
-fallback (tokenizer.model) with LLaDA2's. The same data and sizes give the same files, byte for byte.
-"""
+"""A student's and a teacher's tokenizer, trained on one text: byte-level BPE, and SentencePiece unigram."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatron_tide import cli
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
 
 MASK = "<|mask|>"
@@ -126,8 +117,8 @@ def train_sentencepiece(
 
 
 @dataclass(frozen=True)
-class Job:
-    """One tokenizer to train: where to, how many tokens, by which function, and the library that decides the result."""
+class TokenizerTraining:
+    """One tokenizer to train: its folder and vocabulary size, the function that trains it and the library of that."""
 
     folder: Path
     vocab_size: int
@@ -181,23 +172,18 @@ def read_messages(path: Path) -> list[str]:
     return texts
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help='JSONL, one {"messages": [...]} a line: train split')
-    parser.add_argument("--student-out", type=Path, required=True, help="folder for the byte-level BPE")
-    parser.add_argument("--teacher-out", type=Path, required=True, help="folder for the SentencePiece unigram")
-    parser.add_argument("--student-vocab", type=int, default=2048, help="tokens in all (default: %(default)s)")
-    parser.add_argument("--teacher-vocab", type=int, default=4096, help="tokens in all (default: %(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="train again, replacing what this tool made")
-    args = parser.parse_args(argv)
-    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    texts = read_messages(args.data)
-    for job in (
-        Job(args.student_out, args.student_vocab, train_byte_bpe, "tokenizers"),
-        Job(args.teacher_out, args.teacher_vocab, train_sentencepiece, "sentencepiece"),
+def train_tokenizers(
+    data: Path, student_out: Path, teacher_out: Path, student_vocab: int, teacher_vocab: int, fresh: bool
+) -> Iterator[str]:
+    """Train both on a JSONL file of conversations, or find them done; one line about each.
+
+    Raises:
+        ValueError: broken data, a vocabulary size that cannot be had, or a folder that holds something else.
+    """
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    texts = read_messages(data)
+    for training in (
+        TokenizerTraining(student_out, student_vocab, train_byte_bpe, "tokenizers"),
+        TokenizerTraining(teacher_out, teacher_vocab, train_sentencepiece, "sentencepiece"),
     ):
-        print(job.run(texts, digest, args.fresh), flush=True)
-
-
-if __name__ == "__main__":
-    cli.run(main)
+        yield training.run(texts, digest, fresh)

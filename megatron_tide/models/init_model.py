@@ -1,0 +1,46 @@
+"""A model with random weights, from shapes and a tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.files import read_json
+from megatron_tide.models.families import fresh_model
+from megatron_tide.models.load import write_folder
+
+VOCAB_MULTIPLE = 64
+
+
+def complete_config(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """The config with the tokenizer's ids and a vocab_size that holds all of them."""
+    needed = tokenizer.vocab_size
+    size = config.get("vocab_size", -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
+    if size < needed:
+        raise ValueError(f"the config's vocab_size {size} is smaller than the tokenizer's {needed}: leave it out")
+    ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {**config, **ids, "vocab_size": size}
+
+
+def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool) -> int:
+    """Write the folder ``out``, complete or not at all; -> the number of parameters.
+
+    Raises:
+        ValueError: ``out`` holds something else, or the config is no model's.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not (out / "config.json").exists():
+            raise ValueError(f"{out}: exists and holds something else than a model; choose another --out")
+        if not fresh:
+            raise ValueError(f"{out}: already holds a model; pass --fresh to replace it")
+    loaded = load_tokenizer(tokenizer)
+    model = fresh_model(complete_config(read_json(config), loaded), seed)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    write_folder(model, part)
+    loaded.save(part)
+    shutil.rmtree(out, ignore_errors=True)
+    part.replace(out)
+    return sum(parameter.numel() for parameter in model.parameters())

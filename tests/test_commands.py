@@ -1,0 +1,100 @@
+"""Every command: help that costs no heavy import, and one line with status 2 for a mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_tide import cli
+from megatron_tide.__main__ import COMMANDS, command, main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LONGEST_HELP = {"distill": 210, "plan": 250}
+HELP = """
+import sys
+from megatron_tide.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert not stop.code
+heavy = {"torch", "transformers", "deepspeed", "datasets", "matplotlib", "pandas"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def shown(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, list(argv))
+    output = capsys.readouterr()
+    assert stop.value.code == cli.EXIT_USER_ERROR
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_short_teaches_by_example_and_imports_nothing_heavy(name: str) -> None:
+    done = shown("-c", HELP, name, "--help")
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first.startswith(f"usage: python -m megatron_tide {name}")
+    assert lines[1] == (command(name).__doc__ or "").splitlines()[0]
+    assert len(lines) < LONGEST_HELP.get(name, 75)
+    examples = lines[lines.index("Examples:") + 1 :]
+    assert any(name in line or "tools/" in line for line in examples)
+
+
+def test_without_a_command_all_of_them_are_listed() -> None:
+    done = shown("-m", "megatron_tide")
+    listed = [line.split()[0] for line in done.stdout.splitlines()[-len(COMMANDS) :]]
+    assert listed == list(COMMANDS)
+    assert all(len(line) <= 120 for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", ["generate.py", "inspect_bridge.py"])
+def test_the_scripts_are_the_same_commands(name: str) -> None:
+    done = shown(f"tools/{name}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m megatron_tide " in done.stdout
+
+
+def test_launchers_start_the_trainer_as_a_module() -> None:
+    done = shown("-m", "megatron_tide.distill", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--global-batch-size INT" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_mistakes_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown argument --no-such-flag" in refusal(capsys, name, "--no-such-flag")
+    for _, info, hint in cli.flags_of(command(name).Args):
+        flag, (kind, *_) = cli.spelled(info), cli.kind_of(hint)
+        if info.metadata["kind"] in ("positional", "hidden"):
+            continue
+        if kind in (int, float):
+            assert f"{flag}: invalid {kind.__name__} value: 'x'" in refusal(capsys, name, flag, "x")
+        if kind is not bool:
+            assert f"{flag}: expected" in refusal(capsys, name, flag)
+        if info.metadata["choices"]:
+            assert f"{flag}: invalid choice: 'x'" in refusal(capsys, name, flag, "x")
+
+
+def test_a_misspelled_word_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean distill?" in refusal(capsys, "distil")
+    assert "did you mean --global-batch-size?" in refusal(capsys, "distill", "--global-batch", "8")
+
+
+def test_a_terminal_never_acts_on_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "bridge\x1b[2J\u202e")
+    assert r"\x1b[2J\u202e" in line
