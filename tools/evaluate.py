@@ -6,13 +6,13 @@
     python tools/evaluate.py --data runs/quickstart/test-data --teacher runs/quickstart/teacher \\
         --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --json scores.json
 
-A model is a folder in hub format, a hub name, or a checkpoint of the trainer, written PATH or NAME=PATH. One of
-model_type qwen3 is the autoregressive baseline; all others decode in blocks. Settings are the paper's (--preset paper).
-Answers are kept sample by sample in --out: run again, an evaluation goes on where it was. Intervals are 95 % bootstrap.
+A model is a folder in hub format, a hub name, or a checkpoint of the trainer, written PATH or NAME=PATH. Students and
+diffusion teachers decode in blocks; any causal language model of transformers is a baseline. Settings are the paper's
+(--preset paper). Answers are cached in --out: a stopped evaluation, run again, continues. Intervals: 95 % bootstrap.
 
 likelihood (the default) is the diffusion bound in bits per byte on --data, with the same masks for every row: students
 read the student's half of two-sided prepared data and teachers the teacher's, so that all of them guess the same bytes
-from the same bytes. Differences are paired, to the first student. Any task of lm-eval that generates can be named too.
+from the same bytes. Differences are paired, to the first student. --tasks also takes any task of lm-eval.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     put("--few-shot", type=int, help="examples in a prompt [the preset's: none; bbh 3]")
     put("--temperature", type=float, help="0 takes the likeliest token [0]")
     put("--no-chat-template", action="store_false", default=None, dest="chat_template", help="plain text")
-    put("--samples-per-problem", type=int, default=1, help="of HumanEval, for pass@10 and pass@100 [1]")
+    put("--samples-per-problem", type=int, default=1, help="of HumanEval or MBPP, for pass@10 and pass@100 [1]")
     put("--include-path", action="append", default=[], metavar="FOLDER", help="further tasks of lm-eval")
     put("--workers", type=int, default=0, help="programs run at a time [one a core]")
     put("--unsafe-programs", action="store_true", help="run programs even where this machine cannot hold them")
@@ -91,10 +91,10 @@ def main(argv: list[str]) -> int:
     if arguments.card and not cards:
         raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py makes one")
     tasks = list(dict.fromkeys(arguments.tasks))
-    content = measured(arguments) if LIKELIHOOD in tasks else {}
+    content = compare_likelihoods(arguments) if LIKELIHOOD in tasks else {}
     benchmarks = [task for task in tasks if task != LIKELIHOOD]
     if benchmarks:
-        content["benchmarks"] = asked(benchmarks, models, arguments)
+        content["benchmarks"] = run_benchmarks(arguments, benchmarks, models)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path in cards:
@@ -108,13 +108,18 @@ def named(text: str) -> tuple[str, str]:
     return (name, path) if equals else (Path(text).name, text)
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Print the table of likelihoods; -> what it says, for programs."""
+def compare_likelihoods(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print the table of likelihoods; returns what it says, for programs."""
     if not arguments.data:
         raise ValueError("likelihood is measured on held-out data: add --data, a prepared folder, or choose --tasks")
     from megatron_tide.data import PreparedData
-    from megatron_tide.evaluate.answerers import check_has_bound
-    from megatron_tide.evaluate.comparison import LikelihoodSettings, likelihood_record, likelihood_table, measure_model
+    from megatron_tide.evaluate.comparison import (
+        LikelihoodSettings,
+        check_has_bound,
+        likelihood_record,
+        likelihood_table,
+        measure_model,
+    )
     from megatron_tide.release import DTYPES, open_model
 
     data = PreparedData.open(arguments.data)
@@ -138,42 +143,45 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     return likelihood_record(rows, how)
 
 
-def asked(names: list[str], models: list[tuple[str, str]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Print the table of benchmarks; -> what it says, for programs."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, before they are imported; ours tells the time left
-    from megatron_tide.evaluate.answerers import open_answerer
-    from megatron_tide.evaluate.asking import Asking
-    from megatron_tide.evaluate.benchmarks import check_benchmarks, chosen, record, run_benchmark, table
+def run_benchmarks(arguments: argparse.Namespace, names: list[str], models: list[tuple[str, str]]) -> list[Any]:
+    """Print the table of benchmarks; returns what it says, for programs."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' minor bars, before they are imported
+    from megatron_tide.evaluate.benchmark_presets import changed_preset
+    from megatron_tide.evaluate.harness import EvalContext, benchmark_table, check_benchmarks, run_benchmark
     from megatron_tide.lock import RunLock
     from megatron_tide.release import DTYPES, open_model
 
     changed = ("new_tokens", "steps", "few_shot", "temperature", "chat_template")
     changes = {name: getattr(arguments, name) for name in changed}
-    presets = {name: chosen(name, arguments.preset, changes) for name in names}
+    presets = {name: changed_preset(name, arguments.preset, changes) for name in names}
     check_benchmarks(
         presets,
         samples_per_problem=arguments.samples_per_problem,
         unsafe_programs=arguments.unsafe_programs,
         include=arguments.include_path,
     )
+    from megatron_tide.evaluate.generators import open_generator  # imports lm-eval
+
     folders = [results_folder(name, path, arguments.out) for name, path in models]
     results = []
     for (name, path), folder in zip(models, folders):
-        asking = Asking(
-            answerer=open_answerer(path, DTYPES[arguments.dtype], device_of(arguments.device), open_model),
+        dtype, device = DTYPES[arguments.dtype], device_of(arguments.device)
+        context = EvalContext(
+            name=name,
+            path=path,
+            generator=open_generator(path, dtype, device, open_model, arguments.batch_size),
             folder=folder,
             seed=arguments.seed,
-            batch_size=arguments.batch_size,
             limit=arguments.limit,
             samples_per_problem=arguments.samples_per_problem,
             workers=arguments.workers,
             unsafe_programs=arguments.unsafe_programs,
+            include=arguments.include_path,
         )
         with RunLock(folder):
-            for task, preset in presets.items():
-                results.append(run_benchmark(task, preset, asking, name, path, arguments.include_path))
-    print(table(results))
-    return record(results)
+            results += [run_benchmark(task, preset, context) for task, preset in presets.items()]
+    print(benchmark_table(results))
+    return [result.to_dict() for result in results]
 
 
 def results_folder(name: str, path: str, out: str | None) -> Path:

