@@ -27,13 +27,14 @@ from safetensors.torch import load_file
 
 from benchmarks.common import report
 from megatron_tide import cli, distill
+from megatron_tide.files import TEMPORARY
 from megatron_tide.train import checkpoint
 from tests.support.chain import Chain, make_chain
 
 LIFE = 4.0  # seconds: about what it takes to start and take some steps
 SETTLED = 2.0  # seconds after the first step of a life
 KILLED = -signal.SIGKILL
-DRAFTS = f"{checkpoint.TEMPORARY}*"
+DRAFTS = f"{TEMPORARY}*"
 
 
 def train(flags: list[str], log: str) -> None:

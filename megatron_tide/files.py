@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and what is needed to prove that they are what they were."""
+"""Files and folders that are either complete or absent, and what is needed to prove that they are what they were."""
 
 from __future__ import annotations
 
@@ -6,10 +6,47 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import stat
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 TEMPORARY = ".tide-tmp-"
+
+
+def create_new(path: Path) -> int:
+    """A descriptor of a new file, open for writing. What stood at ``path`` is removed; a link is not followed."""
+    remove(path)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The first ``most`` bytes of a file. OSError for a link, a FIFO or anything else that is not a regular file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path}: not a regular file")
+        return os.read(descriptor, most)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a folder with all it holds; nothing if there is none."""
+    try:
+        path.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # the latter on some systems
+        shutil.rmtree(path)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -19,7 +56,7 @@ def atomic_write(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(create_new(temporary), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -30,17 +67,67 @@ def atomic_write(path: Path, content: bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:  # a failed write does not know its file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush(path.parent)
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in ``folder``."""
-    for path in folder.glob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+class AtomicFolder:
+    """A folder that appears complete or not at all: ``with AtomicFolder(final) as draft: ...`` fills ``draft``.
+
+    At the end of the block the draft is on the disk and takes the place of ``final``; what stood there is removed after
+    that. If the block fails, or the process dies, ``final`` is as it was. A killed process leaves its draft beside
+    ``final``; the next one removes it. Without ``with``: ``open``, then ``commit`` or ``discard``.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.draft = final.with_name(f"{TEMPORARY}{final.name}")
+        self._old = final.with_name(f"{TEMPORARY}{final.name}.old")
+        self._mode = 0
+
+    def open(self) -> Path:
+        """The empty draft. Until ``commit`` it is this user's alone, so no link can be planted where files will go."""
+        if self._old.exists() and not self.final.exists():  # a process died between the two renames of ``commit``
+            self._old.rename(self.final)
+        self.discard()
+        self.draft.parent.mkdir(parents=True, exist_ok=True)
+        self.draft.mkdir()
+        self._mode = stat.S_IMODE(self.draft.stat().st_mode)
+        self.draft.chmod(0o700)
+        return self.draft
+
+    def commit(self) -> None:
+        """Put the draft in the place of ``final``."""
+        for folder, _, names in os.walk(self.draft, topdown=False):
+            for path in [*(Path(folder, name) for name in names), Path(folder)]:
+                if not path.is_symlink():
+                    flush(path)
+        self.draft.chmod(self._mode)
+        if self.final.exists():
+            remove(self._old)
+            self.final.rename(self._old)
+        self.draft.rename(self.final)
+        flush(self.final.parent)
+        remove(self._old)
+
+    def discard(self) -> None:
+        """Remove the draft."""
+        remove(self.draft)
+
+    def __enter__(self) -> Path:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.commit()
+        finally:
+            self.discard()
+
+
+def sweep(folder: Path, start: str = "") -> None:
+    """Remove what killed processes left in ``folder``: temporary files, and drafts of folders ``start...``."""
+    for path in folder.glob(f"{TEMPORARY}{start}*"):
+        remove(path)
 
 
 def sha256_file(path: Path) -> str:

@@ -1,8 +1,9 @@
-"""One run folder, one run: a file that says who works in it, and that nobody leaves behind for good.
+"""One folder, one run: a file that says which process works there, and that never stays for good.
 
-The holder's file is as fresh as its last touch (every BEAT seconds), so a job that was killed, or whose node is gone,
-gives its folder free after STALE seconds without anyone's doing; at once, if it can be seen that it has ended: its
-process on this machine is gone, or it is this very Slurm job, requeued.
+The holder touches its file every BEAT seconds. A lock that was not touched for STALE seconds is free: its job was
+killed, or its node is gone. It is free at once where the end can be seen: the process is gone from this machine (same
+boot, same process namespace), or it is this very job, requeued. Containers that share a host name but not a process
+namespace cannot see each other's processes, so between them only the touches count.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megatron_tide.files import create_new, read_regular
 
 NAME = ".lock"
 BEAT, STALE = 10.0, 60.0  # seconds
@@ -23,62 +28,66 @@ BEAT, STALE = 10.0, 60.0  # seconds
 class RunLock:
     """``with RunLock(folder)``: this process works in ``folder``, and no other that asks.
 
+    ``name``: the lock's file in ``folder``. ``wait``: wait for the holder instead of refusing.
+
     Raises:
-        ValueError: on entering, when another run works there: who, where, since when.
+        ValueError: on entering, when another run works there (which, and where), or when the file is no lock.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+    def __init__(self, folder: Path, name: str = NAME, *, wait: bool = False) -> None:
+        self.path, self._wait = folder / name, wait
+        self._file = -1
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._touch, daemon=True, name="lock")
 
     def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        mine = json.dumps(_myself())
-        while not _created(self.path, mine):
+        while True:
+            with contextlib.suppress(FileExistsError):
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                os.write(self._file, json.dumps(_myself()).encode())
+                break
             holder = _read(self.path)
-            if not _ended(holder) and self._age() < STALE:
+            if not _is_live(self.path, holder):
+                self._take_away(holder)
+            elif self._wait:
+                time.sleep(0.2)
+            else:
                 raise ValueError(
                     f"{self.path.parent}: {_described(holder)} works in it; stop that run or wait for it, or take "
                     f"another folder (a run that was killed gives its folder free after {STALE:.0f} s)"
                 )
-            self._take_away(holder)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self._thread.join()
+        os.close(self._file)
         if _read(self.path) == _myself():
             self.path.unlink(missing_ok=True)
 
     def _touch(self) -> None:
         while not self._stopped.wait(BEAT):
             with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-    def _age(self) -> float:
-        """Seconds since the holder's last touch, by the clock of the file system; 0 if it has just gone."""
-        probe = self.path.with_name(f"{NAME}-{socket.gethostname()}-{os.getpid()}")
-        try:
-            probe.touch()
-            return probe.stat().st_mtime - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-        finally:
-            probe.unlink(missing_ok=True)
+                os.utime(self._file)  # our own file, even if another process has put its lock in this place
 
     def _take_away(self, holder: dict[str, Any]) -> None:
         """Remove the lock of ``holder``; if it has become another's meanwhile, put it back."""
-        aside = self.path.with_name(f"{NAME}-old-{socket.gethostname()}-{os.getpid()}")
+        aside = self.path.with_name(f"{self.path.name}-old-{secrets.token_hex(8)}")
         try:
             self.path.rename(aside)
         except FileNotFoundError:
             return
         if _read(aside) != holder:
             with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
+                os.link(aside, self.path, follow_symlinks=False)
         aside.unlink()
+
+
+def is_held(path: Path) -> bool:
+    """Whether the lock at ``path`` belongs to a process that still works; ValueError for what is no lock."""
+    return path.exists() and _is_live(path, _read(path))
 
 
 @contextlib.contextmanager
@@ -97,30 +106,50 @@ def locked(folder: Path, world: Any) -> Iterator[None]:
         yield
 
 
-def _created(path: Path, content: str) -> bool:
-    """Write the file, unless it is there; whole or not at all."""
-    draft = path.with_name(f"{NAME}-new-{socket.gethostname()}-{os.getpid()}")
-    draft.write_text(content)
+def _is_live(path: Path, holder: dict[str, Any]) -> bool:
+    return not _ended(holder) and abs(_age(path)) < STALE  # dated in the future: touched by no one since
+
+
+def _age(path: Path) -> float:
+    """Seconds since the holder's last touch, by the clock of the file system; 0 if it has just gone."""
+    probe = path.with_name(f"{path.name}-probe-{secrets.token_hex(8)}")
+    file = create_new(probe)
     try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
+        return os.fstat(file).st_mtime - path.lstat().st_mtime
+    except FileNotFoundError:
+        return 0.0
     finally:
-        draft.unlink()
-    return True
+        os.close(file)
+        probe.unlink(missing_ok=True)
 
 
 def _myself() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
+        "boot": _boot(),
+        "processes": _process_namespace(),
         "pid": os.getpid(),
-        "started": _started("self"),
+        "started": _started(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "attempt": os.environ.get("SLURM_RESTART_COUNT", "0"),
     }
 
 
-def _started(process: int | str) -> str:
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _process_namespace() -> int:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
+def _started(process: int) -> str:
     """When a process of this machine started, in ticks since boot; "" if there is none (numbers are used again)."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
@@ -129,19 +158,29 @@ def _started(process: int | str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """What a lock says; {} for one that is gone, or not written yet.
+
+    Raises:
+        ValueError: for a link, a FIFO or anything else that is not a file.
+    """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = json.loads(read_regular(path, 10_000))
+    except FileNotFoundError:
+        return {}
+    except OSError:
+        raise ValueError(f"{path}: is in the place of a lock and is no file; remove it") from None
+    except ValueError:  # not JSON
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _ended(holder: dict[str, Any]) -> bool:
     """Whether it can be seen from here that the holder has ended."""
-    mine = _myself()
+    mine, pid = _myself(), holder.get("pid")
     if holder.get("job") and holder["job"] == mine["job"] and holder.get("attempt") != mine["attempt"]:
         return True
-    return holder.get("host") == mine["host"] and holder.get("started") != _started(holder.get("pid", 0))
+    here = bool(mine["boot"]) and all(holder.get(name) == mine[name] for name in ("host", "boot", "processes"))
+    return here and isinstance(pid, int) and holder.get("started") != _started(pid)
 
 
 def _described(holder: dict[str, Any]) -> str:

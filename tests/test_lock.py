@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from megatron_tide import lock
 from megatron_tide.lock import STALE, RunLock
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom megatron_tide.lock import RunLock\n" + (
@@ -118,3 +120,71 @@ def test_a_second_training_run_is_refused(chain, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def here(**changes):
+    """A lock as a process of this machine left it that has ended, changed."""
+    mine = lock._myself()
+    return {**mine, "pid": mine["pid"], "started": "1", **changes}
+
+
+@pytest.mark.parametrize("changes", [{"processes": 1}, {"boot": "another boot"}], ids=str)
+def test_between_containers_of_one_host_name_only_the_touches_count(tmp_path, changes):
+    (tmp_path / ".lock").write_text(json.dumps(here(**changes)))
+    with pytest.raises(ValueError, match="works in it"):
+        RunLock(tmp_path).__enter__()
+    (tmp_path / ".lock").write_text(json.dumps(here()))
+    with RunLock(tmp_path):
+        pass
+
+
+UNSHARE = ("unshare", "--user", "--map-root-user", "--pid", "--fork")
+
+
+def test_a_container_does_not_take_the_live_folder_of_another(tmp_path):
+    if subprocess.run([*UNSHARE, "true"]).returncode:
+        pytest.skip("NOT TESTED: no process namespaces here")
+    process = subprocess.Popen(
+        [*UNSHARE, "--mount-proc", "--kill-child", sys.executable, "-c", HOLD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="works in it"):
+            RunLock(tmp_path).__enter__()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_lock_dated_in_the_future_ends(tmp_path):
+    left_by(tmp_path)
+    future = time.time() + 3600
+    os.utime(tmp_path / ".lock", (future, future))
+    with RunLock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/hostname")])
+def test_what_is_no_lock_is_one_line_and_hangs_nothing(tmp_path, make):
+    make(tmp_path / ".lock")
+    with pytest.raises(ValueError, match=r"\.lock: is in the place of a lock and is no file; remove it"):
+        RunLock(tmp_path).__enter__()
+
+
+def test_one_that_waits_gets_it_when_the_holder_has_left(tmp_path):
+    process = holder(tmp_path)
+    threading.Timer(0.5, process.kill).start()
+    started = time.monotonic()
+    with RunLock(tmp_path, wait=True):
+        assert time.monotonic() - started > 0.4
+    process.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_held_or_not(tmp_path):
+    assert not lock.is_held(tmp_path / ".lock")
+    with RunLock(tmp_path):
+        assert lock.is_held(tmp_path / ".lock")
+    (tmp_path / ".lock").write_text(json.dumps(here()))
+    assert not lock.is_held(tmp_path / ".lock")

@@ -12,6 +12,7 @@ PACKAGE = REPOSITORY / "megatron_tide"
 # Each may import what stands before it, and itself.
 ORDER = [
     "files",
+    "hub",
     "lock",
     "cli",
     "clock",

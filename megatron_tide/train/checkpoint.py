@@ -14,7 +14,6 @@ leaves the earlier checkpoints intact. Any ZeRO stage, offload and world size re
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,12 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_tide.files import read_json, sha256_file
+from megatron_tide.files import AtomicFolder, read_json, sha256_file, sweep
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
-PREFIX, TEMPORARY = "step-", ".saving-"
+PREFIX = "step-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,21 +58,21 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
         OSError: on every rank, when rank 0 could not write; the earlier checkpoints are untouched.
     """
     final = checkpoint_folder(run_folder, state.step)
-    draft = run_folder / f"{TEMPORARY}{final.name}"
+    folder = AtomicFolder(final)
     error: OSError | None = None
     if world.is_main:
-        error = _attempt(lambda: _fresh(draft))
+        error = _attempt(folder.open)
     for file, tensors in _gathered(engine, world):
         if world.is_main and error is None:
-            error = _attempt(lambda f=file, t=tensors: _write_tensors(draft / f, t))
+            error = _attempt(lambda f=file, t=tensors: save_file(t, folder.draft / f, metadata={"format": "pt"}))
         del tensors
     if world.is_main and error is None:
         described = {"state": asdict(state), "run": run}
-        error = _attempt(lambda: _seal(draft, final, described))
+        error = _attempt(lambda: _seal(folder, described))
     told = world.broadcast_object(None if error is None else str(error))
     if told is not None:
         if world.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
+            folder.discard()
         raise OSError(
             f"could not save {final}: {told}; free disk space and run the same command again: "
             "--resume auto continues from the newest complete checkpoint"
@@ -181,38 +180,14 @@ def _attempt(write: Any) -> OSError | None:
     return None
 
 
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    _flush(path)
-
-
-def _seal(draft: Path, final: Path, description: dict[str, Any]) -> None:
-    (draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
-    _flush(draft / STATE)
-    accumulator = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
-    (draft / CHECKSUMS).write_text(json.dumps(accumulator, indent=1))
-    _flush(draft / CHECKSUMS)
-    if final.exists():
-        shutil.rmtree(final)
-    draft.rename(final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _seal(folder: AtomicFolder, description: dict[str, Any]) -> None:
+    (folder.draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
+    sums = {path.name: sha256_file(path) for path in sorted(folder.draft.iterdir())}
+    (folder.draft / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    folder.commit()
 
 
 def _prune(run_folder: Path, keep: int) -> None:
     for old in sorted(run_folder.glob(f"{PREFIX}*"))[:-keep]:
         shutil.rmtree(old)
-    for draft in run_folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(draft)
+    sweep(run_folder, PREFIX)

@@ -69,4 +69,4 @@ def check_small_disk(chain, out, tmp_path):
     whole = newest_complete(out, print)
     assert whole is not None
     assert f"could not save {out}/step-{int(whole.name[5:]) + 1:08d}" in line
-    assert not list(out.glob(".saving-*"))
+    assert not list(out.glob(".tide-tmp-*"))

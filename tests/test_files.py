@@ -1,0 +1,82 @@
+"""Files and folders that are complete or absent, under names that someone may have planted a link at."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_regular, sweep
+
+
+def test_a_link_at_the_temporary_name_is_replaced_and_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    (tmp_path / f"{TEMPORARY}{os.getpid()}-report.json").symlink_to(victim)
+    atomic_write(tmp_path / "report.json", b"{}")
+    assert victim.read_bytes() == b"mine"
+    assert (tmp_path / "report.json").read_bytes() == b"{}"
+    assert not (tmp_path / "report.json").is_symlink()
+
+
+def test_a_link_at_a_folder_s_temporary_name_is_replaced_and_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "kept").touch()
+    folder = AtomicFolder(tmp_path / "out")
+    folder.draft.symlink_to(victim)
+    with folder as draft:
+        assert draft.stat().st_mode & 0o077 == 0, "nobody else can plant a file's name there"
+        (draft / "weights").write_bytes(b"new")
+    assert (tmp_path / "out" / "weights").read_bytes() == b"new"
+    assert [path.name for path in victim.iterdir()] == ["kept"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "victim"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def fill(draft):
+    """Half of it, and then something goes wrong."""
+    (draft / "weights").write_bytes(b"ne")
+    (draft / "weights" / "more").touch()
+
+
+def test_what_stood_there_stays_when_filling_fails(tmp_path):
+    out = tmp_path / "out"
+    with AtomicFolder(out) as draft:
+        (draft / "weights").write_bytes(b"old")
+    with pytest.raises(NotADirectoryError), AtomicFolder(out) as draft:
+        fill(draft)
+    assert (out / "weights").read_bytes() == b"old"
+    with AtomicFolder(out) as draft:
+        (draft / "other").write_bytes(b"new")
+    assert [path.name for path in out.iterdir()] == ["other"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_process_that_died_between_the_renames_loses_nothing(tmp_path):
+    out = tmp_path / "out"
+    with AtomicFolder(out) as draft:
+        (draft / "weights").write_bytes(b"old")
+    died = AtomicFolder(out)
+    (died.open() / "weights").write_bytes(b"new")
+    out.rename(tmp_path / f"{TEMPORARY}out.old")
+    AtomicFolder(out).open()
+    assert (out / "weights").read_bytes() == b"old"
+
+
+def test_sweeping_removes_drafts_by_their_start(tmp_path):
+    for name in ("step-1", "step-2.old", "other"):
+        (tmp_path / f"{TEMPORARY}{name}").mkdir()
+    sweep(tmp_path, "step-")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{TEMPORARY}other"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    assert read_regular(tmp_path / "file", 3) == b"123"
+    for name in ("link", "fifo", "."):
+        with pytest.raises(OSError, match=r"regular|symbolic"):
+            read_regular(tmp_path / name, 3)
