@@ -58,7 +58,7 @@ def test_a_small_disk_leaves_the_checkpoint_before_whole(chain, tmp_path):
 
 
 def check_small_disk(chain, out, tmp_path):
-    flags = chain.flags(out, **{**KNOBS, "max_steps": 4000, "save_every": 1, "keep": 9})
+    flags = chain.flags(out, **{**KNOBS, "max_steps": 4000, "save_every": 1, "keep_last": 9})
     with ranks(["-m", "megatron_tide.distill", *flags], 1, tmp_path) as processes:
         wait_until(lambda: processes[0].poll() is not None or steps_logged(out) > 90, processes)
         assert processes[0].wait(timeout=30) == 2
