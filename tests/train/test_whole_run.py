@@ -107,7 +107,7 @@ def disk_full_at_second_save(knobs):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
-    knobs = chain.run(tmp_path, **KNOBS, save_every=2, keep=1)
+    knobs = chain.run(tmp_path, **KNOBS, save_every=2, keep_last=1)
     for said in run_on_ranks(disk_full_at_second_save, 2, knobs, timeout=200):
         assert "step-00000004" in said
         assert "No space left on device" in said
@@ -141,5 +141,5 @@ def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
 
 
 def test_keeps_the_last_checkpoints_only(chain, tmp_path):
-    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, save_every=1, keep=2), timeout=200)
+    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, save_every=1, keep_last=2), timeout=200)
     assert sorted(path.name for path in tmp_path.glob("*step-*")) == ["step-00000003", "step-00000004"]
