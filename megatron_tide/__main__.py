@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "commands.inspect",
     "build-ops": "commands.build_ops",
     "distill": "distill",
+    "convert": "commands.convert",
     "generate": "commands.generate",
 }
 

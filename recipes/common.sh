@@ -192,7 +192,7 @@ release() {
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
     --strategy "$STRATEGY" ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} "$@"
-  stage convert "$PYTHON" tools/convert_to_hf.py "$run/$STRATEGY" "$run/hf" --overwrite
+  stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite
   [[ -n ${EVAL_DATA:-} ]] || return 0 # a prepared folder that nothing was trained on
   stage evaluate "$PYTHON" tools/evaluate.py --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
     --json "$run/scores.json" --card

@@ -43,7 +43,7 @@ pretrain() {
     --student-length "$STUDENT_LENGTH" --out "$run/$who-data"
   distil "$run/$who-pretraining" --student "$run/init/$who" --data "$run/$who-data" --strategy bd3lm "${common[@]}" \
     --max-steps "$steps" --lr "$lr"
-  stage "$who-convert" "$PYTHON" tools/convert_to_hf.py "$run/$who-pretraining" "$run/$who" --dtype float32 --overwrite
+  stage "$who-convert" "$PYTHON" -m megatron_tide convert "$run/$who-pretraining" "$run/$who" --dtype float32 --overwrite
 }
 
 stage corpus "$PYTHON" -m megatron_tide corpus --out "$run/corpus"

@@ -153,7 +153,7 @@ conclude() {
   if ((status == 0)); then
     case " ${ONLY:-convert} " in
       *" convert "*)
-        printf 'finished: %s; next: %s tools/generate.py %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
+        printf 'finished: %s; next: %s -m megatron_tide generate %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
         ;;
       *" train"*) printf 'finished: %s in %s; next: ONLY="convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;
       *) printf 'finished: %s in %s; next: ONLY="train convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$AGAIN" ;;

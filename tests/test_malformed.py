@@ -20,7 +20,7 @@ from megatron_tide.train.checkpoint import CHECKSUMS, STATE, newest_complete
 from tests.support.chain import Chain
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
-from tools import convert_to_hf, evaluate, plan
+from tools import evaluate, plan
 
 
 @dataclass
@@ -83,7 +83,7 @@ def evaluating(good: Good) -> list[str]:
 
 
 RUN, PREPARE, BRIDGE = (distill.main, dry_run), (prepare.main, preparing), (command("bridge"), building)
-CONVERT, PLAN, EVALUATE = (convert_to_hf.main, converting), (plan.main, planning), (evaluate.main, evaluating)
+CONVERT, PLAN, EVALUATE = (command("convert"), converting), (plan.main, planning), (evaluate.main, evaluating)
 
 
 def with_config(content):

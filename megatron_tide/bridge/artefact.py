@@ -196,7 +196,7 @@ class Bridge:
         if self.coverage < floor:
             raise ValueError(
                 f"the bridge covers {self.coverage:.4f} of the sample's bytes, the floor is {floor}: the tokenizers "
-                "spell one text differently (see tools/inspect_bridge.py); choose others or lower --coverage-floor"
+                "spell one text differently (the inspect command shows where); choose others or lower --coverage-floor"
             )
 
     def encode_with_bytes(self, text: str) -> EncodedPair:

@@ -42,7 +42,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     """
     card = Path(folder) / "README.md"
     if not has_card(folder):
-        raise ValueError(f"{folder}: has no model card to write scores into; tools/convert_to_hf.py makes one")
+        raise ValueError(f"{folder}: has no model card to write scores into; the convert command makes one")
     text = card.read_text(encoding="utf-8")
     lines = _kept(text, {(score.task, score.metric) for score in scores})
     lines += [

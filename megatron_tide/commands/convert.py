@@ -1,0 +1,58 @@
+"""Convert a training checkpoint to a Hugging Face folder, and prove that it is the same model.
+
+The folder holds safetensors, config, tokenizer, generation config, the modelling code for trust_remote_code, and a
+model card with the run's provenance. Before it appears, a new process loads it offline with transformers alone, and its
+logits and greedy tokens must equal those of the training weights exactly; otherwise nothing is left. Needs no GPU, and
+memory for about one copy of the model. Checkpoints of every ZeRO stage and every number of ranks are converted alike.
+
+Examples:
+  python tools/convert_to_hf.py runs/quickstart/tide-cross runs/quickstart/hf
+  python -m megatron_tide convert runs/NAME/step-00000500 out/ --dtype float32 --max-shard-size 2GB
+  python -m megatron_tide convert runs/NAME/tide-cross out/ --push-to-hub me/my-student --private
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tide.cli import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    checkpoint: str = flag(..., "step-* folder of a run, or the run's folder: its newest step", kind="positional")
+    out: Path = flag(..., "Folder to write; must not exist, unless --overwrite", kind="positional")
+    dtype: str = flag("bfloat16", "Precision of the released weights", choices=("bfloat16", "float16", "float32"))
+    max_shard_size: str = flag("5GB", "Maximum size of a weight file, e.g. 5GB or 500MiB", metavar="SIZE")
+    overwrite: bool = flag(False, "Replace the release in OUT when the new one is complete")
+    base_model: str | None = flag(None, "Folder that the run started from, if it has moved since", metavar="DIR")
+    name: str | None = flag(None, "Name of the model in its card", shown="the name of OUT")
+    license: str = flag("apache-2.0", "Licence named in the card")
+    push_to_hub: str | None = flag(None, "Then upload to the hub under this name, e.g. me/my-student", metavar="NAME")
+    private: bool = flag(False, "With --push-to-hub: make the repository private")
+
+
+def run(args: Args) -> None:
+    if args.private and not args.push_to_hub:
+        raise ValueError("--private needs --push-to-hub NAME; give both or neither")
+    from megatron_tide.release import Hub, Options, convert, parse_size
+
+    hub = None
+    if args.push_to_hub:  # now, so that a missing login stops the command before the work
+        hub = Hub(args.push_to_hub, private=args.private, overwrite=args.overwrite)
+    options = Options(
+        dtype=args.dtype,
+        max_shard_bytes=parse_size(args.max_shard_size),
+        overwrite=args.overwrite,
+        base_model=args.base_model,
+        name=args.name,
+        license_id=args.license,
+    )
+    parity = convert(args.checkpoint, args.out, options)
+    print(
+        f"{args.out}: released; {parity['logit_rows']} rows of logits and {parity['greedy_tokens']} greedy tokens "
+        f"equal the training weights' bit for bit"
+    )
+    if hub is not None:
+        print(f"{args.out}: uploaded to {hub.push(args.out)}")
