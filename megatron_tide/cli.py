@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import shutil
 import sys
 import types
 import typing
@@ -98,7 +99,7 @@ def given(args_type: Any, argv: Sequence[str], doc: str, prog: str) -> dict[str,
         usage=_usage(args_type, prog),
         description=about.strip(),
         epilog=(examples + lines).strip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     add_flags(parser, args_type)
@@ -172,6 +173,12 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 def printable(text: str) -> str:
     """``text`` with everything that a terminal would act on, or hide, as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        width = min(shutil.get_terminal_size((120, 24)).columns, 120)
+        super().__init__(prog, max_help_position=32, width=width)
 
 
 class _Parser(argparse.ArgumentParser):

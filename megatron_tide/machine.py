@@ -78,7 +78,7 @@ def device_of(name: str) -> str:
     return name
 
 
-DEVICE_HELP = "cpu, cuda or auto: a GPU where there is one [auto]"
+DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one"
 
 
 def _cpu_model() -> str:

@@ -13,7 +13,7 @@ from megatron_tide import cli
 from megatron_tide.__main__ import COMMANDS, command, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LONGEST_HELP = {"distill": 210, "plan": 250}
+LONGEST_HELP = {"distill": 150, "plan": 190}
 HELP = """
 import sys
 from megatron_tide.__main__ import main
@@ -27,7 +27,7 @@ assert not heavy, heavy
 
 
 def shown(*words: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COLUMNS": "100"}
+    environment = {**os.environ, "COLUMNS": "120"}
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=REPOSITORY, env=environment)
 
 

@@ -53,7 +53,7 @@ class Args:
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
     batch_size: int = flag(8, "Number of prompts decoded together")
     dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
-    device: str = flag("auto", DEVICE_HELP)
+    device: str = flag("auto", DEVICE_HELP, metavar="DEVICE")
     json: Path | None = flag(None, "Also write the answers to this file, as JSONL", metavar="FILE")
     show_reference: bool = flag(False, "Also print the recorded answers of --file or --data")
     decoding: DecodingArgs = field(default_factory=DecodingArgs)
