@@ -17,6 +17,7 @@ COMMANDS = {
     "bridge": "commands.bridge",
     "inspect": "commands.inspect",
     "build-ops": "commands.build_ops",
+    "plan": "commands.plan",
     "distill": "distill",
     "convert": "commands.convert",
     "generate": "commands.generate",

@@ -8,7 +8,6 @@ The defaults are the paper's settings (TIDE section 4) where the paper states on
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -280,8 +279,3 @@ def read_config_file(path: str) -> dict[str, Any]:
         flat.update(value if key in groups and isinstance(value, dict) else {key: value})
     from_flat(flat, path)
     return flat
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Every flag of a run, for a parser of another command."""
-    cli.add_flags(parser, DistillConfig)

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
 MATMUL = 2048  # of the square matrices whose product is timed
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
 
@@ -54,7 +56,41 @@ def matmul_rate(dtype: torch.dtype, rounds: int = 5) -> float:
 
 def rss_bytes(field: str = "VmRSS") -> int:
     """A memory field of /proc/self/status in bytes; ``VmHWM`` is the peak since the start or ``reset_peak``."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return _field(PROC / "self/status", field)
+
+
+def free_memory() -> int:
+    """Bytes of memory that this node still has, or the container or job on it, if that has less."""
+    return min([_field(PROC / "meminfo", "MemAvailable"), *_free_in_cgroups()])
+
+
+def _free_in_cgroups() -> Iterator[int]:
+    """What each control group around this process has left; nothing from one that sets no limit."""
+    for line in (PROC / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        root, names = CGROUPS, ("memory.max", "memory.current", "file")  # version 2
+        if controllers:
+            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+            if "memory" not in controllers.split(","):
+                continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder == root or root in folder.parents:
+                yield from _left(folder, *names)
+
+
+def _left(folder: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+    try:
+        most = int((folder / limit).read_text())  # "max" is no number
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        yield most - int((folder / used).read_text()) + int(stat[cached])  # cached files are given up when needed
+    except (OSError, ValueError, KeyError):
+        return
+
+
+def _field(path: Path, name: str) -> int:
+    """A field of a file of ``Name:   123 kB`` lines, in bytes."""
+    line = next(line for line in path.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 

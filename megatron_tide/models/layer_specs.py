@@ -88,9 +88,9 @@ class _Layer(nn.Module):
         return [part.view_as(x) for part, x in zip(parts, hidden)]
 
 
-def layer_specs_of(source: ConfigSource) -> LayerSpecs:
+def layer_specs_of(source: ConfigSource, *, as_student: bool = False) -> LayerSpecs:
     """The parts of a hub-format folder's model, or of a ``config.json`` or its dict; no weight is allocated."""
-    model = meta_model(source)
+    model = meta_model(source, as_student=as_student)
     family = family_of(model)
     layout = family.layout
     every, tied = module_tensors(model), tied_aliases(model)

@@ -14,7 +14,7 @@ from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
 from megatron_tide.hosting.place import build_teacher
-from megatron_tide.hosting.plan.check import check_plan
+from megatron_tide.hosting.plan import check_plan
 from megatron_tide.hosting.replicated import NoTeacher
 from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
 from megatron_tide.train import checkpoint

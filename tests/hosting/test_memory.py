@@ -1,4 +1,4 @@
-"""Against what processes really take: two small runs, and the proof at full size as it was measured."""
+"""The estimate against measured peaks: two small runs, and the full-size proof as it was measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 from megatron_tide.config import from_flat
 from megatron_tide.data import PreparedData
 from megatron_tide.files import read_json
-from megatron_tide.hosting.plan.check import asked_of, job_of
-from megatron_tide.hosting.plan.fit import every_hosting, plan
-from megatron_tide.hosting.plan.machine import GIB, Machine
+from megatron_tide.hosting.memory import Machine
+from megatron_tide.hosting.plan import GIB, every_hosting, plan, run_shape, teacher_needs
 from recipes.fullsize import prove
 from tests.hosting.backends import rss_bytes
 from tests.support.chain import SMALL
@@ -21,7 +20,7 @@ from tests.support.medium import make_medium_chain
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = REPOSITORY / "megatron_tide" / "models" / "configs"
 TOLERANCE = 0.15
 ACCUMULATION = 2  # the recipe's
@@ -38,13 +37,13 @@ def train_and_weigh(knobs):
     return rss_bytes("VmHWM")
 
 
-def predicted_bytes(job, name):
+def predicted_bytes(run, name):
     """Of one rank without GPU, at its peak."""
     hosting = next(item for item in every_hosting() if item.name == name)
-    return plan(job, Machine(1, 0, 64 * GIB), hosting).host_resident.bytes
+    return plan(run, Machine(1, 0, 64 * GIB), hosting).host.bytes
 
 
-RESIDENT = {"precision": "fp32", "teacher_dtype": "fp32", "max_steps": 4}
+REPLICATED = {"precision": "fp32", "teacher_dtype": "fp32", "max_steps": 4}
 FROM_DISK = {
     "precision": "bf16",
     "teacher_dtype": "bf16",
@@ -57,20 +56,20 @@ FROM_DISK = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "knobs"), [("replicated", RESIDENT), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
+    ("name", "knobs"), [("replicated", REPLICATED), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
 )
-def test_peak_memory_is_foretold(medium, tmp_path, name, knobs):
+def test_peak_memory_is_predicted(medium, tmp_path, name, knobs):
     knobs = {**medium.paths(tmp_path / "run"), **SMALL, "global_batch_size": 2, "micro_batch_size": 1, **knobs}
     knobs |= {"skip_teacher_probe": True} | ({"teacher_nvme": str(tmp_path)} if name == "zero3_nvme" else {})
     config, stats = from_flat(knobs), PreparedData.open(knobs["data"]).stats
     longest = int(stats.student_length.max()), int(stats.teacher_length.max())
-    job = job_of(config, 1, asked_of(config.strategy, False, *longest))
-    foretold = predicted_bytes(job, name)
+    run = run_shape(config, 1, teacher_needs(config.strategy, False, *longest))
+    predicted = predicted_bytes(run, name)
     (measured,) = run_on_ranks(train_and_weigh, 1, knobs, timeout=280)
-    assert foretold == pytest.approx(measured, rel=TOLERANCE)
+    assert measured <= predicted <= (1 + TOLERANCE) * measured
 
 
-def test_the_full_size_proof_was_foretold(tmp_path):
+def test_the_full_size_proof_was_predicted(tmp_path):
     """The committed report, against the plan of the very run that the recipe makes."""
     measured = read_json(REPOSITORY / "benchmarks" / "results" / "fullsize_cpu.json")
     folders = prove.Folders(tmp_path)
@@ -80,7 +79,8 @@ def test_the_full_size_proof_was_foretold(tmp_path):
     flags = ["--teacher-hosting", "zero3", "--teacher-deepspeed", "ds_configs/teacher_zero3_nvme.json"]
     config = prove.trainer_config(folders, ACCUMULATION, flags)
     longest = measured["longest_sample"]
-    job = job_of(config, 1, asked_of(config.strategy, False, longest["student"], longest["teacher"]))
-    assert job.teacher.parameters == pytest.approx(measured["teacher_parameters"], rel=1e-6)  # and router biases
-    assert job.student.parameters == measured["student_parameters"]
-    assert predicted_bytes(job, "zero3_nvme") == pytest.approx(measured["peak_rss_bytes"], rel=TOLERANCE)
+    run = run_shape(config, 1, teacher_needs(config.strategy, False, longest["student"], longest["teacher"]))
+    assert run.teacher.parameters == pytest.approx(measured["teacher_parameters"], rel=1e-6)  # and router biases
+    assert run.student.parameters == measured["student_parameters"]
+    peak = measured["peak_rss_bytes"]
+    assert peak <= predicted_bytes(run, "zero3_nvme") <= (1 + TOLERANCE) * peak

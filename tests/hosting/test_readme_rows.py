@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli, distill
-from tools import plan
+from megatron_tide.commands import plan
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = REPOSITORY / "megatron_tide" / "models" / "configs"
 RECIPE = "recipes/distill_16b_to_0.6b.sh"
 HEADER = "| you have |"
@@ -72,7 +72,7 @@ def test_row_loads_dry_runs_and_fits(machine, knobs, flags, tmp_path, capsys):
     given = training[training.index("megatron_tide.distill") + 1 :]
     config = cli.parse(distill, given).run
     assert config.teacher.teacher_hosting == knobs["HOSTING"].partition("_")[0]
-    assert plan.main([*machine, *given, "--json", str(tmp_path / "plan.json")]) == 0
+    assert cli.call(plan, [*machine, *given, "--json", str(tmp_path / "plan.json")], "plan") == 0
     planned = json.loads((tmp_path / "plan.json").read_text())["plans"]
     mine = next(item for item in planned if item["hosting"] == knobs["HOSTING"])
     assert mine["fits"], mine["lacks"]

@@ -6,60 +6,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from megatron_tide import models
-from megatron_tide.ds_config import read_ds_config
-from megatron_tide.hosting.plan import machine
-from megatron_tide.hosting.plan.fit import every_hosting, plan, plans, with_changes
-from megatron_tide.hosting.plan.job import Job, Model, staircase_length
-from megatron_tide.hosting.plan.kernels import BYTES, MOST, kernel_bytes
-from megatron_tide.hosting.plan.ledger import FRAGMENTED, KEPT, PAGES, Ledger
-from megatron_tide.hosting.plan.machine import GB, GIB, Machine
-from megatron_tide.hosting.plan.speed import USUAL, Rates, teacher_seconds
-from megatron_tide.hosting.plan.teacher import teacher_units
+from megatron_tide import machine, models
+from megatron_tide.config import from_flat
+from megatron_tide.hosting.memory import GATHERED_LAYERS, MARGIN, Machine, MemoryEstimate, estimate_memory
+from megatron_tide.hosting.plan import GIB, every_hosting, plan, plans, run_shape, teacher_needs, with_savings
+from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
 
+GB = 10**9
 SHAPES = Path(models.__file__).parent / "configs"
 NAMES = ["pipeline_2", "pipeline_4", "pipeline_8", "zero3", "zero3_cpu", "zero3_nvme"]
 
 
 @pytest.fixture(scope="module")
-def paper_models():
-    return Model(SHAPES / "qwen3_0.6b.json"), Model(SHAPES / "llada2_mini.json")
+def paper():
+    """The paper's pair with the trainer's defaults and a sample of 512 and 1024 tokens, on a number of ranks."""
 
+    def run(ranks=1, student_tokens=512, hidden=False, **flags):
+        models = {"student": str(SHAPES / "qwen3_0.6b.json"), "teacher": str(SHAPES / "llada2_mini.json")}
+        config = from_flat({**models, "strategy": "tide-cross", "compdemo": False, **flags})
+        needs = teacher_needs(config.strategy, False, student_tokens, 1024)
+        return run_shape(config, ranks, replace(needs, hidden=hidden))
 
-@pytest.fixture
-def paper(paper_models):
-    """The paper's pair with the trainer's defaults, on a number of ranks."""
-
-    def job(ranks: int = 1, **changes) -> Job:
-        plain = Job(
-            student=paper_models[0],
-            teacher=paper_models[1],
-            ranks=ranks,
-            micro_batch_size=4,
-            accumulation=16 // ranks,
-            student_tokens=512,
-            student_length=staircase_length(512, 32),
-            teacher_tokens=1024,
-            teacher_length=1024,
-            halves=1,
-            gold=True,
-            hidden=False,
-            precision=torch.bfloat16,
-            teacher_dtype=torch.bfloat16,
-            recompute=False,
-            deepspeed=read_ds_config("ds_configs/zero1.json", "--deepspeed"),
-            steps=1000,
-            checkpoints=3,
-        )
-        return replace(plain, **changes)
-
-    return job
+    return run
 
 
 def hosting(name):
     return next(item for item in every_hosting() if item.name == name)
+
+
+def forward(run, machine, name, *, host=False):
+    """Parts while the teacher runs, on a GPU or on the host."""
+    return estimate_memory(run, machine, hosting(name).settings).at("teacher forward", host=host).parts
 
 
 def test_student_states_of_one_rank_are_18_bytes_a_parameter(paper):
@@ -72,35 +50,34 @@ def test_student_states_of_one_rank_are_18_bytes_a_parameter(paper):
 
 
 def test_teacher_shares(paper):
-    job = paper(8)
-    whole = 2 * job.teacher.parameters
+    run = paper(8)
+    whole = 2 * run.teacher.parameters
     gpus = Machine(8, 80 * GIB, 512 * GIB, 100 * GB)
-    share = plan(job, gpus, hosting("zero3")).gpu.parts["teacher weights"]
+    share = plan(run, gpus, hosting("zero3")).gpu.parts["teacher weights"]
     assert share * 8 == pytest.approx(whole, rel=1e-3)
-    assert plan(job, gpus, hosting("replicated")).gpu.parts["teacher weights"] == whole
-    stage = plan(job, gpus, hosting("pipeline_8")).gpu.parts["teacher weights"]
+    assert plan(run, gpus, hosting("replicated")).gpu.parts["teacher weights"] == whole
+    stage = plan(run, gpus, hosting("pipeline_8")).gpu.parts["teacher weights"]
     assert whole / 8 < stage < 1.5 * whole / 8
-    on_disk = plan(job, gpus, hosting("zero3_nvme"))
+    on_disk = plan(run, gpus, hosting("zero3_nvme"))
     assert on_disk.disk["teacher weights"] == pytest.approx(whole, rel=1e-3)
     assert "teacher weights" not in on_disk.gpu.parts
-    on_host = plan(job, gpus, hosting("zero3_cpu"))
-    assert "teacher weights" not in on_host.gpu.parts
-    largest = max(unit.flat_bytes for unit in teacher_units(job, job.teacher)) / 8
-    rounded = on_host.host.parts.get("teacher weights", 0)
+    assert "teacher weights" not in plan(run, gpus, hosting("zero3_cpu")).gpu.parts
+    largest = max(run.layer_bytes()) / 8
+    rounded = forward(run, gpus, "zero3_cpu", host=True)["teacher weights"]
     assert whole <= rounded < 2 * whole  # pinned pieces are rounded up to powers of two
     assert rounded >= 8 * 19 * 2 ** (int(largest).bit_length())
 
 
 def test_a_rank_alone_without_gpu_gathers_nothing(paper):
-    alone = plan(paper(), Machine(1, 0, 64 * GIB), hosting("zero3"))
-    assert "teacher buffers" not in alone.host.parts
+    for name in ("zero3", "zero3_cpu", "zero3_nvme"):
+        assert "gathered layers" not in forward(paper(), Machine(1, 0, 64 * GIB), name, host=True)
 
 
 def test_distribution_objectives_keep_the_output_embedding(paper):
-    job = paper(8)
+    run = paper(8)
     gpus = Machine(8, 80 * GIB, 512 * GIB)
-    with_rows = plan(replace(job, hidden=True), gpus, hosting("zero3")).gpu.parts["teacher weights"]
-    without = plan(job, gpus, hosting("zero3")).gpu.parts["teacher weights"]
+    with_rows = plan(paper(8, hidden=True), gpus, hosting("zero3")).gpu.parts["teacher weights"]
+    without = plan(run, gpus, hosting("zero3")).gpu.parts["teacher weights"]
     assert with_rows - without == pytest.approx(2 * 157184 * 2048 * 7 / 8, rel=1e-3)  # whole instead of an eighth
 
 
@@ -110,33 +87,42 @@ def test_what_costs_more_needs_more(paper):
     def need(**changes):
         return plan(paper(**changes), gpus, hosting("zero3_cpu")).gpu.bytes
 
-    assert need(recompute=True) < need()
+    assert need(activation_checkpointing=True) < need()
     assert need(micro_batch_size=1) < need() < need(micro_batch_size=8)
-    assert need(deepspeed=read_ds_config("ds_configs/zero2_offload.json", "")) < need()
-    assert need(precision=torch.float32) > need()
-    assert need(student_length=2000) > need()
+    assert need(deepspeed="ds_configs/zero2_offload.json") < need()
+    assert need(precision="fp32") > need()
+    assert need(student_tokens=1000) > need()
 
 
-def test_ledger_finds_the_fullest_phase():
-    ledger = Ledger(keeps_pieces=True)
-    ledger.hold("weights", 100 * GB)
-    ledger.hold("later", 50 * GB, "teacher loading")
-    ledger.use("student backward", "pieces", 10 * GB, each=2**20)
-    ledger.use("student update", "blocks", 9 * GB)
-    ledger.use("teacher loading", PAGES, 30 * GB)
-    fullest = ledger.peak(pages=False)
-    assert fullest.phase == "student update"  # what the pieces took stays
-    assert fullest.parts[KEPT] == FRAGMENTED * 10 * GB
-    assert fullest.bytes == 159 * GB + FRAGMENTED * 10 * GB
-    assert ledger.peak(pages=True).phase == "teacher loading"
-    assert ledger.peak(pages=True).bytes == 180 * GB
+def test_estimate_finds_the_fullest_phase():
+    estimate = MemoryEstimate(Machine(2, 0, 0))
+    estimate.persistent("weights", 100 * GB)
+    estimate.persistent("later", 50 * GB, since="teacher loading")
+    estimate.transient("activations", 12 * GB, "teacher forward", "student backward")
+    estimate.transient("temporaries", 8 * GB, "student backward")
+    estimate.transient("gathered", 30 * GB, "checkpoint", ranks=1)
+    peak = estimate.peak(host=True)
+    assert peak.phase == "student backward"
+    assert peak.parts == {
+        "weights": 200 * GB,
+        "later": 100 * GB,
+        "activations": 24 * GB,
+        "temporaries": 16 * GB,
+        "margin": MARGIN * 40 * GB,
+    }
+    assert peak.bytes == (340 + MARGIN * 40) * GB
+    assert estimate.peak(host=False).bytes == 0
 
 
-def test_kernels_are_bf16s_and_bounded(paper):
-    assert kernel_bytes(paper(steps=10**6)) == BYTES * MOST
-    assert kernel_bytes(paper(steps=1)) < BYTES * MOST * 1.01
-    assert kernel_bytes(paper(precision=torch.float32, teacher_dtype=torch.float32)) == 0
-    assert kernel_bytes(paper(steps=1, teacher=None)) < kernel_bytes(paper(steps=9, teacher=None))
+def test_gathered_layers_and_communicators(paper):
+    """Of every hosting on GPUs; a rank alone whose teacher lies on its GPU has neither."""
+    gpus, run = Machine(8, 80 * GIB, 512 * GIB), paper(8)
+    sharded, piped = (forward(run, gpus, name) for name in ("zero3", "pipeline_8"))
+    assert sharded["gathered layers"] == GATHERED_LAYERS * max(run.layer_bytes())
+    assert "gathered layers" not in piped
+    assert piped["NCCL communicators"] > sharded["NCCL communicators"] > 0
+    alone = forward(paper(), Machine(1, 80 * GIB, 512 * GIB), "zero3")
+    assert not {"gathered layers", "NCCL communicators"} & set(alone)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,36 +154,43 @@ def test_the_papers_pair_on(paper, node, fits):
     assert names == fits
 
 
-def test_changes_make_it_fit_on_16_gib(paper):
-    names, found = with_changes(paper(), Machine(1, 16 * GIB, 64 * GIB))
-    assert names == ("--activation-checkpointing",)
+@pytest.mark.parametrize(
+    ("gpu", "savings"),
+    [
+        (24, ()),
+        (20, ("--activation-checkpointing",)),
+        (16, ("--deepspeed ds_configs/zero2_offload.json",)),  # the student's states leave no room for gathered layers
+        (12, ("--activation-checkpointing", "--deepspeed ds_configs/zero2_offload.json")),
+    ],
+)
+def test_the_fewest_savings_that_make_it_fit(paper, gpu, savings):
+    flags, found = with_savings(paper(), Machine(1, gpu * GIB, 64 * GIB))
+    assert flags == savings
     assert found[0].hosting.name == "zero3_cpu"
 
 
 def test_the_full_size_proof_fits_its_allowance(paper):
-    job = paper(micro_batch_size=1, accumulation=2, halves=2, recompute=True, steps=1, checkpoints=1)
-    found = plans(job, Machine(1, 0, 22 * GIB, 45 * GB))
+    flags = {"micro_batch_size": 1, "global_batch_size": 2, "activation_checkpointing": True, "max_steps": 1}
+    found = plans(paper(compdemo=True, **flags), Machine(1, 0, 22 * GIB, 45 * GB))
     assert [item.hosting.name for item in found if item.fits] == ["zero3_nvme"]
 
 
 def test_speed_is_the_slower_of_work_and_traffic(paper):
-    job, gpu = paper(), Machine(1, 24 * GIB, 64 * GIB, 500 * GB)
-    held = sum(unit.flat_bytes for unit in teacher_units(job, job.teacher))
+    run, gpu = paper(), Machine(1, 24 * GIB, 64 * GIB, 500 * GB)
+    held = sum(run.layer_bytes())
 
-    def seconds(name, rates, job=job, on=gpu):
-        return teacher_seconds(job, job.teacher, on, hosting(name).settings, rates)
+    def seconds(name, rates=RATES, run=run, on=gpu):
+        return teacher_seconds(run, run.teacher, on, hosting(name).settings, rates)
 
-    slow_disk = replace(USUAL, disk_gbs=1.0)
+    slow_disk = Rates(disk_gbs=1.0)
     assert seconds("zero3_nvme", slow_disk) == pytest.approx(held / GB)
-    assert seconds("zero3_nvme", Rates(disk_gbs=1e6, pcie_gbs=1e6)) == pytest.approx(
-        seconds("replicated", USUAL), rel=1e-2
-    )
+    assert seconds("zero3_nvme", Rates(disk_gbs=1e6, pcie_gbs=1e6)) == pytest.approx(seconds("replicated"), rel=1e-2)
     compute = 2 * 16 * 4 * 1024 * 1.1e9 / 150e12  # 1.1 B of 1.43 B active are in the layers
-    assert seconds("replicated", USUAL) == pytest.approx(compute, rel=0.3)
+    assert seconds("replicated") == pytest.approx(compute, rel=0.3)
     eight, gpus = paper(8), Machine(8, 24 * GIB, 256 * GIB)
     count = eight.accumulation * 8
     bubble = (count + 7) / count
-    assert seconds("pipeline_8", USUAL, eight, gpus) > bubble * seconds("replicated", USUAL, eight, gpus)
+    assert seconds("pipeline_8", run=eight, on=gpus) > bubble * seconds("replicated", run=eight, on=gpus)
 
 
 def test_what_a_container_leaves(tmp_path, monkeypatch):

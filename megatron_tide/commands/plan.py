@@ -1,0 +1,178 @@
+"""Predict which teacher hostings fit a machine: memory on each GPU, host and disk.
+
+Nothing is allocated. All flags of training can be given; those that change memory count. Hostings that fit come first,
+the fastest (estimated) at the top. The trainer makes the same check before it starts. Exit status 1: nothing fits.
+
+Examples:
+  python -m megatron_tide plan                                                   the paper's pair, on this machine
+  python -m megatron_tide plan --gpus 8 --gpu-mem 24 --host-mem 256 --nvme 500   on another one
+  python -m megatron_tide plan --gpus 1 --gpu-mem 24 --host-mem 64 --micro-batch-size 1 --activation-checkpointing
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_tide.cli import flag
+from megatron_tide.config import DistillConfig
+from megatron_tide.files import write_json
+from megatron_tide.hosting.speed import Rates
+
+if TYPE_CHECKING:
+    from megatron_tide.hosting.memory import Machine, Peak, RunShape
+    from megatron_tide.hosting.plan import Plan
+
+SHAPES = Path(__file__).resolve().parents[1] / "models" / "configs"
+EXIT_NOTHING_FITS = 1
+GIB, GB = 2**30, 10**9  # memory is sold in the first, disks in the second
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineArgs:
+    """Machine: what is not given is read from this one."""
+
+    gpus: int | None = flag(None, "GPUs per node; 0: none, one rank computes on the host", low=0)
+    gpu_mem: float | None = flag(None, "Memory of each GPU, in GiB", metavar="GIB", low=0)
+    host_mem: float | None = flag(None, "Memory per node, in GiB", metavar="GIB", low=0)
+    nvme: float | None = flag(None, "Free space on the node's fast disk, in GB", metavar="GB", low=0)
+    nodes: int = flag(1, "Number of equal nodes", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Arguments of the plan command."""
+
+    student_length: int = flag(512, "Longest sample, in the student's tokens", metavar="TOKENS", low=1)
+    teacher_length: int = flag(1024, "Longest sample, in the teacher's tokens", metavar="TOKENS", low=1)
+    json: str = flag("", "Write all numbers to FILE as well", metavar="FILE")
+    machine: MachineArgs = field(default_factory=MachineArgs)
+    rates: Rates = field(default_factory=Rates)
+    config: DistillConfig = field(default_factory=DistillConfig)
+
+
+def defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The paper's pair."""
+    return {"student": str(SHAPES / "qwen3_0.6b.json"), "teacher": str(SHAPES / "llada2_mini.json")}
+
+
+def run(args: Args) -> int:
+    from megatron_tide.hosting.plan import model_config, plans, run_shape, teacher_needs
+    from megatron_tide.models.families import read_config
+
+    machine, paths = _machine(args.machine, args.config), args.config.paths
+    sizes = {read_config(model_config(path))[1].vocab_size for path in (paths.student, paths.teacher)}
+    needs = teacher_needs(args.config.strategy, len(sizes) == 1, args.student_length, args.teacher_length)
+    shape = run_shape(args.config, machine.world, needs)
+    found = plans(shape, machine, args.rates)
+    print("\n".join([*_head(shape, machine), "", *_table(found), "", *_verdict(shape, machine, args.rates, found)]))
+    if args.json:
+        write_json(Path(args.json), {"machine": asdict(machine), "plans": [_as_dict(item) for item in found]})
+    return 0 if found[0].fits else EXIT_NOTHING_FITS
+
+
+def _machine(given: MachineArgs, config: DistillConfig) -> Machine:
+    """This machine, or the one that the flags describe; of another machine's disk only --nvme is known."""
+    import torch
+
+    from megatron_tide.hosting.memory import Machine
+    from megatron_tide.hosting.plan import local_machine, nvme_folder
+
+    here = local_machine(given.gpus or torch.cuda.device_count() or 1, nvme_folder({}, config.teacher.teacher_nvme))
+    if given.gpus and not (given.gpu_mem or here.has_gpus):
+        raise ValueError("--gpus without --gpu-mem: this machine has no GPU to look at; give the memory of one, in GiB")
+    if given.gpu_mem and not (given.gpus or here.has_gpus):
+        raise ValueError("--gpu-mem without --gpus: this machine has no GPU to count; give the number per node")
+    other = (given.gpus, given.gpu_mem, given.host_mem) != (None, None, None)
+    disk = 0 if other else here.disk_bytes
+    return Machine(
+        ranks=here.ranks if given.gpus is None else max(1, given.gpus),
+        gpu_bytes=0 if given.gpus == 0 else int(given.gpu_mem * GIB) if given.gpu_mem else here.gpu_bytes,
+        host_bytes=int(given.host_mem * GIB) if given.host_mem else here.host_bytes,
+        disk_bytes=disk if given.nvme is None else int(given.nvme * GB),
+        nodes=given.nodes,
+    )
+
+
+def _head(shape: RunShape, machine: Machine) -> list[str]:
+    train, teacher = shape.config.train, shape.teacher
+    gpus = f"{machine.ranks} GPU(s) of {machine.gpu_bytes / GIB:.0f} GiB"
+    what = gpus if machine.has_gpus else f"no GPU, {machine.ranks} rank(s)"
+    disk = f", {machine.disk_bytes / GB:.0f} GB free on disk" if machine.disk_bytes else ""
+    nodes = "" if machine.nodes == 1 else f"{machine.nodes} nodes of "
+    micro = f"{shape.ranks} rank(s) x {shape.accumulation} micro-batches of {train.micro_batch_size}"
+    lines = [
+        f"machine  {nodes}{what}, {machine.host_bytes / GIB:.0f} GiB of host memory{disk}",
+        f"student  {shape.student.parameters / 1e9:.3f} B, {train.precision}, ZeRO {shape.deepspeed['stage']}"
+        f"{', recomputed layers' if train.activation_checkpointing else ''}; {shape.student_length} positions "
+        "per sample",
+    ]
+    if teacher:
+        lines.append(
+            f"teacher  {teacher.parameters / 1e9:.3f} B, {shape.config.teacher.teacher_dtype}; {shape.teacher_length} "
+            f"positions per sample{', twice (CompDemo)' if shape.needs.compdemo else ''}"
+        )
+    return [*lines, f"step     {train.global_batch_size} samples: {micro}"]
+
+
+def _table(found: list[Plan]) -> list[str]:
+    rows = [("hosting", "each GPU, GiB", "host, GiB", "disk, GB", "teacher, s/step", "")]
+    for item in found:
+        gpu = f"{item.gpu.bytes / GIB:.1f} of {item.machine.gpu_bytes / GIB:.0f}" if item.gpu else "-"
+        host = f"{item.host.bytes / GIB:.1f} of {item.machine.host_bytes / GIB:.0f}"
+        lacks = ", ".join(f"{place} lacks {size / GIB:.1f} GiB" for place, size in item.lacks.items())
+        disk = f"{sum(item.disk.values()) / GB:.1f}"
+        rows.append((item.hosting.name, gpu, host, disk, f"{item.seconds:.2f}", f"no: {lacks}" if lacks else "fits"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _verdict(shape: RunShape, machine: Machine, rates: Rates, found: list[Plan]) -> list[str]:
+    """The flags to set and the parts of the best plan; or what is too small, and what would help."""
+    from megatron_tide.hosting.plan import closest, with_savings
+
+    lines: list[str] = []
+    if not found[0].fits:
+        near = closest(found)
+        lines.append(f"nothing fits as it is; closest is {near.hosting.name}: {near.complaint()}")
+    savings, found = with_savings(shape, machine, rates)
+    best = found[0]
+    if not best.fits:
+        near, after = closest(found), f" with {' '.join(savings)}" if savings else ""
+        return [*lines, f"nothing fits{after}: {near.hosting.name} still lacks most: {near.complaint()}", *_parts(near)]
+    flags = " ".join([*savings, *([best.hosting.flags] if shape.teacher else [])])
+    nvme = "teacher weights" in best.disk
+    lines.append(f"set: {flags or 'nothing, the defaults fit'}{' --teacher-nvme FOLDER' if nvme else ''}")
+    if shape.teacher:
+        hosting = f"HOSTING={best.hosting.name}{' TEACHER_NVME=FOLDER' if nvme else ''}"
+        lines.append(f"     (recipes: {' '.join([hosting, *savings])}; expected to be the fastest that fits)")
+    return [*lines, *_parts(best)]
+
+
+def _parts(item: Plan) -> list[str]:
+    lines = []
+    for place, peak in (("each GPU", item.gpu), ("host", item.host)):
+        if peak:
+            lines += ["", f"{item.hosting.name}, {place} at its peak ({peak.phase}), GiB:"]
+            parts = sorted(peak.parts.items(), key=lambda part: -part[1])
+            lines += [f"  {size / GIB:8.2f}  {part}" for part, size in parts]
+    lines += ["", f"{item.hosting.name}, disk, GB:"]
+    return [*lines, *(f"  {size / GB:8.2f}  {part}" for part, size in item.disk.items())]
+
+
+def _peak(peak: Peak | None) -> dict[str, Any] | None:
+    return {"bytes": peak.bytes, **asdict(peak)} if peak else None
+
+
+def _as_dict(item: Plan) -> dict[str, Any]:
+    return {
+        "hosting": item.hosting.name,
+        "flags": item.hosting.flags,
+        "fits": item.fits,
+        "lacks": item.lacks,
+        "gpu": _peak(item.gpu),
+        "host": _peak(item.host),
+        "disk": item.disk,
+        "expected_teacher_seconds": item.seconds,
+    }

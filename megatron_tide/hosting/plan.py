@@ -1,0 +1,291 @@
+"""Which hostings of the teacher fit a machine, which is fastest, and the refusal of a run that cannot fit.
+
+The plan command prints :func:`plans` for any machine; the trainer calls :func:`check_plan` on the one it runs on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from megatron_tide.config import DistillConfig, StrategyConfig
+from megatron_tide.data.prepared import Stats
+from megatron_tide.ds_config import REPOSITORY, offload_of, read_ds_config
+from megatron_tide.hosting.memory import (
+    CUDA_CONTEXT,
+    Machine,
+    ModelShape,
+    Peak,
+    RunShape,
+    TeacherNeeds,
+    estimate_memory,
+)
+from megatron_tide.hosting.settings import hosting_settings
+from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
+from megatron_tide.machine import free_memory, rss_bytes
+from megatron_tide.objectives import STRATEGIES, Strategy
+
+GIB = 2**30
+
+
+class Ranks(Protocol):
+    """What the check needs to know of the world."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def broadcast_object(self, value: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Hosting:
+    """A way to host the teacher: its name, the value of --teacher-hosting, and the DeepSpeed JSON ("" and {}: none)."""
+
+    name: str
+    kind: str
+    file: str
+    settings: dict[str, Any]
+
+    @property
+    def flags(self) -> str:
+        return f"--teacher-hosting {self.kind}" + (f" --teacher-deepspeed {self.file}" if self.file else "")
+
+
+REPLICATED = Hosting("replicated", "replicated", "", {})
+
+
+def every_hosting() -> list[Hosting]:
+    """Replicated, and each file ds_configs/teacher_*.json."""
+    found = [REPLICATED]
+    for path in sorted((REPOSITORY / "ds_configs").glob("teacher_*.json")):
+        name, file = path.stem.removeprefix("teacher_"), f"{path.parent.name}/{path.name}"
+        found.append(Hosting(name, name.partition("_")[0], file, read_ds_config(str(path), "--teacher-deepspeed")))
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A hosting on a machine: the peak of each place, bytes per node on disk, the teacher's seconds per step.
+
+    ``gpu`` is None where there is none.
+    """
+
+    hosting: Hosting
+    machine: Machine
+    gpu: Peak | None
+    host: Peak
+    disk: dict[str, int]
+    seconds: float
+
+    @property
+    def places(self) -> dict[str, tuple[Peak, int]]:
+        """What each place needs, and the bytes it has. On disk only the teacher counts."""
+        found = {"host memory": (self.host, self.machine.host_bytes)}
+        if self.gpu is not None:
+            found["each GPU"] = self.gpu, self.machine.gpu_bytes
+        if "teacher weights" in self.disk:
+            teacher = {"teacher weights": self.disk["teacher weights"]}
+            found["disk"] = Peak("teacher loading", teacher), self.machine.disk_bytes
+        return found
+
+    @property
+    def lacks(self) -> dict[str, int]:
+        """Bytes by which places are too small."""
+        return {place: peak.bytes - has for place, (peak, has) in self.places.items() if peak.bytes > has}
+
+    @property
+    def fits(self) -> bool:
+        return not self.lacks
+
+    def complaint(self) -> str:
+        """What is too small, and by how much: one line."""
+        lines = []
+        for place, lack in self.lacks.items():
+            peak, has = self.places[place]
+            part, size = max(peak.parts.items(), key=lambda item: item[1])
+            lines.append(
+                f"{place}: needs {peak.bytes / GIB:.1f} GiB and has {has / GIB:.1f}, {lack / GIB:.1f} too little "
+                f"(in the {peak.phase}; most of it {part}, {size / GIB:.1f})"
+            )
+        return " and ".join(lines)
+
+
+def plan(run: RunShape, machine: Machine, hosting: Hosting, rates: Rates = RATES) -> Plan:
+    """One hosting on one machine. ValueError for more pipeline stages than the teacher has layers."""
+    estimate = estimate_memory(run, machine, hosting.settings)
+    return Plan(
+        hosting=hosting,
+        machine=machine,
+        gpu=estimate.peak(host=False) if machine.has_gpus else None,
+        host=estimate.peak(host=True),
+        disk=estimate.disk,
+        seconds=teacher_seconds(run, run.teacher, machine, hosting.settings, rates) if run.teacher else 0.0,
+    )
+
+
+def plans(run: RunShape, machine: Machine, rates: Rates = RATES) -> list[Plan]:
+    """Every hosting that this many ranks can have: those that fit first, the fastest first."""
+    if run.teacher is None:
+        return [plan(run, machine, replace(REPLICATED, name="no teacher"), rates)]
+    parts, found = len(run.teacher.widths) + 2, []
+    for hosting in every_hosting():
+        stages = hosting.settings.get("pipeline", {}).get("stages", 1)
+        if run.ranks % stages == 0 and stages <= parts:
+            found.append(plan(run, machine, hosting, rates))
+    return sorted(found, key=lambda item: (not item.fits, item.seconds))
+
+
+def closest(found: Sequence[Plan]) -> Plan:
+    """Of plans that do not fit, the one that lacks least in its worst place."""
+    return min(found, key=lambda item: max(item.lacks.values()))
+
+
+# Flags of training that save memory, the cheapest first; none changes the curve.
+SAVINGS: dict[str, dict[str, Any]] = {
+    "--activation-checkpointing": {"activation_checkpointing": True},
+    "--micro-batch-size 1": {"micro_batch_size": 1},
+    "--deepspeed ds_configs/zero2_offload.json": {"deepspeed": "ds_configs/zero2_offload.json"},
+}
+
+
+def with_savings(run: RunShape, machine: Machine, rates: Rates = RATES) -> tuple[tuple[str, ...], list[Plan]]:
+    """The fewest of :data:`SAVINGS` with which a hosting fits, all where none does; and the plans with them."""
+    train = run.config.train
+    useful = [flag for flag, values in SAVINGS.items() if replace(train, **values) != train]
+    for count in range(len(useful) + 1):
+        for flags in itertools.combinations(useful, count):
+            values = {name: value for flag in flags for name, value in SAVINGS[flag].items()}
+            found = plans(replace(run, config=replace(run.config, train=replace(train, **values))), machine, rates)
+            if found[0].fits:
+                return flags, found
+    return flags, found
+
+
+def teacher_needs(flags: StrategyConfig, shared: bool, student_tokens: int, teacher_tokens: int) -> TeacherNeeds:
+    """What a strategy needs, as far as its flags say without a bridge; ``shared``: the vocabularies are the same."""
+    spec = STRATEGIES[flags.strategy]
+    if spec.where_vocabularies_differ is not None and not shared:
+        spec = spec.where_vocabularies_differ
+    chunk = (flags.chunk_objective or spec.chunk) != "none"
+    distribution = (flags.distribution_objective or spec.distribution) != "none"
+    compdemo = spec.compdemo if flags.compdemo is None else flags.compdemo
+    return TeacherNeeds(
+        target_logprobs=chunk,
+        hidden=distribution,
+        compdemo=compdemo and (chunk or distribution),
+        student_tokens=student_tokens,
+        teacher_tokens=teacher_tokens,
+    )
+
+
+def run_shape(config: DistillConfig, ranks: int, needs: TeacherNeeds) -> RunShape:
+    """The run that ``config`` describes.
+
+    Raises:
+        ValueError: a model's config.json cannot be read, or the batch is not a multiple of the ranks' micro-batches.
+    """
+    train, paths = config.train, config.paths
+    student = ModelShape(model_config(paths.student), as_student=True)
+    teacher = ModelShape(model_config(paths.teacher)) if needs.target_logprobs or needs.hidden else None
+    if train.global_batch_size % (train.micro_batch_size * ranks):
+        raise ValueError(
+            f"--global-batch-size {train.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {train.micro_batch_size} x {ranks} ranks"
+        )
+    return RunShape(config=config, ranks=ranks, needs=needs, student=student, teacher=teacher)
+
+
+def model_config(path: str) -> Path:
+    """The ``config.json`` of a folder, a file that is one, or a hub name's, downloaded without its weights."""
+    found = Path(path)
+    if found.exists():
+        return found / "config.json" if found.is_dir() else found
+    try:
+        return Path(hf_hub_download(path, "config.json"))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: no such folder, and the hub does not give its config.json ({reason})") from None
+
+
+def check_plan(config: DistillConfig, strategy: Strategy, stats: Stats, world: Ranks) -> None:
+    """Refuse a run that cannot fit on the first rank's machine, on every rank alike; nothing is allocated.
+
+    ``stats``: of the prepared samples; the longest one decides.
+
+    Raises:
+        ValueError: one line: what is too small, by how much, and the flags with which the run would fit.
+    """
+    if config.teacher.skip_plan:
+        return
+    needs = TeacherNeeds(
+        target_logprobs=strategy.needs_target_logprobs,
+        hidden=strategy.needs_hidden,
+        compdemo=strategy.compdemo is not None,
+        student_tokens=int(stats.student_length.max()),
+        teacher_tokens=int(stats.teacher_length.max()),
+    )
+    refusal = world.broadcast_object(_refusal(config, needs, world.size) if world.is_main else None)
+    if refusal:
+        raise ValueError(refusal)
+
+
+def _refusal(config: DistillConfig, needs: TeacherNeeds, ranks: int) -> str:
+    """Why a run does not fit here, or cannot be planned; "" for one that fits."""
+    try:
+        run, flags = run_shape(config, ranks, needs), config.teacher
+        settings = hosting_settings(flags, ranks) if run.teacher else {}
+        machine = local_machine(ranks, nvme_folder(settings, flags.teacher_nvme))
+        own = plan(run, machine, Hosting(flags.teacher_hosting, flags.teacher_hosting, "", settings))
+    except (ValueError, OSError) as error:
+        return str(error)
+    if own.fits:
+        return ""
+    savings, found = with_savings(run, machine)
+    if found[0].fits:
+        hint = f"this would fit: {' '.join([*savings, *([found[0].hosting.flags] if run.teacher else [])])}"
+    else:
+        near, after = closest(found), f" with {' '.join(savings)}" if savings else ""
+        hint = f"nothing would fit here; closest is {near.hosting.name}{after}: {near.complaint()}"
+    what = f"--teacher-hosting {own.hosting.name}" if run.teacher else "this run"
+    return f"{what} does not fit: {own.complaint()}; {hint} (--skip-plan goes on regardless)"
+
+
+def nvme_folder(settings: dict[str, Any], given: str) -> Path | None:
+    """The folder on disk that a teacher would use: a hosting's own, the one given, or what the ds_configs file says."""
+    offloads = [offload_of(item) for item in (settings, *(hosting.settings for hosting in every_hosting()))]
+    named = [given, *(offload["nvme_path"] for offload in offloads if "nvme_path" in offload)]
+    return next((Path(folder) for folder in named if folder and Path(folder).is_dir()), None)
+
+
+def local_machine(ranks: int, disk: Path | None) -> Machine:
+    """This node and its like, for ``ranks`` ranks in all, as the launcher's environment describes it.
+
+    What this process and its GPU's context hold by now counts as free: it is part of a plan. ``disk``: a folder for
+    the teacher.
+    """
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, the deepspeed launcher's
+    gpus = torch.cuda.device_count()
+    local = int(here) if here else min(ranks, gpus or ranks)
+    gpu_bytes = 0
+    if gpus:
+        free, total = torch.cuda.mem_get_info()
+        gpu_bytes = min(total, free + int(CUDA_CONTEXT))
+    return Machine(
+        ranks=local,
+        gpu_bytes=gpu_bytes,
+        host_bytes=free_memory() + local * rss_bytes("RssAnon"),
+        disk_bytes=shutil.disk_usage(disk).free if disk else 0,
+        nodes=max(1, ranks // local),
+    )
