@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencep
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
 from megatron_tide.files import read_json
+from megatron_tide.hub import download
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
 TOKENIZER_FILES = (
@@ -47,20 +49,26 @@ def load_tokenizer(
     digits, which may lie beyond it (some models keep their mask there). Code from the tokenizer's folder runs with
     ``trust_remote_code`` only. ValueError where nothing usable is found.
     """
-    name, place = str(path), _locate(path, trust_remote_code)
-    arguments = (name, mask_token, trust_remote_code)
+    place, asked = _locate(path, trust_remote_code), _Asked(str(path), mask_token, trust_remote_code)
     if place.is_dir():
-        return _load_folder(name, place, arguments)
+        return _load_folder(place, asked)
     if place.suffix == ".json":
-        return _load_hugging_face(name, place.parent, arguments)
+        return _load_hugging_face(place.parent, asked)
     if place.suffix == ".tiktoken":
-        return _load_tiktoken(name, place, arguments)
-    return _load_sentencepiece(name, place, arguments)
+        return _load_tiktoken(place, asked)
+    return _load_sentencepiece(place, asked)
 
 
-def reload(name: str, mask_token: str | None, trust_remote_code: bool) -> TextTokenizer:
-    """``load_tokenizer`` by position: how a TextTokenizer travels to another process."""
-    return load_tokenizer(name, mask_token=mask_token, trust_remote_code=trust_remote_code)
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of a ``load_tokenizer``. ``again()`` makes its result anew: how it travels to another process."""
+
+    name: str
+    mask_token: str | None
+    trust_remote_code: bool
+
+    def again(self) -> TextTokenizer:
+        return load_tokenizer(self.name, mask_token=self.mask_token, trust_remote_code=self.trust_remote_code)
 
 
 @contextmanager
@@ -98,65 +106,59 @@ def _locate(path: str | Path, trust_remote_code: bool) -> Path:
     local = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix in _FILE_SUFFIXES
     if "/" in name and (local or place.parent.exists()):
         raise ValueError(f"{name}: no such tokenizer folder or file; check the path")
-    from huggingface_hub import snapshot_download
-
     patterns = [*TOKENIZER_FILES, "config.json", *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(
-            f"{name}: neither a tokenizer here nor reachable on the hub ({reason}); check the name"
-        ) from error
+    return download(name, patterns, f"{name}: neither a tokenizer here nor reachable on the hub; check the name")
 
 
-def _load_folder(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+def _load_folder(folder: Path, asked: _Asked) -> TextTokenizer:
     if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
-        return _load_hugging_face(name, folder, arguments)
+        return _load_hugging_face(folder, asked)
     if (folder / _SENTENCEPIECE).exists():
-        return _load_sentencepiece(name, folder / _SENTENCEPIECE, arguments)
+        return _load_sentencepiece(folder / _SENTENCEPIECE, asked)
     ranks = sorted(folder.glob("*.tiktoken"))
     if len(ranks) == 1:
-        return _load_tiktoken(name, ranks[0], arguments)
-    raise ValueError(f"{name}: holds no tokenizer.json, tokenizer.model or single *.tiktoken file; check the path")
+        return _load_tiktoken(ranks[0], asked)
+    raise ValueError(
+        f"{asked.name}: holds no tokenizer.json, tokenizer.model or single *.tiktoken file; check the path"
+    )
 
 
-def _load_hugging_face(name: str, folder: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+def _load_hugging_face(folder: Path, asked: _Asked) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    with _reading(name), _quiet():
-        raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=arguments[2])
+    with _reading(asked.name), _quiet():
+        raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=asked.trust_remote_code)
     if getattr(raw, "backend_tokenizer", None) is None:
-        raise ValueError(f"{name}: the tokenizer has no fast form; save its tokenizer.json with transformers first")
+        raise ValueError(
+            f"{asked.name}: the tokenizer has no fast form; save its tokenizer.json with transformers first"
+        )
     kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
-    return _wrap_hugging_face(name, folder, tuple(dict.fromkeys(kept)), raw, arguments)
+    return _wrap_hugging_face(folder, tuple(dict.fromkeys(kept)), raw, asked)
 
 
-def _load_tiktoken(name: str, file: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
-    return _wrap_hugging_face(name, file, (), read_tiktoken(file), arguments)
+def _load_tiktoken(file: Path, asked: _Asked) -> TextTokenizer:
+    return _wrap_hugging_face(file, (), read_tiktoken(file), asked)
 
 
-def _wrap_hugging_face(
-    name: str, path: Path, files: tuple[Path, ...], raw: Any, arguments: tuple[Any, ...]
-) -> TextTokenizer:
+def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, asked: _Asked) -> TextTokenizer:
     roles = {
         role.removesuffix("_token"): str(token)
         for role, token in raw.special_tokens_map.items()
         if role.endswith("_token") and token is not None
     }
-    _name_mask(name, roles, raw.get_vocab(), arguments[1])
-    with _reading(name):
+    _name_mask(asked, roles, raw.get_vocab())
+    with _reading(asked.name):
         codec = FastCodec(raw.backend_tokenizer, roles.values())
     template = raw.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
     source = TokenizerSource(
-        name=name, path=path, files=files, roles=roles, chat_template=template, load_arguments=arguments, raw=raw
+        name=asked.name, path=path, files=files, roles=roles, chat_template=template, again=asked.again, raw=raw
     )
     return TextTokenizer(codec, source)
 
 
-def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> TextTokenizer:
+def _load_sentencepiece(model: Path, asked: _Asked) -> TextTokenizer:
     beside = [model.parent / _CONFIG, model.parent / _TEMPLATE] if model.name == _SENTENCEPIECE else []
     files = [model, *(file for file in beside if file.exists())]
     config = read_json(model.parent / _CONFIG, "restore the file") if model.parent / _CONFIG in files else {}
@@ -166,34 +168,36 @@ def _load_sentencepiece(name: str, model: Path, arguments: tuple[Any, ...]) -> T
         for role, token in config.items()
         if role.endswith("_token") and isinstance(token, str | Mapping)
     }
-    with _reading(name):
+    with _reading(asked.name):
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
     # The model's own roles stand where the configuration says nothing.
     roles = sentencepiece_roles(processor) | roles
     pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
-    _name_mask(name, roles, pieces | added.keys(), arguments[1])
+    _name_mask(asked, roles, pieces | added.keys())
     template = config.get("chat_template")
     if model.parent / _TEMPLATE in files:
         template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
     codec = SentencePieceCodec(processor, added, roles.values())
     source = TokenizerSource(
-        name=name,
+        name=asked.name,
         path=model if model.name != _SENTENCEPIECE else model.parent,
         files=tuple(files),
         roles=roles,
         chat_template=template,
-        load_arguments=arguments,
+        again=asked.again,
     )
     return TextTokenizer(codec, source)
 
 
-def _name_mask(name: str, roles: dict[str, str], vocabulary: Container[str], mask_token: str | None) -> None:
+def _name_mask(asked: _Asked, roles: dict[str, str], vocabulary: Container[str]) -> None:
     """Settle the mask token: what the user says, what the tokenizer says, or a usual string in the vocabulary."""
-    if mask_token is not None:
+    if asked.mask_token is not None:
         # Digits are an id, never a token: vocabularies hold plain numbers, and none of those is a mask.
-        if not mask_token.isdecimal() and mask_token not in vocabulary:
-            raise ValueError(f"{name}: the vocabulary has no token {mask_token!r} to use as the mask; name one it has")
-        roles["mask"] = mask_token
+        if not asked.mask_token.isdecimal() and asked.mask_token not in vocabulary:
+            raise ValueError(
+                f"{asked.name}: the vocabulary has no token {asked.mask_token!r} to use as the mask; name one it has"
+            )
+        roles["mask"] = asked.mask_token
     for usual in DEFAULT_MASKS:
         if usual in vocabulary:
             roles.setdefault("mask", usual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class TokenizerSource:
     roles: Mapping[str, str]
     """Role (mask, eos, pad, bos, ...) -> the token's string."""
     chat_template: str | None
-    load_arguments: tuple[Any, ...]
+    again: Callable[[], TextTokenizer]
+    """Loads the same tokenizer again; it pickles, and stands for the tokenizer on its way to another process."""
     raw: Any = None
 
 
@@ -66,9 +67,7 @@ class TextTokenizer:
         return f"TextTokenizer({self.name!r}, {self.vocab_size} tokens, {self.fingerprint[:12]})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from megatron_tide.bridge.loading import reload
-
-        return reload, self._source.load_arguments
+        return self._source.again, ()
 
     @property
     def name(self) -> str:

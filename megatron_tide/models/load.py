@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
 from megatron_tide.files import write_json
+from megatron_tide.hub import download
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import config_dict, family_of, meta_model
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
@@ -34,11 +33,7 @@ def resolve_folder(path: str | Path) -> Path:
     name = str(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{path}: no such folder")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FROM_HUB))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name}: no such folder, and the hub does not give it ({reason[0]})") from None
+    return download(name, _FROM_HUB, f"{name}: no such folder, and the hub does not give it")
 
 
 def load_model(

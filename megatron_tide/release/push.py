@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+
+from megatron_tide.hub import hub_errors
 
 
 class Hub:
@@ -20,17 +21,13 @@ class Hub:
     def __init__(self, repository: str, *, private: bool, overwrite: bool, api: Any = None) -> None:
         self._repository, self._private = repository, private
         self._api = api or HfApi()
-        try:
+        self._what = f"--push-to-hub {repository}: the hub refuses, or cannot be reached"
+        with hub_errors(self._what):
             validate_repo_id(repository)
             self._api.whoami()
-            if not overwrite and self._api.repo_exists(repository):
-                raise ValueError(f"{repository}: exists on the hub; choose another name, or pass --overwrite")
-        except HFValidationError as error:
-            raise ValueError(f"--push-to-hub {repository}: {' '.join(str(error).split())}") from None
-        except LocalTokenNotFoundError:
-            raise ValueError("--push-to-hub: not logged in; run `hf auth login`, or set HF_TOKEN") from None
-        except (HTTPError, OSError) as error:
-            raise self._failed(error) from None
+            exists = not overwrite and self._api.repo_exists(repository)
+        if exists:
+            raise ValueError(f"{repository}: exists on the hub; choose another name, or pass --overwrite")
 
     def push(self, folder: Path) -> str:
         """Upload every file of ``folder`` as one commit; -> the address of the repository's page.
@@ -38,14 +35,9 @@ class Hub:
         Raises:
             ValueError: the hub cannot be reached or refuses.
         """
-        try:
+        with hub_errors(self._what):
             url = self._api.create_repo(self._repository, private=self._private, exist_ok=True)
             self._api.upload_folder(
                 repo_id=self._repository, folder_path=folder, commit_message=f"Release {folder.name}"
             )
-        except (HTTPError, OSError) as error:
-            raise self._failed(error) from None
         return str(url)
-
-    def _failed(self, error: Exception) -> ValueError:
-        return ValueError(f"--push-to-hub {self._repository}: the hub said: {' '.join(str(error).split())}")
