@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,19 @@ def test_imports_point_one_way(path):
         return
     place = ORDER.index(part_of(path))
     assert {part for part in imported_parts(path) if ORDER.index(part) > place} == set()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path for path in PACKAGE.glob("**/*.py")}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {}
+    for name, path in modules.items():
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        froms = [(node.module, a.name) for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names]
+        wanted = [f"{module}.{inner}" if f"{module}.{inner}" in modules else module for module, inner in froms]
+        wanted += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        graph[name] = set(wanted) & set(modules) - {name}
+    list(TopologicalSorter(graph).static_order())  # CycleError names them
 
 
 @pytest.mark.parametrize("path", sorted(SOURCES), ids=lambda path: str(path.relative_to(REPOSITORY)))
