@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "megatron_tide"
 ORDER = [
     "files",
     "hub",
+    "tables",
     "lock",
     "cli",
     "clock",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from megatron_tide.tables import ASSISTANT, parse_messages, read_rows
 
 
 def read_samples(paths: Sequence[Path], limit: int | None = None) -> list[str]:
@@ -29,39 +30,25 @@ def _texts(path: Path) -> Iterator[str]:
     if path.suffix not in _READERS:
         yield path.read_bytes().decode("utf-8", errors="replace")
         return
-    for number, row in enumerate(_READERS[path.suffix](path), 1):
-        messages = row.get("messages") if isinstance(row, Mapping) else None
-        if messages is None and isinstance(row, Mapping) and isinstance(row.get("text"), str):
+    for where, row in _READERS[path.suffix](path):
+        messages = row.get("messages")
+        if messages is None and isinstance(row.get("text"), str):
             yield row["text"]
             continue
-        try:
-            contents = [turn["content"] for turn in messages or () if turn["role"] == "assistant"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: row {number} has messages without role and content; fix the data") from error
-        if not all(isinstance(content, str) for content in contents):
-            raise ValueError(f"{path}: row {number} has an assistant's content that is no string; fix the data")
-        yield from filter(None, contents)
+        turns = parse_messages([] if messages is None else messages, where)
+        yield from (turn["content"] for turn in turns if turn["role"] == ASSISTANT and turn["content"])
 
 
-def _jsonl(path: Path) -> Iterable[Any]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {number} is not valid JSON ({error.msg}); fix the data") from error
-
-
-def _parquet(path: Path) -> Iterable[Any]:
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if name in ("messages", "text")]
-            for batch in file.iter_batches(columns=names):
-                yield from batch.to_pylist()
+            rows = (row for batch in file.iter_batches(columns=names) for row in batch.to_pylist())
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
     except ArrowException as error:
         raise ValueError(f"{path}: is not readable as Parquet ({error}); fetch the file again") from error
 
 
-_READERS = {".jsonl": _jsonl, ".parquet": _parquet}
+_READERS = {".jsonl": read_rows, ".parquet": _parquet}

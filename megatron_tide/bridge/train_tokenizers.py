@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
+from megatron_tide.tables import parse_messages, read_rows
 
 MASK = "<|mask|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -159,14 +160,8 @@ class TokenizerTraining:
 
 def read_messages(path: Path) -> list[str]:
     """Contents of all messages in a JSONL file of conversations; ValueError for a line that is none."""
-    texts: list[str] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                texts.extend(message["content"] for message in json.loads(line)["messages"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                shape = '{"messages": [{"content": ...}]}'
-                raise ValueError(f"{path}: line {number} does not read as {shape}; fix it") from error
+    rows = (parse_messages(row.get("messages"), where) for where, row in read_rows(path))
+    texts = [message["content"] for messages in rows for message in messages]
     if not texts:
         raise ValueError(f"{path}: holds no messages to train on; check the path")
     return texts

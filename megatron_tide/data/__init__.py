@@ -1,8 +1,8 @@
 """Text -> batches.
 
-``corpus`` makes conversations that every machine has, ``sources`` and ``chat`` read them (``sample`` takes a few for a
-bridge), ``prepare`` turns them, once, into an aligned, checksummed folder; ``store``, ``order`` and ``batch`` read that
-folder step by step. Only ``batch`` needs torch.
+``corpus`` makes conversations that every machine has, ``sources`` reads them (``sample`` takes a few for a bridge),
+``prepare`` turns them, once, into an aligned, checksummed folder that ``datasets`` reads too; ``prepared``, ``sampler``
+and ``batch`` read that folder step by step. Only ``batch`` needs torch.
 """
 
 from megatron_tide.data.prepared import PreparedData, Stats

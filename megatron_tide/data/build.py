@@ -1,7 +1,7 @@
 """Building the missing shards of a prepared folder, in this process or in several.
 
 A shard is a pure function of the job and its number, so it does not matter who builds it, when, or how often. A worker
-that loses its parent ends; a parent that loses a worker says so.
+ends when its parent is killed; a parent that loses a worker says so.
 """
 
 from __future__ import annotations
@@ -12,28 +12,27 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import TEXTS_AT_ONCE
-from megatron_tide.data.chat import Message
-from megatron_tide.data.encode import Dropped, Encoded, Encoder
+from megatron_tide.data.encode import Dropped, Encoder
 from megatron_tide.data.progress import Progress
-from megatron_tide.data.shard import Sample, read_header, shard_name, write_shard
+from megatron_tide.data.shard import Sample, read_shard, shard_name, write_shard
 from megatron_tide.data.sources import Mixture
 from megatron_tide.files import fingerprint
+from megatron_tide.tables import Message
 
 TOO_LONG = "more characters than max_chars"
-_POLL_SECONDS = 0.5
+UNREADABLE = "cannot be read"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob:
-    """All that decides the shards: conversations, how to encode them, rows a shard; and the folder. ``settings``
+    """All that decides the shards: conversations, how to encode them, rows per shard; and the folder. ``settings``
     (JSON) describes the first three."""
 
     mixture: Mixture
@@ -57,67 +56,69 @@ class PrepareJob:
 
 
 def finished(job: PrepareJob, number: int) -> bool:
-    """Whether shard ``number`` is there, whole, and made by this job (reads the file)."""
+    """Whether shard ``number`` is there, complete, and made by this job (reads the file)."""
     try:
-        shard = read_header(job.path(number))
+        shard = read_shard(job.path(number))
     except ValueError:
         return False
-    return shard.record["settings"] == fingerprint(job.settings) and shard.record["number"] == number and shard.intact()
+    origin = {name: shard.record.get(name) for name in ("settings", "number")}
+    return origin == {"settings": fingerprint(job.settings), "number": number} and shard.intact()
 
 
-def build_shard(job: PrepareJob, number: int, counter: Any = None) -> None:
-    """Encode the rows of a shard and write it. ``counter`` (a shared integer) goes up by the rows read."""
+def build_shard(job: PrepareJob, number: int) -> None:
+    """Encode the rows of a shard and write it."""
     samples: list[Sample] = []
-    record: dict[str, Any] = {"settings": fingerprint(job.settings), "number": number, "example": None}
-    totals: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
+    totals, dropped, unreadable, example = Counter[str](), Counter[str](), list[int](), None
     rows = job.rows(number)
     for start in range(0, len(rows), TEXTS_AT_ONCE):
-        group = rows[start : start + TEXTS_AT_ONCE]
-        for row in _encode(job, group):
+        conversations = []
+        for position in rows[start : start + TEXTS_AT_ONCE]:
+            found = _conversation(job, position)
+            if isinstance(found, str):
+                dropped[found] += 1
+                unreadable += [position] if found == UNREADABLE else []
+            else:
+                conversations.append((int(job.mixture.key[position]), found))
+        for row in job.encoder.encode_rows(conversations):
             if isinstance(row, Dropped):
                 dropped[row.reason] += 1
-                record["example"] = record["example"] or row.error
+                example = example or row.error
                 continue
             samples.append(row.sample)
             totals["truncated"] += row.truncated
             totals["covered_bytes"] += row.covered_bytes
             totals["total_bytes"] += row.total_bytes
-        totals["read"] += len(group)
-        if counter is not None:
-            with counter.get_lock():
-                counter.value += len(group)
-    write_shard(job.path(number), samples, record | {"totals": totals, "dropped": dropped})
+    totals["read"] = len(rows)
+    record = {"settings": fingerprint(job.settings), "number": number, "totals": totals, "dropped": dropped}
+    write_shard(job.path(number), samples, record | {"example": example, "unreadable": unreadable})
 
 
-def _encode(job: PrepareJob, positions: range) -> list[Encoded | Dropped]:
-    """What comes of the rows at ``positions`` of the mixture; those that are too long first, the others in order."""
-    long: list[Encoded | Dropped] = []
-    rows: list[tuple[int, list[Message]]] = []
-    for position in positions:
+def _conversation(job: PrepareJob, position: int) -> list[Message] | str:
+    """The messages at a position of the mixture, or why they are left out before they are encoded."""
+    try:
         spec, messages = job.mixture.conversation(position)
-        if spec.max_chars is not None and sum(len(message["content"]) for message in messages) > spec.max_chars:
-            long.append(Dropped(TOO_LONG))
-        else:
-            rows.append((int(job.mixture.key[position]), messages))
-    return long + job.encoder.encode_rows(rows)
+    except ValueError:  # one bad row does not stop a mixture of millions; prepare says which it was
+        return UNREADABLE
+    if spec.max_chars is not None and sum(len(message["content"]) for message in messages) > spec.max_chars:
+        return TOO_LONG
+    return messages
 
 
 def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None:
-    """Build the shards ``missing`` with ``workers`` processes, saying how far it is.
+    """Build the shards ``missing`` with ``workers`` processes and show progress.
 
     Whatever stops it, finished shards stay; OSError (a full disk, a killed worker) says how many there are.
     """
-    progress = Progress(len(job.mixture), "preparing rows")
+    for number in missing:  # damaged ones, or another job's: what is there from now on is finished
+        job.path(number).unlink(missing_ok=True)
     done = len(job.mixture) - sum(len(job.rows(number)) for number in missing)
-    progress.update(done)
-    built = 0
+    progress = Progress(len(job.mixture), "preparing rows", done)
     try:
-        for rows, complete in _in_turn(job, missing) if workers == 1 else _in_parallel(job, missing, workers):
-            progress.update(done + rows)
-            built += complete
+        for number in _build(job, missing) if workers == 1 else _build_in_parallel(job, missing, workers):
+            done += len(job.rows(number))
+            progress.update(done)
     except (OSError, BrokenProcessPool) as error:
-        kept = job.shards - len(missing) + built
+        kept = sum(job.path(number).exists() for number in range(job.shards))
         reason = str(error) if isinstance(error, OSError) else "a worker died (out of memory? take fewer --workers)"
         raise OSError(
             f"{job.out}: {reason}; {kept} of {job.shards} shards are finished and kept: fix it and run this again"
@@ -126,44 +127,30 @@ def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None
         progress.close()
 
 
-def _in_turn(job: PrepareJob, missing: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(rows read so far, shards finished since the last time), again and again."""
-    rows = 0
+def _build(job: PrepareJob, missing: Sequence[int]) -> Iterator[int]:
+    """Build shards one after the other; yield their numbers."""
     for number in missing:
         build_shard(job, number)
-        rows += len(job.rows(number))
-        yield rows, 1
+        yield number
 
 
-def _in_parallel(job: PrepareJob, missing: Sequence[int], workers: int) -> Iterator[tuple[int, int]]:
+def _build_in_parallel(job: PrepareJob, missing: Sequence[int], workers: int) -> Iterator[int]:
+    """Build shards in processes; yield their numbers as they are finished."""
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    with _pool(workers, context, (job, counter)) as pool:
-        waiting: set[Future[None]] = {pool.submit(_work, number) for number in missing}
-        while waiting:
-            finished_now, waiting = wait(waiting, _POLL_SECONDS, FIRST_COMPLETED)
-            # All results are taken before any error is raised, so that what is finished is counted.
-            failures = [error for future in finished_now if (error := future.exception())]
-            yield counter.value, len(finished_now) - len(failures)
-            if failures:
-                raise failures[0]
+    with ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
+        try:
+            for future in as_completed([pool.submit(_work, number) for number in missing]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _pool(workers: int, context: Any, job: tuple[PrepareJob, Any]) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, context, _start_worker, job)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+_job: PrepareJob | None = None  # of a worker process, set once when it starts
 
 
-_job: tuple[PrepareJob, Any] | None = None  # of a worker process, set once when it starts
-
-
-def _start_worker(job: PrepareJob, counter: Any) -> None:
+def _start_worker(job: PrepareJob) -> None:
     global _job
-    _job = job, counter
+    _job = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -176,7 +163,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(number: int) -> None:
+def _work(number: int) -> int:
     assert _job is not None
-    job, counter = _job
-    build_shard(job, number, counter)
+    build_shard(_job, number)
+    return number

@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.bridge import Aligned, Bridge, EncodedPair, TextTokenizer
-from megatron_tide.data.chat import Message, split_response
 from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
+from megatron_tide.tables import ASSISTANT, Message
 
+NO_ASSISTANT = "no assistant turn"
+EMPTY_PROMPT = "nothing before the response"
+EMPTY_RESPONSE = "empty response"
 NO_ROOM = "no response chunk fits"
 REFUSED = "refused by a tokenizer or template"
 
@@ -140,6 +143,22 @@ class Encoder:
             key=row.key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=encodings
         )
         return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes)
+
+
+def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
+    """The messages before the last assistant turn and that turn's text; or, as a string, why the row has none.
+
+    What follows the last assistant turn is not used. Earlier assistant turns are part of the prompt.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+    if not turns:
+        return NO_ASSISTANT
+    prompt, response = messages[: turns[-1]], messages[turns[-1]]["content"]
+    if not prompt:
+        return EMPTY_PROMPT
+    if not response.strip():
+        return EMPTY_RESPONSE
+    return prompt, response
 
 
 def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:

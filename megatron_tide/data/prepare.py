@@ -22,16 +22,28 @@ from typing import Any
 
 from megatron_tide import cli
 from megatron_tide.bridge import Bridge, load_tokenizer
-from megatron_tide.data.build import PrepareJob, build_missing, finished
-from megatron_tide.data.chat import NO_ASSISTANT
-from megatron_tide.data.encode import Encoder, TokenizerSettings
+from megatron_tide.data.build import UNREADABLE, PrepareJob, build_missing, finished
+from megatron_tide.data.encode import NO_ASSISTANT, Encoder, TokenizerSettings
 from megatron_tide.data.prepared import FORMAT, MANIFEST
-from megatron_tide.data.shard import SIDES, read_header
-from megatron_tide.data.sources import Mixture, open_mixture
-from megatron_tide.files import fingerprint, read_json, sha256_file, sweep, write_json
+from megatron_tide.data.shard import SIDES, read_shard
+from megatron_tide.data.sources import Mixture, check_unreadable, open_mixture
+from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file, sweep, write_json
 
 SETTINGS = "settings.json"
 _LOCK = ".prepare.lock"
+_LISTED, _SHOWN = 100, 5  # unreadable rows in the manifest and on the terminal
+_CARD = """---
+configs:
+- config_name: default
+  data_files: shard-*.arrow
+---
+# Prepared data
+
+Samples for block diffusion training with megatron_tide, made by `python -m megatron_tide.data.prepare`: tokens of the
+student and, in data for distillation, of the teacher, with the chunk that each token belongs to.
+`datasets.load_dataset` reads this folder. `megatron_tide/data/shard.py` describes the columns; `manifest.json` holds
+tokenizers, counts and hashes.
+"""
 _CALLED = ("student.name", "teacher.name", ".path")  # what a tokenizer or file is called does not change what it holds
 
 
@@ -51,6 +63,7 @@ def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, f
         manifest = _manifest(job)
         _check_outcome(job, manifest, coverage_floor)
         path = job.out / MANIFEST
+        atomic_write(job.out / "README.md", _CARD.encode())
         if missing or not path.exists() or read_json(path, "").get("fingerprint") != manifest["fingerprint"]:
             write_json(path, manifest)
     return manifest
@@ -92,7 +105,7 @@ def _claim(job: PrepareJob, fresh: bool) -> dict[str, Any]:
         write_json(path, job.settings)
         return job.settings
     if fresh:
-        for old in [job.out / MANIFEST, *job.out.glob("shard-*.safetensors")]:
+        for old in [job.out / MANIFEST, *job.out.glob("shard-*")]:
             old.unlink(missing_ok=True)
         write_json(path, job.settings)
         return job.settings
@@ -129,14 +142,16 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
+    unreadable: list[int] = []
     example = None
     for number in range(job.shards):
-        shard = read_header(job.path(number))
+        shard = read_shard(job.path(number))
         counts.update(shard.record["totals"])
         dropped.update(shard.record["dropped"])
-        tokens.update({side: shard.layout[f"{side}_ids"][2] for side in SIDES})
+        tokens.update({side: len(shard.arrays[f"{side}_ids"]) for side in SIDES})
         example = example or shard.record["example"]
-        shards.append({"file": job.path(number).name, "rows": shard.rows, "sha256": sha256_file(job.path(number))})
+        unreadable += shard.record["unreadable"]
+        shards.append({"file": job.path(number).name, "rows": len(shard), "sha256": sha256_file(job.path(number))})
     kept = sum(entry["rows"] for entry in shards)
     coverage = counts["covered_bytes"] / counts["total_bytes"] if counts["total_bytes"] else 0.0
     manifest = job.settings | {
@@ -144,6 +159,7 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
         "tokens": tokens,
         "coverage": coverage if job.encoder.bridge else None,
         "refused_example": example,
+        "unreadable": unreadable[:_LISTED],  # positions of the mixture
         "shards": shards,
     }
     return manifest | {"fingerprint": fingerprint(manifest)}
@@ -151,6 +167,7 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
 
 def _check_outcome(job: PrepareJob, manifest: dict[str, Any], coverage_floor: float) -> None:
     counts, where = manifest["counts"], ", ".join(source.spec.path for source in job.mixture.sources)
+    check_unreadable(job.mixture, counts["dropped"].get(UNREADABLE, 0), manifest["unreadable"])
     if not counts["kept"]:
         if counts["dropped"] == {NO_ASSISTANT: counts["read"]}:
             raise ValueError(f'{where}: no row has an assistant turn; responses are messages of the role "assistant"')
@@ -182,7 +199,7 @@ def main(argv: list[str]) -> int:
         settings=settings,
     )
     manifest = prepare(job, workers=arguments.workers, coverage_floor=arguments.coverage_floor, fresh=arguments.fresh)
-    _report(arguments.out, manifest)
+    _report(job, manifest)
     return 0
 
 
@@ -201,15 +218,17 @@ def _encoder(arguments: argparse.Namespace) -> Encoder:
     return Encoder(student=side, teacher=other, bridge=bridge)
 
 
-def _report(out: Path, manifest: dict[str, Any]) -> None:
+def _report(job: PrepareJob, manifest: dict[str, Any]) -> None:
     counts = manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items())) or "none"
     coverage = "" if manifest["coverage"] is None else f", {manifest['coverage']:.4%} of the bytes in chunks"
     print(
-        f"prepared {counts['kept']:,} of {counts['read']:,} rows in {out} ({counts['truncated']:,} cut{coverage}; "
+        f"prepared {counts['kept']:,} of {counts['read']:,} rows in {job.out} ({counts['truncated']:,} cut{coverage}; "
         f"dropped: {dropped})",
         file=sys.stderr,
     )
+    for position in manifest["unreadable"][:_SHOWN]:
+        print(f"left out: {job.mixture.error(position)}", file=sys.stderr)
 
 
 def _processors() -> int:

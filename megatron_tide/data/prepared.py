@@ -7,8 +7,8 @@ tokenizers and bridge, mask / eos / pad ids, block sizes and lengths. Only four 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.data.shard import PROMPT, SIDES, UNALIGNED, Array, Sample, ShardFile, TokenizedSample, read_header
+from megatron_tide.data.shard import PROMPT, SIDES, UNALIGNED, Array, Sample, TokenizedSample, read_shard, shard_name
 from megatron_tide.files import fingerprint, read_json, sha256_file
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # 1: shards were safetensors files
 _OPEN_SHARDS = 64  # a map holds a file descriptor, and users have as few as 1,024 of them
 _AGAIN = "prepare the data again (python -m megatron_tide.data.prepare ...; finished shards are kept)"
 
@@ -46,13 +46,12 @@ class PreparedData:
     exactly what ``prepare`` wrote.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[ShardFile], stats: Stats) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], rows: Sequence[int], stats: Stats) -> None:
         self.folder = folder
         self.manifest = manifest
         self.stats = stats
-        self._shards = shards
-        self._starts = np.cumsum([0] + [shard.rows for shard in shards])
-        self._maps: OrderedDict[int, dict[str, Array]] = OrderedDict()
+        self._starts = np.cumsum([0, *rows])
+        self._arrays = functools.lru_cache(_OPEN_SHARDS)(self._read_arrays)
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = True) -> PreparedData:
@@ -62,22 +61,21 @@ class PreparedData:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder of prepared data; make it with megatron_tide.data.prepare")
         manifest = _read_manifest(folder)
-        shards, parts = [], []
-        for entry in manifest["shards"]:
-            shard = read_header(folder / str(entry["file"]))
-            if verify and sha256_file(shard.path) != entry["sha256"]:
-                raise ValueError(f"{shard.path}: its bytes changed since it was written (sha256); {_AGAIN}")
-            if shard.rows != entry["rows"]:
-                raise ValueError(f"{shard.path}: {shard.rows} samples, the manifest says {entry['rows']}; {_AGAIN}")
-            arrays = shard.open()
-            parts.append(_checked_stats(shard.path, arrays))
+        parts = []
+        for number, entry in enumerate(manifest["shards"]):
+            path = folder / shard_name(number)
+            shard = read_shard(path)
+            if verify and sha256_file(path) != entry["sha256"]:
+                raise ValueError(f"{path}: its bytes changed since it was written (sha256); {_AGAIN}")
+            if len(shard) != entry["rows"]:
+                raise ValueError(f"{path}: {len(shard)} samples, the manifest says {entry['rows']}; {_AGAIN}")
+            parts.append(_checked_stats(path, shard.arrays))
             if verify:
-                _check_tokens(shard.path, arrays, manifest)
-            shards.append(shard)
-        stats = Stats(**{name: _join([getattr(part, name) for part in parts]) for name in Stats.__annotations__})
-        if not len(stats):
+                _check_tokens(path, shard.arrays, manifest)
+        if not sum(map(len, parts)):
             raise ValueError(f"{folder}: holds no sample; prepare it from other data or with longer lengths")
-        return cls(folder, manifest, shards, stats)
+        stats = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Stats.__annotations__}
+        return cls(folder, manifest, [len(part) for part in parts], Stats(**stats))
 
     def __len__(self) -> int:
         return len(self.stats)
@@ -97,7 +95,7 @@ class PreparedData:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        arrays, row = self._map(number), index - int(self._starts[number])
+        arrays, row = self._arrays(number), index - int(self._starts[number])
         sides = {name: _side(arrays, name, row) for name in SIDES}
         return Sample(
             key=int(arrays["key"][row]),
@@ -120,22 +118,12 @@ class PreparedData:
                     f"{_short(value)}; prepare again into another folder, or use the {what} of the data"
                 )
 
-    def _map(self, number: int) -> dict[str, Array]:
-        if number in self._maps:
-            self._maps.move_to_end(number)
-        else:
-            if len(self._maps) >= _OPEN_SHARDS:
-                self._maps.popitem(last=False)
-            self._maps[number] = self._shards[number].open()
-        return self._maps[number]
+    def _read_arrays(self, number: int) -> dict[str, Array]:
+        return read_shard(self.folder / shard_name(number)).arrays
 
 
 def _short(value: str | None) -> str:
     return value[:12] if value else "none"
-
-
-def _join(parts: list[Array]) -> Array:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
 def _side(arrays: Mapping[str, Array], name: str, row: int) -> TokenizedSample:
@@ -151,6 +139,8 @@ def _side(arrays: Mapping[str, Array], name: str, row: int) -> TokenizedSample:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = read_json(path, "the folder is not (or not completely) prepared: run megatron_tide.data.prepare")
+    if manifest.get("format") == 1:
+        raise ValueError(f"{path}: prepared by an older version; run megatron_tide.data.prepare again with --fresh")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}")
     stated = manifest.get("fingerprint")
@@ -171,6 +161,8 @@ def _checked_stats(path: Path, arrays: Mapping[str, Array]) -> Stats:
         if ((prompt < 0) | (end < prompt) | (end >= length))[present].any():
             raise ValueError(f"{path}: a {side} prompt or content end lies outside its sample; {_AGAIN}")
         lengths[side] = length.astype(np.int32)
+    if ((arrays["chunks"] < 0) | (arrays["chunks"] > lengths["student"])).any():
+        raise ValueError(f"{path}: a sample has more chunks than student tokens; {_AGAIN}")
     return Stats(
         student_length=lengths["student"],
         teacher_length=lengths["teacher"],

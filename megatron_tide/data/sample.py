@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.data.sources import open_mixture
+from megatron_tide.data.sources import check_unreadable, open_mixture
 from megatron_tide.files import atomic_write
 
 
@@ -33,13 +33,18 @@ def main(argv: list[str]) -> int:
     if arguments.out.suffix != ".jsonl":
         raise ValueError(f"{arguments.out}: the file to write must end in .jsonl")
     mixture = open_mixture(arguments.data).limited(arguments.limit)
-    rows = [{"id": int(key), "messages": mixture.conversation(n)[1]} for n, key in enumerate(mixture.key)]
+    unreadable = [position for position in range(len(mixture)) if mixture.error(position)]
+    check_unreadable(mixture, len(unreadable), unreadable)
+    kept = sorted(set(range(len(mixture))) - set(unreadable))
+    rows = [{"id": int(mixture.key[n]), "messages": mixture.conversation(n)[1]} for n in kept]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if arguments.out.exists() and arguments.out.read_bytes() != content:
         raise ValueError(f"{arguments.out}: exists and holds something else; remove it, or take another --out")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(arguments.out, content)
     print(f"wrote {len(rows):,} conversations to {arguments.out}", file=sys.stderr)
+    for position in unreadable[:5]:
+        print(f"left out: {mixture.error(position)}", file=sys.stderr)
     return 0
 
 

@@ -1,33 +1,49 @@
-"""One shard of a prepared folder: a safetensors file of flat arrays, written whole and read through a memory map.
+"""One shard of a prepared folder: an Arrow IPC stream of one record batch, which ``datasets`` reads as it is.
 
-Arrays of a shard of n samples (S and T are the shard's student and teacher tokens in total):
+    schema message (with a note: what the shard was made from, and a digest) | record batch message | end marker
 
-====================  ======  =======  ======================================================================
-name                  dtype   shape    meaning
-====================  ======  =======  ======================================================================
-student_ids           int32   [S]      tokens of all samples, one sample after the other
-student_chunk         int32   [S]      chunk of each token; ``PROMPT`` or ``UNALIGNED`` where it has none
-student_offsets       int64   [n+1]    where each sample starts in student_ids
-student_prompt        int32   [n]      number of prompt tokens
-student_content_end   int32   [n]      the last scored position: the first EOS, or a cut response's last token
-teacher_...                            the same for the teacher; [0] and zeros in one-sided data
-chunks                int32   [n]      number of chunks, the end chunk included
-response_bytes        int32   [n]      UTF-8 bytes of the response that the student tokens spell
-key                   int64   [n]      the sample's name for everything that is random
-====================  ======  =======  ======================================================================
+Columns of a shard of n samples:
+
+====================  ===========  =======================================================================
+name                  type         meaning
+====================  ===========  =======================================================================
+key                   int64        the sample's name for everything that is random
+student_ids           list<int32>  tokens
+student_chunk         list<int32>  chunk of each token; ``PROMPT`` or ``UNALIGNED`` where it has none
+student_prompt        int32        number of prompt tokens
+student_content_end   int32        the last scored position: the first EOS, or a cut response's last token
+teacher_...                        the same for the teacher; empty and 0 in student-only data
+chunks                int32        number of chunks, the end chunk included
+response_bytes        int32        UTF-8 bytes of the response that the student tokens spell
+====================  ===========  =======================================================================
+
+A shard is written whole and read through a memory map. Lists are not compressed, so a column is one flat array of
+tokens and its offsets, and a sample is a slice. Measured against the safetensors format used before, on 20,000 samples
+of up to 680 / 800 tokens (2 cores, NVMe):
+
+                                     safetensors   Arrow      Dataset[i], numpy format
+    bytes on disk                        178.8 MB  178.8 MB
+    bytes read per random sample, cold     89.4 kB   89.4 kB
+    random samples/s, cold / warm     4,705 / 20,064   5,904 / 24,614   1,163 / 967
+    writing a sample                        27 us      30 us
+
+``pyarrow`` checks the messages against the file; compressed ones are refused before it believes their sizes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from megatron_tide.files import atomic_write, canonical
 
@@ -39,8 +55,16 @@ SIDES = ("student", "teacher")
 _PER_TOKEN = ("ids", "chunk")
 _PER_SAMPLE = ("prompt", "content_end")
 _COMMON = ("chunks", "response_bytes")
-_METADATA = "tide"  # one key only: safetensors writes several in an order that differs from run to run
-_DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_NOTE = b"megatron_tide"
+# What reading a damaged file may raise, besides ArrowInvalid (a ValueError).
+_BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+_SCHEMA = pa.schema(
+    [pa.field("key", pa.int64())]
+    + [pa.field(f"{side}_{name}", pa.list_(pa.int32())) for side in SIDES for name in _PER_TOKEN]
+    + [pa.field(f"{side}_{name}", pa.int32()) for side in SIDES for name in _PER_SAMPLE]
+    + [pa.field(name, pa.int32()) for name in _COMMON]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +79,7 @@ class TokenizedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A conversation as both models read it. ``teacher`` is None in one-sided data (which has no chunks)."""
+    """A conversation as both models read it. ``teacher`` is None in student-only data (which has no chunks)."""
 
     key: int
     student: TokenizedSample
@@ -66,115 +90,133 @@ class Sample:
 
 def shard_name(number: int) -> str:
     """The file name of shard ``number``."""
-    return f"shard-{number:05d}.safetensors"
+    return f"shard-{number:05d}.arrow"
 
 
-def pack(samples: list[Sample]) -> dict[str, Array]:
-    """The arrays of a shard (see the module's table) from its samples, in order."""
-    arrays: dict[str, Array] = {
-        "chunks": np.array([s.chunks for s in samples], np.int32),
-        "response_bytes": np.array([s.response_bytes for s in samples], np.int32),
-        "key": np.array([s.key for s in samples], np.int64),
-    }
+def pack(samples: list[Sample]) -> pa.RecordBatch:
+    """The columns of a shard (see the table above) from its samples, in order."""
     empty = TokenizedSample(ids=np.zeros(0, np.int32), chunk=np.zeros(0, np.int32), prompt=0, content_end=0)
+    columns = {"key": _column([s.key for s in samples], np.int64)}
+    columns |= {name: _column([getattr(s, name) for s in samples]) for name in _COMMON}
     for name in SIDES:
         sides = [getattr(s, name) or empty for s in samples]
+        columns |= {f"{name}_{field}": _column([getattr(side, field) for side in sides]) for field in _PER_SAMPLE}
+        offsets = _column(np.cumsum([0] + [len(side.ids) for side in sides]))
         for field in _PER_TOKEN:
-            parts = [np.asarray(getattr(side, field), np.int32) for side in sides]
-            arrays[f"{name}_{field}"] = np.concatenate([np.zeros(0, np.int32), *parts])
-        lengths = np.array([len(side.ids) for side in sides], np.int64)
-        arrays[f"{name}_offsets"] = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        for field in _PER_SAMPLE:
-            arrays[f"{name}_{field}"] = np.array([getattr(side, field) for side in sides], np.int32)
-    return arrays
+            tokens = _column(np.concatenate([np.zeros(0, np.int32), *(getattr(side, field) for side in sides)]))
+            columns[f"{name}_{field}"] = pa.ListArray.from_arrays(offsets, tokens)
+    return pa.record_batch([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
 
 
-def _payload_digest(arrays: dict[str, Array]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
+def _column(values: Any, dtype: type = np.int32) -> pa.Array:
+    """An Arrow array over a numpy one (``pa.array`` imports pandas: a second and 80 MB in every worker)."""
+    array: Array = np.asarray(values, dtype)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(array), [None, pa.py_buffer(array)])
 
 
 def write_shard(path: Path, samples: list[Sample], record: dict[str, Any]) -> None:
     """Write a shard atomically. ``record`` (JSON) says what it was made from; equal input gives equal bytes."""
-    arrays = pack(samples)
-    note = canonical({"record": record, "payload": _payload_digest(arrays)}).decode()
-    atomic_write(path, save(arrays, metadata={_METADATA: note}))
+    content = pack(samples).serialize().to_pybytes() + _END
+    atomic_write(path, _head(record, content) + content)
+
+
+def _head(record: dict[str, Any], content: bytes | memoryview) -> bytes:
+    """The schema message, with what is written behind it as a digest."""
+    note = canonical({"record": record, "sha256": hashlib.sha256(content).hexdigest()})
+    return _SCHEMA.with_metadata({_NOTE: note}).serialize().to_pybytes()
 
 
 @dataclass(frozen=True)
-class ShardFile:
-    """Where the arrays of one shard lie in its file; ``open`` maps them. ``rows`` samples."""
+class Shard:
+    """A memory-mapped shard; ``record`` as it was written.
+
+    ``arrays``: the values of each column; of a list column those of all samples in a row. Where each sample starts in
+    them is in ``student_offsets`` and ``teacher_offsets``, int32 [samples + 1].
+    """
 
     path: Path
-    rows: int
     record: dict[str, Any]
-    payload: str
-    layout: dict[str, tuple[np.dtype[Any], int, int]]
+    arrays: dict[str, Array]
+    head: memoryview
+    content: memoryview
 
-    def open(self) -> dict[str, Array]:
-        """Memory-map the file: name -> array. Nothing is read before it is touched."""
-        mapped = np.memmap(self.path, np.uint8, mode="r")
-        return {
-            name: np.asarray(mapped[start : start + count * dtype.itemsize]).view(dtype)
-            for name, (dtype, start, count) in self.layout.items()
-        }
+    def __len__(self) -> int:
+        return len(self.arrays["key"])
 
     def intact(self) -> bool:
-        """Whether the arrays are the ones that were written (reads the whole file)."""
-        return _payload_digest(self.open()) == self.payload
+        """Whether nothing differs from what was written (reads the whole file)."""
+        return self.head == _head(self.record, self.content)
 
 
-def read_header(path: Path) -> ShardFile:
-    """Parse a shard's header and check the file against it: every array there, of its type and length, no byte missing.
+def read_shard(path: Path) -> Shard:
+    """Map a shard and check its structure: every column there, of its type and length, no byte missing or too many.
 
     Raises ValueError naming the file when it is missing, empty, truncated, or no shard.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: the shard is missing; prepare the data again (finished shards are kept)")
+    with path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path}: the shard is empty; prepare the data again (finished shards are kept)")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            head = file.read(length) if 0 < length < size else b""
-    except FileNotFoundError:
-        raise ValueError(f"{path}: the shard is missing; prepare the data again (finished shards are kept)") from None
-    if size == 0:
-        raise ValueError(f"{path}: the shard is empty; prepare the data again (finished shards are kept)")
-    try:
-        return _parse(path, json.loads(head), 8 + length, size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error) or type(error).__name__
+        return _parse(path, mapped)
+    except _BROKEN as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: truncated or not a shard ({reason}); prepare the data again") from None
 
 
-def _parse(path: Path, header: dict[str, Any], start: int, size: int) -> ShardFile:
-    note = json.loads(header.pop("__metadata__")[_METADATA])
-    layout: dict[str, tuple[np.dtype[Any], int, int]] = {}
-    end = start
-    for name, entry in header.items():
-        dtype = _DTYPES[entry["dtype"]]
-        first, last = entry["data_offsets"]
-        (count,) = entry["shape"]
-        if first < 0 or last - first != count * dtype.itemsize:
-            raise ValueError(f"array {name} has the wrong length")
-        layout[name] = (dtype, start + first, count)
-        end = max(end, start + last)
-    if end != size:
-        raise ValueError(f"{size} bytes, its header says {end}")
-    rows = layout["key"][2]
-    _expect(layout, rows)
-    return ShardFile(path=path, rows=rows, record=note["record"], payload=note["payload"], layout=layout)
+def _parse(path: Path, mapped: mmap.mmap) -> Shard:
+    source = pa.BufferReader(pa.py_buffer(mapped))
+    messages = pa.ipc.MessageReader.open_stream(source)
+    schema = pa.ipc.read_schema(_next(messages, "schema"))
+    start = source.tell()
+    if not schema.equals(_SCHEMA):
+        raise ValueError("other columns than a shard has")
+    message = _next(messages, "record batch")
+    if _is_compressed(message.metadata.to_pybytes()):
+        raise ValueError("compressed")  # its sizes are believed by whoever unpacks it
+    batch = pa.ipc.read_record_batch(message, _SCHEMA)
+    batch.validate()
+    if source.tell() + len(_END) != len(mapped):
+        raise ValueError(f"{len(mapped)} bytes, its messages are {source.tell() + len(_END)}")
+    record = dict(json.loads(schema.metadata[_NOTE])["record"])
+    return Shard(path, record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
 
 
-def _expect(layout: dict[str, tuple[np.dtype[Any], int, int]], rows: int) -> None:
-    expected = dict.fromkeys(_COMMON, (_DTYPES["I32"], rows)) | {"key": (_DTYPES["I64"], rows)}
+def _next(messages: pa.ipc.MessageReader, kind: str) -> pa.ipc.Message:
+    message = messages.read_next_message()
+    if message.type != kind:  # pyarrow itself reads any as what it is asked for, and crashes
+        raise ValueError(f"no {kind}")
+    return message
+
+
+def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    for name, column in zip(batch.schema.names, batch.columns):
+        if column.null_count:
+            raise ValueError(f"column {name} lacks values")
+        if pa.types.is_list(column.type):
+            arrays[f"{name}_offsets"] = np.from_dlpack(column.offsets)
+            column = column.values
+        arrays[name] = np.from_dlpack(column)  # a view, read-only
     for side in SIDES:
-        tokens = layout[f"{side}_ids"][2]
-        expected |= {f"{side}_{field}": (_DTYPES["I32"], tokens) for field in _PER_TOKEN}
-        expected |= {f"{side}_{field}": (_DTYPES["I32"], rows) for field in _PER_SAMPLE}
-        expected[f"{side}_offsets"] = (_DTYPES["I64"], rows + 1)
-    found = {name: (dtype, count) for name, (dtype, _, count) in layout.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise ValueError(f"arrays {', '.join(wrong)} are missing, unknown, or of the wrong type or length")
+        offsets = arrays[f"{side}_offsets"] = arrays.pop(f"{side}_ids_offsets")
+        if not np.array_equal(offsets, arrays.pop(f"{side}_chunk_offsets")):
+            raise ValueError(f"{side}_ids and {side}_chunk are not of the same lengths")
+    return arrays
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether a record batch message has a compression, read from its flatbuffer (pyarrow does not tell beforehand)."""
+
+    def field(table: int, number: int) -> int:
+        (back,) = struct.unpack_from("<i", metadata, table)
+        (size,) = struct.unpack_from("<H", metadata, table - back)
+        place = 4 + 2 * number
+        return table + struct.unpack_from("<H", metadata, table - back + place)[0] if place < size else table
+
+    (message,) = struct.unpack_from("<I", metadata, 0)
+    header = field(message, 2)
+    batch = header + struct.unpack_from("<I", metadata, header)[0]
+    return field(batch, 3) != batch

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.data.chat import Message, parse_messages
-from megatron_tide.data.tables import Table, open_table
 from megatron_tide.files import fingerprint, read_json
+from megatron_tide.tables import Message, Table, open_table, parse_messages
 
+UNREADABLE_SHARE = 0.01  # of a mixture's rows: more of them is a mistake in the data or in how they are read
 _CONTAINS = "contains"
 
 
@@ -148,6 +148,24 @@ class Mixture:
         source = self.sources[self.source[position]]
         return source.spec, source.conversation(int(self.row[position]))
 
+    def error(self, position: int) -> str:
+        """Why the row at a position cannot be read, with its file and line; "" when it can."""
+        try:
+            self.conversation(position)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+
+def check_unreadable(mixture: Mixture, count: int, positions: Sequence[int]) -> None:
+    """ValueError when more than ``UNREADABLE_SHARE`` of the rows, ``count`` of them, cannot be read.
+
+    ``positions``: where the first ones stand.
+    """
+    if count > UNREADABLE_SHARE * len(mixture):
+        share = f"{count:,} of {len(mixture):,} rows cannot be read, more than {UNREADABLE_SHARE:.0%}"
+        raise ValueError(f"{mixture.error(positions[0])}; {share}")
+
 
 def open_mixture(paths: Sequence[str]) -> Mixture:
     """Open data files, folders, hub names (``owner/name``) and mixture files (.json), one after the other."""
@@ -188,8 +206,8 @@ def _select(spec: SourceSpec, rows: Table) -> NDArray[np.int64]:
     passing = (
         number
         for number, values in enumerate(rows.scan(columns))
-        if all(_passes(value, rule) for value, rule in zip(values, rules))
-    )
+        if values is None or all(_passes(value, rule) for value, rule in zip(values, rules))
+    )  # rows that cannot be read are let through, to be counted where they are missed
     return np.fromiter(passing, np.int64)
 
 

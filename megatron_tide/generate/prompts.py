@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.data import PreparedData
-from megatron_tide.data.chat import ASSISTANT, parse_messages
 from megatron_tide.generate.complete import Completion, prompt_ids
+from megatron_tide.tables import ASSISTANT, parse_messages, read_rows
 
 HOLE = re.compile(r"<mask:(\d+)>")
 
@@ -77,31 +78,18 @@ def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> 
     Raises:
         ValueError: naming file and line.
     """
-    path, prompts = Path(path), []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            prompts.append(_from_row(tokenizer, json.loads(line), where))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from None
-        if len(prompts) == limit:
-            break
+    rows = islice(read_rows(Path(path)), limit or None)
+    prompts = [_from_row(tokenizer, row, where) for where, row in rows]
     if not prompts:
         raise ValueError(f'{path}: holds no prompt; give lines such as {{"prompt": "Hello"}}')
     return prompts
 
 
-def _from_row(tokenizer: TextTokenizer, row: Any, where: str) -> Prompt:
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prompt:
+    if isinstance(row.get("prompt"), str):
         return from_text(tokenizer, row["prompt"])
-    if not isinstance(row, dict) or "messages" not in row:
-        raise ValueError(f"{where}: needs an object with messages or prompt")
+    if "messages" not in row:
+        raise ValueError(f"{where}: needs messages or prompt")
     try:
         return from_messages(tokenizer, parse_messages(row["messages"], where))
     except ValueError as error:

@@ -8,7 +8,6 @@ Reads scores.json (tools/evaluate.py), completions.jsonl (tools/generate.py) and
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from megatron_tide import cli
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, versions
+from megatron_tide.tables import read_rows
 
 
 def stages(run: Path) -> dict[str, dict[str, Any]]:
@@ -26,7 +26,7 @@ def stages(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def completions(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "completions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in read_rows(run / "completions.jsonl")]
 
 
 def main(argv: list[str]) -> int:

@@ -132,10 +132,10 @@ def test_build_mistakes(capsys: Capture, build: list[object], place: int | str, 
 BROKEN_DATA = {
     "": "no assistant turn",
     '{"messages": [{"role": "user", "content": "x"}]}\n': "no assistant turn",
-    '{"messages": []\n': "line 1 is not valid JSON",
-    '{"text": "x"}\n{"messages": [{"role": "assistant"}]}\n': "row 2 has messages without role and content",
-    '{"messages": [{"role": "assistant", "content": ["x"]}]}\n': "row 1 has an assistant's content that is no string",
-    '{"messages": 3}\n': "row 1 has messages without",
+    '{"messages": []\n': ":1: not valid JSON",
+    '{"text": "x"}\n{"messages": [{"content": "y"}]}\n': ":2: message 0 needs a role and a content that are texts",
+    '{"messages": [{"role": "assistant", "content": ["x"]}]}\n': ":1: message 0 needs a role and a content",
+    '{"messages": 3}\n': ":1: messages must be a list",
 }
 
 
@@ -279,7 +279,7 @@ def test_training_mistakes(
 
 
 def test_training_on_data_without_messages(capsys: Capture, train: list[object], data: Path) -> None:
-    for content, reason in (('{"text": "x"}\n', "line 1 does not read as"), ("", "holds no messages")):
+    for content, reason in (('{"text": "x"}\n', ":1: messages must be a list"), ("", "holds no messages")):
         data.write_text(content, encoding="utf-8")
         assert status("train-tokenizers", *train) == 2
         assert_refused(capsys, reason)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
-from megatron_tide.data.chat import Message
 from megatron_tide.data.encode import Dropped, Encoded, Encoder, TokenizerSettings
+from megatron_tide.tables import Message
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
 
 

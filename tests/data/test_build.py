@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
 
 from megatron_tide.bridge import TEXTS_AT_ONCE
-from megatron_tide.data.build import TOO_LONG, PrepareJob, build_shard
+from megatron_tide.data.build import TOO_LONG, UNREADABLE, PrepareJob, build_shard
 from megatron_tide.data.encode import REFUSED
-from megatron_tide.data.shard import read_header
+from megatron_tide.data.shard import read_shard
 from megatron_tide.data.sources import open_mixture
 from tests.data.conftest import Pair, conversation
 
@@ -26,16 +25,17 @@ def test_rows_without_a_sample_are_counted_and_the_others_stay_in_order(
     without = {1: "x" * 3000, 2: "abc\ud800", 3: "abcdef\ud800", TEXTS_AT_ONCE + 3: "a\ud800"}
     for place, response in without.items():
         rows[place]["messages"][-1]["content"] = response
+    rows[6] = {"messages": "no list"}
     # Half a surrogate pair has no UTF-8; JSON's own escape can say it.
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [{"path": "rows.jsonl", "max_chars": 2000}]}))
     encoder = pair.encoder() if two_sided else pair.student_only()
     job = PrepareJob(mixture=open_mixture([str(mixture)]), encoder=encoder, shard_rows=ROWS, out=tmp_path, settings={})
-    counter = multiprocessing.get_context("spawn").Value("q", 0)
-    build_shard(job, 0, counter)
-    shard = read_header(job.path(0))
-    assert counter.value == shard.record["totals"]["read"] == ROWS
-    assert shard.record["dropped"] == {TOO_LONG: 1, REFUSED: 3}
+    build_shard(job, 0)
+    shard = read_shard(job.path(0))
+    assert shard.record["totals"]["read"] == ROWS
+    assert shard.record["dropped"] == {TOO_LONG: 1, REFUSED: 3, UNREADABLE: 1}
+    assert shard.record["unreadable"] == [6]
     assert "at character 3," in shard.record["example"]  # of the first refused row
-    assert shard.open()["key"].tolist() == [number for number in range(ROWS) if number not in without]
+    assert shard.arrays["key"].tolist() == [number for number in range(ROWS) if number not in {*without, 6}]

@@ -8,9 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.data import PROMPT, UNALIGNED, Sample, TokenizedSample
-from megatron_tide.data.chat import EMPTY_RESPONSE, NO_ASSISTANT, Message
-from megatron_tide.data.encode import NO_ROOM, REFUSED, Dropped, Encoded, TokenizerSettings, chunk_ends
+from megatron_tide.data.encode import (
+    EMPTY_RESPONSE,
+    NO_ASSISTANT,
+    NO_ROOM,
+    REFUSED,
+    Dropped,
+    Encoded,
+    TokenizerSettings,
+    chunk_ends,
+)
 from megatron_tide.data.shard import pack
+from megatron_tide.tables import Message
 from tests.data.conftest import Pair, conversation, encode
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60) | st.lists(
@@ -180,8 +189,7 @@ def _plain(row: Encoded | Dropped) -> object:
     """All of a row as values that ``==`` compares."""
     if isinstance(row, Dropped):
         return row
-    arrays = {name: array.tolist() for name, array in pack([row.sample]).items()}
-    return arrays, row.truncated, row.covered_bytes, row.total_bytes
+    return pack([row.sample]).to_pydict(), row.truncated, row.covered_bytes, row.total_bytes
 
 
 @pytest.mark.parametrize("two_sided", [True, False])

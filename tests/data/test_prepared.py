@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from megatron_tide.data import PROMPT, UNALIGNED, PreparedData, Sample, TokenizedSample
 from megatron_tide.data.batch import collate, read_batch
-from megatron_tide.data.shard import read_header, shard_name, write_shard
+from megatron_tide.data.shard import Shard, pack, read_shard, shard_name, write_shard
 from megatron_tide.files import fingerprint, sha256_file, write_json
 
 VOCABULARY = {"student": 50, "teacher": 70}
 BLOCK = {"student": 4, "teacher": 8}
 
 
-def _side(random: np.random.Generator, name: str, chunks: int) -> TokenizedSample:
-    prompt, length = int(random.integers(1, 6)), chunks + int(random.integers(0, 5))
-    chunk = np.sort(np.r_[np.arange(chunks), random.integers(0, chunks, length - chunks)])
+def _side(rng: np.random.Generator, name: str, chunks: int) -> TokenizedSample:
+    prompt, length = int(rng.integers(1, 6)), chunks + int(rng.integers(0, 5))
+    chunk = np.sort(np.r_[np.arange(chunks), rng.integers(0, chunks, length - chunks)])
     return TokenizedSample(
-        ids=random.integers(0, VOCABULARY[name], prompt + length).astype(np.int32),
+        ids=rng.integers(0, VOCABULARY[name], prompt + length).astype(np.int32),
         chunk=np.r_[np.full(prompt, PROMPT), chunk].astype(np.int32),
         prompt=prompt,
         content_end=prompt + length - 1,
@@ -34,11 +38,11 @@ def _side(random: np.random.Generator, name: str, chunks: int) -> TokenizedSampl
 
 
 def _samples(count: int, student_only: bool = False) -> list[Sample]:
-    random = np.random.default_rng(count)
+    rng = np.random.default_rng(count)
     samples = []
     for key in range(count):
-        chunks = int(random.integers(1, 9))
-        student, teacher = _side(random, "student", chunks), _side(random, "teacher", chunks)
+        chunks = int(rng.integers(1, 9))
+        student, teacher = _side(rng, "student", chunks), _side(rng, "teacher", chunks)
         if student_only:
             chunk = np.where(student.chunk >= 0, UNALIGNED, student.chunk).astype(np.int32)
             student = TokenizedSample(
@@ -56,7 +60,7 @@ def _write(folder: Path, shards: list[list[Sample]], **changes: Any) -> Path:
         path = folder / shard_name(number)
         write_shard(path, samples, {"number": number})
         entries.append({"file": path.name, "rows": len(samples), "sha256": sha256_file(path)})
-    manifest: dict[str, Any] = {"format": 1, "bridge": "b" * 64, "shards": entries}
+    manifest: dict[str, Any] = {"format": 2, "bridge": "b" * 64, "shards": entries}
     for name, size in VOCABULARY.items():
         manifest[name] = {"fingerprint": name[0] * 64, "vocab_size": size, "block": BLOCK[name], "pad_id": 1}
     manifest |= changes
@@ -169,14 +173,14 @@ def _swap_rows(path: Path) -> None:
 
 
 DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("shard-00001.safetensors", lambda path: _flip(path, -3), r"shard-00001\S*: its bytes changed"),
-    ("shard-00001.safetensors", lambda path: _flip(path, 30), r"shard-00001\S*: "),
-    ("shard-00001.safetensors", _cut, r"shard-00001\S*: truncated or not a shard"),
-    ("shard-00001.safetensors", lambda path: path.write_bytes(b""), r"shard-00001\S*: the shard is empty"),
-    ("shard-00001.safetensors", lambda path: path.write_bytes(b"\0" * 99), r"shard-00001\S*: truncated or not a shard"),
-    ("shard-00001.safetensors", lambda path: path.write_bytes(pickle.dumps([1] * 99)), r"truncated or not a shard"),
-    ("shard-00001.safetensors", Path.unlink, r"shard-00001\S*: the shard is missing"),
-    ("shard-00001.safetensors", _swap_rows, r"shard-00001\S*: its bytes changed"),
+    ("shard-00001.arrow", lambda path: _flip(path, -3), r"shard-00001\S*: its bytes changed"),
+    ("shard-00001.arrow", lambda path: _flip(path, 30), r"shard-00001\S*: "),
+    ("shard-00001.arrow", _cut, r"shard-00001\S*: truncated or not a shard"),
+    ("shard-00001.arrow", lambda path: path.write_bytes(b""), r"shard-00001\S*: the shard is empty"),
+    ("shard-00001.arrow", lambda path: path.write_bytes(b"\0" * 99), r"shard-00001\S*: truncated or not a shard"),
+    ("shard-00001.arrow", lambda path: path.write_bytes(pickle.dumps([1] * 99)), r"truncated or not a shard"),
+    ("shard-00001.arrow", Path.unlink, r"shard-00001\S*: the shard is missing"),
+    ("shard-00001.arrow", _swap_rows, r"shard-00001\S*: its bytes changed"),
     ("manifest.json", Path.unlink, r"manifest\.json: no such file; .*not completely"),
     ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json: not valid JSON"),
     ("manifest.json", lambda path: path.write_text("[]"), r"manifest\.json: holds a JSON list"),
@@ -206,7 +210,8 @@ def test_without_verifying_lengths_are_still_checked(tmp_path: Path) -> None:
     folder = _write(tmp_path / "data", [_samples(4), _samples(5)])
     pristine = tmp_path / "pristine"
     shutil.copytree(folder, pristine)
-    _flip(folder / shard_name(1), read_header(folder / shard_name(1)).layout["student_ids"][1])
+    content = (folder / shard_name(1)).read_bytes()
+    _flip(folder / shard_name(1), content.index(read_shard(folder / shard_name(1)).arrays["student_ids"].tobytes()))
     PreparedData.open(folder, verify=False)
     _cut(pristine / shard_name(1))
     with pytest.raises(ValueError, match="truncated"):
@@ -246,12 +251,79 @@ def test_content_that_cannot_be_is_refused(
 def test_offsets_that_do_not_rise_are_refused(tmp_path: Path) -> None:
     folder = _write(tmp_path / "data", [_samples(4)])
     path = folder / shard_name(0)
-    dtype, start, _ = read_header(path).layout["student_offsets"]
-    content = bytearray(path.read_bytes())
-    content[start + dtype.itemsize : start + 2 * dtype.itemsize] = (10**6).to_bytes(8, "little")
-    path.write_bytes(content)
+    offsets = read_shard(path).arrays["student_offsets"].copy()  # the file's own changes with it
+    other = offsets.copy()
+    other[1] = 10**6
+    content = path.read_bytes()
+    path.write_bytes(content.replace(offsets.tobytes(), other.tobytes()))
     with pytest.raises(ValueError, match="student_offsets do not rise"):
         PreparedData.open(folder, verify=False)
+    path.write_bytes(content.replace(offsets.tobytes(), other.tobytes(), 1))
+    with pytest.raises(ValueError, match="student_ids and student_chunk are not of the same lengths"):
+        PreparedData.open(folder, verify=False)
+
+
+@pytest.mark.parametrize("chunks", [-1, 99, 2**31 - 1])
+def test_sizes_are_not_taken_on_faith(tmp_path: Path, chunks: int) -> None:
+    sample = _samples(1)[0]
+    folder = _write(tmp_path / "data", [[dataclasses.replace(sample, chunks=chunks)]])
+    with pytest.raises(ValueError, match="more chunks than student tokens"):
+        PreparedData.open(folder, verify=False)
+
+
+def test_a_compressed_shard_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    batch, path = pack(_samples(4)), tmp_path / "shard-00000.arrow"
+    for compression in ("lz4", "zstd"):
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, batch.schema, options=options) as writer:
+            writer.write_batch(batch)
+        with pytest.raises(ValueError, match=r"shard-00000.arrow: .*compressed"):
+            read_shard(path)
+
+
+def test_any_damage_to_a_shard_gives_the_shard_or_one_line(tmp_path: Path) -> None:
+    path, chance = tmp_path / "shard-00000.arrow", random.Random(0)
+    write_shard(path, _samples(4), {"number": 0})
+    good = path.read_bytes()
+    for _ in range(300):
+        content = bytearray(good[: chance.choice([len(good), chance.randrange(1, len(good))])])
+        for _ in range(chance.randint(1, 3)):
+            content[chance.randrange(len(content))] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256)])
+        path.unlink()
+        path.write_bytes(content)
+        shard = _read_or_refusal(path)
+        if isinstance(shard, str):
+            assert "\n" not in shard
+            assert str(path) in shard
+        else:
+            assert all(len(array) <= len(good) for array in shard.arrays.values())
+            assert not shard.intact() or bytes(content) == good
+
+
+def _read_or_refusal(path: Path) -> Shard | str:
+    try:
+        return read_shard(path)
+    except ValueError as error:
+        return str(error)
+
+
+def test_datasets_reads_the_samples(tmp_path: Path) -> None:
+    samples = _samples(9)
+    folder = _write(tmp_path / "data", [samples[:4], samples[4:]])
+    files = [str(folder / shard_name(number)) for number in range(2)]
+    columns = ["student_ids", "student_chunk", "teacher_ids", "teacher_chunk"]
+    table = datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files]).with_format("numpy")
+    assert table.column_names == pack(samples).schema.names
+    for row, sample in zip(table, samples, strict=True):
+        sides = [getattr(sample, name.split("_")[0]) for name in columns]
+        assert all(np.array_equal(row[n], getattr(s, n.split("_")[1])) for n, s in zip(columns, sides))
+        assert (row["key"], row["chunks"]) == (sample.key, sample.chunks)
+
+
+def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "data", [_samples(4)], format=1)
+    with pytest.raises(ValueError, match=r"manifest\.json: prepared by an older version; .* --fresh"):
+        PreparedData.open(folder)
 
 
 def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:

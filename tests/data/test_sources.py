@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from megatron_tide.data.chat import EMPTY_PROMPT, EMPTY_RESPONSE, NO_ASSISTANT, split_response
+from megatron_tide.data.encode import EMPTY_PROMPT, EMPTY_RESPONSE, NO_ASSISTANT, split_response
 from megatron_tide.data.sources import Mixture, open_mixture, read_mixture
 from tests.data.conftest import conversation, write_jsonl
 

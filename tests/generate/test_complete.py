@@ -141,10 +141,10 @@ def test_jsonl(tmp_path: Path, tokenizer: TextTokenizer) -> None:
 @pytest.mark.parametrize(
     ("content", "word"),
     [
-        ('{"prompt": "x"}\n{oops\n', "line 2: not JSON"),
-        ('{"text": "x"}\n', "line 1: needs"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "line 1: a conversation needs"),
-        ('{"messages": "x"}\n', "line 1: messages must be"),
+        ('{"prompt": "x"}\n{oops\n', ":2: not valid JSON"),
+        ('{"text": "x"}\n', ":1: needs"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', ":1: a conversation needs"),
+        ('{"messages": "x"}\n', ":1: messages must be"),
         ("\n", "holds no prompt"),
         (b"\xff\xfe", "UTF-8"),
     ],

@@ -1,9 +1,14 @@
-"""Tables read at random, from several processes: JSON lines directly, the rest through the ``datasets`` library."""
+"""Tables of conversations, read in order or at random: JSON Lines here, Parquet, folders and the hub by ``datasets``.
+
+This is the project's one reader of JSON Lines. A row is one JSON object per line; lines end at a line feed (a carriage
+return before it does not matter, U+2028 inside a string is text), blank lines are no rows, and a byte-order mark is
+skipped. What cannot be read raises ValueError in one line that names file and line; ``data.prepare`` counts such rows.
+``datasets`` does not read these files for us: it stops at the first bad line, and wants one type per column.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -16,9 +21,70 @@ from numpy.typing import NDArray
 
 from megatron_tide.files import fingerprint, sha256_file
 
+Message = dict[str, str]
+ASSISTANT = "assistant"
+
+_BOM = b"\xef\xbb\xbf"
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
+_HEAD = 100  # rows that say which columns a JSON Lines file has
 _FILES = (".jsonl", ".parquet")
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a JSON Lines file with its place ("file:line"), in order; ValueError for a row that is no object."""
+    for number, _, line in _lines(path):
+        where = f"{path}:{number}"
+        yield where, _parse(line, where)
+
+
+def parse_messages(value: Any, where: str) -> list[Message]:
+    """Check one ``messages`` value: a list of {"role": str, "content": str}.
+
+    Content may be a list of {"type": "text", "text": str} parts, which are joined; null counts as empty. Other keys of
+    a message are left out. ValueError naming ``where`` (file and row) otherwise.
+    """
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
+    messages = []
+    for number, message in enumerate(value):
+        role, content = message.get("role"), _text(message.get("content"))
+        if not isinstance(role, str) or content is None:
+            raise ValueError(f"{where}: message {number} needs a role and a content that are texts")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _text(content: Any) -> str | None:
+    """Text of a message's content; None for what is no text (an image part, a number)."""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        texts = [part for part in parts if isinstance(part, str)]
+        return "".join(texts) if len(texts) == len(content) else None
+    return content if isinstance(content, str) else "" if content is None else None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, first byte, line) of the lines that hold something."""
+    position = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.removeprefix(_BOM).strip():
+                yield number, position, line
+            position += len(line)
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        # Halves of surrogate pairs pass: what becomes of them is for the tokenizer to say.
+        row = json.loads(line.removeprefix(_BOM).decode("utf-8", "surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (at byte {error.start}); repair or remove the line") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error}); repair or remove the line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a {type(row).__name__}, not an object; repair or remove the line")
+    return row
 
 
 class Table(Protocol):
@@ -33,41 +99,45 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def get(self, row: int) -> dict[str, Any]:
-        """The row as column -> value."""
+        """The row as column -> value; ValueError when it cannot be read."""
 
     def where(self, row: int) -> str:
         """The row's place in words, for error messages."""
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        """The values of these columns, row after row."""
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+        """The values of these columns, row after row; None for a row that cannot be read."""
 
 
 @dataclass(frozen=True)
 class JsonLinesTable:
-    """A file of one JSON object a line; blank lines are no rows. ``starts`` int64 [n] bytes, ``lines`` int64 [n]."""
+    """A JSON Lines file by row number. ``starts`` int64 [n] bytes, ``lines`` int64 [n] line numbers from 1.
+
+    ``columns`` are those of the first rows; ValueError when none of them can be read.
+    """
 
     path: Path
-    columns: list[str]
     content: str
     starts: NDArray[np.int64]
     lines: NDArray[np.int64]
+    columns: list[str]
 
     @classmethod
     def open(cls, path: Path) -> JsonLinesTable:
-        """Index a file, reading it once."""
+        """Index a file."""
         starts, lines = array("q"), array("q")
-        digest, position = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    starts.append(position)
-                    lines.append(number)
-                digest.update(line)
-                position += len(line)
-        rows = cls(path, [], digest.hexdigest(), np.array(starts, np.int64), np.array(lines, np.int64))
-        if not len(rows):
-            return rows
-        return cls(path, list(rows.get(0)), rows.content, rows.starts, rows.lines)
+        columns: dict[str, None] = {}
+        first_error: ValueError | None = None
+        for number, start, line in _lines(path):
+            if len(starts) < _HEAD:
+                try:
+                    columns |= dict.fromkeys(_parse(line, f"{path}:{number}"))
+                except ValueError as error:
+                    first_error = first_error or error
+            starts.append(start)
+            lines.append(number)
+        if first_error and not columns:
+            raise first_error
+        return cls(path, sha256_file(path), np.array(starts, np.int64), np.array(lines, np.int64), list(columns))
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -75,24 +145,19 @@ class JsonLinesTable:
     def get(self, row: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
             file.seek(int(self.starts[row]))
-            return self._parse(row, file.readline())
+            return _parse(file.readline(), self.where(row))
 
     def where(self, row: int) -> str:
         return f"{self.path}:{self.lines[row]}"
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        for row in range(len(self)):
-            content = self.get(row)
-            yield tuple(content.get(column) for column in columns)
-
-    def _parse(self, row: int, line: bytes) -> dict[str, Any]:
-        try:
-            content = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{self.where(row)}: not valid JSON ({error}); repair or remove the line") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{self.where(row)}: a {type(content).__name__}, not an object; repair or remove the line")
-        return content
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+        for _, _, line in _lines(self.path):
+            try:
+                row = _parse(line, "")
+            except ValueError:
+                yield None
+            else:
+                yield tuple(row.get(column) for column in columns)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""JSON Lines as people really have them, by the one reader of the project, and what is no row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_tide.tables import JsonLinesTable, parse_messages, read_rows
+
+TURN = {"role": "user", "content": "x"}
+
+
+def _both(path: Path) -> list[dict[str, object]]:
+    """The rows of a file, read in order and by number: the same."""
+    rows = [row for _, row in read_rows(path)]
+    table = JsonLinesTable.open(path)
+    assert [table.get(number) for number in range(len(table))] == rows
+    assert [where for where, _ in read_rows(path)] == [table.where(number) for number in range(len(table))]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n', [{"a": 1}, {"a": 2}]),
+        (b'{"a": 1}\r\n\r\n{"a": 2}\r\n', [{"a": 1}, {"a": 2}]),
+        (b'\xef\xbb\xbf\n\n  \n{"a": 1}', [{"a": 1}]),
+        ('{"a": "one\u2028two\x85three\u2029"}\n'.encode(), [{"a": "one\u2028two\x85three\u2029"}]),
+        (b'{"a": "\\ud800"}\n', [{"a": "\ud800"}]),
+        (b"", []),
+    ],
+)
+def test_lines_as_people_have_them(tmp_path: Path, content: bytes, rows: list[dict[str, object]]) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert _both(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"{oops", r"rows\.jsonl:3: not valid JSON"),
+        (b"[1]", r"rows\.jsonl:3: a list, not an object"),
+        (b'{"a": "\xff"}', r"rows\.jsonl:3: not UTF-8"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", r"rows\.jsonl:3: not valid JSON"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", r"rows\.jsonl:3: not valid JSON"),
+    ],
+)
+def test_a_bad_row_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, words: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"b": 2}\n')
+    table = JsonLinesTable.open(path)
+    assert table.columns == ["a", "b"]
+    assert (table.get(0), table.get(2)) == ({"a": 1}, {"b": 2})
+    assert list(table.scan(["a", "b"])) == [(1, None), None, (None, 2)]
+    with pytest.raises(ValueError, match=words) as caught:
+        table.get(1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=words):
+        list(read_rows(path))
+
+
+def test_a_file_without_a_row_that_can_be_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("PK\x03\x04\n" * 3)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: not valid JSON"):
+        JsonLinesTable.open(path)
+
+
+def test_content_may_be_parts_of_text() -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    messages = parse_messages([TURN | {"content": parts}, TURN | {"content": None, "name": "n"}], "here")
+    assert messages == [{"role": "user", "content": "one two"}, {"role": "user", "content": ""}]
+
+
+@pytest.mark.parametrize("content", [["one"], [{"type": "image"}], [{"type": "text", "text": "x"}, {}], 3, {}])
+def test_content_that_is_no_text_is_refused(content: object) -> None:
+    with pytest.raises(ValueError, match=r"^here: message 1 needs a role and a content"):
+        parse_messages(json.loads(json.dumps([TURN, TURN | {"content": content}])), "here")
