@@ -29,6 +29,7 @@ from benchmarks.common import report
 from megatron_tide import cli, distill
 from megatron_tide.files import TEMPORARY
 from megatron_tide.train import checkpoint
+from megatron_tide.training_checkpoint import PREFIX, WEIGHTS, newest_complete
 from tests.support.chain import Chain, make_chain
 
 LIFE = 4.0  # seconds: about what it takes to start and take some steps
@@ -74,7 +75,7 @@ class Soak:
         return process.exitcode == 0
 
     def _newest_whole(self) -> Path | None:
-        return checkpoint.newest_complete(self.out, lambda line: None)
+        return newest_complete(self.out, lambda line: None)
 
     def _check(self, whole: Path | None, printed: str, status: int | None) -> None:
         """Compare where this life began with the newest checkpoint that was whole when the last one ended."""
@@ -84,11 +85,11 @@ class Soak:
         if began and whole is None:
             self.corrupt_resumes += 1
         elif began and Path(began[1]).name != whole.name:  # type: ignore[union-attr]
-            behind = int(whole.name.removeprefix(checkpoint.PREFIX)) - int(began[2])  # type: ignore[union-attr]
+            behind = int(whole.name.removeprefix(PREFIX)) - int(began[2])  # type: ignore[union-attr]
             self.lost_steps += max(0, behind)
             self.corrupt_resumes += behind < 0
         elif not began and whole is not None and "step " in printed:
-            self.lost_steps += int(whole.name.removeprefix(checkpoint.PREFIX))
+            self.lost_steps += int(whole.name.removeprefix(PREFIX))
 
     def _first_step(self, process: Any, log: Path) -> None:
         while process.is_alive() and b"\nstep" not in b"\n" + log.read_bytes():
@@ -114,7 +115,7 @@ MOMENTS = {"anywhere": Soak.anywhere, "after a step": Soak.after_a_step, "in a s
 
 def final_tensors(run: Path, steps: int) -> dict[str, torch.Tensor]:
     folder = checkpoint.checkpoint_folder(run, steps)
-    names = (checkpoint.WEIGHTS, *(f"{moment}.safetensors" for moment in checkpoint.MOMENTS))
+    names = (WEIGHTS, *(f"{moment}.safetensors" for moment in checkpoint.MOMENTS))
     return {f"{file}/{name}": tensor for file in names for name, tensor in load_file(folder / file).items()}
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_tide import cli, distill
 from megatron_tide.data import prepare
-from megatron_tide.train.checkpoint import CHECKSUMS, STATE, newest_complete
+from megatron_tide.training_checkpoint import CHECKSUMS, STATE, newest_complete
 from tests.support.chain import Chain
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint

@@ -27,6 +27,7 @@ ORDER = [
     "diffusion",
     "models",
     "objectives",
+    "training_checkpoint",
     "hosting",
     "generate",
     "sandbox",

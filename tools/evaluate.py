@@ -120,7 +120,8 @@ def compare_likelihoods(arguments: argparse.Namespace) -> dict[str, Any]:
         likelihood_table,
         measure_model,
     )
-    from megatron_tide.release import DTYPES, open_model
+    from megatron_tide.models import DTYPES
+    from megatron_tide.training_checkpoint import open_model
 
     data = PreparedData.open(arguments.data)
     how = LikelihoodSettings(
@@ -149,7 +150,8 @@ def run_benchmarks(arguments: argparse.Namespace, names: list[str], models: list
     from megatron_tide.evaluate.benchmark_presets import changed_preset
     from megatron_tide.evaluate.harness import EvalContext, benchmark_table, check_benchmarks, run_benchmark
     from megatron_tide.lock import RunLock
-    from megatron_tide.release import DTYPES, open_model
+    from megatron_tide.models import DTYPES
+    from megatron_tide.training_checkpoint import open_model
 
     changed = ("new_tokens", "steps", "few_shot", "temperature", "chat_template")
     changes = {name: getattr(arguments, name) for name in changed}

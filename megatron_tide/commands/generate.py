@@ -63,7 +63,8 @@ def run(args: Args) -> None:
     _check(args)
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.generate import chat, complete, print_answers, write_answers
-    from megatron_tide.release import DTYPES, open_model
+    from megatron_tide.models import DTYPES
+    from megatron_tide.training_checkpoint import open_model
 
     opened = open_model(args.model, DTYPES[args.dtype], device_of(args.device))
     tokenizer = load_tokenizer(opened.folder)

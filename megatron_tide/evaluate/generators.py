@@ -183,7 +183,7 @@ def _open_autoregressive(path: str, dtype: torch.dtype, device: str, batch_size:
 
 
 def open_generator(path: str, dtype: torch.dtype, device: str, open_model: OpenModel, batch_size: int) -> Generator:
-    """The generator of a model; ``open_model`` opens all but autoregressive ones (``release.open_model``).
+    """The generator of a model; ``open_model`` opens all but autoregressive ones (``training_checkpoint.open_model``).
 
     Raises:
         ValueError: no model there, or of a type that cannot generate.

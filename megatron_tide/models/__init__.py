@@ -13,9 +13,10 @@ from megatron_tide.models.hidden_states import masked_hidden_states, recompute_l
 
 if TYPE_CHECKING:
     from megatron_tide.models.families import fresh_model, meta_model, parameter_count, read_config
-    from megatron_tide.models.load import load_model, resolve_folder, write_folder
+    from megatron_tide.models.load import DTYPES, load_model, resolve_folder, write_folder
 
 _HOME = {
+    "DTYPES": "load",
     "fresh_model": "families",
     "load_model": "load",
     "meta_model": "families",
@@ -26,6 +27,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DTYPES",
     "fresh_model",
     "load_model",
     "masked_hidden_states",

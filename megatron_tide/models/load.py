@@ -22,6 +22,7 @@ from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_
 from megatron_tide.models.families import config_dict, family_of, meta_model
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # by the names of flags
 # Weights, configuration and tokenizers; never code.
 _FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 

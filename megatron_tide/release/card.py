@@ -10,7 +10,7 @@ import megatron_tide
 from megatron_tide.models.families import Family
 from megatron_tide.release.export import Generation
 from megatron_tide.release.scores import HEADING
-from megatron_tide.release.training_checkpoint import TrainingCheckpoint
+from megatron_tide.training_checkpoint import TrainingCheckpoint
 
 PAPER = "https://arxiv.org/abs/2604.26951"
 DENOISING_ONLY = "bd3lm"

@@ -13,11 +13,11 @@ from typing import Any
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.files import write_json
-from megatron_tide.models import read_config
+from megatron_tide.models import DTYPES, read_config
 from megatron_tide.release.card import model_card, public_run
-from megatron_tide.release.export import DTYPES, export, generation_of
+from megatron_tide.release.export import export, generation_of
 from megatron_tide.release.parity import check_parity
-from megatron_tide.release.training_checkpoint import TrainingCheckpoint, open_checkpoint
+from megatron_tide.training_checkpoint import TrainingCheckpoint, open_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,9 @@ from megatron_tide.models import meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
 from megatron_tide.models.families import ReleaseFiles, config_dict, family_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.release.training_checkpoint import TrainingCheckpoint
+from megatron_tide.training_checkpoint import TrainingCheckpoint
 
 MODELS = Path(megatron_tide.models.__file__).parent
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

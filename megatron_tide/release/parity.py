@@ -25,7 +25,7 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.models.families import ReleaseFiles
 from megatron_tide.release import probe
 from megatron_tide.release.export import Generation
-from megatron_tide.release.training_checkpoint import TrainingCheckpoint
+from megatron_tide.training_checkpoint import TrainingCheckpoint
 
 REPOSITORY = Path(megatron_tide.__file__).resolve().parents[1]
 _PROMPTS = (

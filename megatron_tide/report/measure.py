@@ -108,8 +108,8 @@ def measure(
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.generate import complete
     from megatron_tide.generate.prompts import from_text
-    from megatron_tide.release import DTYPES as TORCH_DTYPES
-    from megatron_tide.release import open_model
+    from megatron_tide.models import DTYPES as TORCH_DTYPES
+    from megatron_tide.training_checkpoint import open_model
 
     meter = Accelerator(device) if torch.device(device).type == "cuda" else Host()
     opened = open_model(path, TORCH_DTYPES[dtype], device)

@@ -18,13 +18,13 @@ from megatron_tide.hosting.plan import check_plan
 from megatron_tide.hosting.replicated import NoTeacher
 from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
 from megatron_tide.train import checkpoint
-from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import build_engine
 from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.step import TrainContext
 from megatron_tide.train.teacher_probe import check_teacher
+from megatron_tide.training_checkpoint import PREFIX, TrainState, newest_complete, read_description, verify
 
 
 def build(
@@ -131,22 +131,22 @@ def starting_point(config: DistillConfig, inputs: RunInputs, context: TrainConte
 def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
     out, resume = Path(config.paths.out), config.save.resume
     if resume == "never":
-        if any(out.glob(f"{checkpoint.PREFIX}*")):
+        if any(out.glob(f"{PREFIX}*")):
             raise ValueError(f"--resume never: {out} already holds checkpoints; use another --out or --resume auto")
         return None
     if resume != "auto":
-        checkpoint.verify(Path(resume))
+        verify(Path(resume))
         return Path(resume)
     # Rank 0 verifies for all ranks: the files are shared.
-    found = world.broadcast_object(checkpoint.newest_complete(out, world.print_rank0) if world.is_main else None)
-    if found is None and any(out.glob(f"{checkpoint.PREFIX}*")):
+    found = world.broadcast_object(newest_complete(out, world.print_rank0) if world.is_main else None)
+    if found is None and any(out.glob(f"{PREFIX}*")):
         raise ValueError(f"{out}: none of its checkpoints is complete; remove them to start over, or use another --out")
     return found
 
 
 def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
     """Refuse a checkpoint whose run had other loss-affecting flags, data or bridge."""
-    theirs = checkpoint.read_description(folder)["run"]
+    theirs = read_description(folder)["run"]
     for flag, mine in run["affects_loss"].items():
         if theirs["affects_loss"].get(flag) != mine:
             raise ValueError(

@@ -1,11 +1,4 @@
-"""Topology-free checkpoints: full fp32 tensors by parameter name, in safetensors and JSON, no pickle.
-
-    runs/NAME/run.json                  what the run is (config, strategy, fingerprints)
-    runs/NAME/step-00000020/
-        model.safetensors               fp32 master weights
-        exp_avg.safetensors exp_avg_sq.safetensors
-        trainer.json                    TrainState, and run.json again: a checkpoint describes itself
-        checksums.json                  sha256 of every file above; written last, it makes the checkpoint complete
+"""Topology-free checkpoints, written and restored; :mod:`megatron_tide.training_checkpoint` describes the folder.
 
 A checkpoint is written under a temporary name, flushed to disk, checksummed and renamed: a run that dies at any moment
 leaves the earlier checkpoints intact. Any ZeRO stage, offload and world size reads what any other wrote.
@@ -15,8 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_tide.files import AtomicFolder, read_json, sha256_file, sweep
+from megatron_tide.files import AtomicFolder, sha256_file, sweep
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
-
-WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
-PREFIX = "step-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainState:
-    """What a run needs besides its tensors to resume; data order and noise are pure functions of ``step``."""
-
-    step: int  # optimizer steps taken
-    total_steps: int
-    samples_seen: int = 0
-
-    def after_step(self, samples: int) -> TrainState:
-        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
-
-
-_STATE = [field.name for field in fields(TrainState)]
+from megatron_tide.training_checkpoint import CHECKSUMS, PREFIX, STATE, WEIGHTS, TrainState, read_description
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -99,51 +75,6 @@ def restore(folder: Path, engine: Any) -> TrainState:
         )
     restore_state(engine, _Lazy(folder / WEIGHTS), {m: _Lazy(folder / f"{m}.safetensors") for m in MOMENTS}, state.step)
     return state
-
-
-def read_description(folder: Path) -> dict[str, Any]:
-    """``{"state": ..., "run": ...}`` of a checkpoint.
-
-    Raises:
-        ValueError: when the file is not a checkpoint description.
-    """
-    found = read_json(folder / STATE, "take another checkpoint")
-    state = found.get("state")
-    if not isinstance(found.get("run"), dict) or not isinstance(state, dict) or set(state) != set(_STATE):
-        raise ValueError(f"{folder / STATE}: is not a checkpoint description of this version; use another checkpoint")
-    return found
-
-
-def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose checksums match; a corrupt one is reported through ``tell`` and skipped."""
-    for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
-        try:
-            verify(folder)
-        except ValueError as error:
-            tell(f"warning: {error}; using the checkpoint before it")
-            continue
-        return folder
-    return None
-
-
-def verify(folder: Path) -> None:
-    """Check every file of a checkpoint against its checksum.
-
-    Raises:
-        ValueError: names the first file that is missing or corrupt.
-    """
-    try:
-        accumulator = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        accumulator = None
-    if not isinstance(accumulator, dict):
-        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
-    for name, expected in accumulator.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path}: missing from the checkpoint")
-        if sha256_file(path) != expected:
-            raise ValueError(f"{path}: corrupt (its checksum differs)")
 
 
 class _Lazy:

@@ -13,13 +13,13 @@ from typing import Any
 
 from megatron_tide.config import DistillConfig
 from megatron_tide.train import checkpoint
-from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.engine import set_learning_rate, skipped
 from megatron_tide.train.metrics import MetricAccumulator, MetricLogger, peak_memory
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.nonfinite import NonFiniteGuard
 from megatron_tide.train.schedule import learning_rate
 from megatron_tide.train.step import TrainContext, global_counts, to_device, train_step
+from megatron_tide.training_checkpoint import TrainState
 
 Measure = Callable[[], dict[str, float]]
 

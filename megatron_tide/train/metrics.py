@@ -13,6 +13,7 @@ import torch
 
 from megatron_tide.objectives.common import means_by_bin
 from megatron_tide.train.distributed import DistContext
+from megatron_tide.training_checkpoint import METRICS
 
 Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
 
@@ -88,7 +89,7 @@ class MetricLogger:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]

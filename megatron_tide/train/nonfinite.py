@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metrics import MetricAccumulator
 from megatron_tide.train.microbatches import MicrobatchLoader
+from megatron_tide.training_checkpoint import TrainState
 
 PATIENCE = 10  # consecutive steps that may be skipped
 SKIPPED = "skipped.jsonl"

@@ -28,10 +28,10 @@ from megatron_tide.models import fresh_model, parameter_count, write_folder
 from megatron_tide.models.init_model import complete_config
 from megatron_tide.models.layer_specs import layer_specs_of
 from megatron_tide.train import build, checkpoint
-from megatron_tide.train.checkpoint import TrainState
 from megatron_tide.train.distributed import destroy_distributed, init_distributed
 from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.step import global_counts, train_step
+from megatron_tide.training_checkpoint import TrainState
 from recipes.fullsize.measure import (
     TrainContext,
     folder_bytes,

@@ -25,7 +25,7 @@ from megatron_tide.evaluate.generators import (
     open_generator,
 )
 from megatron_tide.generate import complete
-from megatron_tide.release import open_model
+from megatron_tide.training_checkpoint import open_model
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab, write_checkpoint
 from tests.support.models import tiny_wedlm_config, write_hub_folder

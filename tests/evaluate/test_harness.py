@@ -14,7 +14,7 @@ from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset
 from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark
 from megatron_tide.evaluate.task_functions import first_code_block
-from megatron_tide.release import open_model
+from megatron_tide.training_checkpoint import open_model
 from tests.support.answering import Scripted, write_autoregressive
 from tests.support.lab import Lab
 from tests.support.lm_data import LOCAL, Row, write_task

@@ -14,7 +14,7 @@ import torch
 from megatron_tide.evaluate.benchmark_presets import PAPER, changed_preset
 from megatron_tide.evaluate.generators import Generator, open_generator
 from megatron_tide.evaluate.harness import EvalContext, run_benchmark
-from megatron_tide.release import open_model
+from megatron_tide.training_checkpoint import open_model
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab
 from tests.support.lm_data import LOCAL, write_task

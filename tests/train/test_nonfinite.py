@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from megatron_tide.config import from_flat
 from megatron_tide.data import PreparedData
-from megatron_tide.train import checkpoint
 from megatron_tide.train.nonfinite import PATIENCE
+from megatron_tide.training_checkpoint import newest_complete
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
@@ -89,7 +89,7 @@ def test_after_ten_in_a_row_the_run_ends_with_a_checkpoint_from_before(chain, tm
     for said in run_on_ranks(train_poisoned, 2, knobs, 1, range(3, 30), timeout=280):
         assert said.startswith(f"steps 4 to {3 + PATIENCE} were not finite, 10 in a row; the checkpoint of step 3 is")
         assert "\n" not in said
-    newest = checkpoint.newest_complete(tmp_path, print)
+    newest = newest_complete(tmp_path, print)
     assert newest is not None
     assert newest.name == "step-00000003"
     assert read_curve(tmp_path)["step"] == [1, 2, 3]

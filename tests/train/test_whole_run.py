@@ -13,6 +13,7 @@ import torch
 
 from megatron_tide.config import from_flat
 from megatron_tide.train import checkpoint
+from megatron_tide.training_checkpoint import verify
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
@@ -113,7 +114,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
         assert "No space left on device" in said
         assert "--resume auto" in said
     assert [path.name for path in tmp_path.glob("*step-*")] == ["step-00000002"]
-    checkpoint.verify(tmp_path / "step-00000002")
+    verify(tmp_path / "step-00000002")
 
 
 def layer_calls(knobs):

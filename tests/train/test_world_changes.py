@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tide.config import from_flat
-from megatron_tide.train.checkpoint import newest_complete
+from megatron_tide.training_checkpoint import newest_complete
 from tests.support.disk import small_disk
 from tests.support.launch import ranks, steps_logged, wait_until
 from tests.support.ranks import run_on_ranks

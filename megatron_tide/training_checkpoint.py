@@ -1,0 +1,234 @@
+"""Checkpoints of the trainer, for reading: verified, described, with tensors read one at a time.
+
+    runs/NAME/run.json                  what the run is (config, strategy, fingerprints)
+    runs/NAME/metrics.jsonl             what it logged
+    runs/NAME/step-00000020/
+        model.safetensors               fp32 master weights, complete tensors by parameter name
+        exp_avg.safetensors exp_avg_sq.safetensors
+        trainer.json                    TrainState, and run.json again: a checkpoint describes itself
+        checksums.json                  sha256 of every file above; its presence makes the checkpoint complete
+
+``megatron_tide.train.checkpoint`` writes them. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_tide import models
+from megatron_tide.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    from megatron_tide.models.families import Family
+
+WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
+PREFIX = "step-"
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a run needs besides its tensors to resume; data order and noise are pure functions of ``step``."""
+
+    step: int  # optimizer steps taken
+    total_steps: int
+    samples_seen: int = 0
+
+    def after_step(self, samples: int) -> TrainState:
+        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
+
+
+_STATE = [field.name for field in fields(TrainState)]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """``{"state": ..., "run": ...}`` of a checkpoint.
+
+    Raises:
+        ValueError: when the file is not a checkpoint description.
+    """
+    found = read_json(folder / STATE, "take another checkpoint")
+    state = found.get("state")
+    if not isinstance(found.get("run"), dict) or not isinstance(state, dict) or set(state) != set(_STATE):
+        raise ValueError(f"{folder / STATE}: is not a checkpoint description of this version; use another checkpoint")
+    return found
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its checksum.
+
+    Raises:
+        ValueError: names the first file that is missing or corrupt.
+    """
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        sums = None
+    if not isinstance(sums, dict):
+        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: missing from the checkpoint")
+        if sha256_file(path) != expected:
+            raise ValueError(f"{path}: corrupt (its checksum differs)")
+
+
+def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose checksums match; a corrupt one is reported through ``tell`` and skipped."""
+    for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
+        try:
+            verify(folder)
+        except ValueError as error:
+            tell(f"warning: {error}; using the checkpoint before it")
+            continue
+        return folder
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCheckpoint:
+    """One step of a run: its ``folder``, ``base_model`` (the hub-format folder that training began from), its records.
+
+    ``run`` is the recorded run (config, strategy, fingerprints, data manifest), ``state`` the trainer's counters, and
+    ``metrics`` the last values logged up to this step.
+    """
+
+    folder: Path
+    base_model: Path
+    run: dict[str, Any]
+    state: dict[str, Any]
+    metrics: dict[str, float]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def names(self) -> set[str]:
+        """Names of the trained parameters."""
+        with self._weights() as file:
+            return set(file.keys())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One fp32 master weight."""
+        with self._weights() as file:
+            return file.get_tensor(name)
+
+    def model(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+        """The student with these weights cast to ``dtype``, in eval mode; memory for one copy.
+
+        Raises:
+            ValueError: when the base model describes other parameters.
+        """
+        model = models.load_model(self.base_model, dtype, device=device, as_student=True)
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name in sorted(self.names()):
+                weight = self.tensor(name)
+                if name not in parameters or parameters[name].shape != weight.shape:
+                    raise ValueError(
+                        f"{self.folder}: {name} is not what {self.base_model}/config.json describes; "
+                        "name the right --base-model"
+                    )
+                parameters[name].copy_(weight)
+        return model
+
+    def _weights(self) -> Any:
+        try:
+            return safe_open(self.folder / WEIGHTS, "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder / WEIGHTS}: cannot be read ({error})") from None
+
+
+def open_checkpoint(path: str | Path, base_model: str | None = None) -> TrainingCheckpoint:
+    """Open a step folder, or a run folder's newest step, after checking every file's checksum.
+
+    ``base_model`` names the folder the run began from, if it has moved since.
+
+    Raises:
+        ValueError: no checkpoint there, a corrupt file (named), or a base model that is gone.
+    """
+    folder = _step_folder(Path(path))
+    verify(folder)
+    try:
+        described = read_description(folder)
+        origin, state = base_model or described["run"]["model_folder"], described["state"]
+    except KeyError as error:
+        raise ValueError(f"{folder / STATE}: not a description of a checkpoint ({error!r})") from None
+    try:
+        begun = models.resolve_folder(origin)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder}: the model it began from cannot be found ({error}); name it with --base-model"
+        ) from None
+    metrics = _last_metrics(folder.parent / METRICS, int(state["step"]))
+    return TrainingCheckpoint(folder=folder, base_model=begun, run=described["run"], state=state, metrics=metrics)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to run, and the folder its tokenizer and config are in."""
+
+    model: Any
+    folder: Path
+
+
+def open_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Opened:
+    """A model in hub format (folder or hub name), or a checkpoint of the trainer (a run folder: its newest step).
+
+    Raises:
+        ValueError: neither, or corrupt.
+    """
+    if _is_checkpoint(Path(path)):
+        trained = open_checkpoint(path)
+        return Opened(trained.model(dtype, device), trained.base_model)
+    folder = models.resolve_folder(path)
+    return Opened(models.load_model(folder, dtype, device=device), folder)
+
+
+def family_at(path: str | Path) -> Family:
+    """The family of the model that :func:`open_model` would give; only JSON files are read.
+
+    Raises:
+        ValueError: neither a model nor a checkpoint, or of an unknown type.
+    """
+    if _is_checkpoint(Path(path)):
+        origin = read_description(_step_folder(Path(path)))["run"]["model_folder"]
+        return models.read_config(models.resolve_folder(origin), as_student=True)[0]
+    return models.read_config(models.resolve_folder(path))[0]
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / CHECKSUMS).is_file() or any(folder.glob(f"{PREFIX}*/{CHECKSUMS}"))
+
+
+def _step_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a run folder or one of its {PREFIX}* folders")
+    if any((path / name).is_file() for name in (STATE, CHECKSUMS)):
+        return path
+    steps = sorted(folder for folder in path.glob(f"{PREFIX}*") if (folder / CHECKSUMS).is_file())
+    if not steps:
+        raise ValueError(f"{path}: holds no complete checkpoint ({PREFIX}*/{CHECKSUMS}); has the run saved one yet?")
+    return steps[-1]
+
+
+def _last_metrics(path: Path, step: int) -> dict[str, float]:
+    """The newest value of each metric logged at or before ``step``; nothing where there is no such file."""
+    values: dict[str, float] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a line that a killed run left half written
+            if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
+                values |= {name: value for name, value in entry.items() if name != "step"}
+    return values
