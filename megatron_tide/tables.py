@@ -8,18 +8,18 @@ skipped. What cannot be read raises ValueError in one line that names file and l
 
 from __future__ import annotations
 
-import contextlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.files import fingerprint, sha256_file
+from megatron_tide.hub import hub_errors
 
 Message = dict[str, str]
 ASSISTANT = "assistant"
@@ -87,32 +87,12 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
-class Table(Protocol):
-    """A table. ``columns``: their names; ``content``: what decides its rows (a digest), for manifests."""
-
-    @property
-    def columns(self) -> list[str]: ...
-
-    @property
-    def content(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def get(self, row: int) -> dict[str, Any]:
-        """The row as column -> value; ValueError when it cannot be read."""
-
-    def where(self, row: int) -> str:
-        """The row's place in words, for error messages."""
-
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
-        """The values of these columns, row after row; None for a row that cannot be read."""
-
-
 @dataclass(frozen=True)
 class JsonLinesTable:
-    """A JSON Lines file by row number. ``starts`` int64 [n] bytes, ``lines`` int64 [n] line numbers from 1.
+    """A JSON Lines file by row number.
 
-    ``columns`` are those of the first rows; ValueError when none of them can be read.
+    ``content``: a digest of what decides the rows, for manifests. ``starts`` int64 [n]: the first byte of each row;
+    ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows.
     """
 
     path: Path
@@ -123,7 +103,7 @@ class JsonLinesTable:
 
     @classmethod
     def open(cls, path: Path) -> JsonLinesTable:
-        """Index a file."""
+        """Index a file. ValueError when none of its first rows can be read."""
         starts, lines = array("q"), array("q")
         columns: dict[str, None] = {}
         first_error: ValueError | None = None
@@ -143,14 +123,17 @@ class JsonLinesTable:
         return len(self.starts)
 
     def get(self, row: int) -> dict[str, Any]:
+        """The row as column -> value; ValueError when it cannot be read."""
         with self.path.open("rb") as file:
             file.seek(int(self.starts[row]))
             return _parse(file.readline(), self.where(row))
 
     def where(self, row: int) -> str:
+        """Where the row is, for error messages."""
         return f"{self.path}:{self.lines[row]}"
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+        """The values of these columns, row after row; None for a row that cannot be read."""
         for _, _, line in _lines(self.path):
             try:
                 row = _parse(line, "")
@@ -162,12 +145,15 @@ class JsonLinesTable:
 
 @dataclass(frozen=True)
 class ArrowTable:
-    """A table of the ``datasets`` library: memory-mapped, and small to send to a worker."""
+    """A table of the ``datasets`` library, as a ``JsonLinesTable``: memory-mapped, and small to send to a worker."""
 
     table: Any
     label: str
-    columns: list[str]
     content: str
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.table.column_names)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -183,6 +169,9 @@ class ArrowTable:
             yield from zip(*(batch[column] for column in columns))
 
 
+Table = JsonLinesTable | ArrowTable
+
+
 def open_table(path: str, folder: Path, *, name: str | None, split: str, revision: str | None) -> Table:
     """Open a file, a folder or a hub name; ValueError in one line for what cannot be read as a table."""
     found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
@@ -192,28 +181,22 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
         return JsonLinesTable.open(found)
     if found is not None and found.is_file() and found.suffix != ".parquet":
         raise ValueError(f"{found}: a file of an unknown kind; give {_KINDS}")
-    try:
-        return _open_table(path, found, name, split, revision)
-    except (ValueError, OSError, KeyError, _datasets_error()) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{found or path}: cannot be read as a data set, split {split!r} ({reason})") from None
+    import datasets  # slow to import, and JSON Lines do not need it
 
-
-def _open_table(path: str, found: Path | None, name: str | None, split: str, revision: str | None) -> ArrowTable:
-    import datasets  # slow to import, and JSON lines do not need it
-
-    if found is None:
-        table = datasets.load_dataset(path, name, split=split, revision=revision)
-        return ArrowTable(table, f"{path} {name or ''} {split}", list(table.column_names), table._fingerprint)
-    with _quiet(datasets):
+    what = f"{found or path}: cannot be read as a data set, split {split!r}"
+    with hub_errors(what, KeyError, datasets.exceptions.DatasetsError):
+        if found is None:
+            table = datasets.load_dataset(path, name, split=split, revision=revision)
+            return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
         if found.is_file():
-            table, content = datasets.load_dataset("parquet", data_files=str(found), split="train"), sha256_file(found)
-        else:
-            table, content = _open_folder(datasets, found, name, split), _folder_digest(found, name, split)
-    return ArrowTable(table, str(found), list(table.column_names), content)
+            table = datasets.load_dataset("parquet", data_files=str(found), split="train")
+            return ArrowTable(table, str(found), sha256_file(found))
+        return ArrowTable(_open_folder(found, name, split), str(found), _folder_digest(found, name, split))
 
 
-def _open_folder(datasets: Any, folder: Path, name: str | None, split: str) -> Any:
+def _open_folder(folder: Path, name: str | None, split: str) -> Any:
+    import datasets
+
     if (folder / "dataset_dict.json").exists():
         return datasets.load_from_disk(str(folder))[split]
     if (folder / "state.json").exists():
@@ -224,21 +207,3 @@ def _open_folder(datasets: Any, folder: Path, name: str | None, split: str) -> A
 def _folder_digest(folder: Path, name: str | None, split: str) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return fingerprint([name, split, [(path.relative_to(folder).as_posix(), sha256_file(path)) for path in files]])
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars while local files are indexed; a download from the hub keeps them."""
-    shown = not datasets.utils.are_progress_bars_disabled()
-    datasets.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.utils.enable_progress_bars()
-
-
-def _datasets_error() -> type[Exception]:
-    from datasets.exceptions import DatasetsError
-
-    return DatasetsError

@@ -30,7 +30,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: sample ``keys`` and ``chunks`` int64 [B], and both sides (``teacher`` None in one-sided data)."""
+    """A micro-batch: sample ``keys`` and ``chunks`` int64 [B], and its sides; no ``teacher`` in student-only data."""
 
     keys: torch.Tensor
     student: Tokens
@@ -51,7 +51,7 @@ def collate(
 ) -> Batch:
     """Pad samples (at least one) to the longest, rounded up to a whole number of blocks."""
     teachers = [sample.teacher for sample in samples if sample.teacher is not None]
-    assert len(teachers) in (0, len(samples)), "a batch is two-sided or one-sided as a whole"
+    assert len(teachers) in (0, len(samples)), "all samples of a batch have a teacher, or none has"
     return Batch(
         keys=torch.tensor([sample.key for sample in samples], dtype=torch.int64),
         student=_pad([sample.student for sample in samples], student_block, student_pad),

@@ -78,7 +78,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of two-sided data before its alignment: the prompt's ids by side, the response's tokens."""
+    """A row for student and teacher before its alignment: the prompt's ids by side, the response's tokens."""
 
     key: int
     prompts: Mapping[str, Ids]
@@ -87,7 +87,7 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Turns conversations into samples. Without teacher and bridge the data are one-sided: nothing is aligned."""
+    """Turns conversations into samples. Without teacher and bridge the samples are student-only: nothing is aligned."""
 
     student: TokenizerSettings
     teacher: TokenizerSettings | None = None
@@ -102,10 +102,10 @@ class Encoder:
         read = [self._read(key, messages) for key, messages in rows]
         responses = [row.response for row in read if isinstance(row, _Row)]
         aligned = iter(self.bridge.align(responses) if self.bridge else [])
-        return [self._two_sided(row, next(aligned)) if isinstance(row, _Row) else row for row in read]
+        return [self._with_teacher(row, next(aligned)) if isinstance(row, _Row) else row for row in read]
 
     def _read(self, key: int, messages: list[Message]) -> _Row | Encoded | Dropped:
-        """All of a row's work before the alignment; of a one-sided row, all of its work."""
+        """All of a row's work before the alignment; of a student-only row, all of its work."""
         split = split_response(messages)
         if isinstance(split, str):
             return Dropped(split)
@@ -118,7 +118,7 @@ class Encoder:
         except ValueError as error:  # one odd conversation does not stop a mixture of millions; it is counted
             return Dropped(REFUSED, str(error))
 
-    def _two_sided(self, row: _Row, aligned: Aligned) -> Encoded | Dropped:
+    def _with_teacher(self, row: _Row, aligned: Aligned) -> Encoded | Dropped:
         assert self.teacher is not None
         prompts, response = row.prompts, row.response.text
         settings = {"student": self.student, "teacher": self.teacher}
@@ -130,7 +130,7 @@ class Encoder:
             end = aligned.n_chunks
             rest = {"student": UNALIGNED, "teacher": end}  # the teacher's later EOS are masked with the end chunk
             sides = {n: _complete(settings[n], prompts[n], ids[n], chunk[n], end, rest[n]) for n in settings}
-            chunks, encodings = end + 1, len(response.encode())
+            chunks, response_bytes = end + 1, len(response.encode())
         else:
             ends = {name: chunk_ends(chunk[name], aligned.n_chunks) for name in settings}
             chunks = min(int(np.searchsorted(ends[name], room[name], side="right")) for name in settings)
@@ -138,9 +138,13 @@ class Encoder:
                 return Dropped(NO_ROOM)
             kept = {name: int(ends[name][chunks - 1]) for name in settings}
             sides = {n: _cut(prompts[n], ids[n][: kept[n]], chunk[n][: kept[n]]) for n in settings}
-            encodings = _bytes(self.student, ids["student"], kept["student"])
+            response_bytes = _bytes(self.student, ids["student"], kept["student"])
         sample = Sample(
-            key=row.key, student=sides["student"], teacher=sides["teacher"], chunks=chunks, response_bytes=encodings
+            key=row.key,
+            student=sides["student"],
+            teacher=sides["teacher"],
+            chunks=chunks,
+            response_bytes=response_bytes,
         )
         return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes)
 
@@ -175,12 +179,12 @@ def _student_only(key: int, side: TokenizerSettings, prompt: Ids, response: str)
     room = side.length - len(prompt)
     total = len(response.encode())
     if len(ids) < room:
-        student, encodings = _complete(side, prompt, ids, chunk, UNALIGNED, UNALIGNED), total
+        student, response_bytes = _complete(side, prompt, ids, chunk, UNALIGNED, UNALIGNED), total
     elif room < 1:
         return Dropped(NO_ROOM)
     else:
-        student, encodings = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
-    sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=encodings)
+        student, response_bytes = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
+    sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=response_bytes)
     return Encoded(sample, len(ids) >= room, 0, total)
 
 

@@ -1,7 +1,7 @@
 """A prepared folder, opened for training: checked once, then read sample by sample through memory maps.
 
 ``manifest.json`` names the shards with their sha256 and holds everything training must agree with: the fingerprints of
-tokenizers and bridge, mask / eos / pad ids, block sizes and lengths. Only four numbers a sample stay in memory
+tokenizers and bridge, mask / eos / pad ids, block sizes and lengths. Only four numbers per sample stay in memory
 (``Stats``); tokens are read from the page cache when a batch asks for them.
 """
 
@@ -27,7 +27,7 @@ _AGAIN = "prepare the data again (python -m megatron_tide.data.prepare ...; fini
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What ordering needs to know of every sample, all [n]: lengths in tokens (teacher 0 when one-sided),
+    """What ordering needs to know of every sample, all [n]: lengths in tokens (teacher 0 in student-only data),
     ``maskable`` student tokens (response and EOS fill), and the sample ``keys`` int64."""
 
     student_length: NDArray[np.int32]

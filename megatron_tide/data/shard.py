@@ -134,7 +134,6 @@ class Shard:
     them is in ``student_offsets`` and ``teacher_offsets``, int32 [samples + 1].
     """
 
-    path: Path
     record: dict[str, Any]
     arrays: dict[str, Array]
     head: memoryview
@@ -160,13 +159,13 @@ def read_shard(path: Path) -> Shard:
             raise ValueError(f"{path}: the shard is empty; prepare the data again (finished shards are kept)")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return _parse(path, mapped)
+        return _parse(mapped)
     except _BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: truncated or not a shard ({reason}); prepare the data again") from None
 
 
-def _parse(path: Path, mapped: mmap.mmap) -> Shard:
+def _parse(mapped: mmap.mmap) -> Shard:
     source = pa.BufferReader(pa.py_buffer(mapped))
     messages = pa.ipc.MessageReader.open_stream(source)
     schema = pa.ipc.read_schema(_next(messages, "schema"))
@@ -181,7 +180,7 @@ def _parse(path: Path, mapped: mmap.mmap) -> Shard:
     if source.tell() + len(_END) != len(mapped):
         raise ValueError(f"{len(mapped)} bytes, its messages are {source.tell() + len(_END)}")
     record = dict(json.loads(schema.metadata[_NOTE])["record"])
-    return Shard(path, record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
+    return Shard(record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
 
 
 def _next(messages: pa.ipc.MessageReader, kind: str) -> pa.ipc.Message:
