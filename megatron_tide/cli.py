@@ -27,7 +27,7 @@ import shutil
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def flag(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     low: float = -_INF,
     high: float = _INF,
     metavar: str | None = None,

@@ -17,6 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide import cli
+from megatron_tide.choices import (
+    ATTENTION_LAYOUTS,
+    CHUNK_OBJECTIVES,
+    COMPDEMO_SPLITS,
+    COMPDEMO_UNITS,
+    DISTRIBUTION_OBJECTIVES,
+    MASKINGS,
+    NOISE_SCHEDULES,
+    STRATEGIES,
+    TIDAL_AXES,
+    TIDAL_RAMPS,
+    TIDAL_USES,
+    or_none,
+)
 from megatron_tide.cli import flag
 from megatron_tide.files import read_json
 
@@ -61,48 +75,49 @@ class StrategyConfig:
     strategy: str = flag(
         "tide-cross",
         "Named strategy; the other flags of this group change its parts",
-        choices=("bd3lm", "calm", "tide-cross", "tide-shared", "kl", "reverse-kl", "bernoulli-kl", "tide-bridge"),
+        choices=STRATEGIES,
     )
     chunk_objective: str | None = flag(
         None,
-        "Objective on the likelihoods of chunks",
-        choices=("none", "calm", "reverse_calm", "bernoulli_kl"),
+        f"Objective on the likelihoods of chunks. {CHUNK_OBJECTIVES}",
+        choices=or_none(CHUNK_OBJECTIVES),
         shown=BY_STRATEGY,
     )
     distribution_objective: str | None = flag(
         None,
-        "Objective on whole distributions, at positions where one student token is one teacher token",
-        choices=("none", "forward_kl", "reverse_kl"),
+        "Objective on whole distributions, at positions where one student token is one teacher token. "
+        f"{DISTRIBUTION_OBJECTIVES}",
+        choices=or_none(DISTRIBUTION_OBJECTIVES),
         shown=BY_STRATEGY,
     )
     temperature: float = flag(2.0, "Temperature T of every distillation objective", low=1e-3, high=1e3)
     distill_weight: float = flag(1.0, "Weight of the distillation loss; the denoising loss has weight 1", low=0)
     tidal: str | None = flag(
         None,
-        "TIDAL: mix the student into the target, or weight the loss, by lambda(progress, t)",
-        choices=("off", "mix", "weight"),
+        f"TIDAL: what lambda(progress, masking rate) does. {TIDAL_USES}",
+        choices=TIDAL_USES,
         shown=BY_STRATEGY,
     )
-    tidal_axes: str = flag("both", "What lambda depends on", choices=("both", "training", "timestep"))
-    tidal_ramp: str = flag("cosine", "Shape of lambda over training progress", choices=("cosine", "linear"))
+    tidal_axes: str = flag("both", f"What lambda depends on. {TIDAL_AXES}", choices=TIDAL_AXES)
+    tidal_ramp: str = flag("cosine", "Shape of lambda over training progress", choices=TIDAL_RAMPS)
     tidal_init: float = flag(0.1, "Lambda at the start of training", low=0, high=1)
     tidal_peak: float = flag(0.9, "Lambda at the end of training", low=0, high=1)
-    tidal_midrange: bool = flag(False, "Weight each sample by exp(-(t - 0.5)^2 / (2 * 0.15^2))")
+    tidal_midrange: bool = flag(False, "Weight each sample by exp(-(r - 0.5)^2 / (2 * 0.15^2)), r its masking rate")
     compdemo: bool | None = flag(
         None, "Run two complementary teacher passes, each with half of the masks revealed", shown=BY_STRATEGY
     )
     compdemo_ratio: float = flag(0.5, "Share of the masks in the first half", low=0, high=1)
-    compdemo_split: str = flag("bernoulli", "How the masks are split into halves", choices=("bernoulli", "exact"))
-    compdemo_unit: str = flag("chunk", "What goes to one half as a whole", choices=("chunk", "token"))
-    noise_schedule: str = flag("linear", "How the share of masked tokens depends on t", choices=("linear",))
+    compdemo_split: str = flag(
+        "bernoulli", f"How the masks are split into halves. {COMPDEMO_SPLITS}", choices=COMPDEMO_SPLITS
+    )
+    compdemo_unit: str = flag("chunk", "What goes to one half as a whole", choices=COMPDEMO_UNITS)
+    noise_schedule: str = flag("linear", f"How noise depends on the time t. {NOISE_SCHEDULES}", choices=NOISE_SCHEDULES)
     masking: str = flag(
         "expand",
-        "expand: sample tokens, then mask their whole chunks (published); synchronous: sample chunks",
-        choices=("expand", "synchronous"),
+        f"What is sampled to be masked. {MASKINGS}",
+        choices=MASKINGS,
     )
-    teacher_context: str = flag(
-        "full", "Attention of the teacher; full is published", choices=("full", "block_causal", "staircase")
-    )
+    teacher_context: str = flag("full", f"Attention of the teacher. {ATTENTION_LAYOUTS}", choices=ATTENTION_LAYOUTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ ORDER = [
     "tables",
     "lock",
     "cli",
+    "choices",
     "clock",
     "machine",
     "config",

@@ -7,12 +7,13 @@ in the loader, on complete batches: the training step receives row indices and n
 size.
 """
 
+from megatron_tide.choices import ATTENTION_LAYOUTS, MASKINGS, NOISE_SCHEDULES
 from megatron_tide.diffusion.attention import BlockDiffusionMask, staircase_mask
 from megatron_tide.diffusion.compdemo import CompDemo
 from megatron_tide.diffusion.inputs import DistillBatch, TeacherLayout, build_inputs
-from megatron_tide.diffusion.layouts import ATTENTION_LAYOUTS, AttentionLayout, ModelInput
-from megatron_tide.diffusion.masking import MASKINGS, ChunkMasking, Masking, Noise, TokenExpandedMasking, noise
-from megatron_tide.diffusion.noise_schedule import NOISE_SCHEDULES, NoiseSchedule
+from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput
+from megatron_tide.diffusion.masking import ChunkMasking, Masking, Noise, TokenExpandedMasking, noise
+from megatron_tide.diffusion.noise_schedule import NoiseSchedule
 
 __all__ = [
     "ATTENTION_LAYOUTS",

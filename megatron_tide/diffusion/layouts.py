@@ -83,6 +83,3 @@ def staircase(
     ids_NL = tokens.ids.gather(1, source_NL).masked_fill(noised_NL & masked.gather(1, source_NL), mask_id)
     attention = BlockDiffusionMask((source_NL // block).int(), noised_NL, valid_NL)
     return ModelInput(ids_NL, source_NL, attention, sample * longest + position - start_N[sample])
-
-
-ATTENTION_LAYOUTS: dict[str, AttentionLayout] = {"full": full, "block_causal": block_causal, "staircase": staircase}

@@ -78,7 +78,7 @@ class ChunkMasking:
         return _at_first(drawn_BS, first_BC)
 
 
-MASKINGS: dict[str, Masking] = {"expand": TokenExpandedMasking(), "synchronous": ChunkMasking()}
+EXPAND, SYNCHRONOUS = TokenExpandedMasking(), ChunkMasking()
 
 
 def noise(

@@ -1,8 +1,8 @@
 """Noise schedules: how likely a token is masked at time t, and what its loss weighs there.
 
-A schedule is a class with two functions of t, and its line in ``NOISE_SCHEDULES``. Nothing else computes with t:
-masks are drawn at its ``rate``, the denoising loss and the likelihood divide by its ``inverse_weight``, and TIDAL, the
-midrange weight and the logs' bins read the rate.
+A schedule is a class with two functions of t, and its line in ``choices.NOISE_SCHEDULES``. Nothing else computes with
+t: masks are drawn at its ``rate``, the denoising loss and the likelihood divide by its ``inverse_weight``, and TIDAL,
+the midrange weight and the logs' bins read the rate.
 """
 
 from __future__ import annotations
@@ -55,4 +55,3 @@ class Linear(NoiseSchedule):
 
 
 LINEAR = Linear()
-NOISE_SCHEDULES: dict[str, NoiseSchedule] = {"linear": LINEAR}

@@ -3,15 +3,16 @@
 ``chunk`` compares one number per chunk, whatever the tokenizers; ``distribution`` compares whole rows where both
 sides spell a chunk with one token; ``tidal`` gives the strength; ``table`` combines them by name; a training step
 calls ``strategy``. To add an objective: write ``term(student, target)`` in ``chunk`` (or ``rows`` in
-``distribution``) and its line in the table there.
+``distribution``) and its line in ``choices``.
 """
 
-from megatron_tide.objectives.chunk import CHUNK_OBJECTIVES, chunk_loss
+from megatron_tide.choices import CHUNK_OBJECTIVES, DISTRIBUTION_OBJECTIVES, STRATEGIES, StrategySpec
+from megatron_tide.objectives.chunk import chunk_loss
 from megatron_tide.objectives.denoise import denoise_loss
-from megatron_tide.objectives.distribution import DISTRIBUTION_OBJECTIVES, VocabMap
+from megatron_tide.objectives.distribution import VocabMap
 from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
 from megatron_tide.objectives.strategy import Strategy
-from megatron_tide.objectives.table import STRATEGIES, StrategySpec, build_strategy
+from megatron_tide.objectives.table import build_strategy
 from megatron_tide.objectives.tidal import tidal_kl, tidal_strength
 
 __all__ = [

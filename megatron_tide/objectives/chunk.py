@@ -4,8 +4,8 @@ A chunk's log-prob is the sum over its gold tokens; p = exp(LP / T) is a model's
 Everything is done in log space, in fp32 or wider: a chunk is one event among very many, its p is often far below what
 1 - p can resolve.
 
-An objective is a function of two ``Bernoulli``s and one line in ``CHUNK_OBJECTIVES``. Shapes: any, written [...];
-``_BC`` is [samples, chunks] in the public ``chunk_loss``.
+An objective is a function of two ``Bernoulli``s and one line in ``choices.CHUNK_OBJECTIVES``. Shapes: any, written
+[...]; ``_BC`` is [samples, chunks] in the public ``chunk_loss``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tide.objectives.common import at_least_fp32, named
+from megatron_tide.choices import CHUNK_OBJECTIVES, named
+from megatron_tide.objectives.common import at_least_fp32
 
 LOG_FLOOR = math.log(1e-7)
 """Where the target's log p and log(1-p) end (published): one chunk can ask at most 16.1 nats of the student."""
@@ -101,14 +102,9 @@ def bernoulli_kl(student: Bernoulli, target: Bernoulli) -> Tensor:
     return p_s * (student.log_p - target.log_p) + q_s * (student.log_q - target.log_q)
 
 
-CHUNK_OBJECTIVES = {
-    objective.name: objective
-    for objective in (
-        ChunkObjective("calm", calm, reversed=False),
-        ChunkObjective("reverse_calm", reverse_calm, reversed=True),
-        ChunkObjective("bernoulli_kl", bernoulli_kl, reversed=True),
-    )
-}
+CALM = ChunkObjective("calm", calm, reversed=False)
+REVERSE_CALM = ChunkObjective("reverse_calm", reverse_calm, reversed=True)
+BERNOULLI_KL = ChunkObjective("bernoulli_kl", bernoulli_kl, reversed=True)
 
 
 def chunk_loss(
@@ -121,7 +117,7 @@ def chunk_loss(
     others are ignored. ``kind``: calm, reverse_calm or bernoulli_kl. Returns a scalar, 0 with a graph where no chunk is
     active.
     """
-    objective = named(CHUNK_OBJECTIVES, kind, "chunk objective")
+    objective: ChunkObjective = named(CHUNK_OBJECTIVES, kind, "chunk objective")
     # An inactive entry may be nan: keep it out of both value and gradient.
     student_BC = torch.where(active, student_logp, -1.0)
     teacher_BC = torch.where(active, teacher_logp, -1.0)

@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
-
 import torch
 from torch import Tensor
-
-Entry = TypeVar("Entry")
-
-
-def named(table: Mapping[str, Entry], name: str, what: str) -> Entry:
-    """``table[name]``, or ValueError with the valid names; ``what``: the word for an entry in the message."""
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; use one of {', '.join(table)}")
-    return table[name]
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -36,13 +36,8 @@ def reverse_kl(student_logp_mD: Tensor, target_logp_mD: Tensor) -> Tensor:
     return (student_logp_mD.exp() * (student_logp_mD - target_logp_mD)).sum(-1)
 
 
-DISTRIBUTION_OBJECTIVES = {
-    objective.name: objective
-    for objective in (
-        DistributionObjective("forward_kl", forward_kl, reversed=False),
-        DistributionObjective("reverse_kl", reverse_kl, reversed=True),
-    )
-}
+FORWARD_KL = DistributionObjective("forward_kl", forward_kl, reversed=False)
+REVERSE_KL = DistributionObjective("reverse_kl", reverse_kl, reversed=True)
 
 
 class _Columns(NamedTuple):

@@ -1,81 +1,35 @@
-"""The strategies by name, and ``build_strategy``: a name with its switches -> ``Strategy``.
-
-A new strategy is one line in ``STRATEGIES``.
-"""
+"""``build_strategy``: the name of a strategy (``choices.STRATEGIES``) with its switches -> ``Strategy``."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_tide.choices import (
+    ATTENTION_LAYOUTS,
+    CHUNK_OBJECTIVES,
+    COMPDEMO_SPLITS,
+    COMPDEMO_UNITS,
+    DISTRIBUTION_OBJECTIVES,
+    MASKINGS,
+    NOISE_SCHEDULES,
+    STRATEGIES,
+    TIDAL_AXES,
+    TIDAL_RAMPS,
+    TIDAL_USES,
+    StrategySpec,
+    named,
+    or_none,
+)
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, MASKINGS, NOISE_SCHEDULES, CompDemo
-from megatron_tide.objectives.chunk import CHUNK_OBJECTIVES, ChunkObjective
-from megatron_tide.objectives.common import named
-from megatron_tide.objectives.distribution import DISTRIBUTION_OBJECTIVES, DistributionObjective, VocabMap
+from megatron_tide.diffusion import CompDemo
+from megatron_tide.objectives.distribution import VocabMap
 from megatron_tide.objectives.strategy import ChunkTerm, DistributionTerm, Strategy, TidalCurve
-from megatron_tide.objectives.tidal import AXES, RAMPS, TIDAL_USES
 
 if TYPE_CHECKING:
     from megatron_tide.bridge import Bridge
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategySpec:
-    """The parts of one strategy, by name; a flag of the run replaces its part.
-
-    ``chunk_tidal`` and ``distribution_tidal``: what TIDAL does to each objective (``--tidal`` replaces both).
-    ``where_vocabularies_differ``: the spec used instead where the two tokenizers differ.
-    """
-
-    meaning: str
-    chunk: str = "none"
-    distribution: str = "none"
-    chunk_tidal: str = "off"
-    distribution_tidal: str = "off"
-    compdemo: bool = False
-    where_vocabularies_differ: StrategySpec | None = None
-
-
-STRATEGIES: dict[str, StrategySpec] = {
-    "bd3lm": StrategySpec(meaning="denoising only, no teacher: the baseline"),
-    "calm": StrategySpec(meaning="CALM: forward likelihood matching of chunks", chunk="calm"),
-    "tide-cross": StrategySpec(meaning="the paper's TIDE-Cross: Reverse CALM", chunk="reverse_calm"),
-    "tide-shared": StrategySpec(
-        meaning="the paper's TIDE-Shared: TIDAL and CompDemo over forward KL (CALM where the vocabularies differ)",
-        distribution="forward_kl",
-        distribution_tidal="mix",
-        compdemo=True,
-        where_vocabularies_differ=StrategySpec(
-            meaning="TIDE-Shared over CALM", chunk="calm", chunk_tidal="mix", distribution_tidal="mix", compdemo=True
-        ),
-    ),
-    "kl": StrategySpec(meaning="forward KL(teacher || student) on one-to-one chunks", distribution="forward_kl"),
-    "reverse-kl": StrategySpec(
-        meaning="reverse KL(student || teacher) on one-to-one chunks", distribution="reverse_kl"
-    ),
-    "bernoulli-kl": StrategySpec(
-        meaning="KL(student || teacher) of the chunk's Bernoulli (ours)", chunk="bernoulli_kl"
-    ),
-    # TIDAL mixes the forward KL's target, as in TIDE-Shared, and weighs the chunks' reversed objective, which mixing
-    # would work against.
-    "tide-bridge": StrategySpec(
-        meaning="forward KL on one-to-one chunks, Bernoulli KL on the others, with CompDemo and TIDAL (ours)",
-        chunk="bernoulli_kl",
-        distribution="forward_kl",
-        chunk_tidal="weight",
-        distribution_tidal="mix",
-        compdemo=True,
-    ),
-}
-
-_CHUNK: dict[str, ChunkObjective | None] = {"none": None, **CHUNK_OBJECTIVES}
-_DISTRIBUTION: dict[str, DistributionObjective | None] = {"none": None, **DISTRIBUTION_OBJECTIVES}
-_SPLITS = {"bernoulli": False, "exact": True}
-_UNITS = {"chunk": False, "token": True}
 
 
 def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
@@ -86,8 +40,12 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     the target of a reversed objective, and where CompDemo would split chunks that are scored whole.
     """
     spec = _spec(config, bridge)
-    chunk = named(_CHUNK, _either(config.chunk_objective, spec.chunk), "chunk objective")
-    rows = named(_DISTRIBUTION, _either(config.distribution_objective, spec.distribution), "distribution objective")
+    chunk = named(or_none(CHUNK_OBJECTIVES), _either(config.chunk_objective, spec.chunk), "chunk objective")
+    rows = named(
+        or_none(DISTRIBUTION_OBJECTIVES),
+        _either(config.distribution_objective, spec.distribution),
+        "distribution objective",
+    )
     chunk_tidal = named(TIDAL_USES, _either(config.tidal, spec.chunk_tidal), "TIDAL use")
     rows_tidal = named(TIDAL_USES, _either(config.tidal, spec.distribution_tidal), "TIDAL use")
     compdemo = spec.compdemo if config.compdemo is None else config.compdemo
@@ -97,8 +55,8 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         compdemo = False
     split = CompDemo(
         ratio=config.compdemo_ratio,
-        exact=named(_SPLITS, config.compdemo_split, "CompDemo split"),
-        by_token=named(_UNITS, config.compdemo_unit, "CompDemo unit"),
+        exact=named(COMPDEMO_SPLITS, config.compdemo_split, "CompDemo split"),
+        by_token=named(COMPDEMO_UNITS, config.compdemo_unit, "CompDemo unit"),
     )
     named(ATTENTION_LAYOUTS, config.teacher_context, "teacher context")
     chunk_term = None if chunk is None else ChunkTerm(chunk, chunk_tidal, config.temperature)
@@ -135,8 +93,8 @@ def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
 
 
 def _curve(config: StrategyConfig) -> TidalCurve:
-    named(RAMPS, config.tidal_ramp, "TIDAL ramp")
-    named(AXES, config.tidal_axes, "TIDAL axes")
+    named(TIDAL_RAMPS, config.tidal_ramp, "TIDAL ramp")
+    named(TIDAL_AXES, config.tidal_axes, "TIDAL axes")
     return TidalCurve(config.tidal_init, config.tidal_peak, config.tidal_ramp, config.tidal_axes, config.tidal_midrange)
 
 

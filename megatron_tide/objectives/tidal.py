@@ -16,25 +16,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_tide.choices import TIDAL_AXES, TIDAL_RAMPS, named
 from megatron_tide.objectives.chunk import Bernoulli, floored
-from megatron_tide.objectives.common import at_least_fp32, mean_over, named
+from megatron_tide.objectives.common import at_least_fp32, mean_over
 from megatron_tide.objectives.distribution import forward_kl
 
 MIDRANGE_CENTRE = 0.5
 MIDRANGE_WIDTH = 0.15
 
-RAMPS: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-    "linear": lambda progress: progress,
-}
-"""g(progress): from 0 to 1 over the run."""
 
-AXES: dict[str, Callable[[float, float, Tensor], Tensor]] = {
-    "both": lambda trained, peak, t: trained * (1 - t),
-    "training": lambda trained, peak, t: torch.full_like(t, trained),
-    "timestep": lambda trained, peak, t: peak * (1 - t),
-}
-"""lambda from lambda_train(progress), the peak, and t."""
+def cosine_ramp(progress: float) -> float:
+    """g(progress): from 0 to 1 over the run."""
+    return (1 - math.cos(math.pi * progress)) / 2
+
+
+def linear_ramp(progress: float) -> float:
+    """g(progress) = progress."""
+    return progress
+
+
+def both_axes(trained: float, peak: float, rate: Tensor) -> Tensor:
+    """lambda = lambda_train * (1 - rate)."""
+    return trained * (1 - rate)
+
+
+def training_axis(trained: float, peak: float, rate: Tensor) -> Tensor:
+    """lambda = lambda_train."""
+    return torch.full_like(rate, trained)
+
+
+def timestep_axis(trained: float, peak: float, rate: Tensor) -> Tensor:
+    """lambda = peak * (1 - rate)."""
+    return peak * (1 - rate)
 
 
 def tidal_strength(
@@ -48,8 +61,8 @@ def tidal_strength(
     """
     if not 0 <= progress <= 1:
         raise ValueError(f"progress {progress} is outside [0, 1]; give step / total steps")
-    trained = init + (peak - init) * named(RAMPS, ramp, "TIDAL ramp")(progress)
-    return named(AXES, axes, "TIDAL axes")(trained, peak, torch.as_tensor(t))
+    trained = init + (peak - init) * named(TIDAL_RAMPS, ramp, "TIDAL ramp")(progress)
+    return named(TIDAL_AXES, axes, "TIDAL axes")(trained, peak, torch.as_tensor(t))
 
 
 def midrange_weight(t: Tensor) -> Tensor:
@@ -103,14 +116,9 @@ class TidalUse:
     mixes: bool
 
 
-TIDAL_USES = {
-    use.name: use
-    for use in (
-        TidalUse("off", teacher_rows, teacher_chunks, torch.ones_like, mixes=False),
-        TidalUse("mix", mixed_rows, mixed_chunks, torch.ones_like, mixes=True),
-        TidalUse("weight", teacher_rows, teacher_chunks, torch.clone, mixes=False),
-    )
-}
+OFF = TidalUse("off", teacher_rows, teacher_chunks, torch.ones_like, mixes=False)
+MIX = TidalUse("mix", mixed_rows, mixed_chunks, torch.ones_like, mixes=True)
+WEIGHT = TidalUse("weight", teacher_rows, teacher_chunks, torch.clone, mixes=False)
 
 
 def tidal_kl(

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_tide import choices
+from megatron_tide.choices import TIDAL_AXES, TIDAL_RAMPS, TIDAL_USES
 from megatron_tide.config import StrategyConfig
 from megatron_tide.diffusion import MASKINGS, CompDemo
 from megatron_tide.objectives import CHUNK_OBJECTIVES, DISTRIBUTION_OBJECTIVES, STRATEGIES, build_strategy
-from megatron_tide.objectives.tidal import AXES, RAMPS, TIDAL_USES
 from tests.objectives.handmade import MAPPED, SHARED
 
 NAMES = ["bd3lm", "calm", "tide-cross", "tide-shared", "kl", "reverse-kl", "bernoulli-kl", "tide-bridge"]
@@ -38,18 +39,30 @@ def test_the_command_line_offers_what_the_tables_hold():
         "chunk_objective": {"none": None, **CHUNK_OBJECTIVES},
         "distribution_objective": {"none": None, **DISTRIBUTION_OBJECTIVES},
         "tidal": TIDAL_USES,
-        "tidal_axes": AXES,
-        "tidal_ramp": RAMPS,
+        "tidal_axes": TIDAL_AXES,
+        "tidal_ramp": TIDAL_RAMPS,
         "masking": MASKINGS,
     }
     assert {name: set(offered[name]) for name in tables} == {name: set(table) for name, table in tables.items()}
+
+
+TABLES = {name: table for name, table in vars(choices).items() if isinstance(table, choices.Table)}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_word_has_a_meaning_and_code_that_calls_itself_the_same(table):
+    for word, choice in TABLES[table].data.items():
+        assert choice.meaning
+        found = choice.load()
+        assert getattr(found, "name", word) == word
+        assert TABLES[table][word] is found
 
 
 @pytest.mark.parametrize("bridge", [MAPPED, SHARED], ids=["two vocabularies", "one vocabulary"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_builds_with_every_switch(name, bridge):
     objectives = itertools.product([None, *CHUNK_OBJECTIVES], [None, *DISTRIBUTION_OBJECTIVES])
-    uses = itertools.product([None, *TIDAL_USES], AXES, RAMPS, [False, True])
+    uses = itertools.product([None, *TIDAL_USES], TIDAL_AXES, TIDAL_RAMPS, [False, True])
     demos = itertools.product([None, True, False], ["bernoulli", "exact"], ["chunk", "token"], MASKINGS)
     everything = itertools.product(objectives, uses, demos)
     built = 0

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_tide.choices import TIDAL_AXES, TIDAL_RAMPS
 from megatron_tide.objectives import CHUNK_OBJECTIVES, tidal_kl, tidal_strength
 from megatron_tide.objectives.chunk import student_bernoulli, teacher_bernoulli
-from megatron_tide.objectives.tidal import AXES, RAMPS, midrange_weight, mixed_chunks, mixed_rows
+from megatron_tide.objectives.tidal import midrange_weight, mixed_chunks, mixed_rows
 from tests.reference import chunk as chunk_reference
 from tests.reference import distribution as distribution_reference
 from tests.reference import tidal as reference
@@ -17,7 +18,14 @@ from tests.reference import tidal as reference
 UNIT = st.floats(0.0, 1.0)
 
 
-@given(progress=UNIT, t=UNIT, init=UNIT, peak=UNIT, ramp=st.sampled_from(list(RAMPS)), axes=st.sampled_from(list(AXES)))
+@given(
+    progress=UNIT,
+    t=UNIT,
+    init=UNIT,
+    peak=UNIT,
+    ramp=st.sampled_from(list(TIDAL_RAMPS)),
+    axes=st.sampled_from(list(TIDAL_AXES)),
+)
 def test_strength_is_the_equation_and_stays_a_share(progress, t, init, peak, ramp, axes):
     found = tidal_strength(progress, torch.tensor([[t]], dtype=torch.float64), init, peak, ramp, axes)
     assert found.shape == (1, 1)
@@ -33,7 +41,7 @@ def test_the_published_ends():
     assert tidal_strength(1.0, torch.ones(1)).item() == 0.0
 
 
-@pytest.mark.parametrize("ramp", list(RAMPS))
+@pytest.mark.parametrize("ramp", list(TIDAL_RAMPS))
 def test_strength_rises_with_training_and_falls_with_t(ramp):
     t = torch.linspace(0, 1, 11)
     curves = torch.stack([tidal_strength(step / 10, t, ramp=ramp) for step in range(11)])
