@@ -21,6 +21,7 @@ COMMANDS = {
     "distill": "distill",
     "convert": "commands.convert",
     "generate": "commands.generate",
+    "evaluate": "commands.evaluate",
 }
 
 

@@ -20,7 +20,6 @@ from megatron_tide.training_checkpoint import CHECKSUMS, STATE, newest_complete
 from tests.support.chain import Chain
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
-from tools import evaluate, plan
 
 
 @dataclass
@@ -83,7 +82,11 @@ def evaluating(good: Good) -> list[str]:
 
 
 RUN, PREPARE, BRIDGE = (distill.main, dry_run), (prepare.main, preparing), (command("bridge"), building)
-CONVERT, PLAN, EVALUATE = (command("convert"), converting), (plan.main, planning), (evaluate.main, evaluating)
+CONVERT, PLAN, EVALUATE = (
+    (command("convert"), converting),
+    (command("plan"), planning),
+    (command("evaluate"), evaluating),
+)
 
 
 def with_config(content):

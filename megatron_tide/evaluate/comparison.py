@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelih
 from megatron_tide.files import read_json
 from megatron_tide.models import resolve_folder
 from megatron_tide.models.families import FAMILIES
-
-OpenModel = Callable[[str, torch.dtype, str], Any]
+from megatron_tide.training_checkpoint import open_model
 
 
 def is_autoregressive(path: str | Path) -> bool:
@@ -72,7 +70,7 @@ class LikelihoodSettings:
     device: str
 
 
-def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings, open_model: OpenModel) -> Row:
+def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings) -> Row:
     """One row, scored as ``role`` (student or teacher); None: as the one whose tokenizer the model has.
 
     Raises:

@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
-from megatron_tide.evaluate.comparison import OpenModel, is_autoregressive
+from megatron_tide.evaluate.comparison import is_autoregressive
 from megatron_tide.files import read_json
 from megatron_tide.generate import complete
 from megatron_tide.models import resolve_folder
+from megatron_tide.training_checkpoint import open_model
 
 
 class Generator:
@@ -182,8 +183,8 @@ def _open_autoregressive(path: str, dtype: torch.dtype, device: str, batch_size:
     return AutoregressiveGenerator(model.to(device), load_tokenizer(folder), folder, batch_size)
 
 
-def open_generator(path: str, dtype: torch.dtype, device: str, open_model: OpenModel, batch_size: int) -> Generator:
-    """The generator of a model; ``open_model`` opens all but autoregressive ones (``training_checkpoint.open_model``).
+def open_generator(path: str, dtype: torch.dtype, device: str, batch_size: int) -> Generator:
+    """The generator of a folder in hub format, a hub name, or a checkpoint of the trainer.
 
     Raises:
         ValueError: no model there, or of a type that cannot generate.

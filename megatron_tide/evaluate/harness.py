@@ -49,7 +49,7 @@ class EvalContext:
     workers: int = 0
     """Programs run at a time; 0 for one per core."""
     unsafe_programs: bool = False
-    include: Sequence[str] = ()
+    include_path: Sequence[str] = ()
     """Folders with further tasks of lm-eval."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,11 @@ class BenchmarkResult:
 
 
 def check_benchmarks(
-    presets: Mapping[str, BenchmarkPreset], *, samples_per_problem: int, unsafe_programs: bool, include: Sequence[str]
+    presets: Mapping[str, BenchmarkPreset],
+    *,
+    samples_per_problem: int,
+    unsafe_programs: bool,
+    include_path: Sequence[str],
 ) -> None:
     """Check packages, task names and the sandbox before a model is opened.
 
@@ -113,7 +117,7 @@ def check_benchmarks(
         ValueError: naming what is missing.
     """
     for name, preset in presets.items():
-        _task_manager(preset, include)
+        _task_manager(preset, include_path)
         judged = preset.task in PROGRAMS
         if judged:
             require_sandbox(unsafe_programs)
@@ -130,7 +134,7 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
         ValueError: lm-eval is missing, the task is unknown or does not generate, its data cannot be had, or this
             machine has no working sandbox for its programs.
     """
-    started, manager = time.perf_counter(), _task_manager(preset, context.include)
+    started, manager = time.perf_counter(), _task_manager(preset, context.include_path)
     if preset.task in PROGRAMS:
         require_sandbox(context.unsafe_programs)
     from megatron_tide.evaluate.generators import ResponseCache

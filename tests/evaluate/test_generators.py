@@ -25,7 +25,6 @@ from megatron_tide.evaluate.generators import (
     open_generator,
 )
 from megatron_tide.generate import complete
-from megatron_tide.training_checkpoint import open_model
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab, write_checkpoint
 from tests.support.models import tiny_wedlm_config, write_hub_folder
@@ -40,7 +39,7 @@ def baseline(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(path: Path, batch_size: int = 2, dtype: torch.dtype = torch.float32) -> Generator:
-    return open_generator(str(path), dtype, "cpu", open_model, batch_size)
+    return open_generator(str(path), dtype, "cpu", batch_size)
 
 
 def requests(generator: Generator, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: int) -> list[Instance]:

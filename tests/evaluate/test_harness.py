@@ -14,7 +14,6 @@ from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset
 from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark
 from megatron_tide.evaluate.task_functions import first_code_block
-from megatron_tide.training_checkpoint import open_model
 from tests.support.answering import Scripted, write_autoregressive
 from tests.support.lab import Lab
 from tests.support.lm_data import LOCAL, Row, write_task
@@ -33,7 +32,7 @@ def knows(lab: Lab, name: str, rows: list[Row], share: int = 1) -> Scripted:
 
 def context(generator: object, out: Path, *tasks: Path, **more: int) -> EvalContext:
     include = [str(folder) for folder in tasks]
-    return EvalContext(name="m", path="p", generator=generator, folder=out, include=include, **more)  # type: ignore[arg-type]
+    return EvalContext(name="m", path="p", generator=generator, folder=out, include_path=include, **more)  # type: ignore[arg-type]
 
 
 def scored(generator: object, name: str, out: Path, tasks: Path, **more: int) -> dict[tuple[str, str], MetricScore]:
@@ -146,12 +145,12 @@ def test_tasks_that_do_not_generate_are_for_autoregressive_models(
 ) -> None:
     write_likelihood_task(tmp_path / "tasks", kind, metric)
     preset = BenchmarkPreset(task=kind, few_shot=None, chat_template=False)
-    block = open_generator(str(lab.student), torch.float32, "cpu", open_model, 2)
+    block = open_generator(str(lab.student), torch.float32, "cpu", 2)
     with pytest.raises(ValueError, match=word):
         run_benchmark(kind, preset, context(block, tmp_path / "out", tmp_path / "tasks"))
     if kind == "multiple_choice":
         baseline = write_autoregressive(tmp_path / "ar", lab.student)
-        generator = open_generator(str(baseline), torch.float32, "cpu", open_model, 2)
+        generator = open_generator(str(baseline), torch.float32, "cpu", 2)
         (score,) = run_benchmark(kind, preset, context(generator, tmp_path / "ar-out", tmp_path / "tasks")).scores
         assert (score.metric, score.n) == ("acc", 8)
 

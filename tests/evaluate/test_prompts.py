@@ -14,7 +14,6 @@ import torch
 from megatron_tide.evaluate.benchmark_presets import PAPER, changed_preset
 from megatron_tide.evaluate.generators import Generator, open_generator
 from megatron_tide.evaluate.harness import EvalContext, run_benchmark
-from megatron_tide.training_checkpoint import open_model
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab
 from tests.support.lm_data import LOCAL, write_task
@@ -27,7 +26,7 @@ def generator(lab: Lab, tmp_path_factory: pytest.TempPathFactory, request: pytes
     path = lab.student
     if request.param == "autoregressive":
         path = write_autoregressive(tmp_path_factory.mktemp("ar") / "ar", lab.student)
-    found = open_generator(str(path), torch.float32, "cpu", open_model, batch_size=2)
+    found = open_generator(str(path), torch.float32, "cpu", batch_size=2)
     assert found.decoder == request.param
     return found
 
@@ -42,7 +41,13 @@ def test_prompts_stay_the_same(generator: Generator, tmp_path: Path, name: str) 
     asked: list[str] = []
     tell = generator.generate_until
     context = EvalContext(
-        name="m", path="p", generator=generator, folder=tmp_path / "out", limit=2, include=include, unsafe_programs=True
+        name="m",
+        path="p",
+        generator=generator,
+        folder=tmp_path / "out",
+        limit=2,
+        include_path=include,
+        unsafe_programs=True,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generator, "generate_until", lambda all: asked.extend(one.args[0] for one in all) or tell(all))

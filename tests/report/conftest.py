@@ -12,7 +12,6 @@ from megatron_tide.report import footprint
 from tests.support.commands import command
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
-from tools import evaluate
 
 TIDAL = {"strategy": "tide-bridge", "tidal_ramp": "linear", "temperature": 5.0}
 NEW_TOKENS = 5
@@ -35,7 +34,7 @@ def recipe(chain, tmp_path_factory) -> Path:
         str(folder / "bridged"),
     ]
     scored = ["--data", data, *models, "--teacher", teacher, "--samples", "6", "--mc-samples", "2"]
-    evaluate.main([*scored, "--json", str(folder / "scores.json")])
+    command("evaluate")([*scored, "--json", str(folder / "scores.json")])
     prompts = ["--prompt", "Add <b>two</b> & three.", "--prompt", "Count.", "--max-new-tokens", "6"]
     command("generate")([student, *prompts, "--json", str(folder / "completions.jsonl")])
     sizes = ["--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"]

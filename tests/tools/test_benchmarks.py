@@ -21,11 +21,12 @@ from megatron_tide.evaluate.generators import BlockDiffusionGenerator
 from megatron_tide.lock import RunLock
 from megatron_tide.models import load_model
 from tests.support.answering import write_autoregressive
+from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
 from tests.support.launch import REPOSITORY, wait_until
 from tests.support.lm_data import write_task
-from tools import evaluate as tool
 
+evaluate = command("evaluate")
 SHORT = ["--max-new-tokens", "8", "--batch-size", "2"]
 
 
@@ -54,7 +55,7 @@ def test_one_table_for_every_kind_of_model(
     models = [f"start={lab.student}", f"moved={tmp_path / 'run'}", f"ar={baseline}", f"teacher={lab.teacher}"]
     flags = ["--tasks", "humaneval", "gsm8k", "mbpp", "--limit", "2", "--include-path", str(tasks)]
     out, scores = tmp_path / "out", tmp_path / "scores.json"
-    tool.main([*models, *flags, *SHORT, "--out", str(out), "--json", str(scores)])
+    evaluate([*models, *flags, *SHORT, "--out", str(out), "--json", str(scores)])
     found = json.loads(scores.read_text())["benchmarks"]
     assert [(one["model"], one["benchmark"]) for one in found] == [
         (model, task) for model in ("start", "moved", "ar", "teacher") for task in ("humaneval", "gsm8k", "mbpp")
@@ -82,7 +83,7 @@ def test_several_samples_of_each_problem(lab: Lab, tmp_path: Path) -> None:
     flags = ["--tasks", "humaneval", "--limit", "2", "--samples-per-problem", "10", "--temperature", "1", *SHORT]
     scores = tmp_path / "scores.json"
     for seed in ("3", "3", "4"):
-        tool.main([f"s={lab.student}", *flags, "--seed", seed, "--out", str(tmp_path), "--json", str(scores)])
+        evaluate([f"s={lab.student}", *flags, "--seed", seed, "--out", str(tmp_path), "--json", str(scores)])
     (one,) = json.loads(scores.read_text())["benchmarks"]
     assert [score["metric"] for score in one["scores"]] == ["pass@1", "pass@10"]
     files = (tmp_path / "s").glob("humaneval_instruct_sandboxed-*")
@@ -127,9 +128,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_results(
     monkeypatch.setattr(
         BlockDiffusionGenerator, "_complete", lambda self, ids, rest: generated.append(1) or complete(self, ids, rest)
     )
-    tool.main(command(killed))
+    evaluate(command(killed))
     assert len(generated) == 24 - before  # batches of one: no answer is generated twice but the one under way
-    tool.main(command(whole))
+    evaluate(command(whole))
     (file,) = killed.glob("s/gsm8k_cot-*")
     assert file.read_bytes() == (whole / "s" / file.name).read_bytes()
     results = [json.loads(out.with_suffix(".json").read_text())["benchmarks"][0] for out in (killed, whole)]
@@ -147,7 +148,7 @@ def cached(file: Path) -> int:
 
 def test_results_are_kept_in_the_models_folder(lab: Lab, tmp_path: Path) -> None:
     step = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
-    tool.main([str(step.parent), "--tasks", "humaneval", "--limit", "1", *SHORT])
+    evaluate([str(step.parent), "--tasks", "humaneval", "--limit", "1", *SHORT])
     assert len(list((step.parent / "evaluation").glob("humaneval_instruct_sandboxed-*.jsonl"))) == 1
     assert len(list((step.parent / "evaluation").glob("cache-*.sqlite"))) == 1
 
@@ -155,7 +156,7 @@ def test_results_are_kept_in_the_models_folder(lab: Lab, tmp_path: Path) -> None
 def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> None:
     scores = tmp_path / "scores.json"
     flags = ["--tasks", "likelihood", "--data", str(lab.data), "--mc-samples", "2", "--json", str(scores)]
-    tool.main([f"a={lab.student}", f"b={lab.teacher}", *flags])
+    evaluate([f"a={lab.student}", f"b={lab.teacher}", *flags])
     found = json.loads(scores.read_text())["models"]
     data = PreparedData.open(lab.data)
     student = evaluate_likelihood(load_model(lab.student), data, scoring_inputs(data, "student"), mc_samples=2)
@@ -195,7 +196,7 @@ def test_mistakes_are_one_line(
     for name, path in real.items():
         flags = [flag.replace(name, str(path)) for flag in flags]
     with pytest.raises(SystemExit) as ended:
-        cli.run(tool.main, [*flags, *(["--limit", "1"] if "humaneval" in flags else [])])
+        cli.run(evaluate, [*flags, *(["--limit", "1"] if "humaneval" in flags else [])])
     error = capsys.readouterr().err.strip()
     assert ended.value.code == 2
     assert word in error
@@ -205,4 +206,4 @@ def test_mistakes_are_one_line(
 
 def test_two_evaluations_do_not_write_to_one_folder(lab: Lab, tmp_path: Path) -> None:
     with RunLock(tmp_path / "s"), pytest.raises(ValueError, match="works in it"):
-        tool.main([f"s={lab.student}", "--tasks", "humaneval", "--limit", "1", *SHORT, "--out", str(tmp_path)])
+        evaluate([f"s={lab.student}", "--tasks", "humaneval", "--limit", "1", *SHORT, "--out", str(tmp_path)])

@@ -12,14 +12,16 @@ from megatron_tide import cli
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
 from megatron_tide.models import load_model
+from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
-from tools import evaluate as tool
+
+evaluate = command("evaluate")
 
 
 def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
     scores = tmp_path / "scores.json"
-    tool.main(
+    evaluate(
         [
             *("--data", str(lab.data), "--mc-samples", "2", "--seed", "3", "--json", str(scores)),
             *(
@@ -51,12 +53,12 @@ def test_scores_reach_the_model_card(lab: Lab, tmp_path: Path, capsys: pytest.Ca
     release = shutil.copytree(lab.student, tmp_path / "hf")
     (release / "README.md").write_text("# hf\n\n## Scores\n\nNot measured yet.\n\n## Parity\n")
     flags = ["--data", str(lab.data), "--mc-samples", "1", "--samples", "4", "--card"]
-    tool.main([*flags, "--student", f"start={lab.student}", "--student", str(release)])
+    evaluate([*flags, "--student", f"start={lab.student}", "--student", str(release)])
     card = (release / "README.md").read_text()
     assert card.count("| held-out text (data) | bits per byte | ") == 1
     assert "Not measured yet" not in card
     with pytest.raises(SystemExit):
-        cli.run(tool.main, [*flags, "--student", str(lab.student)])
+        cli.run(evaluate, [*flags, "--student", str(lab.student)])
     assert "--card: none of these models is a release" in capsys.readouterr().err
 
 
@@ -66,7 +68,7 @@ def test_a_model_on_the_wrong_side_is_refused(
 ) -> None:
     flag, folder = swap
     with pytest.raises(SystemExit) as ended:
-        cli.run(tool.main, ["--data", str(lab.data), flag, str(getattr(lab, folder))])
+        cli.run(evaluate, ["--data", str(lab.data), flag, str(getattr(lab, folder))])
     assert ended.value.code == 2
     assert "another tokenizer" in capsys.readouterr().err
 
@@ -76,14 +78,14 @@ def test_a_model_on_the_wrong_side_is_refused(
     [
         (["--data", "nowhere", "--student", "x"], "nowhere"),
         (["--data", "DATA", "--student", "a=x", "--student", "a=y"], "NAME=PATH"),
-        (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "mc_samples"),
+        (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be at least 1"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
     ],
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
     real = {"DATA": str(lab.data), "STUDENT": str(lab.student), "ALONE": str(lab.student_data)}
     with pytest.raises(SystemExit) as ended:
-        cli.run(tool.main, [real.get(flag, flag) for flag in flags])
+        cli.run(evaluate, [real.get(flag, flag) for flag in flags])
     error = capsys.readouterr().err.strip()
     assert ended.value.code == 2
     assert word in error

@@ -1,0 +1,192 @@
+"""Evaluate models: held-out likelihood, and benchmarks beside the published numbers.
+
+MODEL is a folder in hub format, a hub name, or a training checkpoint (a run folder stands for its newest step), written
+PATH or NAME=PATH. Students and diffusion teachers decode block by block; any causal language model of transformers is
+an autoregressive baseline. Intervals are 95 % bootstrap.
+
+--tasks likelihood (the default) measures the diffusion bound on --data in bits per byte, with the same masks for every
+model: students are scored on the student's tokens of prepared data and teachers on the teacher's, so that all predict
+the same bytes from the same bytes. Differences are paired, to the first student.
+
+Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
+settings. They need requirements-eval.txt. Answers are cached in --out: a stopped evaluation, run again, continues.
+
+Examples:
+  python -m megatron_tide evaluate runs/quickstart/hf --tasks humaneval
+  python -m megatron_tide evaluate student=runs/x/hf teacher=inclusionAI/LLaDA2.0-mini ar=Qwen/Qwen3-0.6B \\
+      --out runs/scores --tasks gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp --dtype bfloat16
+  python -m megatron_tide evaluate --data runs/quickstart/test-data --teacher runs/quickstart/teacher \\
+      --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --json scores.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.cli import flag
+from megatron_tide.machine import DEVICE_HELP, device_of
+
+LIKELIHOOD = "likelihood"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodArgs:
+    """Likelihood."""
+
+    data: Path | None = flag(None, "Folder of prepared data that no model was trained on", metavar="DIR")
+    teacher_context: str = flag(
+        "staircase",
+        "What teachers attend to; staircase: the same as students",
+        choices=("staircase", "full", "block_causal"),
+    )
+    samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
+    mc_samples: int = flag(8, "Number of timesteps per sample, one in each of as many strata", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkArgs:
+    """Benchmarks."""
+
+    preset: str = flag("paper", "Settings of each benchmark", choices=("paper",))
+    limit: int = flag(0, "Maximum number of samples per task", shown="all", low=0)
+    max_new_tokens: int | None = flag(None, "Maximum number of tokens per answer", shown="256, or 3 for one letter")
+    steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token")
+    few_shot: int | None = flag(None, "Number of examples in the prompt", shown="0; bbh 3", low=0)
+    temperature: float | None = flag(None, "Sampling temperature; 0 takes the most probable token", shown="0")
+    chat_template: bool | None = flag(None, "Ask through the tokenizer's chat template", shown="on")
+    samples_per_problem: int = flag(1, "Answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1)
+    include_path: tuple[str, ...] = flag(
+        (), "Folder of further lm-eval tasks; repeatable", metavar="DIR", kind="repeated"
+    )
+    workers: int = flag(0, "Number of programs judged at a time", shown="one per core", low=0)
+    unsafe_programs: bool = flag(False, "Run programs of a model even where this machine cannot sandbox them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    model: tuple[str, ...] = flag((), "Models for every task", kind="positional", metavar="[NAME=]MODEL")
+    student: tuple[str, ...] = flag(
+        (), "Model, scored as a student; repeatable", metavar="[NAME=]PATH", kind="repeated"
+    )
+    teacher: tuple[str, ...] = flag(
+        (), "Model, scored as a teacher; repeatable", metavar="[NAME=]PATH", kind="repeated"
+    )
+    tasks: tuple[str, ...] = flag((LIKELIHOOD,), "likelihood, benchmarks, tasks of lm-eval", metavar="TASK")
+    out: Path | None = flag(None, "Folder for cached answers and samples", metavar="DIR", shown="MODEL/evaluation")
+    json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE")
+    card: bool = flag(False, "Also write the scores of each release into its model card")
+    seed: int = flag(0, "Seed of masks, sampling and bootstrap")
+    batch_size: int = flag(8, "Number of samples at once; changes speed and memory only", low=1)
+    dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
+    device: str = flag("auto", DEVICE_HELP)
+    likelihood: LikelihoodArgs = field(default_factory=LikelihoodArgs)
+    benchmarks: BenchmarkArgs = field(default_factory=BenchmarkArgs)
+
+
+def run(args: Args) -> None:
+    models = [_named(text) for text in (*args.model, *args.student, *args.teacher)]
+    names = [name for name, _ in models]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not models:
+        raise ValueError("give at least one model (see --help)")
+    if twice:
+        raise ValueError(f"two models are called {twice[0]!r}; tell them apart with NAME=PATH")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "15")  # seconds between lines of progress in a log
+    from megatron_tide.release import card_scores, has_card, write_scores
+
+    cards = [path for _, path in models if args.card and has_card(path)]
+    if args.card and not cards:
+        raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py makes one")
+    tasks = list(dict.fromkeys(args.tasks))
+    content = _likelihood(args) if LIKELIHOOD in tasks else {}
+    benchmarks = [task for task in tasks if task != LIKELIHOOD]
+    if benchmarks:
+        content["benchmarks"] = _benchmarks(args, benchmarks, models)
+    if args.json:
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path in cards:
+        write_scores(path, card_scores(content, path))
+
+
+def _named(text: str) -> tuple[str, str]:
+    """``NAME=PATH`` or ``PATH`` -> (name, path)."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals else (Path(text).name, text)
+
+
+def _likelihood(args: Args) -> dict[str, Any]:
+    """Print the table of likelihoods; returns what it says, for programs."""
+    if not args.likelihood.data:
+        raise ValueError("likelihood is measured on held-out data: add --data, a prepared folder, or choose --tasks")
+    from megatron_tide.data import PreparedData
+    from megatron_tide.evaluate import comparison
+    from megatron_tide.models import DTYPES
+
+    how = comparison.LikelihoodSettings(
+        data=PreparedData.open(args.likelihood.data),
+        teacher_context=args.likelihood.teacher_context,
+        samples=args.likelihood.samples,
+        mc_samples=args.likelihood.mc_samples,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        dtype=DTYPES[args.dtype],
+        device=device_of(args.device),
+    )
+    for text in args.model:
+        comparison.check_has_bound(_named(text)[1])
+    roles = (("", args.model), ("student", args.student), ("teacher", args.teacher))
+    models = [(*_named(text), role or None) for role, texts in roles for text in texts]
+    rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
+    print(comparison.likelihood_table(rows))
+    return comparison.likelihood_record(rows, how)
+
+
+def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Print the table of benchmarks; returns what it says, for programs."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # minor bars of libraries, before they are imported
+    from megatron_tide.evaluate.benchmark_presets import changed_preset
+    from megatron_tide.evaluate.harness import EvalContext, benchmark_table, check_benchmarks, run_benchmark
+    from megatron_tide.lock import RunLock
+    from megatron_tide.models import DTYPES
+
+    given = args.benchmarks
+    changes = {name: getattr(given, name) for name in ("steps", "few_shot", "temperature", "chat_template")}
+    changes |= {"new_tokens": given.max_new_tokens}
+    presets = {name: changed_preset(name, given.preset, changes) for name in names}
+    shared = {name: getattr(given, name) for name in ("samples_per_problem", "unsafe_programs", "include_path")}
+    check_benchmarks(presets, **shared)
+    from megatron_tide.evaluate.generators import open_generator  # imports lm-eval
+
+    folders = [_results_folder(name, path, args.out) for name, path in models]
+    results = []
+    for (name, path), folder in zip(models, folders):
+        dtype, device = DTYPES[args.dtype], device_of(args.device)
+        context = EvalContext(
+            name=name,
+            path=path,
+            generator=open_generator(path, dtype, device, args.batch_size),
+            folder=folder,
+            seed=args.seed,
+            limit=given.limit,
+            workers=given.workers,
+            **shared,
+        )
+        with RunLock(folder):
+            results += [run_benchmark(task, preset, context) for task, preset in presets.items()]
+    print(benchmark_table(results))
+    return [result.to_dict() for result in results]
+
+
+def _results_folder(name: str, path: str, out: Path | None) -> Path:
+    """Where a model's answers are kept: below ``--out``, or in the model's own folder."""
+    if out:
+        return out / name
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: no folder here to keep answers in; add --out FOLDER")
+    return Path(path) / "evaluation"
