@@ -1,7 +1,7 @@
-"""Two tokenizers -> chunks: byte tables, alignment and the bridge artefact. Numpy, without torch."""
+"""Two tokenizers -> chunks: byte tables, alignment and the bridge on disk. Numpy, without torch."""
 
 from megatron_tide.bridge.align import TEXTS_AT_ONCE, align, align_batch, align_lengths
-from megatron_tide.bridge.artefact import Aligned, Bridge, EncodedPair, align_text, align_texts
+from megatron_tide.bridge.artifact import Aligned, Bridge, EncodedPair, align_text, align_texts
 from megatron_tide.bridge.loading import load_tokenizer
 from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 

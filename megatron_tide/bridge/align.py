@@ -2,8 +2,8 @@
 matching).
 
 Both sides spell one string of bytes; a chunk ends wherever a student token and a teacher token end at the same byte.
-The common ends are found on cumulative byte lengths, so no token is ever compared with another and nothing loops over
-tokens.
+The common ends are found on cumulative byte lengths, so there is no loop over tokens and no
+comparison between them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNALIGNED = -2
 """Chunk id of a token that no chunk covers."""
 
 TEXTS_AT_ONCE = 16
-"""Texts for one call of ``align_batch``: many enough for numpy's cost a call, few enough for the processor's caches."""
+"""Texts for one call of ``align_batch``: enough to amortise numpy's cost per call, few enough for the CPU caches."""
 
 Chunks = tuple[np.ndarray, np.ndarray, int]
 """One text: chunk ids int32 of the student's tokens and of the teacher's, and the number of chunks."""
@@ -33,12 +33,12 @@ def align_batch(student_lens: Sequence[np.ndarray], teacher_lens: Sequence[np.nd
     """Chunk ids of both sides of texts from their tokens' byte lengths: a text's are [n_s] and [n_t] integers >= 0 with
     equal sums.
 
-    Returns, a text, ``(student_chunk int32 [n_s], teacher_chunk int32 [n_t], n_chunks)``: ids 0 .. n_chunks - 1, never
-    falling, every id on both sides; chunks tile both sides and end exactly at the common byte boundaries. A token of
-    length 0 joins the chunk that goes on at its place, or the last chunk at the very end. Where nothing is spelled, but
-    tokens exist, all of them are one chunk. ValueError with a text's sums where they differ.
+    Returns, per text, ``(student_chunk int32 [n_s], teacher_chunk int32 [n_t], n_chunks)``: ids 0 .. n_chunks - 1, non-
+    decreasing, every id on both sides; chunks tile both sides and end exactly at the common byte boundaries. A token of
+    length 0 joins the chunk around it, or the last chunk at the very end. If all tokens have length 0, they are one
+    chunk. ValueError with a text's sums where they differ.
 
-    The arrays of a side are views of one. ``TEXTS_AT_ONCE`` says how many texts make good use of a call.
+    The arrays of a side are views of one array. ``TEXTS_AT_ONCE`` texts per call are fastest.
     """
     assert len(student_lens) == len(teacher_lens), "a text has two sides"
     if not student_lens:
@@ -62,10 +62,10 @@ def align_batch(student_lens: Sequence[np.ndarray], teacher_lens: Sequence[np.nd
 
 
 def align(student_pieces: Sequence[bytes], teacher_pieces: Sequence[bytes]) -> np.ndarray:
-    """Align two lists of bytes, one item a token; int64 [C, 4] of (student start, student end, teacher start, teacher
+    """Align two lists of bytes, one item per token; int64 [C, 4] of (student start, student end, teacher start, teacher
     end).
 
-    The form for people and checks; data preparation works on ids and byte-length tables (``align_batch``). Rows tile
+    For people and checks; data preparation works on ids and byte-length tables (``align_batch``). Rows tile
     both lists in order. ValueError where the joined bytes differ.
     """
     student_bytes, teacher_bytes = b"".join(student_pieces), b"".join(teacher_pieces)

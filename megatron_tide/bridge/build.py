@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.bridge.artefact import MANIFEST, Bridge
+from megatron_tide.bridge.artifact import MANIFEST, Bridge
 from megatron_tide.bridge.tokenizer import TextTokenizer
 
 

@@ -1,8 +1,8 @@
-"""Which bytes a token spells: one table per tokenizer, so that a sequence's byte lengths are one numpy gather.
+"""The bytes of each token: one table per tokenizer, so that a sequence's byte lengths are one numpy gather.
 
-Two spellings of bytes as vocabulary strings are in use. Byte-level vocabularies (GPT-2 and its heirs) write every byte
-as one printable character; SentencePiece vocabularies write text with ``\u2581`` for the space and ``<0xE2>`` for a
-lone byte.
+Two spellings of bytes as vocabulary strings are in use. Byte-level vocabularies (GPT-2 and its successors) write every
+byte as one printable character; SentencePiece vocabularies write text with ``\u2581`` for the space and ``<0xE2>`` for
+a lone byte.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def is_byte_piece(token: str) -> bool:
 
 
 class ByteTable:
-    """Token id -> bytes, for V ids at once. None (a special, missing or unknown token) spells nothing: length 0."""
+    """Token id -> bytes, for V ids at once. None (a special, missing or unknown token) has length 0."""
 
     def __init__(self, spelled: Sequence[bytes | None]) -> None:
         self.known = np.array([piece is not None for piece in spelled], dtype=bool)
@@ -74,7 +74,7 @@ class ByteTable:
         return self._flat[start : start + int(self.length[token])].tobytes()
 
     def lengths(self, ids: np.ndarray) -> np.ndarray:
-        """int64 byte lengths, shape of ``ids``: the type that numpy accumulates and indexes without a conversion."""
+        """int64 byte lengths, shape of ``ids``: the type that numpy accumulates and indexes without conversion."""
         return self.length.take(ids)
 
     def encode_with_bytes(self, ids: np.ndarray) -> bytes:

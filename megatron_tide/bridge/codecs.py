@@ -1,7 +1,7 @@
-"""The two engines that turn text into ids: Hugging Face ``tokenizers`` and SentencePiece. One shape for both.
+"""Two tokenizer engines behind one interface: Hugging Face ``tokenizers`` and SentencePiece.
 
-Each has two ways in. ``encode`` takes ordinary text: a special token's string in it is spelled out like any other text.
-``encode_prompt`` takes text that a chat template rendered: there the same strings are the special tokens.
+``encode`` takes ordinary text: the string of a special token in it is encoded like any other text. ``encode_prompt``
+takes text that a chat template rendered: there the same strings become the special tokens.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import tokenizers
 from megatron_tide.bridge.byte_table import METASPACE, byte_level_bytes, metaspace_bytes
 
 # <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
-# call them special. Text that holds one must not be able to open a turn or to mask itself.
+# call them special. Text that contains one must not open a turn or become a mask.
 _MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _IMPOSSIBLE_SCORE = -1e9
 
 
 class Codec(Protocol):
-    """Text -> ids, and what each of the V ids is."""
+    """Text -> ids, and properties of each of the V ids."""
 
     strings: list[str | None]
     """[V] vocabulary strings, None for ids that do not exist."""
@@ -47,9 +47,9 @@ class Codec(Protocol):
 class FastCodec:
     """A ``tokenizers.Tokenizer`` (tokenizer.json): byte-level, or SentencePiece turned into that format.
 
-    ``named`` are strings with a role (mask, end of text, ...): special whatever the file says. ValueError for a kind of
-    tokenizer that does not keep the text's bytes (WordPiece, characters without byte fallback are refused or show as
-    uncovered text).
+    ``named`` are strings with a role (mask, end of text, ...): special even if the file does not mark them. ValueError
+    for a kind of tokenizer that does not keep the text's bytes (WordPiece, characters without byte fallback are refused
+    or show as uncovered text).
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, named: Iterable[str]) -> None:
@@ -135,13 +135,13 @@ class SentencePieceCodec:
 
 
 def sentencepiece_roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
-    """Role -> string, for the roles that a SentencePiece model itself gives out."""
+    """Role -> string, for the roles that a SentencePiece model defines itself."""
     ids = {"eos": processor.eos_id(), "pad": processor.pad_id(), "bos": processor.bos_id()}
     return {role: processor.id_to_piece(index) for role, index in ids.items() if index >= 0}
 
 
 def _scheme(spec: Mapping[str, Any]) -> Any:
-    """How this tokenizer.json writes bytes as strings, read off its decoder (or pre-tokenizer, where it has none)."""
+    """The way this tokenizer.json writes bytes as strings, according to its decoder (or pre-tokenizer, without one)."""
     kinds = set(_kinds(spec.get("decoder"))) | set(_kinds(spec.get("pre_tokenizer")))
     if "ByteLevel" in kinds:
         return byte_level_bytes

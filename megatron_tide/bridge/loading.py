@@ -36,18 +36,17 @@ _FILE_SUFFIXES = (".json", ".model", ".tiktoken")
 def load_tokenizer(
     path: str | Path, *, mask_token: str | None = None, trust_remote_code: bool = False
 ) -> TextTokenizer:
-    """Load a tokenizer from what ``path`` names.
+    """Load a tokenizer from ``path``.
 
     - a folder with ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``): as transformers' AutoTokenizer reads it;
     - a folder with ``tokenizer.model``, or a SentencePiece model file: as the sentencepiece library reads it, with
-      special tokens and chat template from ``tokenizer_config.json`` and ``chat_template.jinja`` beside it, where they
-      are;
+      special tokens and chat template from ``tokenizer_config.json`` and ``chat_template.jinja`` beside it, if present;
     - a ``*.tiktoken`` file, or a folder with one (see ``bridge.tiktoken``);
     - a model's name on the Hugging Face hub.
 
     ``mask_token`` names the mask token where the tokenizer's own files do not: a token of the vocabulary, or an id in
-    digits, which may lie beyond it (some models keep their mask there). Code from the tokenizer's folder runs with
-    ``trust_remote_code`` only. ValueError where nothing usable is found.
+    digits, which may lie beyond it (some models keep their mask there). Code from the tokenizer's folder runs only with
+    ``trust_remote_code``. ValueError where nothing usable is found.
     """
     place, asked = _locate(path, trust_remote_code), _Asked(str(path), mask_token, trust_remote_code)
     if place.is_dir():
@@ -73,7 +72,7 @@ class _Asked:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Libraries raise all kinds of errors, of many lines, for files they cannot read; the user gets one line."""
+    """Turns the libraries' errors for unreadable files into one line."""
     try:
         yield
     except Exception as error:
@@ -85,7 +84,7 @@ def _reading(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Transformers looks for a tokenizer's class in the model's config, and warns of a model that it does not know."""
+    """Silences transformers' warning about a model type it does not know, when it looks for a tokenizer class."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import numpy as np
 
-from megatron_tide.bridge.artefact import Aligned
+from megatron_tide.bridge.artifact import Aligned
 from megatron_tide.bridge.tokenizer import TextTokenizer
 from megatron_tide.cli import printable
 

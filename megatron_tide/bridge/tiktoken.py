@@ -1,9 +1,9 @@
-"""tiktoken-style files: one base64 token and its rank a line. Read into a Hugging Face byte-level BPE.
+"""tiktoken-style files: one base64 token and its rank per line, read into a Hugging Face byte-level BPE.
 
 Such a file holds ranks alone. How text is normalised and split, and which tokens are added, is known here for Qwen's
 file (recognised by its content); any other needs a settings file beside it, ``NAME.tiktoken.json``:
 ``{"pattern": "...", "normalizer": "NFC" or null, "added_tokens": ["<|im_end|>", ...], "eos_token": "...", ...}``;
-``plain_added_tokens`` are those that ordinary text may become.
+ordinary text may become ``plain_added_tokens``.
 """
 
 from __future__ import annotations

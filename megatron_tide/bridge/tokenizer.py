@@ -1,4 +1,4 @@
-"""One face for every tokenizer: ids, bytes per token, special ids, chat template, fingerprint."""
+"""One interface to every tokenizer: ids, bytes per token, special ids, chat template, fingerprint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Encoding:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSource:
-    """Where a tokenizer came from, and what stands beside its vocabulary: enough to load, save or describe it again."""
+    """A tokenizer's origin and the files beside its vocabulary: enough to load, save or describe it again."""
 
     name: str
     path: Path
@@ -71,7 +71,7 @@ class TextTokenizer:
 
     @property
     def name(self) -> str:
-        """What the user called it: a folder, a file or a hub name."""
+        """The name the user gave: a folder, a file or a hub name."""
         return self._source.name
 
     @property
@@ -111,7 +111,9 @@ class TextTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex of all that decides ids: vocabulary, merges or scores, normaliser, splitting, added tokens."""
+        """sha256 hex of everything that affects ids: vocabulary, merges or scores, normalizer, splitting, added
+        tokens.
+        """
         if self._fingerprint is None:
             content = {
                 "core": self._codec.core,
@@ -123,17 +125,19 @@ class TextTokenizer:
 
     @property
     def template_fingerprint(self) -> str | None:
-        """sha256 hex of the chat template, None without one: it decides a prompt's ids, not a response's."""
+        """sha256 hex of the chat template, None without one: it affects a prompt's ids, not a response's."""
         template = self._source.chat_template
         return None if template is None else hashlib.sha256(template.encode("utf-8")).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest keeps: name, fingerprint, vocab_size, ids of mask, eos and pad (None where lacking)."""
+        """The manifest entry: name, fingerprint, vocab_size, ids of mask, eos and pad (None if missing)."""
         ids = {f"{role}_id": index if (index := self._roles.get(role, -1)) >= 0 else None for role in ROLES}
         return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size, **ids}
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids int32 [n] of ordinary text; a special token's string in it is spelled out, and none is added."""
+        """Ids int32 [n] of ordinary text; a special token's string in it is encoded as text; no special token is
+        added.
+        """
         ids = np.array(self._codec.encode(_checked(text)), dtype=np.int32)
         if self._forbidden[ids].any():
             string = self._codec.strings[int(ids[self._forbidden[ids]][0])]
@@ -145,7 +149,7 @@ class TextTokenizer:
         return np.array(self._codec.encode_prompt(_checked(rendered)), dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
-        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD. Special tokens are left out, or shown as their
+        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD. Special tokens are omitted, or shown as their
         strings.
         """
         # Ids past the vocabulary exist in models (padded embeddings) and spell nothing.
@@ -175,7 +179,7 @@ class TextTokenizer:
         return lengths.astype(np.int32)
 
     def id_to_bytes(self, token: int) -> bytes | None:
-        """Bytes of one id, wherever it stands; None for special, unknown and missing ids."""
+        """Bytes of one id, independent of its position; None for special, unknown and missing ids."""
         return self._table.of(token) if 0 <= token < self.vocab_size else None
 
     def id_to_token(self, token: int) -> str | None:
@@ -189,7 +193,7 @@ class TextTokenizer:
         return ordinary
 
     def encode_with_bytes(self, text: str) -> Encoding:
-        """Encode ordinary text and say which bytes the tokens spell: equal to the text's unless it was normalised."""
+        """Encode ordinary text; the tokens' bytes equal the text's unless the tokenizer normalised it."""
         ids = self.encode(text)
         lengths, data = self._table.lengths(ids), self._table.encode_with_bytes(ids)
         prefixed = self._prefixes_always or (self._prefixes and not text.startswith(" "))
@@ -203,7 +207,7 @@ class TextTokenizer:
         return ~self._table.known[ids]
 
     def render(self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation in this tokenizer's chat template; ValueError without a template or where it refuses."""
+        """The conversation rendered by the chat template; ValueError without a template or where it refuses."""
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -74,5 +74,5 @@ def _question(row: Doc) -> Doc:
 
 
 def _plain(text: str) -> str:
-    """Drop WikiHow's markers such as [title], artefacts of how the data was collected."""
+    """Drop WikiHow's markers such as [title], artifacts of how the data was collected."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")

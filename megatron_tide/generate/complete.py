@@ -1,4 +1,4 @@
-"""Prompts in ids -> completions in text, in batches of like length."""
+"""Prompt ids -> completion text, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a chara
 
 @dataclass(frozen=True)
 class Completion:
-    """The answer to one prompt: its ids (the end of text included where it came), its text, and whether it came.
+    """The answer to one prompt: ids (with the end-of-text token, if reached), text, and ``finished``: whether it was
+    reached.
 
     ``prompt``: the prompt's ids, its mask tokens filled in. ``passes``: forward passes of the batch it was in.
     """
@@ -32,7 +33,7 @@ class Completion:
 
 
 def prompt_ids(tokenizer: TextTokenizer, messages: Iterable[dict[str, Any]]) -> np.ndarray:
-    """int32 [n]: a conversation as the model was trained on it, up to where its answer begins."""
+    """int32 [n]: a conversation in the training format, up to the start of the answer."""
     return tokenizer.encode_prompt(tokenizer.render(messages, add_generation_prompt=True))
 
 
@@ -81,9 +82,9 @@ def complete(
 
 @dataclass(frozen=True)
 class Moment:
-    """One answer after a pass: its ids up to the end of the block under way, and which of them are decided.
+    """The state of one answer after a pass: ids up to the end of the current block, and which of them are decided.
 
-    ``new_text``: what has become certain since the moment before; a block's text comes when the block is finished.
+    ``new_text``: text that became final since the previous state; a block's text comes when the block is finished.
     """
 
     ids: list[int]
@@ -94,7 +95,7 @@ class Moment:
 def stream(
     model: Any, tokenizer: TextTokenizer, prompt: np.ndarray | Sequence[int], *, seed: int = 0, **knobs: Any
 ) -> Iterator[Moment]:
-    """Answer one prompt, moment by moment: the ``new_text`` of all of them is the text that ``complete`` returns.
+    """Answer one prompt pass by pass: all ``new_text`` joined is the text that ``complete`` returns.
 
     Raises:
         ValueError: an empty prompt or a wrong knob.

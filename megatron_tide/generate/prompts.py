@@ -1,4 +1,4 @@
-"""Where prompts come from: the command line, a text or JSONL file, prepared data; and answers with holes to fill in."""
+"""Prompts from the command line, a text or JSONL file or prepared data; and answers with holes to fill."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HOLE = re.compile(r"<mask:(\d+)>")
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids`` for the model; ``shown``: the same for people; ``reference``: the answer on record, if there is one.
+    """``ids`` for the model; ``shown``: the same as text; ``reference``: the recorded answer, if there is one.
 
-    ``begun``: how many of the last ids belong to the answer already, masks to fill in among them.
+    ``begun``: number of trailing ids that belong to the answer already, including masks to fill.
     """
 
     ids: np.ndarray
@@ -33,13 +33,13 @@ class Prompt:
     begun: int = 0
 
     def answer(self, tokenizer: TextTokenizer, completion: Completion) -> str:
-        """The whole answer: what was begun, filled in, and what was written behind it."""
+        """The full answer: the partial answer with its holes filled, and the text after it."""
         begun = completion.prompt[len(completion.prompt) - self.begun :]
         return tokenizer.decode([*begun, *completion.ids])
 
 
 def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> Prompt:
-    """A conversation up to its last assistant turn (which is the reference), or all of it where it ends otherwise."""
+    """A conversation up to its last assistant turn (the reference), or all of it if it does not end with one."""
     reference = None
     if messages and messages[-1]["role"] == ASSISTANT:
         messages, reference = messages[:-1], messages[-1]["content"]
@@ -49,15 +49,15 @@ def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> P
 
 
 def from_text(tokenizer: TextTokenizer, text: str, system: str | None = None) -> Prompt:
-    """One user message, after a system message where one is given."""
+    """One user message, after an optional system message."""
     before = [{"role": "system", "content": system}] if system else []
     return from_messages(tokenizer, [*before, {"role": "user", "content": text}])
 
 
 def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
-    """``prompt`` with the answer begun: in ``answer``, ``<mask:N>`` stands for N tokens to fill in.
+    """``prompt`` followed by a partial answer: in ``answer``, ``<mask:N>`` stands for N tokens to fill in.
 
-    A hole sees the text before it and the rest of its own block, as everything a block model writes does.
+    A hole sees the text before it and the rest of its own block, like all text of a block model.
 
     Raises:
         ValueError: no hole, or an empty one.
@@ -73,7 +73,7 @@ def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
 
 
 def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
-    """JSONL: an object a line with ``messages`` (chat format) or ``prompt`` (text); the first ``limit`` (0: all).
+    """JSONL: one object per line with ``messages`` (chat format) or ``prompt`` (text); the first ``limit`` (0: all).
 
     Raises:
         ValueError: naming file and line.
@@ -97,7 +97,7 @@ def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prom
 
 
 def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
-    """Prompts of prepared data's student half, spread evenly over it; the recorded response is the reference.
+    """Prompts of prepared data's student half, evenly spaced; the recorded response is the reference.
 
     Raises:
         ValueError: when the data was prepared with another tokenizer.

@@ -1,4 +1,4 @@
-"""A chat in the terminal: the block under way on one line, where its masks can be seen resolving."""
+"""A chat in the terminal; the current block is shown on one line while its masks resolve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HELP = "an empty line ends the chat; /new forgets what was said"
 
 
 class LiveText:
-    """Prints text as it becomes certain, and on a terminal, behind it, the block that is being decided."""
+    """Prints text as it becomes final and, on a terminal, the block being decided after it."""
 
     def __init__(self, tokenizer: TextTokenizer, out: TextIO) -> None:
         self._tokenizer, self._out, self._live = tokenizer, out, out.isatty()
@@ -36,7 +36,7 @@ class LiveText:
         self._out.write((_CLEAR_LINE + self._line if self._live else "") + "\n")
 
     def under_way(self, moment: Moment) -> str:
-        """What the moment knows behind its certain text: decided tokens as text on one line, others as ``MASKED``."""
+        """The text after the final part: decided tokens as text on one line, others as ``MASKED``."""
         first = moment.decided.index(False) if False in moment.decided else len(moment.ids)
         shown = ""
         for token, decided in zip(moment.ids[first:], moment.decided[first:]):

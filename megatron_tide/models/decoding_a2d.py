@@ -157,7 +157,7 @@ class BlockDecoder:
         if not prompts:
             raise ValueError("generate: no prompt; give at least one")
         if len(seeds) != len(prompts):
-            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one a prompt")
+            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one per prompt")
         self.model, self.rule, self.passes, self.end = model, rule, 0, 0
         self.device = model.head_weight.device
         block, count = rule.block_size, len(prompts)

@@ -1,7 +1,6 @@
 """The mixture-of-experts block of LLaDA2: a sigmoid router limited to groups, stacked experts, grouped matmul.
 
-Nothing here depends on the data but values: no loop over experts, no host sync, the same kernels whichever experts
-are hit.
+Only values depend on the data: no loop over experts, no host synchronisation, the same kernels for any routing.
 
 Shapes: T tokens, E experts, G groups, K experts per token, H hidden size, I expert width.
 """
@@ -16,7 +15,7 @@ from torch.nn.functional import grouped_mm, linear, silu
 
 
 class Router(nn.Module):
-    """Which K experts each token goes to and with what weight; all of it in fp32.
+    """The K experts of each token and their weights; all in fp32.
 
     Scores are sigmoids. Selection adds ``expert_bias`` to them, keeps the ``groups_kept`` groups whose two best
     experts sum highest, and takes the K best experts of those. Weights are the unbiased scores, normalised to 1 (a

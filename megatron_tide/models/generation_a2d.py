@@ -62,7 +62,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
 
 def _stream(decoder: BlockDecoder, streamer: Any) -> None:
-    """Run to the end; hand the prompt and each finished block's new tokens to ``streamer`` (None: to nobody)."""
+    """Run to the end; hand the prompt and each finished block's new tokens to ``streamer`` (None: nowhere)."""
     told = 0
     if streamer is not None:
         streamer.put(decoder.prompts()[0].cpu())
@@ -77,7 +77,7 @@ def _stream(decoder: BlockDecoder, streamer: Any) -> None:
 
 
 def decoding_rule(model: Any, defaults: Any, knobs: dict[str, Any]) -> DecodingRule:
-    """The rule that ``knobs`` ask for, completed from ``defaults`` (a generation config) and the model's config."""
+    """The rule of the options ``knobs``, completed from ``defaults`` (a generation config) and the model's config."""
     known = set(DecodingRule.__dataclass_fields__) | {"eos_token_id", "do_sample", "steps"}
     unknown = sorted(set(knobs) - known)
     if unknown:

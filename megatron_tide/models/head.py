@@ -1,8 +1,8 @@
-"""The output head on the rows that a loss asks for, a piece of their logits at a time.
+"""The output head on the scored positions, one slice of logits at a time.
 
 A loss over a vocabulary V needs few numbers per row: the gold token's log-probability, a divergence. So logits exist
-for one piece only, in fp32, in the forward pass without a graph, and again in the backward pass, where each piece's
-gradient is made and used up at once. No [B, S, V] tensor exists, and memory does not grow with the number of rows.
+for one slice only, in fp32, in the forward pass without a graph, and again in the backward pass, where each slice's
+gradient is computed and used at once. No [B, S, V] tensor exists, and memory does not grow with the number of rows.
 
 :func:`score_rows` takes any function of complete rows, so it works on slices of rows. :func:`target_logprobs` needs no
 complete row: it works on slices of the vocabulary, with a running log-sum-exp; each row of the weight's
@@ -11,13 +11,12 @@ gradient is then one matmul over all rows, written once.
 Precision: hidden rows and weight are multiplied in their own type and the result converted to fp32 (fp64 stays fp64);
 the gradient of the logits is rounded to the weight's type before the two products of the backward pass. The weight's
 gradient is ONE buffer of the weight's type. In :func:`target_logprobs` every number of it is rounded once; in
-:func:`score_rows` chunks are added up in it, so bf16 takes one rounding per chunk, as gradient accumulation over
+:func:`score_rows` slices are added up in it, so bf16 takes one rounding per slice, as gradient accumulation over
 micro-batches does.
 
-No rows (M = 0) is a case like any other: empty results, and gradients that are zeros and exist, so that every rank
-has them.
+No rows (M = 0) gives empty results, and gradients that exist and are zero, so that every rank has them.
 
-Shapes: M rows, m rows of a chunk, H hidden size, V vocabulary, v a slice of it.
+Shapes: M rows, m rows of a slice, H hidden size, V vocabulary, v a slice of it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def rows_per_slice(vocab_size: int, logit_bytes: int = LOGIT_BYTES) -> int:
 
 
 def target_logprobs(hidden_MH: Tensor, weight_VH: Tensor, targets_M: Tensor, slice_rows: int | None = None) -> Tensor:
-    """log softmax(hidden W^T) at the gold token: [M], fp32.
+    """log softmax(hidden W^T) at the target token: [M], fp32.
 
     ``targets_M`` int64. Differentiable in hidden and weight. Logits take at most the memory of ``slice_rows`` complete
     rows; None means :data:`LOGIT_BYTES`.
@@ -54,10 +53,10 @@ def target_logprobs(hidden_MH: Tensor, weight_VH: Tensor, targets_M: Tensor, sli
 def score_rows(
     fn: RowFn, hidden_MH: Tensor, weight_VH: Tensor, row_args: tuple[Tensor, ...], slice_rows: int | None = None
 ) -> tuple[Tensor, ...]:
-    """``fn(logits [m, V] fp32, *args)`` over chunks of rows, joined: a tuple of [M] tensors.
+    """``fn(logits [m, V] fp32, *args)`` over slices of rows, joined: a tuple of [M] tensors.
 
     ``row_args`` are tensors [M, ...], sliced along with the rows; ``fn`` returns a tuple of [m] tensors, must treat
-    every row on its own, and must bear m = 0. Gradients flow through the logits into hidden and weight, not into
+    rows independently, and must accept m = 0. Gradients flow through the logits into hidden and weight, not into
     ``row_args`` nor into what ``fn`` closes over. ``fn`` runs again in the backward pass, so it must be a pure
     function.
     """
@@ -68,14 +67,14 @@ def score_rows(
 
 
 def _pieces(total: int, most: int) -> list[slice]:
-    """As few equal pieces as hold at most ``most`` each; of nothing, one empty piece."""
+    """The smallest number of equal slices with at most ``most`` each; one empty slice for 0."""
     count = max(1, -(-total // most))
     size = -(-total // count)
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), max(size, 1))]
 
 
 class _Logits:
-    """Logits of one piece at a time, all in the same memory: a result is valid until the next call.
+    """Logits of one slice at a time, all in the same memory: a result is valid until the next call.
 
     Where memory is paged in on first touch (any CPU), fresh memory costs as much as a good part of its matmul.
     """
@@ -95,7 +94,9 @@ class _Logits:
 
 
 class _Gradients:
-    """The two products of a linear head's backward pass, filled chunk by chunk; a gradient nobody needs is not made."""
+    """The two products of a linear head's backward pass, filled slice by slice; gradients that are not needed are not
+    computed.
+    """
 
     def __init__(self, hidden_MH: Tensor, weight_VH: Tensor, need_hidden: bool, need_weight: bool) -> None:
         self.inputs = hidden_MH, weight_VH
@@ -115,7 +116,7 @@ class _Gradients:
 
 
 class _TargetLogprobs(torch.autograd.Function):
-    """Hand-written: one slice is turned in place from logits to gradient, with nothing beside it.
+    """Hand-written: a slice turns in place from logits to gradient, without another buffer.
 
     The forward pass leaves the last slice's exponentials where they are, and the backward pass begins with them: one
     slice is not computed again, and where the whole vocabulary is one slice, none is.
@@ -166,14 +167,14 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _within(targets_M: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each gold token lies in a slice of the vocabulary, and a place in the slice: its own, or any."""
+    """Whether each target lies in a slice of the vocabulary, and its index there (any index where it does not)."""
     place_M = targets_M - columns.start
     size = columns.stop - columns.start
     return (place_M >= 0) & (place_M < size), place_M.clamp(0, size - 1)
 
 
 class _ScoreRows(torch.autograd.Function):
-    """The general case: the gradient of the logits is autograd's own, through ``fn`` alone, one chunk at a time."""
+    """The general case: the gradient of the logits is autograd's own, through ``fn`` alone, one slice at a time."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Hidden states of the rows that a loss asks for."""
+"""Hidden states at the scored positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def masked_hidden_states(model: Any, inputs: ModelInput) -> Tensor:
     """The rows ``inputs.rows`` of the model's normed hidden states: [M, H], in their order; differentiable.
 
-    ``inputs``: ids and positions [N, L], an attention pattern, and flat row indices into N * L. Attention is a bool
+    ``inputs``: ids and positions [N, L], an attention mask, and flat indices into N * L. Attention is a bool
     mask on CPU (whose flex_attention has no backward pass) and a FlexAttention block mask on CUDA.
     """
     attention = inputs.attention

@@ -1,4 +1,4 @@
-"""The bridge: alignment of whole texts, the vocabulary map, sharing, the artefact and what it refuses."""
+"""The bridge: alignment of whole texts, the vocabulary map, sharing, the artifact and what it refuses."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def test_coverage_floor(tmp_path: Path, tokenizers: Mapping[str, TextTokenizer])
         bridge.require_coverage(0.98)
 
 
-def test_artefact_comes_back_whole(tmp_path: Path, tokenizers: Mapping[str, TextTokenizer], bridge: Bridge) -> None:
+def test_artifact_comes_back_whole(tmp_path: Path, tokenizers: Mapping[str, TextTokenizer], bridge: Bridge) -> None:
     bridge.save(tmp_path)
     loaded = Bridge.load(tmp_path)
     assert loaded.manifest == bridge.manifest

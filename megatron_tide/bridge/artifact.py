@@ -1,8 +1,8 @@
-"""The bridge: all that is known about a pair of tokenizers, what turns text into chunks, and its artefact on disk.
+"""The bridge between two tokenizers: vocabulary map, text -> chunks, and its folder on disk.
 
 A folder with ``manifest.json`` (fingerprints of both tokenizers, special ids, shared prefix, coverage on a sample) and
 ``vocab_map.safetensors`` (``student_ids``, ``teacher_ids`` int64 [K]: pairs of ids that spell the same bytes). Both are
-covered by checksums; the manifest is written last, so a folder with one is whole.
+covered by checksums; the manifest is written last: a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DECIDES = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A text's tokens on both sides, not aligned yet."""
+    """One text's tokens on both sides, not aligned yet."""
 
     text: str
     student: Encoding
@@ -43,15 +43,15 @@ class EncodedPair:
 
     @classmethod
     def of(cls, student: TextTokenizer, teacher: TextTokenizer, text: str) -> EncodedPair:
-        """Tokenise ``text``, ordinary text without special tokens; ValueError where a tokenizer refuses it."""
+        """Tokenize ``text``, ordinary text without special tokens; ValueError where a tokenizer refuses it."""
         return cls(text, student.encode_with_bytes(text), teacher.encode_with_bytes(text))
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """One text on both sides. Chunk ids per token: 0 .. n_chunks - 1, or -2 where no chunk covers the token.
+    """One text on both sides. Chunk ids per token: 0 .. n_chunks - 1, or UNALIGNED (-2) for a token in no chunk.
 
-    ``total_bytes`` is what there was to cover, ``covered_bytes`` what lies in chunks.
+    ``total_bytes``: bytes of the text; ``covered_bytes``: bytes that lie in chunks.
     """
 
     student_ids: np.ndarray
@@ -69,8 +69,8 @@ class Aligned:
 
 
 class Bridge:
-    """Two tokenizers' common ground. Make one with ``build`` or ``load``; the latter needs ``check`` before
-    it aligns.
+    """A pair of tokenizers and what they share. Create it with ``build`` or ``load``; after ``load``, call
+    ``check`` before aligning.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class Bridge:
         *,
         request: Mapping[str, Any] | None = None,
     ) -> Bridge:
-        """Compare the vocabularies id by id, and measure coverage on ``texts``, samples of what will be distilled on.
+        """Compare the vocabularies id by id, and measure coverage on ``texts``, samples of the distillation data.
 
-        ``request`` is kept in the manifest: what a later run compares to see that the artefact is the one it wants.
+        ``request`` is stored in the manifest; a later run compares it to see whether it can reuse this bridge.
         ValueError for a sample without text.
         """
         prefix, whole = shared_prefix(student, teacher)
@@ -116,7 +116,7 @@ class Bridge:
 
     @classmethod
     def load(cls, folder: str | Path) -> Bridge:
-        """Read an artefact, verifying its checksums; ValueError for a missing, altered or foreign one."""
+        """Read a bridge folder and verify its checksums; ValueError for a missing, altered or foreign one."""
         folder = Path(folder)
         hint = "build the bridge again with --fresh"
         try:
@@ -130,13 +130,13 @@ class Bridge:
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the bridge is damaged ({type(error).__name__}: {error}); {hint}") from error
+            raise ValueError(f"{folder}: the bridge is corrupt ({type(error).__name__}: {error}); {hint}") from error
         if not intact:
             raise ValueError(f"{folder}: the bridge's checksums do not match its content; {hint}")
         return cls(manifest, student_ids, teacher_ids)
 
     def save(self, folder: str | Path) -> None:
-        """Write the artefact, the manifest last; each file appears whole or not at all."""
+        """Write the folder, the manifest last; each file is written atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"manifest": self.manifest, "sha256": fingerprint_of(self.manifest)}
@@ -150,9 +150,7 @@ class Bridge:
             self._compare(side, tokenizer, {"fingerprint": tokenizer.fingerprint})
 
     def check(self, student: TextTokenizer, teacher: TextTokenizer) -> Bridge:
-        """Refuse (ValueError) other tokenizers than those it was built for, or with other special tokens; it
-        aligns with them from then on.
-        """
+        """Attach the two tokenizers; ValueError for other tokenizers than those of the bridge, or other special ids."""
         self.check_vocabularies(student, teacher)
         for side, tokenizer in zip(_SIDES, (student, teacher)):
             described = tokenizer.describe()
@@ -171,7 +169,7 @@ class Bridge:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex of all that decides an alignment; the sample and the tokenizers' names do not count."""
+        """sha256 hex of everything that affects an alignment; the sample and the tokenizers' names do not."""
         return self.manifest["fingerprint"]
 
     @property
@@ -200,11 +198,11 @@ class Bridge:
             )
 
     def encode_with_bytes(self, text: str) -> EncodedPair:
-        """Tokenise ``text`` on both sides: ordinary text, no special tokens. ValueError where a side refuses it."""
+        """Tokenize ``text`` on both sides: ordinary text, no special tokens. ValueError where a side refuses it."""
         return EncodedPair.of(*self._checked(), text)
 
     def align(self, encodings: Sequence[EncodedPair]) -> list[Aligned]:
-        """Align texts, in order; a call costs least a text with TEXTS_AT_ONCE of them.
+        """Align texts, in order; fastest with TEXTS_AT_ONCE texts per call.
 
         Where the two sides spell different bytes (one normalises, or has no token for a character), chunks cover the
         longest common beginning and end. A shared tokenizer's tokens are one chunk each.
