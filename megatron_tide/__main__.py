@@ -14,8 +14,10 @@ COMMANDS = {
     "corpus": "commands.corpus",
     "train-tokenizers": "commands.train_tokenizers",
     "init-model": "commands.init_model",
+    "sample": "commands.sample",
     "bridge": "commands.bridge",
     "inspect": "commands.inspect",
+    "prepare": "commands.prepare",
     "build-ops": "commands.build_ops",
     "plan": "commands.plan",
     "distill": "distill",
@@ -38,7 +40,7 @@ def command(name: str) -> ModuleType:
     return importlib.import_module(f"megatron_tide.{COMMANDS[name]}")
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     """Run the command that the first word names; without one, list the commands."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:20}{(command(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]

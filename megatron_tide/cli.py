@@ -145,10 +145,9 @@ def parse(command: Any, argv: Sequence[str], prog: str = PROGRAM) -> Any:
     return build(command.Args, {**between, **values})
 
 
-def call(command: Any, argv: Sequence[str], prog: str) -> int | None:
+def call(command: Any, argv: Sequence[str], prog: str) -> int:
     """Run a command's module; its exit status."""
-    status: int | None = command.run(parse(command, argv, prog))
-    return status
+    return command.run(parse(command, argv, prog)) or 0
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:

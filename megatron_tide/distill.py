@@ -77,7 +77,7 @@ def train(config: DistillConfig, world: Any) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     return cli.call(sys.modules[__name__], argv, f"{cli.PROGRAM}.distill")
 
 

@@ -186,9 +186,9 @@ release() {
   hosting
   local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
 
-  stage sample "$PYTHON" -m megatron_tide.data.sample --data "$DATA" --out "$run/sample.jsonl"
+  stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
   stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
-  stage data "$PYTHON" -m megatron_tide.data.prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
+  stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
     --strategy "$STRATEGY" ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} "$@"

@@ -39,7 +39,7 @@ stage tokenizers "$PYTHON" -m megatron_tide train-tokenizers --data "$run/corpus
   --student-out "$run/tokenizers/student" --teacher-out "$run/tokenizers/teacher"
 tokenizers=(--student "$run/tokenizers/student" --teacher "$run/tokenizers/teacher")
 stage bridge "$PYTHON" -m megatron_tide bridge "${tokenizers[@]}" --sample "$run/corpus.jsonl" --out "$run/bridge"
-stage data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus.jsonl" "${tokenizers[@]}" --bridge "$run/bridge" \
+stage data "$PYTHON" -m megatron_tide prepare --data "$run/corpus.jsonl" "${tokenizers[@]}" --bridge "$run/bridge" \
   --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
 
 proof=("$PYTHON" recipes/fullsize/prove.py "$run" --teacher-shape "$TEACHER_SHAPE" --student-shape "$STUDENT_SHAPE"

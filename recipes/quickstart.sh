@@ -39,7 +39,7 @@ pretrain() {
   local who=$1 corpus=$2 steps=$3 lr=$4
   stage "$who-init" "$PYTHON" -m megatron_tide init-model --config "recipes/quickstart/$who.json" \
     --tokenizer "$run/tokenizers/$who" --seed "$SEED" --out "$run/init/$who" --fresh
-  stage "$who-data" "$PYTHON" -m megatron_tide.data.prepare --data "$corpus" --student "$run/tokenizers/$who" \
+  stage "$who-data" "$PYTHON" -m megatron_tide prepare --data "$corpus" --student "$run/tokenizers/$who" \
     --student-length "$STUDENT_LENGTH" --out "$run/$who-data"
   distil "$run/$who-pretraining" --student "$run/init/$who" --data "$run/$who-data" --strategy bd3lm "${common[@]}" \
     --max-steps "$steps" --lr "$lr"
@@ -65,7 +65,7 @@ distil "$run/tide-bridge" "${both[@]}" --strategy tide-bridge
 
 stage completions "$PYTHON" -m megatron_tide generate "$run/hf" --file "$run/corpus/test.jsonl" --limit 3 --max-new-tokens 96 \
   --json "$run/completions.jsonl"
-stage test-data "$PYTHON" -m megatron_tide.data.prepare --data "$run/corpus/test.jsonl" --student "$STUDENT" \
+stage test-data "$PYTHON" -m megatron_tide prepare --data "$run/corpus/test.jsonl" --student "$STUDENT" \
   --teacher "$TEACHER" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \
   --out "$run/test-data"
 stage scores "$PYTHON" tools/evaluate.py --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \

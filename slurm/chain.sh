@@ -25,7 +25,7 @@ name=${1:-} JOBS=()
 shift
 flags=("$@")
 [[ ${DRY_RUN:-0} == 1 ]] || command -v sbatch >/dev/null || fail "sbatch not found: run this where jobs are submitted"
-[[ -z ${EVAL_DATA:-} || -d ${EVAL_DATA:-} ]] || fail "EVAL_DATA=$EVAL_DATA: no such folder; make it with megatron_tide.data.prepare"
+[[ -z ${EVAL_DATA:-} || -d ${EVAL_DATA:-} ]] || fail "EVAL_DATA=$EVAL_DATA: no such folder; make it with the prepare command"
 if [[ -n ${ONLY:-} ]]; then fail "ONLY=\"$ONLY\" is what this script sets; for some stages alone: ONLY=... sbatch slurm/$name.sh"; fi
 
 # A chain that could not be submitted whole leaves no job behind.

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli, distill
-from megatron_tide.data import prepare
 from megatron_tide.training_checkpoint import CHECKSUMS, STATE, newest_complete
 from tests.support.chain import Chain
 from tests.support.commands import command
@@ -81,7 +80,7 @@ def evaluating(good: Good) -> list[str]:
     return ["--data", str(good.root / "data"), "--student", str(good.root / "student")]
 
 
-RUN, PREPARE, BRIDGE = (distill.main, dry_run), (prepare.main, preparing), (command("bridge"), building)
+RUN, PREPARE, BRIDGE = (distill.main, dry_run), (command("prepare"), preparing), (command("bridge"), building)
 CONVERT, PLAN, EVALUATE = (
     (command("convert"), converting),
     (command("plan"), planning),

@@ -9,24 +9,19 @@ and ends with the same bytes as one that was never touched. No process group, no
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tide import cli
-from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.data.build import UNREADABLE, PrepareJob, build_missing, finished
-from megatron_tide.data.encode import NO_ASSISTANT, Encoder, TokenizerSettings
+from megatron_tide.data.encode import NO_ASSISTANT, Encoder
 from megatron_tide.data.prepared import FORMAT, MANIFEST
 from megatron_tide.data.shard import SIDES, read_shard
-from megatron_tide.data.sources import Mixture, check_unreadable, open_mixture
+from megatron_tide.data.sources import Mixture, check_unreadable
 from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file, sweep, write_json
 
 SETTINGS = "settings.json"
@@ -39,7 +34,7 @@ configs:
 ---
 # Prepared data
 
-Samples for block diffusion training with megatron_tide, made by `python -m megatron_tide.data.prepare`: tokens of the
+Samples for block diffusion training with megatron_tide, made by `python -m megatron_tide prepare`: tokens of the
 student and, in data for distillation, of the teacher, with the chunk that each token belongs to.
 `datasets.load_dataset` reads this folder. `megatron_tide/data/shard.py` describes the columns; `manifest.json` holds
 tokenizers, counts and hashes.
@@ -178,91 +173,18 @@ def _check_outcome(job: PrepareJob, manifest: dict[str, Any], coverage_floor: fl
     if coverage is not None and coverage < coverage_floor:
         raise ValueError(
             f"{job.out}: the bridge covers {coverage:.4f} of the response bytes, less than --coverage-floor "
-            f"{coverage_floor}: the tokenizers spell different bytes; look with tools/inspect_bridge.py"
+            f"{coverage_floor}: the tokenizers spell different bytes; the inspect command shows where"
         )
 
 
-def main(argv: list[str]) -> int:
-    """The command line; see ``--help``."""
-    arguments = _parser().parse_args(argv)
-    for name in ("workers", "shard_rows", "limit"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; it must be at least 1")
-    encoder = _encoder(arguments)
-    mixture = open_mixture(arguments.data)
-    settings = settings_of(mixture, encoder, arguments.shard_rows, arguments.limit)
-    job = PrepareJob(
-        mixture=mixture.limited(arguments.limit),
-        encoder=encoder,
-        shard_rows=arguments.shard_rows,
-        out=arguments.out,
-        settings=settings,
-    )
-    manifest = prepare(job, workers=arguments.workers, coverage_floor=arguments.coverage_floor, fresh=arguments.fresh)
-    _report(job, manifest)
-    return 0
-
-
-def _encoder(arguments: argparse.Namespace) -> Encoder:
-    if (arguments.teacher is None) != (arguments.bridge is None):
-        raise ValueError("--teacher and --bridge go together; without both the data are for training the student alone")
-    trust = arguments.trust_remote_code
-    student = load_tokenizer(arguments.student, mask_token=arguments.student_mask, trust_remote_code=trust)
-    side = TokenizerSettings(tokenizer=student, length=arguments.student_length, block=arguments.student_block)
-    if arguments.teacher is None:
-        return Encoder(student=side)
-    teacher = load_tokenizer(arguments.teacher, mask_token=arguments.teacher_mask, trust_remote_code=trust)
-    other = TokenizerSettings(tokenizer=teacher, length=arguments.teacher_length, block=arguments.teacher_block)
-    bridge = Bridge.load(arguments.bridge)
-    bridge.check(student, teacher)
-    return Encoder(student=side, teacher=other, bridge=bridge)
-
-
-def _report(job: PrepareJob, manifest: dict[str, Any]) -> None:
+def summary(job: PrepareJob, manifest: dict[str, Any]) -> str:
+    """What became of the rows; the first unreadable ones, a line each."""
     counts = manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items())) or "none"
     coverage = "" if manifest["coverage"] is None else f", {manifest['coverage']:.4%} of the bytes in chunks"
-    print(
+    lines = [
         f"prepared {counts['kept']:,} of {counts['read']:,} rows in {job.out} ({counts['truncated']:,} cut{coverage}; "
-        f"dropped: {dropped})",
-        file=sys.stderr,
-    )
-    for position in manifest["unreadable"][:_SHOWN]:
-        print(f"left out: {job.mixture.error(position)}", file=sys.stderr)
-
-
-def _processors() -> int:
-    """The cores that this process may use: on a cluster fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_tide.data.prepare",
-        description="Tokenise conversations for student and teacher, align them, and store them for training. Run it "
-        "again after an interruption: finished shards are kept, and the result is the same to the byte.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="DATA", help="mixture .json, .jsonl, .parquet, folder or hub name")
-    add("--student", required=True, metavar="TOK", help="the student's tokenizer: folder, hub name or file")
-    add("--teacher", metavar="TOK", help="the teacher's; without it the data train the student alone")
-    add("--bridge", type=Path, metavar="DIR", help="made by python -m megatron_tide.bridge; goes with --teacher")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--student-length", type=int, default=512, help="longest student sequence; longer responses lose whole chunks")
-    add("--teacher-length", type=int, default=1024, help="longest teacher sequence")
-    add("--student-block", type=int, default=32, help="responses are filled with EOS up to a multiple of this")
-    add("--teacher-block", type=int, default=32, help="the same for the teacher")
-    add("--student-mask", metavar="STR", help="where the student's tokenizer names no mask: token or id")
-    add("--teacher-mask", metavar="STR", help="where the teacher's tokenizer names no mask: token or id")
-    add("--trust-remote-code", action="store_true", help="run Python code that a tokenizer folder brings along")
-    add("--workers", type=int, default=_processors(), help="processes")
-    add("--shard-rows", type=int, default=1024, help="rows read per shard: what an interruption can cost a worker")
-    add("--limit", type=int, metavar="N", help="only N rows, chosen over the whole mixture")
-    add("--coverage-floor", type=float, default=0.98, help="stop if fewer of the response bytes lie in chunks")
-    add("--fresh", action="store_true", help="start over, also where the folder was prepared with other settings")
-    return parser
-
-
-if __name__ == "__main__":
-    cli.run(main)
+        f"dropped: {dropped})"
+    ]
+    lines += [f"left out: {job.mixture.error(position)}" for position in manifest["unreadable"][:_SHOWN]]
+    return "\n".join(lines)

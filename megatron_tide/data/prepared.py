@@ -22,7 +22,7 @@ from megatron_tide.files import fingerprint, read_json, sha256_file
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1: shards were safetensors files
 _OPEN_SHARDS = 64  # a map holds a file descriptor, and users have as few as 1,024 of them
-_AGAIN = "prepare the data again (python -m megatron_tide.data.prepare ...; finished shards are kept)"
+_AGAIN = "prepare the data again (python -m megatron_tide prepare ...; finished shards are kept)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class PreparedData:
         sha256 of each shard, token ids below the vocabulary, chunk ids below the sample's count."""
         folder = Path(folder)
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder of prepared data; make it with megatron_tide.data.prepare")
+            raise ValueError(f"{folder}: no such folder of prepared data; `python -m megatron_tide prepare` makes one")
         manifest = _read_manifest(folder)
         parts = []
         for number, entry in enumerate(manifest["shards"]):
@@ -138,9 +138,9 @@ def _side(arrays: Mapping[str, Array], name: str, row: int) -> TokenizedSample:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    manifest = read_json(path, "the folder is not (or not completely) prepared: run megatron_tide.data.prepare")
+    manifest = read_json(path, "the folder is not (or not completely) prepared: run `python -m megatron_tide prepare`")
     if manifest.get("format") == 1:
-        raise ValueError(f"{path}: prepared by an older version; run megatron_tide.data.prepare again with --fresh")
+        raise ValueError(f"{path}: prepared by an older version; run the prepare command again with --fresh")
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}")
     stated = manifest.get("fingerprint")

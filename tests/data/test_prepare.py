@@ -20,14 +20,15 @@ import pytest
 from megatron_tide.data import PreparedData, prepare
 from megatron_tide.data.build import PrepareJob, build_shard
 from megatron_tide.data.encode import Encoded
-from megatron_tide.data.prepare import main
 from megatron_tide.data.shard import shard_name
 from tests.data.conftest import Pair, conversation, encode, write_jsonl
+from tests.support.commands import command
 from tests.support.disk import small_disk
 
 Chats = Callable[[int], Path]
 LENGTHS = ["--student-length", "64", "--teacher-length", "128", "--student-block", "8", "--teacher-block", "16"]
-RUN = [sys.executable, "-m", "megatron_tide.data.prepare"]
+main = command("prepare")
+RUN = [sys.executable, "-m", "megatron_tide", "prepare"]
 
 
 def _flags(pair: Pair, data: Path, out: Path, *more: str) -> list[str]:
@@ -327,8 +328,8 @@ MISTAKES = [
     (["--bridge", "gone"], r"gone: holds no bridge"),
     (["--student-length", "60"], r"length 60 is no multiple of block 8.*take 56"),
     (["--student-mask", "<no such>"], r"<no such>"),
-    (["--workers", "0"], r"--workers is 0; it must be at least 1"),
-    (["--limit", "0"], r"--limit is 0"),
+    (["--workers", "0"], r"--workers 0: must be at least 1"),
+    (["--limit", "0"], r"--limit 0: must be at least 1"),
     (["--swap"], r"is not the student tokenizer this bridge was built for"),
 ]
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.bridge.samples import read_samples
-from megatron_tide.data.sample import main
 from tests.data.conftest import conversation, write_jsonl
+from tests.support.commands import command
+
+main = command("sample")
 
 
 def test_a_sample_holds_whole_conversations_of_every_source(tmp_path: Path) -> None:
@@ -35,7 +37,9 @@ def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize(("flags", "words"), [(["--limit", "0"], "--limit is 0"), (["--out", "x.json"], "must end in")])
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--limit", "0"], "--limit 0: must be at least 1"), (["--out", "x.json"], "must end in")]
+)
 def test_mistakes_are_refused(tmp_path: Path, flags: list[str], words: str) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"messages": conversation(1)}])
     with pytest.raises(ValueError, match=words):

@@ -51,15 +51,16 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
 @pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh"])
 def test_every_command_is_understood(recipe):
     from megatron_tide import cli, distill
-    from megatron_tide.data.prepare import _parser
+    from megatron_tide.__main__ import command
     from megatron_tide.report.footprint import arguments_of
 
     checked = 0
     for words in commands(recipe).values():
         if "megatron_tide.distill" in words:
             assert cli.parse(distill, words[words.index("megatron_tide.distill") + 1 :]).run.paths.out
-        elif "megatron_tide.data.prepare" in words:
-            _parser().parse_args(words[words.index("megatron_tide.data.prepare") + 1 :])
+        elif "megatron_tide" in words:
+            name, *flags = words[words.index("megatron_tide") + 1 :]
+            cli.parse(command(name), flags)
         elif "megatron_tide.report.footprint" in words:
             arguments_of(words[words.index("megatron_tide.report.footprint") + 1 :])
         elif (script := next((w for w in words if w.endswith(".py")), None)) is not None:

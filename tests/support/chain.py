@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import Bridge, load_tokenizer
-from megatron_tide.data import prepare
 from megatron_tide.models.init_model import init_model
+from tests.support.commands import command
 from tests.support.models import tiny_student_config, tiny_teacher_config
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
 
@@ -96,7 +96,9 @@ def make_chain(root: Path, rows: int = 48) -> Chain:
     """A tiny chain below ``root``, of :func:`conversations`; its ``student_only`` is data for the student alone."""
     chain = build_chain(root, conversations(rows), *tiny_configs(), BLOCK, (96, 96))
     student = ["--student", str(root / "student"), "--student-length", "96", "--student-block", str(BLOCK)]
-    prepare.main([*student, "--data", str(root / "corpus.jsonl"), *PREPARING, "--out", str(root / "student_only")])
+    command("prepare")(
+        [*student, "--data", str(root / "corpus.jsonl"), *PREPARING, "--out", str(root / "student_only")]
+    )
     return chain
 
 
@@ -125,5 +127,5 @@ def build_chain(
         flags += [f"--{side}", str(root / side), f"--{side}-length", str(length), f"--{side}-block", str(block)]
     loaded = [load_tokenizer(root / side) for side in sides]
     Bridge.build(*loaded, [row["messages"][1]["content"] for row in talks]).save(root / "bridge")
-    prepare.main(flags)
+    command("prepare")(flags)
     return Chain(root)

@@ -7,6 +7,6 @@ from collections.abc import Callable
 from megatron_tide.__main__ import main
 
 
-def command(name: str) -> Callable[[list[str]], int | None]:
+def command(name: str) -> Callable[[list[str]], int]:
     """``python -m megatron_tide NAME``; mistakes are exceptions, unless it is called by ``cli.run``."""
     return lambda argv: main([name, *argv])

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.config import from_flat
-from megatron_tide.data import PreparedData, prepare
+from megatron_tide.data import PreparedData
 from megatron_tide.models import load_model
 from megatron_tide.objectives import build_strategy
+from tests.support.commands import command
 from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
 
@@ -68,7 +69,7 @@ def response(number: int) -> str:
 
 
 def _prepare(source: Path, out: Path, *flags: str) -> None:
-    prepare.main(["--data", str(source), "--out", str(out), "--workers", "1", *flags])
+    command("prepare")(["--data", str(source), "--out", str(out), "--workers", "1", *flags])
 
 
 def write_checkpoint(

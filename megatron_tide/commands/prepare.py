@@ -1,0 +1,85 @@
+"""Prepare data: tokenise conversations for student and teacher, align them, and store them.
+
+Run it again after an interruption: finished shards are kept, and the result is the same to the byte. Without --teacher
+and --bridge the data are for training the student alone.
+
+Examples:
+  python -m megatron_tide prepare --data recipes/mixtures/paper.json --student DIR --teacher DIR --bridge DIR --out DIR
+  python -m megatron_tide prepare --data runs/quickstart/corpus/train.jsonl --student runs/quickstart/student --out DIR
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.cli import flag
+
+# On a cluster a job may use fewer cores than the machine has.
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    data: tuple[str, ...] = flag(..., "Mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
+    student: str = flag(..., "Tokenizer of the student: folder, hub name or file", metavar="TOKENIZER")
+    teacher: str | None = flag(None, "Tokenizer of the teacher; goes with --bridge", metavar="TOKENIZER")
+    bridge: Path | None = flag(None, "Folder made by the bridge command; goes with --teacher", metavar="DIR")
+    out: Path = flag(..., "Folder to write", metavar="DIR")
+    student_length: int = flag(512, "Maximum length of the student's sequence; a longer response loses whole chunks")
+    teacher_length: int = flag(1024, "Maximum length of the teacher's sequence")
+    student_block: int = flag(32, "Block size of the student: responses are filled with EOS to a multiple of it")
+    teacher_block: int = flag(32, "Block size of the teacher, likewise")
+    student_mask: str | None = flag(
+        None, "Mask token or id of the student, if its tokenizer names none", metavar="TOKEN"
+    )
+    teacher_mask: str | None = flag(
+        None, "Mask token or id of the teacher, if its tokenizer names none", metavar="TOKEN"
+    )
+    trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
+    workers: int = flag(_CORES, "Number of processes", low=1)
+    shard_rows: int = flag(1024, "Number of rows per shard: what an interruption can cost each worker", low=1)
+    limit: int | None = flag(None, "Number of rows to read, chosen evenly over the mixture", shown="all", low=1)
+    coverage_floor: float = flag(
+        0.98, "Minimum share of the response bytes that chunks must cover", low=0, metavar="SHARE"
+    )
+    fresh: bool = flag(False, "Start over, also where --out was prepared with other settings")
+
+
+def run(args: Args) -> None:
+    if (args.teacher is None) != (args.bridge is None):
+        raise ValueError("--teacher and --bridge go together; without both the data are for training the student alone")
+    import sys
+
+    from megatron_tide.data.build import PrepareJob
+    from megatron_tide.data.prepare import prepare, settings_of, summary
+    from megatron_tide.data.sources import open_mixture
+
+    encoder, mixture = _encoder(args), open_mixture(args.data)
+    job = PrepareJob(
+        mixture=mixture.limited(args.limit),
+        encoder=encoder,
+        shard_rows=args.shard_rows,
+        out=args.out,
+        settings=settings_of(mixture, encoder, args.shard_rows, args.limit),
+    )
+    manifest = prepare(job, workers=args.workers, coverage_floor=args.coverage_floor, fresh=args.fresh)
+    print(summary(job, manifest), file=sys.stderr)
+
+
+def _encoder(args: Args) -> Any:
+    from megatron_tide.bridge import Bridge, load_tokenizer
+    from megatron_tide.data.encode import Encoder, TokenizerSettings
+
+    trust = args.trust_remote_code
+    student = load_tokenizer(args.student, mask_token=args.student_mask, trust_remote_code=trust)
+    side = TokenizerSettings(tokenizer=student, length=args.student_length, block=args.student_block)
+    if args.teacher is None or args.bridge is None:
+        return Encoder(student=side)
+    teacher = load_tokenizer(args.teacher, mask_token=args.teacher_mask, trust_remote_code=trust)
+    other = TokenizerSettings(tokenizer=teacher, length=args.teacher_length, block=args.teacher_block)
+    bridge = Bridge.load(args.bridge)
+    bridge.check(student, teacher)
+    return Encoder(student=side, teacher=other, bridge=bridge)

@@ -1,0 +1,33 @@
+"""Write a sample of a data set or mixture as one JSONL file, to measure a bridge on.
+
+The conversations are chosen evenly over all of it. The bridge command reads files only; this command makes a file of a
+hub name or a mixture. The same data give the same bytes.
+
+Examples:
+  python -m megatron_tide sample --data recipes/mixtures/paper.json --out runs/mine/sample.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tide.cli import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    data: tuple[str, ...] = flag(..., "Mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
+    out: Path = flag(..., "JSONL file to write", metavar="FILE")
+    limit: int = flag(2000, "Number of conversations", low=1)
+
+
+def run(args: Args) -> None:
+    import sys
+
+    from megatron_tide.data.sample import write_sample
+
+    count, left_out = write_sample(args.data, args.out, args.limit)
+    print(f"wrote {count:,} conversations to {args.out}", file=sys.stderr)
+    for reason in left_out[:5]:
+        print(f"left out: {reason}", file=sys.stderr)
