@@ -1,10 +1,10 @@
-"""One self-contained page about a run, or about several beside each other: curves, scores, memory, speed, samples.
+"""Write one self-contained page about a run, or several beside each other: curves, scores, memory, speed, samples.
 
-    python tools/report.py runs/quickstart                     # -> runs/quickstart/report/index.html and PNGs
+    python tools/report.py runs/quickstart                     # -> runs/quickstart/report/index.html
     python tools/report.py runs/mine runs/other --out page     # compared
 
-RUN is a recipe's folder (runs/NAME) or one training run's (with metrics.jsonl). What it does not hold is named in the
-page, with the command that writes it. Nothing is measured or downloaded here: scores come from tools/evaluate.py,
+RUN is a recipe's folder (runs/NAME) or the folder of one training run (with metrics.jsonl). The page names whatever a
+folder lacks, with the command that writes it. Nothing is measured or downloaded: scores come from tools/evaluate.py,
 completions from tools/generate.py, memory and speed from python -m megatron_tide.report.footprint.
 """
 
@@ -21,17 +21,17 @@ from megatron_tide import cli
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="recipe's folder or training run's folder")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the page goes [report in the first RUN]")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a recipe or of a training run")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for index.html [report in the first RUN]")
     args = parser.parse_args(argv)
-    from megatron_tide.report.page import check_out, write_page
-    from megatron_tide.report.reading import read_runs
-    from megatron_tide.report.sections import build_page
+    from megatron_tide.report.page import build_page, check_out, write_page
+    from megatron_tide.report.run_folder import printable, read_runs
 
     out = args.out or args.runs[0] / "report"
     check_out(out)
     page = build_page(read_runs(args.runs))
-    print(f"{write_page(out, page)}: {len(page.sections)} sections, {len(page.pictures)} pictures")
+    sections, figures = page.count("<section "), page.count("<figure ")
+    print(f"{printable(write_page(out, page))}: {sections} sections, {figures} figures")
     return 0
 
 

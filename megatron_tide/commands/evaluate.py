@@ -143,8 +143,10 @@ def _likelihood(args: Args) -> dict[str, Any]:
     roles = (("", args.model), ("student", args.student), ("teacher", args.teacher))
     models = [(*_named(text), role or None) for role, texts in roles for text in texts]
     rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
-    print(comparison.likelihood_table(rows))
-    return comparison.likelihood_record(rows, how)
+    record = comparison.likelihood_record(rows, how)
+    cells = comparison.likelihood_cells(record["models"])
+    print(comparison.text_table(comparison.LIKELIHOOD_HEAD, cells))
+    return record
 
 
 def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> list[dict[str, Any]]:

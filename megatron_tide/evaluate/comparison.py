@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
+from megatron_tide.evaluate.bootstrap import Estimate
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
 from megatron_tide.files import read_json
 from megatron_tide.models import resolve_folder
@@ -104,20 +106,25 @@ def first_student(rows: list[Row]) -> Row | None:
     return next((row for row in rows if row.report.side == "student"), None)
 
 
-def likelihood_table(rows: list[Row]) -> str:
-    """For people: one line per model."""
-    base, width = first_student(rows), max(5, *(len(row.name) for row in rows))
-    head = (
-        f"{'model':<{width}}  {'side':<7}  {'bits per byte':<25}  {'less the first student':<27}  masked-token accuracy"
-    )
-    lines = [head, "-" * len(head)]
-    for row in rows:
-        difference = "" if base is None or row is base else f"{row.report.minus(base.report):+}"
-        lines.append(
-            f"{row.name:<{width}}  {row.report.side:<7}  {row.report.bits_per_byte!s:<25}  {difference:<27}  "
-            f"{row.report.accuracy}"
-        )
-    return "\n".join(lines)
+LIKELIHOOD_HEAD = ("model", "side", "bits per byte", "minus the first student", "masked-token accuracy")
+
+
+def likelihood_cells(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The "models" of a likelihood record as text, one row of ``LIKELIHOOD_HEAD`` per model, with 95 % intervals."""
+    rows = []
+    for model in models:
+        bits, accuracy = (str(Estimate(**model[name])) for name in ("bits_per_byte", "masked_token_accuracy"))
+        difference = model["minus_first_student"]
+        rows.append([model["name"], model["side"], bits, f"{Estimate(**difference):+}" if difference else "", accuracy])
+    return rows
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal: columns to the left, a rule below the head."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
 
 
 def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any]:

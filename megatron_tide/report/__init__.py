@@ -1,6 +1,5 @@
-"""A run -> a page: figures, tables and samples from what a run folder holds.
+"""A run folder -> a page: figures, tables and samples.
 
-``reading`` opens the folder, ``figures`` and ``alignment`` draw, ``sections`` puts words and tables around them and
-``page`` writes it down. ``footprint`` measures memory and speed of student against teacher, each by ``measure`` in a
-process of its own.
+``run_folder`` reads the folder, ``figures`` draws, ``alignment`` aligns a few texts, ``page`` puts them into page.html.
+``footprint`` measures memory and speed of student and teacher, each by ``measure`` in a process of its own.
 """

@@ -1,4 +1,4 @@
-"""The figures of curves and scores: each function draws one from typed data (``reading``) and returns it."""
+"""The figures of curves and scores. Each function draws one from what ``run_folder`` read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -13,30 +14,30 @@ from matplotlib.figure import Figure
 
 from megatron_tide.objectives import tidal_strength
 from megatron_tide.objectives.common import BINS
-from megatron_tide.report.reading import Curve, Score, Stage, Training
-from megatron_tide.report.style import DASHES, MUTED, drawn, new_figure
+from megatron_tide.report.run_folder import BITS, TrainingRun, at_end, at_start
+from megatron_tide.report.style import DASHES, MUTED, new_figure, styled
 
 Looks = Mapping[str, Mapping[str, Any]]
 LOSSES = {  # name in the logs -> (title, unit)
-    "loss/total": ("total loss", "nats a maskable token"),
-    "loss/denoise": ("denoising", "nats a maskable token"),
-    "loss/distill": ("distillation", "nats a chunk, weighted"),
-    "distill/chunk": ("chunk objective, unweighted", "nats a chunk"),
-    "distill/kl": ("distribution objective, unweighted", "nats a pair, times T²"),
+    "loss/total": ("total loss", "nats per maskable token"),
+    "loss/denoise": ("denoising", "nats per maskable token"),
+    "loss/distill": ("distillation", "nats per chunk, weighted"),
+    "distill/chunk": ("chunk objective, unweighted", "nats per chunk"),
+    "distill/kl": ("distribution objective, unweighted", "nats per pair, times T²"),
     "validation/bits_per_byte": ("held out", "bits per byte"),
 }
-OF_A_TEACHER = ("loss/total", "loss/distill")  # without one, the same as denoising, and zeros
-SMOOTHED = 30  # log lines from which on a running mean is drawn over the raw curve
-GRID = 200  # points a side of the TIDAL map
+TEACHER_LOSSES = ("loss/total", "loss/distill")  # without a teacher: the denoising loss again, and zeros
+SMOOTHED = 30  # a curve of at least so many log lines gets a running mean
+GRID = 200  # points per side of the TIDAL map
 
 
-def has_losses(trainings: Sequence[Training]) -> bool:
+def has_losses(trainings: Sequence[TrainingRun]) -> bool:
     return any(_shown(training, name) for training in trainings for name in LOSSES)
 
 
-@drawn
-def losses(trainings: Sequence[Training], looks: Looks) -> Figure:
-    """Loss parts over steps, a panel each; a part that no training logged has none."""
+@styled
+def losses(trainings: Sequence[TrainingRun], looks: Looks) -> Figure:
+    """Loss parts over steps, one panel for each part that was logged."""
     parts = [name for name in LOSSES if any(_shown(training, name) for training in trainings)]
     columns = 2 if len(parts) in (2, 4) else min(3, len(parts))
     rows = -(-len(parts) // columns)
@@ -45,7 +46,7 @@ def losses(trainings: Sequence[Training], looks: Looks) -> Figure:
     for ax, name in zip(axes, parts):
         for training in trainings:
             if _shown(training, name):
-                _line(ax, training.curves[name], training.label, looks[training.label])
+                _line(ax, training.curve(name), training.label, looks[training.label])
         title, unit = LOSSES[name]
         ax.set(title=title, xlabel="optimizer step", ylabel=unit)
     for ax in axes[len(parts) :]:
@@ -54,11 +55,10 @@ def losses(trainings: Sequence[Training], looks: Looks) -> Figure:
     return figure
 
 
-@drawn
-def tidal(trainings: Sequence[Training], looks: Looks) -> Figure:
-    """The strength over (progress, timestep) as the knobs of ``trainings`` say (equal ones), and what was logged."""
-    knobs = trainings[0].strategy
-    chosen = {name: knobs[f"tidal_{name}"] for name in ("init", "peak", "ramp", "axes")}
+@styled
+def tidal(trainings: Sequence[TrainingRun], looks: Looks) -> Figure:
+    """The strength over (progress, timestep) by the flags of ``trainings``, which are equal, and as logged."""
+    chosen = {name: trainings[0].strategy[f"tidal_{name}"] for name in ("init", "peak", "ramp", "axes")}
     progress, t = np.linspace(0, 1, GRID), torch.linspace(1e-3, 1, GRID)
     strength = np.stack([tidal_strength(float(p), t, **chosen).numpy() for p in progress], axis=1)
     figure = new_figure(3.4)
@@ -71,122 +71,112 @@ def tidal(trainings: Sequence[Training], looks: Looks) -> Figure:
         left.clabel(lines, fontsize=7, fmt="%.1f")
     figure.colorbar(image, ax=left, label="strength λ")
     left.set(title="λ over progress and timestep", xlabel="progress (step / steps)", ylabel="timestep t (share masked)")
-    right.plot(progress, strength.mean(0), color=MUTED, linewidth=5, alpha=0.35, label="these knobs, mean over t")
+    right.plot(progress, strength.mean(0), color=MUTED, linewidth=5, alpha=0.35, label="from the flags, mean over t")
     for training in trainings:
-        curve = training.curves.get("tidal/strength")
-        if curve:
-            # A line is the mean over the steps since the one before: it belongs to their middle.
-            at = (np.array(curve.steps) + np.array([0, *curve.steps[:-1]])) / 2 / training.total_steps
-            right.plot(at, curve.values, linewidth=1.3, label=f"{training.label}, logged", **looks[training.label])
-    right.set(title="mean λ: foretold and logged", xlabel="progress (step / steps)", ylabel="λ", xlim=(0, 1))
+        curve = training.curve("tidal/strength")
+        # A line is the mean over the steps since the one before: it belongs to their middle.
+        middle = (curve.index + np.array([0, *curve.index[:-1]])[: len(curve)]) / 2
+        label = f"{training.label}, logged"
+        right.plot(middle / training.last_step, curve, linewidth=1.3, label=label, **looks[training.label])
+    right.set(title="mean λ: from the flags, and logged", xlabel="progress (step / steps)", ylabel="λ", xlim=(0, 1))
     right.set_ylim(bottom=0)
     right.legend(fontsize=8)
     return figure
 
 
-@drawn
-def chunk_probabilities(training: Training) -> Figure:
+@styled
+def chunk_probabilities(training: TrainingRun) -> Figure:
     """Where the teacher's chunk probabilities lie and how they move; what the student gives the same chunks."""
     shares, student = training.by_bin("chunk/teacher_probability"), training.by_bin("chunk/student_probability")
     figure = new_figure(3.3)
     axes = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    _moving_shares(axes[0], figure, training, shares)
-    heights = {word: np.array([getattr(shares[low], word)() for low in shares]) for word in ("first", "last")}
-    places, width = np.array(list(shares)), 1 / BINS
-    axes[1].barh(places + 0.5 * width, heights["last"], 0.9 * width, color="#0072B2", label="end")
-    axes[1].barh(places + 0.5 * width, heights["first"], 0.35 * width, color="#E69F00", label="start")
+    _shares_over_steps(axes[0], figure, training, shares)
+    half = 0.5 / BINS
+    axes[2].plot((0, 1), (0, 1), color=MUTED, linestyle=":", label="equal to the teacher")
+    ends = (("end", at_end, "#0072B2", "s", 1.8), ("start", at_start, "#E69F00", "o", 0.7))
+    for label, mean, colour, marker, height in ends:
+        sizes = shares.apply(mean)
+        axes[1].barh(shares.columns + half, sizes, height * half, color=colour, label=label)
+        centres, means = student.columns + half, student.apply(mean)
+        axes[2].plot(centres, means, color=colour, linewidth=0.8)
+        marks = 8 + 120 * sizes.reindex(student.columns)
+        axes[2].scatter(centres, means, marks, color=colour, marker=marker, alpha=0.8, label=label)
     axes[1].set(title="share of chunks", xlabel="share", ylim=(0, 1), yticks=np.linspace(0, 1, 6))
     axes[1].legend(fontsize=8)
-    axes[2].plot((0, 1), (0, 1), color=MUTED, linestyle=":", label="equal to the teacher")
-    for word, colour, marker in (("first", "#E69F00", "o"), ("last", "#0072B2", "s")):
-        label = {"first": "start", "last": "end"}[word]
-        centres = np.array(list(student)) + 0.5 * width
-        means = [getattr(curve, word)() for curve in student.values()]
-        sizes = [8 + 120 * getattr(shares[low], word)() for low in student]
-        axes[2].plot(centres, means, color=colour, linewidth=0.8)
-        axes[2].scatter(centres, means, sizes, color=colour, marker=marker, alpha=0.8, label=label)
-    axes[2].set(title="the student's mean p", xlabel="teacher's p (marks: how many)", xlim=(0, 1), ylim=(0, 1))
+    axes[2].set(title="the student's mean p", xlabel="teacher's p (larger mark: more chunks)", xlim=(0, 1), ylim=(0, 1))
     axes[2].legend(fontsize=8, loc="lower right")
     return figure
 
 
-def _moving_shares(ax: Axes, figure: Figure, training: Training, shares: Mapping[float, Curve]) -> None:
-    steps = sorted({step for curve in shares.values() for step in curve.steps})
-    table, column = np.zeros((BINS, len(steps))), {step: place for place, step in enumerate(steps)}
-    for low, curve in shares.items():
-        table[round(low * BINS), [column[step] for step in curve.steps]] = curve.values
-    edges = [0, *steps]  # a line tells of the steps since the one before
+def _shares_over_steps(ax: Axes, figure: Figure, training: TrainingRun, shares: pd.DataFrame) -> None:
+    table = shares.rename(columns=lambda low: round(low * BINS)).reindex(columns=range(BINS)).fillna(0).to_numpy().T
+    edges = [0, *shares.index]  # a line is about the steps since the one before
     mesh = ax.pcolormesh(edges, np.linspace(0, 1, BINS + 1), table, norm=PowerNorm(0.5, 0, 1), cmap="Blues")
     figure.colorbar(mesh, ax=ax, label="share of chunks", ticks=[0, 0.05, 0.2, 0.5, 1])
     for name, label, dash in (
         ("chunk/teacher_prob", "teacher, mean", "-"),
         ("chunk/student_prob", "student, mean", "--"),
     ):
-        if name in training.curves:
-            curve = training.curves[name]
-            ax.plot(curve.steps, curve.values, color="#D55E00", linestyle=dash, linewidth=1.4, label=label)
+        if name in training.metrics:
+            ax.plot(training.curve(name), color="#D55E00", linestyle=dash, linewidth=1.4, label=label)
     ax.axhline(0.5, color="black", linestyle=":", linewidth=1.2, label="break-even, 1/2")
     ax.set(title=training.label, xlabel="optimizer step", ylabel="p = exp(chunk log-prob / T)", ylim=(0, 1))
     ax.grid(False)
     ax.legend(fontsize=7.5, loc="upper left", framealpha=0.85, frameon=True)
 
 
-@drawn
-def denoising_by_timestep(trainings: Sequence[Training], scores: Sequence[tuple[str, Score]], looks: Looks) -> Figure:
-    """Denoising loss by timestep: of training runs (start and end), and held out where there are ``scores``."""
-    panels = bool(trainings) + bool(scores)
+@styled
+def denoising_by_timestep(
+    trainings: Sequence[TrainingRun], held_out: Sequence[tuple[str, pd.DataFrame]], looks: Looks
+) -> Figure:
+    """Denoising loss by timestep: of training runs (start and end), and of scored models (``Scores.by_timestep``)."""
+    panels = bool(trainings) + bool(held_out)
     figure = new_figure(3.5, narrow=panels == 1)
     axes = figure.subplots(1, panels, squeeze=False).ravel()
-    if trainings:
-        for training in trainings:
-            bins = training.by_bin("denoise_by_timestep")
-            centres = [low + 0.5 / BINS for low in bins]
-            look = {**looks[training.label], "linewidth": 1.5}
-            axes[0].plot(centres, [curve.last() for curve in bins.values()], marker="o", markersize=3.5, **look)
-            axes[0].plot([], [], label=training.label, **look)
-            axes[0].plot(centres, [c.first() for c in bins.values()], **{**look, "alpha": 0.35, "linewidth": 1})
-        axes[0].set(title="in training: end (strong) and start (faint)", ylabel="nats a masked token")
-        axes[0].legend(fontsize=8)
-    if scores:
-        for place, (label, score) in enumerate(scores):
-            centres = [(row["low"] + row["high"]) / 2 for row in score.by_timestep]
-            heights = [row["bits"] for row in score.by_timestep]
-            other = {"color": MUTED, "linestyle": DASHES[place % len(DASHES)]}
-            held_out = looks.get(label, other)
-            axes[-1].plot(centres, heights, marker="o", markersize=3.5, linewidth=1.5, label=label, **held_out)
-            low, high = ([row[f"bits_{end}"] for row in score.by_timestep] for end in ("low", "high"))
-            axes[-1].fill_between(centres, low, high, color=held_out["color"], alpha=0.1, linewidth=0)
-        axes[-1].set(title="held out (scores.json), 95 %", ylabel="bits a masked token")
-        axes[-1].legend(fontsize=8)
+    for training in trainings:
+        bins = training.by_bin("denoise_by_timestep")
+        centres, look = bins.columns + 0.5 / BINS, looks[training.label]
+        axes[0].plot(centres, bins.apply(at_end), marker="o", markersize=3.5, linewidth=1.5, **look)
+        axes[0].plot([], [], label=training.label, linewidth=1.5, **look)
+        axes[0].plot(centres, bins.apply(at_start), alpha=0.35, linewidth=1, **look)
+        axes[0].set(title="in training: end (strong) and start (faint)", ylabel="nats per masked token")
+    for place, (label, bins) in enumerate(held_out):
+        look = looks.get(label, {"color": MUTED, "linestyle": DASHES[place % len(DASHES)]})
+        centres = (bins["low"] + bins["high"]) / 2
+        axes[-1].plot(centres, bins[BITS], marker="o", markersize=3.5, linewidth=1.5, label=label, **look)
+        low, high = (bins[f"{BITS}_{end}"] for end in ("low", "high"))
+        axes[-1].fill_between(centres, low, high, color=look["color"], alpha=0.1, linewidth=0)
+        axes[-1].set(title="held out (scores.json), 95 %", ylabel="bits per masked token")
     for ax in axes:
         ax.set(xlabel="timestep t (share masked)", xlim=(0, 1))
+        ax.legend(fontsize=8)
     return figure
 
 
-@drawn
-def time_and_memory(trainings: Sequence[Training]) -> Figure:
-    """Share of the timed parts of a step, and peak memory, of each training."""
+@styled
+def time_and_memory(trainings: Sequence[TrainingRun]) -> Figure:
+    """Teacher's and student's share of a step's time, and peak memory, of each training run."""
     figure = new_figure(0.42 * len(trainings) + 1.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1), sharey=True)
     places = np.arange(len(trainings))[::-1]
     started = np.zeros(len(trainings))
     for part, colour in (("teacher", "#0072B2"), ("student", "#E69F00")):
-        widths = np.array([_last(training, f"time/{part}_share") for training in trainings])
+        widths = np.array([_end(training, f"time/{part}_share") for training in trainings])
         left.barh(places, widths, left=started, height=0.6, color=colour, label=part)
         started += widths
     for place, training in zip(places, trainings):
-        if "time/step_s" in training.curves:
-            text = f" {_last(training, 'time/step_s'):.3g} s a step"
+        if "time/step_s" in training.metrics:
+            text = f" {_end(training, 'time/step_s'):.3g} s per step"
             left.text(1.0, place, text, va="center", fontsize=8, color=MUTED)
-    left.set(title="share of the timed parts of a step", xlim=(0, 1.32), xticks=np.linspace(0, 1, 6))
+    left.set(title="share of a step's measured time", xlim=(0, 1.32), xticks=np.linspace(0, 1, 6))
     left.set_yticks(places, [training.label for training in trainings])
     kinds = [
         ("memory/host_peak_bytes", "#009E73", "of the process"),
         ("memory/device_peak_bytes", "#CC79A7", "on the GPU"),
     ]
-    kinds = [kind for kind in kinds if any(kind[0] in training.curves for training in trainings)]
+    kinds = [kind for kind in kinds if any(kind[0] in training.metrics for training in trainings)]
     for number, (name, colour, label) in enumerate(kinds):
-        peaks = [_last(training, name) / 2**30 for training in trainings]
+        peaks = [_end(training, name) / 2**30 for training in trainings]
         height = 0.6 / len(kinds)
         right.barh(places + 0.3 - (number + 0.5) * height, peaks, height=0.9 * height, color=colour, label=label)
     right.set(title="peak memory, rank 0", xlabel="GiB")
@@ -196,61 +186,56 @@ def time_and_memory(trainings: Sequence[Training]) -> Figure:
     return figure
 
 
-@drawn
-def stages(named: Sequence[Stage]) -> Figure:
-    """Where the recipe's time went, stage by stage, and the largest process of each."""
-    figure = new_figure(0.24 * len(named) + 1.0)
+@styled
+def stages(table: pd.DataFrame) -> Figure:
+    """Time and largest process of each stage of a recipe (``run_folder.read_stages``)."""
+    figure = new_figure(0.24 * len(table) + 1.0)
     left, right = figure.subplots(1, 2, sharey=True)
-    places = np.arange(len(named))[::-1]
-    left.barh(places, [stage.seconds / 60 for stage in named], height=0.7, color="#0072B2")
-    right.barh(places, [stage.peak_bytes / 2**30 for stage in named], height=0.7, color="#009E73")
-    left.set_yticks(places, [stage.name for stage in named])
-    left.set(title="minutes of each stage", xlabel="minutes", ylim=(-0.7, len(named) - 0.3))
-    right.set(title="its largest process", xlabel="GiB")
+    places = np.arange(len(table))[::-1]
+    left.barh(places, table["seconds"] / 60, height=0.7, color="#0072B2")
+    right.barh(places, table["peak_process_bytes"] / 2**30, height=0.7, color="#009E73")
+    left.set_yticks(places, table["name"])
+    left.set(title="time per stage", xlabel="minutes", ylim=(-0.7, len(table) - 0.3))
+    right.set(title="largest process per stage", xlabel="GiB")
     for ax in (left, right):
         ax.grid(axis="y", visible=False)
     return figure
 
 
-@drawn
-def scores(rows: Sequence[tuple[str, Score]]) -> Figure:
-    """Bits per byte with intervals, and the paired difference to the first student, a row a model."""
-    figure = new_figure(0.36 * len(rows) + 1.1)
+@styled
+def scores(models: pd.DataFrame) -> Figure:
+    """Bits per byte with intervals, and the paired difference to the first student (rows of ``Scores.models``)."""
+    figure = new_figure(0.36 * len(models) + 1.1)
     left, right = figure.subplots(1, 2, sharey=True)
-    places = np.arange(len(rows))[::-1]
-    for place, (_, score) in zip(places, rows):
-        colour = {"student": "#0072B2"}.get(score.side, "#D55E00")
-        for ax, estimate in ((left, score.bits), (right, score.less)):
-            if estimate is not None:
-                ax.plot((estimate.low, estimate.high), (place, place), color=colour, linewidth=2)
-                ax.plot(estimate.value, place, marker="o", color=colour, markersize=6)
+    places = np.arange(len(models))[::-1]
+    colours = np.where(models["side"] == "student", "#0072B2", "#D55E00")
+    for ax, name in ((left, "bits_per_byte"), (right, "minus_first_student")):
+        ax.hlines(places, models[f"{name}.low"], models[f"{name}.high"], colors=colours, linewidth=2)
+        ax.scatter(models[f"{name}.value"], places, 36, color=colours)
     right.axvline(0, color=MUTED, linewidth=1)
-    left.set_yticks(places, [label for label, _ in rows])
-    left.set(
-        title="held-out bits per byte, 95 %", xlabel="bits per byte (lower is better)", ylim=(-0.6, len(rows) - 0.4)
-    )
-    right.set(title="less the first student, paired, 95 %", xlabel="difference in bits per byte")
+    left.set_yticks(places, models["name"])
+    left.set(title="held-out bits per byte, 95 %", xlabel="bits per byte (lower is better)")
+    left.set_ylim(-0.6, len(models) - 0.4)
+    right.set(title="minus the first student, paired, 95 %", xlabel="difference in bits per byte")
     return figure
 
 
-def _shown(training: Training, name: str) -> bool:
-    return name in training.curves and (training.listens or name not in OF_A_TEACHER)
+def _shown(training: TrainingRun, name: str) -> bool:
+    return name in training.metrics and (training.has_teacher or name not in TEACHER_LOSSES)
 
 
-def _last(training: Training, name: str) -> float:
-    return training.curves[name].last() if name in training.curves else 0.0
+def _end(training: TrainingRun, name: str) -> float:
+    return at_end(training.curve(name)) if name in training.metrics else 0.0
 
 
-def _line(ax: Axes, curve: Curve, label: str, look: Mapping[str, Any]) -> None:
-    """The raw curve; from ``SMOOTHED`` points on faint, with a running mean of a tenth of it on top."""
-    count = len(curve.values)
+def _line(ax: Axes, curve: pd.Series, label: str, look: Mapping[str, Any]) -> None:
+    """The raw curve; from ``SMOOTHED`` points on faint, with a running mean over a tenth of it on top."""
+    count = len(curve)
     if count < SMOOTHED:
-        ax.plot(curve.steps, curve.values, label=label, marker="." if count < 12 else None, linewidth=1.4, **look)
+        ax.plot(curve, label=label, marker="." if count < 12 else None, linewidth=1.4, **look)
         return
-    ax.plot(curve.steps, curve.values, alpha=0.25, linewidth=0.8, **look)
-    width = count // 10
-    means = np.convolve(curve.values, np.ones(width) / width, mode="valid")
-    ax.plot(curve.steps[width - 1 :], means, label=label, linewidth=1.5, **look)
+    ax.plot(curve, alpha=0.25, linewidth=0.8, **look)
+    ax.plot(curve.rolling(count // 10).mean().dropna(), label=label, linewidth=1.5, **look)
 
 
 def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:

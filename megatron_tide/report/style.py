@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
-from typing import Any, ParamSpec
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.figure import Figure
 
-Drawn = ParamSpec("Drawn")
-DPI = 140  # dots an inch: sharp on dense screens at the page's width
+DPI = 140  # dots per inch: sharp on dense screens at the page's width
 WIDTH, NARROW = 10.0, 5.6  # inches: the page's width, and what one panel needs
 INK, MUTED = "#1c2430", "#5c6675"
 # Okabe and Ito's palette without its yellow (too faint for a line on white).
@@ -40,17 +37,9 @@ SETTINGS: dict[str, Any] = {
     "figure.facecolor": "white",
     "image.cmap": "viridis",
 }
-
-
-def drawn(function: Callable[Drawn, Figure]) -> Callable[Drawn, Figure]:
-    """Draw with ``SETTINGS``, whatever the user's own matplotlibrc says."""
-
-    @wraps(function)
-    def inner(*args: Drawn.args, **kwargs: Drawn.kwargs) -> Figure:
-        with _settings():
-            return function(*args, **kwargs)
-
-    return inner
+styled = matplotlib.style.context(
+    SETTINGS, after_reset=True
+)  # a decorator: draws alike whatever the user's matplotlibrc
 
 
 def new_figure(height: float, narrow: bool = False) -> Figure:
@@ -58,11 +47,11 @@ def new_figure(height: float, narrow: bool = False) -> Figure:
     return Figure(figsize=(NARROW if narrow else WIDTH, height), layout="constrained")
 
 
+@styled
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     content = io.BytesIO()
-    with _settings():
-        figure.savefig(content, format="png", dpi=DPI, metadata={"Software": "megatron_tide"})
+    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": "megatron_tide"})
     return content.getvalue()
 
 
@@ -75,12 +64,3 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
         }
         for place, label in enumerate(labels)
     }
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        parameters: Any = matplotlib.rcParams
-        parameters.update(SETTINGS)
-        yield

@@ -153,7 +153,7 @@ def test_quickstart_whole_and_small(quickstart):
     assert "bits per byte" in printed
     assert "page: " in printed
     page = (folder / "report" / "index.html").read_text()
-    assert "chunks-tide-bridge.png" in page
+    assert "figure-chunks-tide-bridge" in page
     assert "no scores.json" not in page
     footprint = json.loads((folder / "footprint.json").read_text())
     for side in ("student", "teacher"):

@@ -1,8 +1,7 @@
-"""The page: every section, what is missing by name, nothing fetched, and only its own files replaced."""
+"""The page: every section, what is missing by name, nothing fetched, and only its own file replaced."""
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
@@ -14,26 +13,27 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli
-from megatron_tide.files import TEMPORARY
-from megatron_tide.report.page import Page, table, write_page
-from megatron_tide.report.reading import read_runs
-from megatron_tide.report.sections import build_page
-from megatron_tide.report.style import new_figure
+from megatron_tide.report.page import build_page
+from megatron_tide.report.run_folder import read_runs
 from tools import report
 
 pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
 
-SECTIONS = ["runs", "loss", "scores", "tidal", "chunks", "timestep", "time", "footprint", "completions", "alignment"]
-PICTURES = {
-    "loss-1.png",
-    "scores.png",
-    "tidal-1.png",
-    "chunks-bridged.png",
-    "timestep-1.png",
-    "time.png",
-    "stages-tiny.png",
-    "alignment-tiny.png",
-}
+SECTIONS = ["runs", "loss", "scores", "tidal", "chunks", "timestep", "time", "inference", "completions", "alignment"]
+FIGURES = [
+    "loss-1",
+    "scores",
+    "tidal-1",
+    "chunks-bridged",
+    "timestep-1",
+    "time",
+    "stages-tiny",
+    "alignment-tiny",
+]
+
+
+def figures(html):
+    return [unescape(name) for name in re.findall(r'<figure id="figure-([^"]*)"', html)]
 
 
 def notes(html):
@@ -58,9 +58,9 @@ def written(recipe, tmp_path_factory):
 def test_every_section_and_picture_is_there(written):
     html = (written / "index.html").read_text()
     assert re.findall(r'<section id="(\w+)">', html) == SECTIONS
-    assert {path.name for path in written.iterdir()} == {"index.html"} | PICTURES
-    embedded = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="[^"]+">', html)
-    assert sorted(map(base64.b64decode, embedded)) == sorted((written / name).read_bytes() for name in PICTURES)
+    assert [path.name for path in written.iterdir()] == ["index.html"]
+    assert figures(html) == FIGURES
+    assert len(re.findall(r'<img src="data:image/png;base64,[^"]+" alt="[^"]+">', html)) == len(FIGURES) - 1
     assert notes(html) == []
 
 
@@ -87,8 +87,8 @@ def test_tables_hold_the_numbers(written, recipe):
     assert timed["baseline"][3] == "100%"
 
 
-def test_the_footprint_stands_beside_the_published_one(written, recipe):
-    shown = cells((written / "index.html").read_text(), "footprint")
+def test_the_inference_benchmark_stands_beside_the_published_one(written, recipe):
+    shown = cells((written / "index.html").read_text(), "inference")
     measured = json.loads((recipe / "footprint.json").read_text())
     assert shown["student, a2d-qwen3"][0] == f"{measured['student']['parameters']:,}"
     assert shown["teacher, LLaDA2.0-mini 16B"] == ["31.3 GB", "32.55"]
@@ -101,28 +101,46 @@ def test_what_a_model_wrote_is_text(written):
     assert "<b>" not in html
 
 
+def test_hostile_names_and_texts_are_escaped(own_copy):
+    """Markup, terminal escapes, bidirectional overrides and lone surrogates, in names, texts and error messages."""
+    hostile = "<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}\x1b]0;title\x07\u202e\ud800"
+    shown = "&lt;img src=x onerror=alert(1)&gt;&#34;&#39;&amp;{{ 7 * 7 }}\\x1b]0;title\\x07\\u202e"
+    (own_copy / "bridged").rename(own_copy / hostile[: -len("\ud800")].replace("/", ""))
+    stamp = own_copy / ".stages" / "bridge.json"
+    stamp.rename(stamp.with_name(f"{hostile.replace('/', '')[:-1]}.json"))
+    for number, line in enumerate(("scores.json", "completions.jsonl")):
+        text = (own_copy / line).read_text()
+        old = "start" if number == 0 else "Count."
+        (own_copy / line).write_text(text.replace(json.dumps(old), json.dumps(hostile)))
+    html = build_page(read_runs([own_copy]))
+    assert html.count(shown) > 10
+    assert "<img src=x" not in html
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", html)
+    assert f"{shown}\\ud800" in html
+    html.encode()
+
+
 def test_missing_pieces_are_named(own_copy, tmp_path):
     for file in ("scores.json", "completions.jsonl", "footprint.json"):
         (own_copy / file).unlink()
     (own_copy / "baseline" / "run.json").unlink()
     shutil.rmtree(own_copy / "bridged")
-    page = build_page(read_runs([own_copy]))
-    assert notes(page.html()) == [
-        "baseline: no run.json that can be read, so its knobs are not known",
+    assert notes(build_page(read_runs([own_copy]))) == [
+        "baseline: no run.json that can be read, so its flags are not known",
         "no scores.json here: tools/evaluate.py writes it",
         "no training run here uses TIDAL (--tidal mix or weight, or a strategy that has it)",
         "no training run here scores chunks (--chunk-objective, or a strategy that has one)",
         "no footprint.json here: python -m megatron_tide.report.footprint writes it",
         "no completions.jsonl here: tools/generate.py --json writes it",
-        "tiny: no training run here was given a bridge (--bridge), so there is nothing to align",
+        "tiny: no training run here has a bridge (--bridge), so there is nothing to align",
     ]
 
 
 def test_scores_alone_make_a_page(recipe, tmp_path):
     (tmp_path / "scores.json").write_text((recipe / "scores.json").read_text())
     page = build_page(read_runs([tmp_path]))
-    assert set(page.pictures) == {"scores.png", "timestep-1.png"}
-    assert notes(page.html())[:2] == [
+    assert figures(page) == ["scores", "timestep-1"]
+    assert notes(page)[:2] == [
         "no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it",
         "no loss was logged: python -m megatron_tide.distill writes metrics.jsonl",
     ]
@@ -135,13 +153,13 @@ def test_a_run_of_an_older_version_and_a_bridge_that_is_gone(own_copy, chain):
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     for described in own_copy.glob("*/run.json"):
         described.write_text(described.read_text().replace(str(chain.root / "bridge"), "gone/bridge"))
-    found = notes(build_page(read_runs([own_copy])).html())
+    found = notes(build_page(read_runs([own_copy])))
     assert found[0] == "bridged: logged by a version without the chunk/teacher_probability bins"
     assert found[1].startswith("tiny: gone/bridge: holds no bridge")
     shutil.copytree(
         chain.root / "bridge", own_copy / "bridge"
     )  # beside the run, as in a recipe's folder that was moved
-    assert notes(build_page(read_runs([own_copy])).html()) == found[:1]
+    assert notes(build_page(read_runs([own_copy]))) == found[:1]
 
 
 def test_runs_beside_each_other(recipe, own_copy):
@@ -150,31 +168,32 @@ def test_runs_beside_each_other(recipe, own_copy):
     (own_copy / "scores.json").write_text(json.dumps(scores))
     (own_copy / "footprint.json").unlink()
     other = own_copy.rename(own_copy.with_name("other"))
-    page = build_page(read_runs([recipe, other]))
-    html = page.html()
+    html = build_page(read_runs([recipe, other]))
     assert "<h1>Distillation report: tiny against other</h1>" in html
     assert {"tiny/bridged", "other/bridged"} <= cells(html, "runs").keys()
     assert {"tiny/teacher", "other/teacher"} <= cells(html, "scores").keys()
-    assert {"chunks-tiny-bridged.png", "chunks-other-bridged.png", "alignment-other.png"} <= page.pictures.keys()
+    assert {"chunks-tiny/bridged", "chunks-other/bridged", "alignment-other"} <= set(figures(html))
     assert notes(html) == [
         "these runs were scored on other data or settings: compare within a run, not across",
         "other: no footprint.json here: python -m megatron_tide.report.footprint writes it",
     ]
 
 
-def test_it_replaces_its_own_output_only(own_copy, tmp_path):
+def test_it_touches_nothing_but_its_page(own_copy):
     out = own_copy / "report"
     assert report.main([str(own_copy)]) == 0
-    first = {path.name for path in out.iterdir()}
+    before = (out / "index.html").read_text()
     (own_copy / "scores.json").unlink()
-    (out / "time.png").unlink()  # a report that was killed half-way, while it wrote that
-    (out / f"{TEMPORARY}1-time.png").write_bytes(b"")
-    assert report.main([str(own_copy)]) == 0
-    assert {path.name for path in out.iterdir()} == first - {"scores.png"}
+    names = ["notes.txt", "../completions.jsonl", str(own_copy / "bridged" / "run.json"), "index.html"]
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds notes.txt, which no report wrote; take another --out"):
-        report.main([str(own_copy)])
+    files = f'<meta name="files" content="{" ".join(names)}">'  # an earlier version removed what such a line names
+    (out / "index.html").write_text(before.replace("<meta charset", f"{files}<meta charset"))
+    assert report.main([str(own_copy)]) == 0
+    for name in names:
+        assert (out / name).is_file()
+    assert sorted(path.name for path in out.iterdir()) == ["index.html", "notes.txt"]
     assert (out / "notes.txt").read_text() == "mine"
+    assert figures((out / "index.html").read_text()) == [name for name in FIGURES if name != "scores"]
 
 
 @pytest.mark.parametrize("content", ["<p>my page</p>", b"\xff\xfe"])
@@ -216,20 +235,5 @@ def test_the_command(recipe, tmp_path):
     line = [sys.executable, str(Path(report.__file__)), str(recipe / "baseline"), "--out", str(tmp_path / "page")]
     finished = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == f"{tmp_path}/page/index.html: 10 sections, 4 pictures\n"
+    assert finished.stdout == f"{tmp_path}/page/index.html: 10 sections, 4 figures\n"
     assert finished.stderr == ""
-
-
-def test_a_short_row_ends_in_words():
-    html = table(("a", "b", "c"), [["1", "2", "3"], ["1", "why & how"]])
-    assert '<tr><td>1</td><td class="words" colspan="2">why &amp; how</td></tr>' in html
-
-
-def test_a_label_becomes_a_file_name(tmp_path):
-    page = Page("a", "b")
-    names = ("chunks-/some/run: one", "chunks-/some/run-one")
-    page.add("chunks", "Chunks", [page.picture(name, new_figure(1.0), 'a "quoted" caption') for name in names])
-    write_page(tmp_path / "out", page)
-    files = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert files == {"chunks--some-run-one.png", "chunks--some-run-one-2.png"}
-    assert 'alt="a &quot;quoted&quot; caption"' in (tmp_path / "out" / "index.html").read_text()

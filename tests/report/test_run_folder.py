@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from megatron_tide.evaluate import Estimate
-from megatron_tide.report.reading import Benchmark, Curve, read_run, read_runs
-from megatron_tide.report.sections import build_page
+from megatron_tide.report.page import build_page
+from megatron_tide.report.run_folder import BITS, at_end, at_start, read_run, read_runs
 
 pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
 
@@ -24,20 +23,21 @@ def test_a_recipe_folder(recipe):
     run = read_run(recipe, "mine")
     assert [training.label for training in run.trainings] == ["baseline", "bridged"]
     baseline, bridged = run.trainings
-    assert (baseline.listens, bridged.listens) == (False, True)
-    assert (baseline.has_tidal, bridged.has_tidal) == (False, True)
-    assert baseline.beginning() == bridged.beginning()
-    assert bridged.total_steps == 8
+    assert (baseline.has_teacher, bridged.has_teacher) == (False, True)
+    assert ["tidal_axes" in training.strategy for training in run.trainings] == [False, True]
+    assert baseline.start == bridged.start
+    assert bridged.last_step == 8
     logged = [json.loads(line) for line in (recipe / "bridged" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss/total"] for row in logged if "loss/total" in row]
-    assert bridged.curves["loss/total"] == Curve(list(range(1, 9)), losses)
-    assert bridged.curves["loss/total"].last() == pytest.approx(sum(losses[-2:]) / 2)
-    assert bridged.curves["loss/total"].first() == pytest.approx(sum(losses[:2]) / 2)
-    assert bridged.curves["validation/bits_per_byte"].steps == [4, 8]
+    total = bridged.curve("loss/total")
+    assert total.to_dict() == dict(zip(range(1, 9), losses))
+    assert at_end(total) == pytest.approx(sum(losses[-2:]) / 2)
+    assert at_start(total) == pytest.approx(sum(losses[:2]) / 2)
+    assert bridged.curve("validation/bits_per_byte").index.tolist() == [4, 8]
     recorded = json.loads((recipe / "scores.json").read_text())["models"]
-    assert [model.name for model in run.scores.models] == ["start", "baseline", "bridged", "teacher"]
-    assert run.scores.models[2].less.low == recorded[2]["minus_first_student"]["low"]
-    assert [stage.name for stage in run.stages] == ["a-first", "bridge", "sample"]
+    assert run.scores.models["name"].tolist() == ["start", "baseline", "bridged", "teacher"]
+    assert run.scores.models["minus_first_student.low"][2] == recorded[2]["minus_first_student"]["low"]
+    assert run.stages["name"].tolist() == ["a-first", "bridge", "sample"]
     assert len(run.completions) == 2
     assert run.notes == {}
 
@@ -46,21 +46,21 @@ def test_the_teacher_probabilities_of_a_window_are_all_somewhere(recipe):
     bridged = read_run(recipe, "mine").trainings[1]
     shares = bridged.by_bin("chunk/teacher_probability")
     assert list(shares) == pytest.approx([number / 10 for number in range(10)])
-    for step in range(8):
-        assert sum(curve.values[step] for curve in shares.values()) == pytest.approx(1)
+    assert shares.shape == (8, 10)
+    assert shares.sum(axis=1).tolist() == pytest.approx([1] * 8)
     means = bridged.by_bin("chunk/student_probability")
     assert set(means) <= set(shares)
     for low in means:
-        assert any(shares[low].values)
+        assert any(shares[low])
 
 
 def test_a_training_run_by_itself_says_what_is_not_there(recipe):
     run = read_run(recipe / "bridged", "bridged")
     assert [training.folder for training in run.trainings] == [recipe / "bridged"]
     assert run.notes == {
-        "scores": "no scores.json here: tools/evaluate.py writes it",
-        "completions": "no completions.jsonl here: tools/generate.py --json writes it",
-        "footprint": "no footprint.json here: python -m megatron_tide.report.footprint writes it",
+        "scores": ["no scores.json here: tools/evaluate.py writes it"],
+        "completions": ["no completions.jsonl here: tools/generate.py --json writes it"],
+        "inference": ["no footprint.json here: python -m megatron_tide.report.footprint writes it"],
     }
 
 
@@ -68,9 +68,7 @@ def test_scores_alone_are_enough(recipe, tmp_path):
     (tmp_path / "scores.json").write_text((recipe / "scores.json").read_text())
     run = read_run(tmp_path, "mine")
     assert len(run.scores.models) == 4
-    assert run.notes["trainings"] == (
-        "no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it"
-    )
+    assert run.notes["runs"] == ["no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it"]
 
 
 def test_scores_of_a_version_without_intervals_by_timestep(own_copy):
@@ -78,9 +76,10 @@ def test_scores_of_a_version_without_intervals_by_timestep(own_copy):
     for row in scores["models"][0]["by_timestep"]:
         del row["bits_per_masked_token_low"], row["bits_per_masked_token_high"]
     (own_copy / "scores.json").write_text(json.dumps(scores))
-    first, second = read_run(own_copy, "mine").scores.models[:2]
-    assert all(row["bits_low"] == row["bits"] == row["bits_high"] for row in first.by_timestep)
-    assert any(row["bits_low"] < row["bits"] < row["bits_high"] for row in second.by_timestep)
+    first, second = read_run(own_copy, "mine").scores.by_timestep[:2]
+    assert (first[f"{BITS}_low"] == first[BITS]).all()
+    assert (first[f"{BITS}_high"] == first[BITS]).all()
+    assert ((second[f"{BITS}_low"] < second[BITS]) & (second[BITS] < second[f"{BITS}_high"])).any()
 
 
 def test_benchmarks_alone_are_scores_too(tmp_path):
@@ -96,12 +95,12 @@ def test_benchmarks_alone_are_scores_too(tmp_path):
     asked = {"model": "distilled", "benchmark": "humaneval", "scores": [score]}
     (tmp_path / "scores.json").write_text(json.dumps({"benchmarks": [asked]}))
     scores = read_run(tmp_path, "mine").scores
-    assert scores.models == []
-    assert scores.benchmarks == [Benchmark("distilled", "humaneval", "pass@1", 164, Estimate(0.25, 0.1875, 0.3125))]
+    assert scores.models.empty
+    cells = ["distilled", "humaneval", "pass@1", "164", "0.250 [0.188, 0.312]"]
+    assert scores.benchmarks == [cells]
     page = build_page(read_runs([tmp_path]))
-    cells = ("distilled", "humaneval", "pass@1", "164", "0.250 [0.188, 0.312]")
-    assert "".join(f"<td>{cell}</td>" for cell in cells) in page.html()
-    assert page.pictures == {}
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page
+    assert "<figure" not in page
 
 
 def test_what_a_killed_run_left_behind_is_passed_over(tmp_path):
@@ -109,15 +108,15 @@ def test_what_a_killed_run_left_behind_is_passed_over(tmp_path):
     lines(tmp_path / "run" / "metrics.jsonl", *rows)
     lines(tmp_path / "other" / "metrics.jsonl", "")
     (training,) = read_run(tmp_path, "mine").trainings
-    assert training.curves == {"loss/denoise": Curve([1], [3.0])}
-    assert training.run == {}
+    assert training.metrics.to_dict() == {"loss/denoise": {1: 3.0}}
+    assert training.strategy == {}
 
 
 def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
     lines(tmp_path / "metrics.jsonl", TRAINED)
     row = {"prompt": "a\u2028b", "answer": "c", "finished": True, "reference": None}
     (tmp_path / "completions.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert [one.prompt for one in read_run(tmp_path, "mine").completions] == ["a\u2028b"]
+    assert [one["prompt"] for one in read_run(tmp_path, "mine").completions] == ["a\u2028b"]
 
 
 @pytest.mark.parametrize(
@@ -128,14 +127,14 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
         ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what tools/evaluate.py writes"),
         ("scores.json", '{"pages": 3}', "scores", "scores.json: holds no score"),
         ("completions.jsonl", '{"prompt": "a"}\n', "completions", "tools/generate.py --json writes (no 'answer')"),
-        ("footprint.json", '{"student": {}}', "footprint", "not what python -m megatron_tide.report.footprint writes"),
+        ("footprint.json", '{"student": {}}', "inference", "not what python -m megatron_tide.report.footprint writes"),
     ],
 )
 def test_damage_is_named_and_stops_nothing(tmp_path, file, content, part, said):
     lines(tmp_path / "metrics.jsonl", TRAINED)
     (tmp_path / file).write_text(content)
     run = read_run(tmp_path, "mine")
-    assert said in run.notes[part]
+    assert said in run.notes[part][0]
     assert len(run.trainings) == 1
 
 

@@ -1,0 +1,362 @@
+"""What a run folder holds. A file that is missing or damaged is named in ``notes``; it does not stop the rest.
+
+A recipe's folder (``runs/NAME``) holds one subfolder per training run (metrics.jsonl, run.json) and, beside them,
+scores.json, completions.jsonl, the inference benchmark, a bridge, and the stamps of its stages. The folder of one
+training run can be read alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from megatron_tide.evaluate.comparison import likelihood_cells
+from megatron_tide.files import read_json
+from megatron_tide.report.footprint import read_footprint
+from megatron_tide.report.measure import Measured
+
+METRICS, STAMPS = "metrics.jsonl", ".stages"
+INFERENCE, INFERENCE_COMMAND = "footprint.json", "python -m megatron_tide.report.footprint"
+ENDS = 0.2  # the start and the end of a run: this share of its log lines
+BITS = "bits_per_masked_token"
+# Control characters but tab and newline, lone surrogates, bidirectional overrides.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """``text`` with unprintable characters as escapes: it acts on no terminal and can be encoded."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one short line."""
+    known = {KeyError: f"no {error}", ValueError: str(error)}
+    return textwrap.shorten(printable(known.get(type(error), f"{type(error).__name__}: {error}")), 300)
+
+
+def at_start(curve: pd.Series) -> float:
+    """The mean over a run's first log lines (``ENDS`` of them); NaN where nothing was logged."""
+    return float(curve.dropna().head(max(1, round(ENDS * curve.count()))).mean())
+
+
+def at_end(curve: pd.Series) -> float:
+    """The mean over a run's last log lines (``ENDS`` of them); NaN where nothing was logged."""
+    return float(curve.dropna().tail(max(1, round(ENDS * curve.count()))).mean())
+
+
+class Table(NamedTuple):
+    """Text for people. The last cell of a row that is shorter than the head is a remark."""
+
+    head: Sequence[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """One training run. ``label`` is unique on the page.
+
+    ``metrics``: one row per log line, indexed by step; one column per name; NaN where a line lacks it. From run.json,
+    and empty without it: ``strategy`` (what was built, ``Strategy.describe``), ``paths``, ``total_steps``, and
+    ``start``: base model and data fingerprint. Losses of runs with an equal start can be compared.
+    """
+
+    folder: Path
+    label: str
+    metrics: pd.DataFrame
+    strategy: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, Any] = field(default_factory=dict)
+    total_steps: int = 0
+    start: tuple[str, ...] = ()
+
+    @property
+    def last_step(self) -> int:
+        """The planned number of optimizer steps, or the last that was logged."""
+        return max(self.total_steps, int(self.metrics.index[-1]))
+
+    @property
+    def has_teacher(self) -> bool:
+        return "tidal/strength" in self.metrics
+
+    @property
+    def has_bridge(self) -> bool:
+        return bool(self.paths.get("bridge"))
+
+    def curve(self, name: str) -> pd.Series:
+        """One number over steps, without the lines that lack it."""
+        return self.metrics.get(name, pd.Series(dtype=float)).dropna()
+
+    def by_bin(self, name: str) -> pd.DataFrame:
+        """Columns ``name/0.0`` .. ``name/0.9`` under the lower edge of their bin; empty bins are absent."""
+        bins = self.metrics.filter(regex=rf"^{name}/0\.\d$").dropna(how="all")
+        return bins.rename(columns=lambda column: float(column.rpartition("/")[2])).sort_index(axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """scores.json. Numbers for figures, text for tables.
+
+    ``models``: one row per model: name, side, bits_per_byte.value, .low and .high, likewise minus_first_student (NaN
+    where it was not measured). ``by_timestep``, per model: columns low and high (of t), ``BITS``, and its interval,
+    ``BITS``_low and ``BITS``_high. ``settings``: likelihoods under equal settings can be compared.
+    """
+
+    models: pd.DataFrame
+    by_timestep: list[pd.DataFrame]
+    likelihoods: list[list[str]]
+    benchmarks: list[list[str]]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A folder given to the report. ``prefix``: for names beside other runs. ``notes``: what is missing, by section."""
+
+    folder: Path
+    label: str
+    prefix: str
+    trainings: list[TrainingRun]
+    scores: Scores | None
+    completions: list[dict[str, Any]]
+    inference: dict[str, Any] | None
+    stages: pd.DataFrame
+    notes: dict[str, list[str]]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs of ``folders`` under unique labels.
+
+    Raises:
+        ValueError: a folder is missing, given twice, or holds nothing to show.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    twice = next((folder for place, folder in enumerate(resolved) if folder in resolved[:place]), None)
+    if twice is not None:
+        raise ValueError(f"{twice}: given twice; name each run once")
+    names = [folder.name for folder in resolved]
+    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders)]
+    return [read_run(folder, label, alone=len(names) == 1) for folder, label in zip(resolved, labels)]
+
+
+def read_run(folder: Path, label: str, alone: bool = True) -> Run:
+    """One folder; beside others, not ``alone``, the names of its parts begin with its label.
+
+    Raises:
+        ValueError: the folder is missing or holds nothing to show.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give a recipe's folder (runs/NAME) or a training run's")
+    reader = _Reader(folder, printable(label), alone)
+    run = Run(
+        folder=folder,
+        label=reader.label,
+        prefix=reader.prefix,
+        trainings=reader.trainings(),
+        scores=reader.part("scores", "scores.json", "tools/evaluate.py", reader.scores),
+        completions=reader.part("completions", "completions.jsonl", "tools/generate.py --json", _completions) or [],
+        inference=reader.part("inference", INFERENCE, INFERENCE_COMMAND, _inference),
+        stages=reader.stages(),
+        notes=reader.notes,
+    )
+    if not (run.trainings or run.scores or run.completions or run.inference):
+        raise ValueError(
+            f"{folder}: nothing to report: no {METRICS} here or one folder below, and no scores.json, "
+            f"completions.jsonl or {INFERENCE} that can be read"
+        )
+    return run
+
+
+class _Reader:
+    """Reads the parts of one folder and keeps notes of what is missing or damaged."""
+
+    def __init__(self, folder: Path, label: str, alone: bool) -> None:
+        self.folder, self.label = folder, label
+        self.prefix = "" if alone else f"{label}/"
+        self.notes: dict[str, list[str]] = {}
+
+    def note(self, section: str, text: str) -> None:
+        text = text.replace(f"{self.folder}/", "")
+        self.notes.setdefault(section, []).append(f"{self.label}: {text}" if self.prefix else text)
+
+    def part(self, section: str, file: str, writer: str, read: Callable[[Path], Any]) -> Any:
+        """What ``read`` makes of ``file``; None, and a note, where it is missing or damaged."""
+        path = self.folder / file
+        try:
+            if path.is_file():
+                return read(path)
+            self.note(section, f"no {file} here: {writer} writes it")
+        except Exception as error:  # whatever a damaged file causes: it is named, and the rest is shown
+            text = reason(error)
+            self.note(section, text if str(path) in text else f"{file}: not what {writer} writes ({text})")
+        return None
+
+    def trainings(self) -> list[TrainingRun]:
+        own = self.folder / METRICS
+        paths = (
+            [own] if own.is_file() else [path for path in sorted(self.folder.glob(f"*/{METRICS}")) if path.is_file()]
+        )
+        if not paths:
+            self.note("runs", f"no {METRICS} here or one folder below: python -m megatron_tide.distill writes it")
+        found = [self._training(path) for path in paths]
+        return [training for training in found if training is not None]
+
+    def _training(self, path: Path) -> TrainingRun | None:
+        name = printable(path.parent.name)
+        label = self.label if self.prefix and path.parent == self.folder else f"{self.prefix}{name}"
+        metrics = self.part("runs", str(path.relative_to(self.folder)), "python -m megatron_tide.distill", _metrics)
+        if metrics is None:
+            return None
+        described: dict[str, Any] = {}
+        try:
+            described = _description(read_json(path.with_name("run.json")))
+        except Exception:  # a run without its description still has curves
+            self.note("runs", f"{name}: no run.json that can be read, so its flags are not known")
+        return TrainingRun(folder=path.parent, label=label, metrics=metrics, **described)
+
+    def scores(self, path: Path) -> Scores:
+        content = read_json(path)
+        models, benchmarks = content.get("models", []), content.get("benchmarks", [])
+        if not (models or benchmarks):
+            raise ValueError(f"{path}: holds no score; tools/evaluate.py writes some")
+        numbers = [
+            f"{name}.{end}" for name in ("bits_per_byte", "minus_first_student") for end in ("value", "low", "high")
+        ]
+        frame = (
+            pd.json_normalize(models).reindex(columns=["name", "side", *numbers]).astype(dict.fromkeys(numbers, float))
+        )
+        return Scores(
+            models=frame.assign(name=[f"{self.prefix}{printable(name)}" for name in frame["name"]]),
+            by_timestep=[_timesteps(model["by_timestep"]) for model in models],
+            likelihoods=[[f"{self.prefix}{row[0]}", *row[1:]] for row in likelihood_cells(models)],
+            benchmarks=[_benchmark(self.prefix, one, score) for one in benchmarks for score in one["scores"]],
+            settings={**content["settings"], "data": content["data"]["fingerprint"]} if models else {},
+        )
+
+    def stages(self) -> pd.DataFrame:
+        stages, damaged = read_stages(self.folder)
+        for text in damaged:
+            self.note("time", text)
+        return stages
+
+
+def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Name, seconds and peak_process_bytes of a recipe's stages in the order they finished; and what cannot be read."""
+    rows, damaged = [], []
+    for path in sorted(folder.glob(f"{STAMPS}/*.json")):
+        try:
+            stamp = read_json(path)
+            rows.append(
+                [printable(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
+            )
+        except Exception as error:
+            damaged.append(f"{path}: not a stage's stamp ({reason(error)})")
+    table = pd.DataFrame(rows, columns=["name", "seconds", "peak_process_bytes", "finished"])
+    return table.sort_values("finished", kind="stable").drop(columns="finished"), damaged
+
+
+def json_lines(path: Path, **options: Any) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one per line; a line that a killed process left half-written is passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines also splits on U+2028
+        try:
+            entry = json.loads(line, **options)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _metrics(path: Path) -> pd.DataFrame:
+    rows = [
+        {name: value for name, value in line.items() if isinstance(value, float) and name.isascii()}
+        for line in json_lines(path, parse_int=float)
+    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pd.DataFrame(rows, columns=list(names | {"step": None}), dtype=float).replace([np.inf, -np.inf], np.nan)
+    table = table.dropna(subset="step").set_index("step").sort_index(kind="stable").dropna(axis=1, how="all")
+    if table.empty:
+        raise ValueError(f"{path}: holds no number that can be read")
+    return table
+
+
+def _description(run: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of run.json, by the fields of ``TrainingRun``."""
+    return {
+        "strategy": dict(run.get("strategy") or {}),
+        "paths": dict((run.get("config") or {}).get("paths") or {}),
+        "total_steps": int(run.get("total_steps") or 0),
+        "start": tuple(str(run.get(name, "")) for name in ("model_folder", "data_fingerprint")),
+    }
+
+
+def _timesteps(bins: list[dict[str, float]]) -> pd.DataFrame:
+    """``Scores.by_timestep`` of one model. An older version wrote no intervals: there they are the number itself."""
+    table = pd.DataFrame(bins, columns=["low", "high", BITS, f"{BITS}_low", f"{BITS}_high"], dtype=float)
+    return table.ffill(axis=1)
+
+
+def _benchmark(prefix: str, benchmark: dict[str, Any], score: dict[str, Any]) -> list[str]:
+    metric = ", ".join(str(word) for word in (score["metric"], score["filter"]) if word not in ("", "none"))
+    value, low, high = (float(score[end]) for end in ("value", "low", "high"))
+    interval = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return [f"{prefix}{benchmark['model']}", str(benchmark["benchmark"]), metric, str(score["n"]), interval]
+
+
+def _completions(path: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": str(row["prompt"]).strip(),
+            "answer": str(row["answer"]).rstrip(),
+            "finished": bool(row["finished"]),
+            "reference": row.get("reference"),
+        }
+        for row in json_lines(path)
+    ]
+
+
+def _inference(path: Path) -> dict[str, Any]:
+    """conditions, table and memory: text about the two models of the inference benchmark."""
+    found = read_footprint(path)
+    sides = {"student": found.student, "teacher": found.teacher}
+    settings, machine = found.settings, found.machine
+    gpu = machine["accelerators"] and settings["device"] != "cpu"
+    ratios = {"parameters": found.teacher.parameters / found.student.parameters, **found.ratios()}
+    rows = [_inference_row(side, measured) for side, measured in sides.items()]
+    rows.append(["teacher / student", *(f"{value:.1f} times" for value in ratios.values()), *[""] * (len(ratios) // 2)])
+    working = {side: measured for side, measured in sides.items() if not measured.cannot}
+    peaks = " and ".join(f"{size(measured.process_bytes)} ({side})" for side, measured in working.items())
+    memory_of = next((measured.memory_of for measured in working.values()), "")
+    return {
+        "conditions": f"{settings['new_tokens']} new tokens after one prompt, batch 1, one token per pass, "
+        f"{settings['dtype']} on {settings['device']} ({machine['accelerators'][0] if gpu else machine['cpu']}, "
+        f"{machine['cores']} cores), median of {settings['repeats']} answers, each model in a fresh process, "
+        f"{found.date}. No answer ends before its last token.",
+        "table": Table(
+            ("model", "parameters", "weights", "memory while answering", "seconds", "tokens/s", "passes"), rows
+        ),
+        "memory": f"Memory: {memory_of}. Peak of the whole process, libraries included: {peaks}."
+        if working
+        else "Neither model answers here.",
+    }
+
+
+def _inference_row(side: str, measured: Measured) -> list[str]:
+    row = [f"{side}, {measured.model_type}", f"{measured.parameters:,}", size(measured.weights_bytes)]
+    if measured.cannot:
+        return [*row, f"not measured: {measured.cannot}"]
+    speed = [f"{measured.median_seconds:.2f}", f"{measured.tokens_per_s:.1f}", str(measured.passes)]
+    return [*row, size(measured.memory_bytes), *speed]
+
+
+def size(count: float) -> str:
+    """Bytes as text, in powers of a thousand as in the published table."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
