@@ -53,9 +53,9 @@ def build_page(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (attempt, draw, end, aligned_samples, public_name)
-    environment.globals |= {function.__name__: function for function in functions} | {"figures": figures}
-    return environment.get_template("page.html").render(
+    environment.globals |= {"attempt": attempt, "draw": draw, "end": end, "figures": figures}
+    environment.globals |= {"aligned_samples": aligned_samples, "public_name": public_name}
+    page = environment.get_template("page.html").render(
         mark=MARK,
         title=f"Distillation report: {' against '.join(run.label for run in runs)}",
         version=f"megatron_tide {__version__}, {time.strftime('%Y-%m-%d %H:%M')}",
@@ -70,6 +70,7 @@ def build_page(runs: Sequence[Run]) -> str:
         times=Table(["run", *TIMES], [[one.label, *(end(one, *how) for how in TIMES.values())] for one in timed]),
         **_scores([run.scores for run in runs if run.scores]),
     )
+    return page.strip() + "\n"
 
 
 def end(training: TrainingRun, name: str, spec: str, unit: float = 1.0) -> str:
@@ -100,9 +101,9 @@ def _number(value: Any, spec: str) -> str:
 
 def _groups(trainings: Sequence[TrainingRun]) -> list[list[TrainingRun]]:
     """Runs that share base model and data, together; groups with a teacher first, then the larger ones."""
-    groups: dict[tuple[str, ...], list[TrainingRun]] = {}
+    groups: dict[tuple[str, str], list[TrainingRun]] = {}
     for training in trainings:
-        groups.setdefault(training.start or (training.label,), []).append(training)
+        groups.setdefault((training.base_model or training.label, training.data), []).append(training)
     return sorted(groups.values(), key=lambda group: (not any(one.has_teacher for one in group), -len(group)))
 
 

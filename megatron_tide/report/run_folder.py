@@ -64,8 +64,8 @@ class TrainingRun:
     """One training run. ``label`` is unique on the page.
 
     ``metrics``: one row per log line, indexed by step; one column per name; NaN where a line lacks it. From run.json,
-    and empty without it: ``strategy`` (what was built, ``Strategy.describe``), ``paths``, ``total_steps``, and
-    ``start``: base model and data fingerprint. Losses of runs with an equal start can be compared.
+    and empty without it: ``strategy`` (what was built, ``Strategy.describe``), ``paths``, ``total_steps``,
+    ``base_model``, and ``data``, its fingerprint.
     """
 
     folder: Path
@@ -74,7 +74,8 @@ class TrainingRun:
     strategy: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, Any] = field(default_factory=dict)
     total_steps: int = 0
-    start: tuple[str, ...] = ()
+    base_model: str = ""
+    data: str = ""
 
     @property
     def last_step(self) -> int:
@@ -279,7 +280,8 @@ def _metrics(path: Path) -> pd.DataFrame:
     ]
     names = dict.fromkeys(name for row in rows for name in row)
     table = pd.DataFrame(rows, columns=list(names | {"step": None}), dtype=float).replace([np.inf, -np.inf], np.nan)
-    table = table.dropna(subset="step").set_index("step").sort_index(kind="stable").dropna(axis=1, how="all")
+    table = table.dropna(subset="step").set_index("step").sort_index(kind="stable")
+    table = table.dropna(how="all").dropna(axis=1, how="all")
     if table.empty:
         raise ValueError(f"{path}: holds no number that can be read")
     return table
@@ -291,7 +293,8 @@ def _description(run: dict[str, Any]) -> dict[str, Any]:
         "strategy": dict(run.get("strategy") or {}),
         "paths": dict((run.get("config") or {}).get("paths") or {}),
         "total_steps": int(run.get("total_steps") or 0),
-        "start": tuple(str(run.get(name, "")) for name in ("model_folder", "data_fingerprint")),
+        "base_model": str(run.get("model_folder", "")),
+        "data": str(run.get("data_fingerprint", "")),
     }
 
 

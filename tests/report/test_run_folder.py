@@ -25,7 +25,7 @@ def test_a_recipe_folder(recipe):
     baseline, bridged = run.trainings
     assert (baseline.has_teacher, bridged.has_teacher) == (False, True)
     assert ["tidal_axes" in training.strategy for training in run.trainings] == [False, True]
-    assert baseline.start == bridged.start
+    assert (baseline.base_model, baseline.data) == (bridged.base_model, bridged.data)
     assert bridged.last_step == 8
     logged = [json.loads(line) for line in (recipe / "bridged" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss/total"] for row in logged if "loss/total" in row]
