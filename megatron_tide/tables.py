@@ -31,11 +31,22 @@ _FILES = (".jsonl", ".parquet")
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a JSON Lines file with its place ("file:line"), in order; ValueError for a row that is no object."""
+def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a JSON Lines file with its place ("file:line"), in order.
+
+    Raises:
+        ValueError: a row is no object; with ``bad``, the row is left out and the message appended to it instead.
+    """
     for number, _, line in _lines(path):
         where = f"{path}:{number}"
-        yield where, _parse(line, where)
+        try:
+            row = _parse(line, where)
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+            continue
+        yield where, row
 
 
 def parse_messages(value: Any, where: str) -> list[Message]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, preset_of, published, published_row
 from megatron_tide.evaluate.bootstrap import Estimate, mean
+from megatron_tide.evaluate.comparison import text_table
 from megatron_tide.evaluate.task_functions import PROGRAMS
 from megatron_tide.files import atomic_write, fingerprint
 from megatron_tide.sandbox import LIMITS, require_sandbox, run_programs
@@ -260,18 +261,15 @@ def _scores(rows: Sequence[Sample], seed: int) -> list[MetricScore]:
 def benchmark_table(results: Sequence[BenchmarkResult]) -> str:
     """For people: one line per number, in percent, with the published columns behind it where they belong."""
     columns = published()["shown"]
-    cells = [["model", "benchmark", "metric", "ours (95 %)", "n", *columns]]
+    head, cells = ["model", "benchmark", "metric", "ours (95 %)", "n", *columns], []
     for result in results:
         for score in result.scores:
             metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
             row = result.published(score)
             beside = [f"{row[column]:.2f}" if row else "" for column in columns]
             cells.append([result.model, result.benchmark, metric, _percent(score), str(score.n), *beside])
-    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
     notes = dict.fromkeys(note for result in results for note in _notes(result))
-    return "\n".join([texts[0], rule, *texts[1:], *notes, f"published columns: {published()['source']}"])
+    return "\n".join([text_table(head, cells), *notes, f"published columns: {published()['source']}"])
 
 
 def _notes(result: BenchmarkResult) -> Iterator[str]:

@@ -7,21 +7,20 @@ training run can be read alone.
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from megatron_tide.evaluate.comparison import likelihood_cells
 from megatron_tide.files import read_json
 from megatron_tide.report.footprint import read_footprint
 from megatron_tide.report.measure import Measured
+from megatron_tide.tables import read_rows
 
 METRICS, STAMPS = "metrics.jsonl", ".stages"
 INFERENCE, INFERENCE_COMMAND = "footprint.json", "python -m megatron_tide.report.footprint"
@@ -161,7 +160,8 @@ def read_run(folder: Path, label: str, alone: bool = True) -> Run:
         prefix=reader.prefix,
         trainings=reader.trainings(),
         scores=reader.part("scores", "scores.json", "tools/evaluate.py", reader.scores),
-        completions=reader.part("completions", "completions.jsonl", "tools/generate.py --json", _completions) or [],
+        completions=reader.part("completions", "completions.jsonl", "tools/generate.py --json", reader.completions)
+        or [],
         inference=reader.part("inference", INFERENCE, INFERENCE_COMMAND, _inference),
         stages=reader.stages(),
         notes=reader.notes,
@@ -185,6 +185,14 @@ class _Reader:
     def note(self, section: str, text: str) -> None:
         text = text.replace(f"{self.folder}/", "")
         self.notes.setdefault(section, []).append(f"{self.label}: {text}" if self.prefix else text)
+
+    def rows(self, section: str, path: Path) -> list[dict[str, Any]]:
+        """The rows of a JSON Lines file; a note counts the unreadable ones (a killed process leaves one)."""
+        bad: list[str] = []
+        rows = [row for _, row in read_rows(path, bad)]
+        if bad:
+            self.note(section, f"{len(bad)} lines left out: {printable(bad[0])}")
+        return rows
 
     def part(self, section: str, file: str, writer: str, read: Callable[[Path], Any]) -> Any:
         """What ``read`` makes of ``file``; None, and a note, where it is missing or damaged."""
@@ -211,7 +219,7 @@ class _Reader:
     def _training(self, path: Path) -> TrainingRun | None:
         name = printable(path.parent.name)
         label = self.label if self.prefix and path.parent == self.folder else f"{self.prefix}{name}"
-        metrics = self.part("runs", str(path.relative_to(self.folder)), "python -m megatron_tide.distill", _metrics)
+        metrics = self.part("runs", str(path.relative_to(self.folder)), "python -m megatron_tide.distill", self.metrics)
         if metrics is None:
             return None
         described: dict[str, Any] = {}
@@ -220,6 +228,27 @@ class _Reader:
         except Exception:  # a run without its description still has curves
             self.note("runs", f"{name}: no run.json that can be read, so its flags are not known")
         return TrainingRun(folder=path.parent, label=label, metrics=metrics, **described)
+
+    def metrics(self, path: Path) -> pd.DataFrame:
+        rows = [
+            {name: float(value) for name, value in row.items() if name.isascii() and _is_number(value)}
+            for row in self.rows("runs", path)
+        ]
+        rows = [row for row in rows if "step" in row and len(row) > 1]
+        if not rows:
+            raise ValueError(f"{path}: holds no number that can be read")
+        return pd.DataFrame(rows).set_index("step").sort_index(kind="stable")
+
+    def completions(self, path: Path) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": str(row["prompt"]).strip(),
+                "answer": str(row["answer"]).rstrip(),
+                "finished": bool(row["finished"]),
+                "reference": row.get("reference"),
+            }
+            for row in self.rows("completions", path)
+        ]
 
     def scores(self, path: Path) -> Scores:
         content = read_json(path)
@@ -262,29 +291,8 @@ def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
     return table.sort_values("finished", kind="stable").drop(columns="finished"), damaged
 
 
-def json_lines(path: Path, **options: Any) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one per line; a line that a killed process left half-written is passed over."""
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # splitlines also splits on U+2028
-        try:
-            entry = json.loads(line, **options)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict):
-            yield entry
-
-
-def _metrics(path: Path) -> pd.DataFrame:
-    rows = [
-        {name: value for name, value in line.items() if isinstance(value, float) and name.isascii()}
-        for line in json_lines(path, parse_int=float)
-    ]
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pd.DataFrame(rows, columns=list(names | {"step": None}), dtype=float).replace([np.inf, -np.inf], np.nan)
-    table = table.dropna(subset="step").set_index("step").sort_index(kind="stable")
-    table = table.dropna(how="all").dropna(axis=1, how="all")
-    if table.empty:
-        raise ValueError(f"{path}: holds no number that can be read")
-    return table
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e300  # false for NaN as well
 
 
 def _description(run: dict[str, Any]) -> dict[str, Any]:
@@ -309,18 +317,6 @@ def _benchmark(prefix: str, benchmark: dict[str, Any], score: dict[str, Any]) ->
     value, low, high = (float(score[end]) for end in ("value", "low", "high"))
     interval = f"{value:.3f} [{low:.3f}, {high:.3f}]"
     return [f"{prefix}{benchmark['model']}", str(benchmark["benchmark"]), metric, str(score["n"]), interval]
-
-
-def _completions(path: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": str(row["prompt"]).strip(),
-            "answer": str(row["answer"]).rstrip(),
-            "finished": bool(row["finished"]),
-            "reference": row.get("reference"),
-        }
-        for row in json_lines(path)
-    ]
 
 
 def _inference(path: Path) -> dict[str, Any]:
