@@ -25,7 +25,7 @@ class Args:
 def run(args: Args) -> None:
     import sys
 
-    from megatron_tide.data.sample import write_sample
+    from megatron_tide.data.sources import write_sample
 
     count, left_out = write_sample(args.data, args.out, args.limit)
     print(f"wrote {count:,} conversations to {args.out}", file=sys.stderr)

@@ -6,6 +6,7 @@ names becomes one list of positions (source, row), the same on every machine, wh
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.files import fingerprint, read_json
+from megatron_tide.files import atomic_write, fingerprint, read_json
 from megatron_tide.tables import Message, Table, open_table, parse_messages
 
 UNREADABLE_SHARE = 0.01  # of a mixture's rows: more of them is a mistake in the data or in how they are read
@@ -185,6 +186,27 @@ def open_mixture(paths: Sequence[str]) -> Mixture:
         row=np.concatenate(copies),
         key=np.arange(sum(sizes), dtype=np.int64),
     )
+
+
+def write_sample(data: Sequence[str], out: Path, limit: int) -> tuple[int, list[str]]:
+    """Write ``limit`` conversations, chosen evenly over ``data``, as JSON Lines; -> (how many, why others are not).
+
+    Raises:
+        ValueError: ``out`` is no .jsonl file, or holds something else.
+    """
+    if out.suffix != ".jsonl":
+        raise ValueError(f"{out}: the file to write must end in .jsonl")
+    mixture = open_mixture(data).limited(limit)
+    unreadable = [position for position in range(len(mixture)) if mixture.error(position)]
+    check_unreadable(mixture, len(unreadable), unreadable)
+    kept = sorted(set(range(len(mixture))) - set(unreadable))
+    rows = [{"id": int(mixture.key[n]), "messages": mixture.conversation(n)[1]} for n in kept]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if out.exists() and out.read_bytes() != content:
+        raise ValueError(f"{out}: exists and holds something else; remove it, or take another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, content)
+    return len(rows), [mixture.error(position) for position in unreadable]
 
 
 def read_mixture(path: str) -> list[SourceSpec]:

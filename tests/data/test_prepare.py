@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 
 from megatron_tide.data import PreparedData, prepare
@@ -61,6 +62,35 @@ def test_a_prepared_folder_holds_what_the_settings_say(pair: Pair, chats: Chats,
         encoded = encode(encoder, conversation(int(data.stats.keys[i])))
         assert isinstance(encoded, Encoded)
         assert encoded.sample.student.ids.tolist() == data.sample(i).student.ids.tolist()
+
+
+def test_a_prepared_folder_is_a_data_set(pair: Pair, chats: Chats, tmp_path: Path) -> None:
+    data = _prepare(pair, chats(50), tmp_path / "out")
+    table = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert table["key"][:] == data.stats.keys.tolist()
+    for i in (0, 20, len(data) - 1):
+        assert table[i]["student_ids"] == data.sample(i).student.ids.tolist()
+        assert table[i]["teacher_chunk"] == data.sample(i).teacher.chunk.tolist()
+
+
+def test_a_few_unreadable_rows_are_left_out_and_named(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"messages": conversation(number % 9)}) for number in range(250)]
+    lines[100], lines[200] = "{oops", json.dumps({"text": "no messages"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    data = _prepare(pair, path, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert f"left out: {path}:101: not valid JSON" in said
+    assert f"left out: {path}:201: no column 'messages'" in said
+    assert data.manifest["counts"]["dropped"]["cannot be read"] == 2
+    assert data.manifest["unreadable"] == [100, 200]
+    assert set(range(250)) - set(data.stats.keys.tolist()) == {100, 200}
+    before = _content(tmp_path / "out")
+    (tmp_path / "out" / shard_name(100 // 16)).unlink()
+    _prepare(pair, path.rename(tmp_path / "renamed.jsonl"), tmp_path / "out")
+    assert _content(tmp_path / "out") == before
 
 
 def test_one_process_and_two_give_the_same_bytes(pair: Pair, chats: Chats, tmp_path: Path) -> None:

@@ -108,6 +108,15 @@ def test_blank_lines_are_no_rows_and_errors_name_the_line(tmp_path: Path) -> Non
         mixture.conversation(2)
 
 
+def test_a_filter_lets_rows_through_that_cannot_be_read(tmp_path: Path) -> None:
+    rows = [{"lang": "rust"}, {"messages": conversation(1), "lang": "python"}, {"messages": conversation(2)}]
+    (tmp_path / "rows.jsonl").write_text("{oops\n" + "\n".join(json.dumps(row) for row in rows))
+    mixture = _mixture(tmp_path, {"path": "rows.jsonl", "filter": {"lang": "python"}})
+    assert mixture.row.tolist() == [0, 2]
+    assert "rows.jsonl:1: not valid JSON" in mixture.error(0)
+    assert mixture.error(1) == ""
+
+
 BAD_ROWS = [
     ({"messages": "hello"}, r"rows\.jsonl:2: messages must be a list"),
     ({"messages": [{"role": "user"}, "x"]}, r"rows\.jsonl:2: messages must be a list"),
