@@ -35,6 +35,7 @@ from megatron_tide.cli import flag
 from megatron_tide.files import read_json
 
 BY_STRATEGY = "as the strategy says"
+TEACHER_HOSTINGS = ("replicated", "zero3", "zero3_cpu", "zero3_nvme", "pipeline_2", "pipeline_4", "pipeline_8")
 
 # What each differs in from the defaults below.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -124,26 +125,26 @@ class StrategyConfig:
 class TeacherConfig:
     """Teacher placement."""
 
-    teacher_hosting: str = flag(
-        "replicated",
-        "replicated: complete on every rank; zero3: a shard on each, gathered layer by layer; pipeline: some layers on "
-        "each",
-        choices=("replicated", "zero3", "pipeline"),
+    teacher_hosting: str | None = flag(
+        None,
+        "Where the teacher's weights are. replicated: a copy on every rank; zero3: each rank holds a shard of every "
+        "layer on its GPU; zero3_cpu, zero3_nvme: in host memory, on disk; pipeline_N: N ranks share the layers",
+        choices=TEACHER_HOSTINGS,
+        shown="replicated",
         affects_loss=False,
     )
     teacher_deepspeed: str = flag(
         "",
-        "DeepSpeed JSON of that hosting: ds_configs/teacher_*.json say where a shard lies (GPU, host, disk), and the "
-        "number of stages",
+        "Your own DeepSpeed JSON, in place of --teacher-hosting; ds_configs/teacher_*.json are the ones to start from",
         metavar="FILE",
-        shown="the plain form of the hosting",
+        shown="that of the hosting",
         affects_loss=False,
     )
     teacher_nvme: str = flag(
         "",
-        "Folder on a fast local disk, for ds_configs/teacher_zero3_nvme.json",
+        "Folder on a fast local disk that holds the teacher, for zero3_nvme",
         metavar="DIR",
-        shown="the folder in that file",
+        shown="the folder in its DeepSpeed JSON",
         affects_loss=False,
     )
     skip_teacher_probe: bool = flag(

@@ -160,15 +160,6 @@ distil() {
   stage "train-$(basename "$out")" "${LAUNCH[@]}" -m megatron_tide.distill --out "$out" "$@"
 }
 
-# hosting: the flags that HOSTING (a file ds_configs/teacher_$HOSTING.json, or "replicated") and TEACHER_NVME stand for,
-# in the array TEACHER_FLAGS.
-hosting() {
-  TEACHER_FLAGS=()
-  [[ ${HOSTING:-replicated} != replicated ]] || return 0
-  TEACHER_FLAGS=(--teacher-hosting "${HOSTING%%_*}" --teacher-deepspeed "ds_configs/teacher_$HOSTING.json")
-  [[ -z ${TEACHER_NVME:-} ]] || TEACHER_FLAGS+=(--teacher-nvme "$TEACHER_NVME")
-}
-
 # chain [FLAGS...]: a release, and a page about how it came to be.
 chain() {
   release "$@"
@@ -180,10 +171,10 @@ chain() {
 release() {
   local run=$RUNS/$NAME
   local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
+  local hosting=(${HOSTING:+--teacher-hosting "$HOSTING"} ${TEACHER_NVME:+--teacher-nvme "$TEACHER_NVME"})
   [[ -z ${STUDENT_MASK:-} ]] || masks+=(--student-mask "$STUDENT_MASK")
   [[ -z ${TEACHER_MASK:-} ]] || masks+=(--teacher-mask "$TEACHER_MASK")
   ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
-  hosting
   local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
 
   stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
@@ -191,7 +182,7 @@ release() {
   stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
-    --strategy "$STRATEGY" ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} "$@"
+    --strategy "$STRATEGY" ${hosting[@]+"${hosting[@]}"} "$@"
   stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite
   [[ -n ${EVAL_DATA:-} ]] || return 0 # a prepared folder that nothing was trained on
   stage evaluate "$PYTHON" tools/evaluate.py --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \

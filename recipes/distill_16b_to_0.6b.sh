@@ -22,7 +22,7 @@ DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture,
 STRATEGY=${STRATEGY:-tide-cross}                                    # the table is in README.md
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 TEACHER_LENGTH=${TEACHER_LENGTH:-1024}
-HOSTING=${HOSTING:-replicated}                                        # where the teacher lives; the table is in README.md
+HOSTING=${HOSTING:-}                                                # where the teacher's weights are (table in README.md); empty: replicated
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Python code that comes with the hub folders
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh

@@ -22,7 +22,7 @@ STRATEGY=${STRATEGY:-tide-shared}                                   # the table 
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 TEACHER_LENGTH=${TEACHER_LENGTH:-768}
 TEACHER_MASK=${TEACHER_MASK:-151665}                                # its tokenizer names no mask token: the id
-HOSTING=${HOSTING:-replicated}                                        # where the teacher lives; the table is in README.md
+HOSTING=${HOSTING:-}                                                # where the teacher's weights are (table in README.md); empty: replicated
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: run Python code that comes with the hub folders
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh

@@ -28,7 +28,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 TEACHER_NVME=${DISK:-$run}/teacher-on-disk
 setup_environment requirements.txt
-hosting
 
 [[ $DRY_RUN == 1 ]] || mkdir -p "$TEACHER_NVME"
 [[ $DRY_RUN == 1 ]] || trap 'rm -rf "$TEACHER_NVME" "$run/student" "$run/teacher" "$run/trained"' EXIT
@@ -43,5 +42,6 @@ stage data "$PYTHON" -m megatron_tide prepare --data "$run/corpus.jsonl" "${toke
   --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
 
 proof=("$PYTHON" recipes/fullsize/prove.py "$run" --teacher-shape "$TEACHER_SHAPE" --student-shape "$STUDENT_SHAPE"
-  --accumulation "$ACCUMULATION" --memory-gib "$MEMORY_GIB" --seed "$SEED" "${TEACHER_FLAGS[@]}")
+  --accumulation "$ACCUMULATION" --memory-gib "$MEMORY_GIB" --seed "$SEED"
+  --teacher-hosting "$HOSTING" --teacher-nvme "$TEACHER_NVME")
 if [[ $DRY_RUN == 1 ]]; then printf '# proof\n%s\n' "${proof[*]}"; else "${proof[@]}"; fi

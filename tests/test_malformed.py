@@ -97,7 +97,7 @@ def with_deepspeed(content, **more):
 
 
 def with_teacher_deepspeed(content):
-    return lambda good: good.flags.update(teacher_deepspeed=good.write("ds.json", content), teacher_hosting="zero3")
+    return lambda good: good.flags.update(teacher_deepspeed=good.write("ds.json", content))
 
 
 def cut(path, by=100):

@@ -1,6 +1,6 @@
-"""Where the teacher lives. Every backend has ``score(microbatches) -> outputs`` and gives the same numbers.
+"""Where the teacher's weights are. Every backend has one method, ``score(microbatches)``, and returns the same numbers.
 
-``replicated``: complete, on every rank. ``zero3``: a share of every layer on each rank. ``pipeline``: some layers on
-each. ``settings`` reads what the flags name and ``place`` builds it. ``flat_layers`` and ``layerwise`` are shared by
-the last two. ``plan`` predicts what each takes; its ``check`` runs before a run starts.
+``backend``: the interface, and the whole copy per rank. ``layerwise``: a teacher as flat layers, run layer by layer;
+``zero3`` shards them, ``pipeline`` spreads them over ranks. ``build``: from the flags to a backend. ``plan``: what each
+takes in memory; the trainer asks it before a run starts.
 """

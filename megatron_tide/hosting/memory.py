@@ -27,10 +27,9 @@ import torch
 
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import offload_of, read_ds_config
-from megatron_tide.hosting.flat_layers import TOKENS_AT_ONCE
-from megatron_tide.hosting.layerwise import make_flat_layers
+from megatron_tide.hosting.build import DTYPES
+from megatron_tide.hosting.layerwise import TOKENS_AT_ONCE, make_flat_layers
 from megatron_tide.hosting.pipeline import balanced
-from megatron_tide.hosting.settings import DTYPES
 from megatron_tide.hosting.zero3 import BUFFERS
 from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
@@ -171,9 +170,9 @@ class RunShape:
     def layer_bytes(self, stages: int | None = None) -> list[int]:
         """Bytes of the teacher's embedding, layers and head, as zero3 shards them; or of each of ``stages`` stages."""
         assert self.teacher is not None
-        output = torch.empty(0, device="meta") if self.needs.hidden else None
-        gold = self.needs.target_logprobs
-        layers = make_flat_layers(self.teacher.specs, self.teacher_dtype, output=output, gold=gold)
+        head = torch.empty(0, device="meta") if self.needs.hidden else None
+        scored = self.needs.target_logprobs
+        layers = make_flat_layers(self.teacher.specs, self.teacher_dtype, head_weight=head, score_targets=scored)
         sizes = [layer.flat_bytes for layer in layers]
         return [sum(sizes[a:b]) for a, b in pairwise(balanced(layers, stages))] if stages else sizes
 

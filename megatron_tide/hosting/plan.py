@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -19,7 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megatron_tide.config import DistillConfig, StrategyConfig
 from megatron_tide.data.prepared import Stats
-from megatron_tide.ds_config import REPOSITORY, offload_of, read_ds_config
+from megatron_tide.ds_config import offload_of
+from megatron_tide.hosting.backend import Ranks
+from megatron_tide.hosting.build import REPLICATED, Hosting, every_hosting, hosting_of
 from megatron_tide.hosting.memory import (
     CUDA_CONTEXT,
     Machine,
@@ -29,50 +31,11 @@ from megatron_tide.hosting.memory import (
     TeacherNeeds,
     estimate_memory,
 )
-from megatron_tide.hosting.settings import hosting_settings
 from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
 from megatron_tide.machine import free_memory, rss_bytes
 from megatron_tide.objectives import STRATEGIES, Strategy
 
 GIB = 2**30
-
-
-class Ranks(Protocol):
-    """What the check needs to know of the world."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def is_main(self) -> bool: ...
-
-    def broadcast_object(self, value: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Hosting:
-    """A way to host the teacher: its name, the value of --teacher-hosting, and the DeepSpeed JSON ("" and {}: none)."""
-
-    name: str
-    kind: str
-    file: str
-    settings: dict[str, Any]
-
-    @property
-    def flags(self) -> str:
-        return f"--teacher-hosting {self.kind}" + (f" --teacher-deepspeed {self.file}" if self.file else "")
-
-
-REPLICATED = Hosting("replicated", "replicated", "", {})
-
-
-def every_hosting() -> list[Hosting]:
-    """Replicated, and each file ds_configs/teacher_*.json."""
-    found = [REPLICATED]
-    for path in sorted((REPOSITORY / "ds_configs").glob("teacher_*.json")):
-        name, file = path.stem.removeprefix("teacher_"), f"{path.parent.name}/{path.name}"
-        found.append(Hosting(name, name.partition("_")[0], file, read_ds_config(str(path), "--teacher-deepspeed")))
-    return found
 
 
 @dataclass(frozen=True)
@@ -245,9 +208,9 @@ def _refusal(config: DistillConfig, needs: TeacherNeeds, ranks: int) -> str:
     """Why a run does not fit here, or cannot be planned; "" for one that fits."""
     try:
         run, flags = run_shape(config, ranks, needs), config.teacher
-        settings = hosting_settings(flags, ranks) if run.teacher else {}
-        machine = local_machine(ranks, nvme_folder(settings, flags.teacher_nvme))
-        own = plan(run, machine, Hosting(flags.teacher_hosting, flags.teacher_hosting, "", settings))
+        hosting = hosting_of(flags, ranks) if run.teacher else REPLICATED
+        machine = local_machine(ranks, nvme_folder(hosting.settings, flags.teacher_nvme))
+        own = plan(run, machine, hosting)
     except (ValueError, OSError) as error:
         return str(error)
     if own.fits:

@@ -13,9 +13,9 @@ from typing import Any
 from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
-from megatron_tide.hosting.place import build_teacher
+from megatron_tide.hosting.backend import TeacherBackend
+from megatron_tide.hosting.build import build_teacher
 from megatron_tide.hosting.plan import check_plan
-from megatron_tide.hosting.replicated import NoTeacher
 from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
 from megatron_tide.train import checkpoint
 from megatron_tide.train.distributed import DistContext
@@ -28,7 +28,7 @@ from megatron_tide.training_checkpoint import PREFIX, TrainState, newest_complet
 
 
 def build(
-    config: DistillConfig, inputs: RunInputs, world: DistContext, backend: Any = None
+    config: DistillConfig, inputs: RunInputs, world: DistContext, backend: TeacherBackend | None = None
 ) -> tuple[TrainContext, MicrobatchLoader]:
     """Load the student, start its engine and build the teacher backend (or use ``backend``, an existing one).
 
@@ -47,19 +47,25 @@ def build(
     if config.train.activation_checkpointing:
         recompute_layers(model)
     engine = build_engine(model, config, world)
-    strategy, layout = inputs.strategy, None
-    if not strategy.needs_teacher:
-        backend = NoTeacher()
-    else:
+    strategy = inputs.strategy
+    if strategy.needs_teacher:
         _warn_of_shift(config.paths.teacher, world)
-        backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
+    backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
+    context = TrainContext(engine=engine, backend=backend, strategy=strategy, world=world, clock=Clock(world.device))
+    return context, make_loader(config, inputs, world)
+
+
+def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) -> MicrobatchLoader:
+    """The micro-batches of this rank."""
+    strategy, layout = inputs.strategy, None
+    if strategy.needs_teacher:
         layout = TeacherLayout(
             context=ATTENTION_LAYOUTS[config.strategy.teacher_context],
             block=inputs.data.manifest["teacher"]["block"],
             mask_id=inputs.data.manifest["teacher"]["mask_id"],
             compdemo=strategy.compdemo,
         )
-    loader = MicrobatchLoader(
+    return MicrobatchLoader(
         data=inputs.data,
         sampler=inputs.sampler,
         noise_schedule=strategy.noise_schedule,
@@ -69,8 +75,6 @@ def build(
         rank=world.rank,
         pin_memory=world.device.type == "cuda",
     )
-    context = TrainContext(engine=engine, backend=backend, strategy=strategy, world=world, clock=Clock(world.device))
-    return context, loader
 
 
 def _warn_of_shift(teacher: str, world: DistContext) -> None:

@@ -14,7 +14,7 @@ from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
 from megatron_tide.config import DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
-from megatron_tide.hosting.settings import hosting_settings
+from megatron_tide.hosting.build import hosting_of
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
 
@@ -39,7 +39,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     """
     paths = config.paths
     engine_settings(config, world_size)
-    hosting_settings(config.teacher, world_size)
+    hosting_of(config.teacher, world_size)
     data = PreparedData.open(paths.data)
     student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
     bridge = _bridge(config, student) if paths.bridge else None

@@ -10,6 +10,7 @@ import torch
 
 from megatron_tide.clock import Clock
 from megatron_tide.diffusion import DistillBatch
+from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.models import masked_hidden_states
 from megatron_tide.objectives import Counts, Strategy, denoise_loss
 from megatron_tide.train.distributed import DistContext
@@ -21,7 +22,7 @@ class TrainContext:
     """What a step works with; built once."""
 
     engine: Any  # DeepSpeed's
-    backend: Any  # the teacher's
+    backend: TeacherBackend
     strategy: Strategy
     world: DistContext
     clock: Clock

@@ -14,11 +14,11 @@ from megatron_tide.machine import reset_peak, rss_bytes
 from megatron_tide.models.layer_specs import LayerSpecs
 
 
-class TrainContext:
-    """Seconds, bytes read from disk and peak resident memory of named parts, told as they begin and end."""
+class Timings:
+    """Seconds, bytes read from disk and peak resident memory of named parts, printed as they begin and end."""
 
     def __init__(self) -> None:
-        self.stepped: dict[str, dict[str, float]] = {}
+        self.parts: dict[str, dict[str, float]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -27,13 +27,13 @@ class TrainContext:
         started, read = time.perf_counter(), bytes_read()
         yield
         seconds, peak = time.perf_counter() - started, rss_bytes("VmHWM")
-        self.stepped[name] = {"seconds": seconds, "bytes_read": bytes_read() - read, "peak_rss_bytes": peak}
+        self.parts[name] = {"seconds": seconds, "bytes_read": bytes_read() - read, "peak_rss_bytes": peak}
         print(f"   {seconds:.1f} s, peak {peak / 2**30:.2f} GiB", flush=True)
 
     @property
     def peak(self) -> float:
         """Peak resident bytes over all parts."""
-        return max(part["peak_rss_bytes"] for part in self.stepped.values())
+        return max(part["peak_rss_bytes"] for part in self.parts.values())
 
 
 def bytes_read() -> int:

@@ -21,8 +21,7 @@ from megatron_tide import cli, distill
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.config import DistillConfig
 from megatron_tide.files import read_json, write_json
-from megatron_tide.hosting.place import host_layers
-from megatron_tide.hosting.settings import DTYPES, hosting_settings
+from megatron_tide.hosting.build import DTYPES, build_layerwise, hosting_of
 from megatron_tide.machine import matmul_rate
 from megatron_tide.models import fresh_model, parameter_count, write_folder
 from megatron_tide.models.init_model import complete_config
@@ -32,12 +31,7 @@ from megatron_tide.train.distributed import destroy_distributed, init_distribute
 from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.step import global_counts, train_step
 from megatron_tide.training_checkpoint import TrainState
-from recipes.fullsize.measure import (
-    TrainContext,
-    folder_bytes,
-    stop_above,
-    sweep_operations,
-)
+from recipes.fullsize.measure import Timings, folder_bytes, stop_above, sweep_operations
 from recipes.fullsize.shards import MadeShards
 
 
@@ -97,20 +91,20 @@ def trainer_config(folders: Folders, accumulation: int, flags: list[str]) -> Dis
 
 def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     """Host the teacher, take one step, save; -> what was measured."""
-    parts, world = TrainContext(), init_distributed()
+    parts, world = Timings(), init_distributed()
     inputs = read_run_inputs(config, world.size)
     specs, dtype = layer_specs_of(folders.teacher), DTYPES[config.teacher.teacher_dtype]
     shards = MadeShards(folders.teacher, specs, dtype, seed)
-    settings = hosting_settings(config.teacher, world.size)
-    nvme = Path(settings["zero_optimization"]["offload_param"]["nvme_path"])
+    hosting = hosting_of(config.teacher, world.size)
+    nvme = Path(hosting.settings["zero_optimization"]["offload_param"]["nvme_path"])
     with parts("make the teacher's shards and take them in"):
-        host = host_layers(specs, shards, config.teacher, inputs.strategy, world)
+        backend: Any = build_layerwise(specs, shards, hosting, dtype, inputs.strategy, world)
     with parts("student and its engine"):
-        built, windows = build.build(config, inputs, world, host=host)
+        built, windows = build.build(config, inputs, world, backend=backend)
     with parts("first sweep over nothing: DeepSpeed learns the order"):
-        host.engine([])
+        backend.engine([])
     with parts("sweep over nothing: what the disk gives"):
-        host.engine([])
+        backend.engine([])
     window = windows(0)
     counts, _ = global_counts(window, world, False)
     with parts("optimizer step"):
@@ -119,7 +113,7 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     disk = folder_bytes(nvme, folders.run)
     with parts("checkpoint"):
         checkpoint.save(folders.trained, built.engine, TrainState(step=1, total_steps=1), inputs.run, world, keep=1)
-    taken = parts.stepped
+    taken = parts.parts
     idle = taken["sweep over nothing: what the disk gives"]
     asked = [noised.teacher.input_ids.shape for noised in window if noised.teacher is not None]
     work = sweep_operations(specs, [(n, length) for n, length in asked], sum(len(w.teacher_targets) for w in window))

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tide.config import from_flat
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
-from megatron_tide.hosting.place import build_teacher
+from megatron_tide.hosting.build import build_teacher
 from megatron_tide.objectives import Strategy
+from megatron_tide.train.build import make_loader
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.microbatches import MicrobatchLoader
@@ -32,18 +32,11 @@ def hostings(disk: Path) -> dict[str, Knobs]:
     """
     one_stage = disk / "pipeline_1.json"
     one_stage.write_text('{"pipeline": {"stages": 1}}')
-    files = {stages: f"ds_configs/teacher_pipeline_{stages}.json" for stages in (2, 4)} | {1: str(one_stage)}
-    nvme = {"teacher_deepspeed": "ds_configs/teacher_zero3_nvme.json", "teacher_nvme": str(disk)}
-    on_disk = {"zero3_nvme": {"teacher_hosting": "zero3", **nvme}} if HAS_DISK_IO else {}
-    return {
-        "zero3": {"teacher_hosting": "zero3"},
-        "zero3_cpu": {"teacher_hosting": "zero3", "teacher_deepspeed": "ds_configs/teacher_zero3_cpu.json"},
-        **on_disk,
-        **{
-            f"pipeline_{stages}": {"teacher_hosting": "pipeline", "teacher_deepspeed": file}
-            for stages, file in files.items()
-        },
-    }
+    names = ["zero3", "zero3_cpu", *(["zero3_nvme"] if HAS_DISK_IO else []), "pipeline_2", "pipeline_4"]
+    found: dict[str, Knobs] = {name: {"teacher_hosting": name} for name in names}
+    if HAS_DISK_IO:
+        found["zero3_nvme"]["teacher_nvme"] = str(disk)
+    return {**found, "pipeline_1": {"teacher_deepspeed": str(one_stage)}}
 
 
 def teacher_folder(tokenizers: Path, folder: Path, config: Knobs, seed: int = 3) -> Path:
@@ -71,23 +64,7 @@ def windows_of(knobs: Knobs, world: DistContext) -> tuple[Strategy, MicrobatchLo
     """The strategy of a run and its windows on this rank, by the product's own data path."""
     config = from_flat(knobs)
     inputs = read_run_inputs(config, world.size)
-    side = inputs.data.manifest["teacher"]
-    layout = TeacherLayout(
-        context=ATTENTION_LAYOUTS[config.strategy.teacher_context],
-        block=side["block"],
-        mask_id=side["mask_id"],
-        compdemo=inputs.strategy.compdemo,
-    )
-    windows = MicrobatchLoader(
-        data=inputs.data,
-        sampler=inputs.sampler,
-        masking=inputs.strategy.masking,
-        teacher=layout,
-        seed=config.train.seed,
-        rank=world.rank,
-        pin_memory=False,
-    )
-    return inputs.strategy, windows
+    return inputs.strategy, make_loader(config, inputs, world)
 
 
 def host_of(knobs: Knobs, strategy: Strategy, world: DistContext) -> Any:

@@ -10,8 +10,9 @@ import pytest
 from megatron_tide.config import from_flat
 from megatron_tide.data import PreparedData
 from megatron_tide.files import read_json
+from megatron_tide.hosting.build import named_hosting
 from megatron_tide.hosting.memory import Machine
-from megatron_tide.hosting.plan import GIB, every_hosting, plan, run_shape, teacher_needs
+from megatron_tide.hosting.plan import GIB, plan, run_shape, teacher_needs
 from recipes.fullsize import prove
 from tests.hosting.backends import rss_bytes
 from tests.support.chain import SMALL
@@ -39,8 +40,7 @@ def train_and_weigh(knobs):
 
 def predicted_bytes(run, name):
     """Of one rank without GPU, at its peak."""
-    hosting = next(item for item in every_hosting() if item.name == name)
-    return plan(run, Machine(1, 0, 64 * GIB), hosting).host.bytes
+    return plan(run, Machine(1, 0, 64 * GIB), named_hosting(name)).host.bytes
 
 
 REPLICATED = {"precision": "fp32", "teacher_dtype": "fp32", "max_steps": 4}
@@ -49,8 +49,7 @@ FROM_DISK = {
     "teacher_dtype": "bf16",
     "max_steps": 6,
     "compdemo": True,
-    "teacher_hosting": "zero3",
-    "teacher_deepspeed": "ds_configs/teacher_zero3_nvme.json",
+    "teacher_hosting": "zero3_nvme",
 }
 
 
@@ -76,7 +75,7 @@ def test_the_full_size_proof_was_predicted(tmp_path):
     for folder, shape in ((folders.student, "qwen3_0.6b.json"), (folders.teacher, "llada2_mini.json")):
         folder.mkdir()
         shutil.copy(SHAPES / shape, folder / "config.json")
-    flags = ["--teacher-hosting", "zero3", "--teacher-deepspeed", "ds_configs/teacher_zero3_nvme.json"]
+    flags = ["--teacher-hosting", "zero3_nvme"]
     config = prove.trainer_config(folders, ACCUMULATION, flags)
     longest = measured["longest_sample"]
     run = run_shape(config, 1, teacher_needs(config.strategy, False, longest["student"], longest["teacher"]))

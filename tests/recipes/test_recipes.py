@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tide.config import TEACHER_HOSTINGS
 from tests.support.disk import HAS_DISK_IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = REPOSITORY / "ds_configs"
 LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
 SMALL = {"TEACHER_STEPS": "6", "STUDENT_STEPS": "4", "DISTILL_STEPS": "3", "EVAL_SAMPLES": "6"}
 
@@ -181,9 +181,8 @@ def test_quickstart_whole_and_small(quickstart):
 def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
     """The chain of the 16B recipe on the quickstart's models, on two ranks: the same losses wherever the teacher is."""
     folder, _ = quickstart
-    hostings = ["replicated", *(path.stem.removeprefix("teacher_") for path in CONFIGS.glob("teacher_*.json"))]
     here = {"pipeline_4": False, "pipeline_8": False, "zero3_nvme": HAS_DISK_IO}  # more ranks than two; libaio
-    hostings = [hosting for hosting in hostings if here.get(hosting, True)]
+    hostings = [hosting for hosting in TEACHER_HOSTINGS if here.get(hosting, True)]
     knobs = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
     knobs = {name: str(folder / path) for name, path in knobs.items()}
     knobs |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}

@@ -1,0 +1,77 @@
+"""The teacher as the training step sees it: an object that scores the micro-batches of one optimizer step.
+
+Where its weights are (a copy on every rank, shards, host memory, disk, pipeline stages) is its own business: every
+backend returns the same numbers.
+
+Shapes: R target positions of a micro-batch, P one-to-one chunks ("pairs"), H the teacher's hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from megatron_tide.diffusion import DistillBatch
+from megatron_tide.models import masked_hidden_states, target_logprobs
+from megatron_tide.objectives import Strategy, TeacherOutputs
+
+
+class Ranks(Protocol):
+    """What a backend needs to know of the run's ranks."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def print_rank0(self, line: str) -> None: ...
+
+    def broadcast_object(self, value: Any) -> Any: ...
+
+
+class TeacherBackend(ABC):
+    """A frozen teacher. The number of collectives per call never depends on data."""
+
+    @abstractmethod
+    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
+        """The outputs the strategy needs, one per micro-batch; a collective call of all ranks."""
+
+    def metrics(self) -> dict[str, float]:
+        """Values to log, measured since the previous call."""
+        return {}
+
+
+class NoTeacher(TeacherBackend):
+    """The denoising-only baseline: outputs without a field."""
+
+    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
+        return [TeacherOutputs() for _ in microbatches]
+
+
+class ReplicatedTeacher(TeacherBackend):
+    """A whole copy on every rank, one forward per micro-batch: the reference for the tests of every other backend."""
+
+    def __init__(self, model: Any, strategy: Strategy) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.strategy = strategy
+
+    @torch.no_grad()
+    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
+        return [self._score(batch) for batch in microbatches]
+
+    def _score(self, batch: DistillBatch) -> TeacherOutputs:
+        assert batch.teacher is not None
+        head = self.model.head_weight
+        hidden_RH = masked_hidden_states(self.model, batch.teacher)
+        needed = self.strategy.needs_target_logprobs
+        targets_R = target_logprobs(hidden_RH, head, batch.teacher_targets) if needed else None
+        if not self.strategy.needs_hidden:
+            return TeacherOutputs(target_logprobs=targets_R)
+        return TeacherOutputs(target_logprobs=targets_R, hidden=hidden_RH[batch.pair_teacher_index], head_weight=head)
