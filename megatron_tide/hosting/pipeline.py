@@ -225,8 +225,8 @@ def balanced(flat_layers: Sequence[FlatLayer], stages: int) -> list[int]:
     """
     if stages > len(flat_layers):
         raise ValueError(
-            f"--teacher-hosting: {stages} pipeline stages, and this teacher has {len(flat_layers)} parts "
-            f"(embedding, layers, head): take at most {len(flat_layers)} stages"
+            f"--teacher-hosting: a pipeline of {stages} stages, but this teacher has {len(flat_layers)} parts "
+            f"(embedding, layers, head); take at most {len(flat_layers)} stages"
         )
     upto = [0, *itertools.accumulate(layer.flat_bytes for layer in flat_layers)]
 

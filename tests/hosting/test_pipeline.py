@@ -48,7 +48,7 @@ def test_lighter_stages_are_even_too():
 
 
 def test_more_stages_than_units():
-    with pytest.raises(ValueError, match=r"pipeline\.stages is 4, and this teacher has 3 parts .* at most 3 stages"):
+    with pytest.raises(ValueError, match=r"a pipeline of 4 stages, but this teacher has 3 parts .* at most 3 stages"):
         balanced(flat_layers([1, 2, 3]), 4)
 
 
