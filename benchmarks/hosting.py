@@ -191,7 +191,7 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         settings[folder]["zero_optimization"]["offload_param"]["nvme_path"] = str(disk / folder)
     teacher_bytes = write_teacher(source, config, dtype)
     world = init_distributed()
-    sweep = Zero3Teacher(layer_specs_of(source), ShardedFolder(source), dtype, GOLD, settings["ours"], world)
+    sweep = Zero3Teacher(layer_specs_of(source), ShardedFolder(source), settings["ours"], dtype, GOLD, world)
     for path in source.iterdir():
         path.unlink()  # on disk are never more than two copies
     plain = PlainTeacher(config, dtype, settings["plain"])

@@ -117,6 +117,19 @@ TIDAL_RAMPS = Table(
     }
 )
 
+# Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
+TEACHER_HOSTINGS = Table(
+    {
+        "replicated": Choice("a copy on every rank", "hosting.backend:ReplicatedTeacher"),
+        "zero3": Choice("a shard of every layer on each rank's GPU", "hosting.zero3:Zero3Teacher"),
+        "zero3_cpu": Choice("the shards in host memory", "hosting.zero3:Zero3Teacher"),
+        "zero3_nvme": Choice("the shards on a fast disk", "hosting.zero3:Zero3Teacher"),
+        "pipeline_2": Choice("half of the layers on each of 2 ranks", "hosting.pipeline:PipelineTeacher"),
+        "pipeline_4": Choice("a quarter on each of 4", "hosting.pipeline:PipelineTeacher"),
+        "pipeline_8": Choice("an eighth on each of 8", "hosting.pipeline:PipelineTeacher"),
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StrategySpec:

@@ -26,6 +26,7 @@ from megatron_tide.choices import (
     MASKINGS,
     NOISE_SCHEDULES,
     STRATEGIES,
+    TEACHER_HOSTINGS,
     TIDAL_AXES,
     TIDAL_RAMPS,
     TIDAL_USES,
@@ -35,7 +36,6 @@ from megatron_tide.cli import flag
 from megatron_tide.files import read_json
 
 BY_STRATEGY = "as the strategy says"
-TEACHER_HOSTINGS = ("replicated", "zero3", "zero3_cpu", "zero3_nvme", "pipeline_2", "pipeline_4", "pipeline_8")
 
 # What each differs in from the defaults below.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -127,8 +127,7 @@ class TeacherConfig:
 
     teacher_hosting: str | None = flag(
         None,
-        "Where the teacher's weights are. replicated: a copy on every rank; zero3: each rank holds a shard of every "
-        "layer on its GPU; zero3_cpu, zero3_nvme: in host memory, on disk; pipeline_N: N ranks share the layers",
+        f"Where the teacher's weights are. {TEACHER_HOSTINGS}",
         choices=TEACHER_HOSTINGS,
         shown="replicated",
         affects_loss=False,

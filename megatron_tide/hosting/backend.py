@@ -37,7 +37,11 @@ class Ranks(Protocol):
 
 
 class TeacherBackend(ABC):
-    """A frozen teacher. The number of collectives per call never depends on data."""
+    """A frozen teacher. The number of collectives per call never depends on data.
+
+    The class behind a ``--teacher-hosting`` has ``open(folder, settings, dtype, strategy, ranks)``, which loads the
+    teacher of a folder on all ranks; ``settings``: the DeepSpeed JSON of the hosting, {} where it has none.
+    """
 
     @abstractmethod
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
@@ -61,6 +65,14 @@ class ReplicatedTeacher(TeacherBackend):
     def __init__(self, model: Any, strategy: Strategy) -> None:
         self.model = model.eval().requires_grad_(False)
         self.strategy = strategy
+
+    @classmethod
+    def open(
+        cls, folder: str, settings: dict[str, Any], dtype: torch.dtype, strategy: Strategy, ranks: Ranks
+    ) -> ReplicatedTeacher:
+        from megatron_tide.models import load_model
+
+        return cls(load_model(folder, dtype, device=str(ranks.device)), strategy)
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:

@@ -5,33 +5,21 @@ Importing this file imports no model code, so that a dry run can check a hosting
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import copy
-import fcntl
 import os
-import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-from uuid import uuid4
+from typing import Any
 
 import torch
 
-from megatron_tide.config import TEACHER_HOSTINGS, TeacherConfig
+from megatron_tide.choices import TEACHER_HOSTINGS
+from megatron_tide.config import TeacherConfig
 from megatron_tide.ds_config import offload_of, read_ds_config, section
-from megatron_tide.hosting.backend import NoTeacher, Ranks, ReplicatedTeacher, TeacherBackend
+from megatron_tide.hosting.backend import NoTeacher, Ranks, TeacherBackend
 from megatron_tide.objectives import Strategy
-
-if TYPE_CHECKING:
-    from megatron_tide.models.layer_specs import LayerSpecs
-    from megatron_tide.models.shards import ShardedFolder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OFFLOADS = ("none", "cpu", "nvme")
-_OWN, _LOCK, _YOUNG_SECONDS = "megatron_tide-", ".lock", 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,21 +33,17 @@ class Hosting:
     def flags(self) -> str:
         return f"--teacher-hosting {self.name}"
 
-    @property
-    def kind(self) -> str:
-        """A key of :data:`BACKENDS`: the first word of the name."""
-        return self.name.partition("_")[0]
-
-
-REPLICATED = Hosting(name="replicated", settings={})
-
 
 def named_hosting(name: str) -> Hosting:
     """zero3... is ds_configs/teacher_NAME.json; pipeline_N is N stages."""
-    kind, _, rest = name.partition("_")
-    if kind == "zero3":
+    if name.startswith("zero3"):
         return Hosting(name=name, settings=read_ds_config(f"ds_configs/teacher_{name}.json", "--teacher-hosting"))
-    return Hosting(name=name, settings={"pipeline": {"stages": int(rest)}} if kind == "pipeline" else {})
+    if name.startswith("pipeline"):
+        return Hosting(name=name, settings={"pipeline": {"stages": int(name.partition("_")[2])}})
+    return Hosting(name=name, settings={})
+
+
+REPLICATED = named_hosting("replicated")
 
 
 def every_hosting() -> list[Hosting]:
@@ -75,10 +59,11 @@ def hosting_of(teacher: TeacherConfig, ranks: int) -> Hosting:
     name, file, nvme = teacher.teacher_hosting, teacher.teacher_deepspeed, teacher.teacher_nvme
     if file:
         where, settings = f"--teacher-deepspeed {file}", read_ds_config(file, "--teacher-deepspeed")
+        found = _described(settings, where)
     else:
-        name = name or "replicated"
+        name = name or REPLICATED.name
         where, settings = f"--teacher-hosting {name}", named_hosting(name).settings
-    found = _described(settings, where) if file or settings else "replicated"
+        found = _described(settings, where) if settings else name
     if name not in (None, found):
         raise ValueError(f"{where} describes {found}, not --teacher-hosting {name}: give one of the two flags")
     offload = offload_of(settings)
@@ -120,66 +105,5 @@ def build_teacher(folder: str, teacher: TeacherConfig, strategy: Strategy, ranks
     if not strategy.needs_teacher:
         return NoTeacher()
     hosting = hosting_of(teacher, ranks.size)
-    return BACKENDS[hosting.kind](folder, hosting, DTYPES[teacher.teacher_dtype], strategy, ranks)
-
-
-def _replicated(folder: str, hosting: Hosting, dtype: torch.dtype, strategy: Strategy, ranks: Ranks) -> TeacherBackend:
-    from megatron_tide.models import load_model
-
-    return ReplicatedTeacher(load_model(folder, dtype, device=str(ranks.device)), strategy)
-
-
-def _layerwise(folder: str, hosting: Hosting, dtype: torch.dtype, strategy: Strategy, ranks: Ranks) -> TeacherBackend:
-    from megatron_tide.hosting.layerwise import open_layer_specs
-
-    return build_layerwise(*open_layer_specs(folder), hosting, dtype, strategy, ranks)
-
-
-BACKENDS: dict[str, Callable[..., TeacherBackend]] = {
-    "replicated": _replicated,
-    "zero3": _layerwise,
-    "pipeline": _layerwise,
-}
-
-
-def build_layerwise(
-    specs: LayerSpecs,
-    source: ShardedFolder,
-    hosting: Hosting,
-    dtype: torch.dtype,
-    strategy: Strategy,
-    ranks: Ranks,
-) -> TeacherBackend:
-    """A teacher that is loaded layer by layer from ``source``; a collective call of all ranks."""
-    from megatron_tide.hosting.pipeline import PipelineTeacher
-    from megatron_tide.hosting.zero3 import Zero3Teacher
-
-    settings = copy.deepcopy(hosting.settings)
-    offload = offload_of(settings)
-    if offload.get("device") == "nvme":
-        offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), ranks.broadcast_object(uuid4().hex[:12])))
-    backend = PipelineTeacher if hosting.kind == "pipeline" else Zero3Teacher
-    return backend(specs, source, dtype, strategy, settings, ranks)
-
-
-def own_folder(disk: Path, name: str) -> Path:
-    """A folder of this run's own on the disk that holds the teacher, removed when the run ends.
-
-    Two runs on a node do not share one, and what a killed run has left (its lock is free again) is removed.
-    """
-    for old in disk.glob(f"{_OWN}*"):
-        with contextlib.suppress(OSError), (old / _LOCK).open() as lock:
-            if time.time() - old.stat().st_mtime > _YOUNG_SECONDS:  # a younger one may be about to take its lock
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(old, ignore_errors=True)
-    own = disk / f"{_OWN}{name}"
-    own.mkdir(exist_ok=True)
-    held = (own / _LOCK).open("a")
-    fcntl.flock(held, fcntl.LOCK_SH)
-    atexit.register(_leave, own, held)
-    return own
-
-
-def _leave(own: Path, held: TextIO) -> None:
-    shutil.rmtree(own, ignore_errors=True)
-    held.close()
+    name = hosting.name if hosting.name in TEACHER_HOSTINGS else "pipeline_2"  # a file with another number of stages
+    return TEACHER_HOSTINGS[name].open(folder, hosting.settings, DTYPES[teacher.teacher_dtype], strategy, ranks)

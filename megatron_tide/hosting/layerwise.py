@@ -14,8 +14,10 @@ hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -238,18 +240,32 @@ class LayerwiseTeacher(TeacherBackend):
     the teacher's logits from them, a few rows at a time, beside the student's.
     """
 
+    @classmethod
+    def open(cls, folder: str, *args: Any) -> LayerwiseTeacher:
+        return cls(*open_layer_specs(folder), *args)
+
     def __init__(
-        self, specs: LayerSpecs, source: ShardedFolder, dtype: torch.dtype, strategy: Strategy, ranks: Ranks
+        self,
+        specs: LayerSpecs,
+        source: ShardedFolder,
+        settings: dict[str, Any],
+        dtype: torch.dtype,
+        strategy: Strategy,
+        ranks: Ranks,
     ) -> None:
-        self.strategy, self.ranks = strategy, ranks
+        self.specs, self.dtype, self.strategy, self.ranks = specs, dtype, strategy, ranks
         self.head_weight: Tensor | None = None
         if strategy.needs_hidden:
             head = FlatLayer(specs, [specs.output], dtype)
             head.fill(source, ranks.device)
             self.head_weight = head.tensors(specs.output)["weight"].detach()
-        self.flat_layers = make_flat_layers(
-            specs, dtype, head_weight=self.head_weight, score_targets=strategy.needs_target_logprobs
-        )
+        scored = strategy.needs_target_logprobs
+        self.flat_layers = make_flat_layers(specs, dtype, head_weight=self.head_weight, score_targets=scored)
+        self._load(source, settings)
+
+    @abstractmethod
+    def _load(self, source: ShardedFolder, settings: dict[str, Any]) -> None:
+        """Fill this rank's part of ``flat_layers`` and build the DeepSpeed engine."""
 
     def _announce(self, layers: Sequence[FlatLayer]) -> Iterator[FlatLayer]:
         for number, layer in enumerate(layers, 1):

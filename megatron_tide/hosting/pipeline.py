@@ -29,11 +29,10 @@ from torch import Tensor, nn
 
 from megatron_tide.clock import Clock
 from megatron_tide.diffusion import BlockDiffusionMask, DistillBatch, ModelInput
-from megatron_tide.hosting.backend import Ranks
 from megatron_tide.hosting.layerwise import FlatLayer, ForwardState, LayerwiseTeacher, TeacherInputs
 from megatron_tide.models.layer_specs import LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.objectives import Strategy, TeacherOutputs
+from megatron_tide.objectives import TeacherOutputs
 
 
 @dataclass(frozen=True)
@@ -141,28 +140,19 @@ class PipelineStage(nn.Module):
 class PipelineTeacher(LayerwiseTeacher):
     """A frozen teacher over ``settings["pipeline"]["stages"]`` ranks; more ranks form several such pipelines."""
 
-    def __init__(
-        self,
-        specs: LayerSpecs,
-        source: ShardedFolder,
-        dtype: torch.dtype,
-        strategy: Strategy,
-        settings: dict[str, Any],
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(specs, source, dtype, strategy, ranks)
-        self.dtype, self.device = dtype, ranks.device
-        self.hidden_size = specs.config.hidden_size if strategy.needs_hidden else 0  # numbers per pair that travel back
+    def _load(self, source: ShardedFolder, settings: dict[str, Any]) -> None:
         stages = settings["pipeline"]["stages"]
         self.members, self.group, self.host_group = _join_pipeline(stages)
         self.place = self.members.index(dist.get_rank())
         bounds = balanced(self.flat_layers, stages)
         self.flat_layers = self.flat_layers[bounds[self.place] : bounds[self.place + 1]]
         for layer in self._announce(self.flat_layers):
-            layer.fill(source, ranks.device)
-        self.clock = Clock(ranks.device)
-        self.stage = PipelineStage(self.flat_layers, specs, self.clock, self.place == 0, self.place == stages - 1)
+            layer.fill(source, self.ranks.device)
+        self.clock = Clock(self.ranks.device)
+        self.stage = PipelineStage(self.flat_layers, self.specs, self.clock, self.place == 0, self.place == stages - 1)
         self.engine = _engine(settings, self.stage)
+        # Numbers per pair that travel back.
+        self.hidden_size = self.specs.config.hidden_size if self.strategy.needs_hidden else 0
 
     @torch.no_grad()
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
@@ -184,7 +174,7 @@ class PipelineTeacher(LayerwiseTeacher):
     def _gather_inputs(self, inputs: Sequence[TeacherInputs], sizes: list[list[Sizes]]) -> list[Tensor]:
         """The packed inputs of every member's micro-batches, on the first stage; [] on the others."""
         lengths = [[item.packed for item in member] for member in sizes]
-        mine = torch.zeros(max(map(sum, lengths)), dtype=torch.int64, device=self.device)
+        mine = torch.zeros(max(map(sum, lengths)), dtype=torch.int64, device=self.ranks.device)
         if inputs:
             mine[: sum(lengths[self.place])] = torch.cat([pack(given) for given in inputs])
         gathered = [torch.empty_like(mine) for _ in self.members] if self.stage.first else None
@@ -201,12 +191,12 @@ class PipelineTeacher(LayerwiseTeacher):
     def _scatter_outputs(self, inputs: Sequence[TeacherInputs], sizes: list[list[Sizes]]) -> list[ForwardState]:
         """This rank's micro-batches, finished: the last stage sends every member its own outputs."""
         lengths = [sum(item.output_bytes(self.hidden_size, self.dtype) for item in member) for member in sizes]
-        mine = torch.empty(max(lengths), dtype=torch.uint8, device=self.device)
+        mine = torch.empty(max(lengths), dtype=torch.uint8, device=self.ranks.device)
         scattered = None
         if self.stage.last:
             finished, scattered = iter(self.stage.finished), []
             for member in sizes:
-                packed = pack_outputs([next(finished) for _ in member], self.hidden_size > 0, self.device)
+                packed = pack_outputs([next(finished) for _ in member], self.hidden_size > 0, self.ranks.device)
                 scattered.append(nn.functional.pad(packed, (0, len(mine) - len(packed))))
             self.stage.finished = []
         dist.scatter(mine, scattered, src=self.members[-1], group=self.group)

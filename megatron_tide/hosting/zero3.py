@@ -9,49 +9,42 @@ here. All ranks make the same sweeps, each of the same gathers: nothing depends 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import copy
+import fcntl
 import math
+import shutil
+import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.hosting.backend import Ranks
+from megatron_tide.ds_config import offload_of
 from megatron_tide.hosting.layerwise import FlatLayer, ForwardState, LayerwiseForward, LayerwiseTeacher, TeacherInputs
-from megatron_tide.models.layer_specs import LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.objectives import Strategy, TeacherOutputs
+from megatron_tide.objectives import TeacherOutputs
 
+_OWN, _LOCK, _YOUNG_SECONDS = "megatron_tide-", ".lock", 60
 BUFFERS = 2  # layers of a teacher on disk that are in memory: the one at work and the next
 
 
 class Zero3Teacher(LayerwiseTeacher):
     """A frozen teacher in a DeepSpeed engine of ZeRO stage 3; one sweep per call."""
 
-    def __init__(
-        self,
-        specs: LayerSpecs,
-        source: ShardedFolder,
-        dtype: torch.dtype,
-        strategy: Strategy,
-        settings: dict[str, Any],
-        ranks: Ranks,
-    ) -> None:
-        super().__init__(specs, source, dtype, strategy, ranks)
-        self.engine = self._shard(source, engine_settings(settings, self.flat_layers, dtype, ranks.size))
-
-    @torch.no_grad()
-    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
-        states = [ForwardState(TeacherInputs.of(batch)) for batch in microbatches]
-        self.engine(states)
-        return self._outputs(states)
-
-    def _shard(self, source: ShardedFolder, settings: dict[str, Any]) -> Any:
-        """Load and partition one layer after another: no more than one is ever whole in memory."""
+    def _load(self, source: ShardedFolder, settings: dict[str, Any]) -> None:
+        """One layer after another is loaded and partitioned: no more than one is ever whole in memory."""
         import deepspeed
 
+        settings = engine_settings(settings, self.flat_layers, self.dtype, self.ranks.size)
+        offload, name = offload_of(settings), self.ranks.broadcast_object(uuid4().hex[:12])
+        if offload.get("device") == "nvme":
+            offload["nvme_path"] = str(own_folder(Path(offload["nvme_path"]), name))
         swapper = None
         for layer in self._announce(self.flat_layers):
             layer.fill(source, self.ranks.device, read=dist.get_rank() == 0)
@@ -59,8 +52,13 @@ class Zero3Teacher(LayerwiseTeacher):
                 module=layer, config_dict_or_path=settings, mem_efficient_linear=False, param_swapper=swapper
             )
             swapper = context.param_swapper  # its buffers serve all layers
-        engine, *_ = deepspeed.initialize(model=LayerwiseForward(self.flat_layers).eval(), config=settings)
-        return engine
+        self.engine, *_ = deepspeed.initialize(model=LayerwiseForward(self.flat_layers).eval(), config=settings)
+
+    @torch.no_grad()
+    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
+        states = [ForwardState(TeacherInputs.of(batch)) for batch in microbatches]
+        self.engine(states)
+        return self._outputs(states)
 
 
 def engine_settings(
@@ -78,3 +76,26 @@ def engine_settings(
     if offload and offload["device"] == "nvme":
         offload |= {"buffer_count": BUFFERS, "buffer_size": math.ceil(largest / ranks), "max_in_cpu": 0}
     return settings
+
+
+def own_folder(disk: Path, name: str) -> Path:
+    """A folder of this run's own on the disk that holds the teacher, removed when the run ends.
+
+    Two runs on a node do not share one, and what a killed run has left (its lock is free again) is removed.
+    """
+    for old in disk.glob(f"{_OWN}*"):
+        with contextlib.suppress(OSError), (old / _LOCK).open() as lock:
+            if time.time() - old.stat().st_mtime > _YOUNG_SECONDS:  # a younger one may be about to take its lock
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+    own = disk / f"{_OWN}{name}"
+    own.mkdir(exist_ok=True)
+    held = (own / _LOCK).open("a")
+    fcntl.flock(held, fcntl.LOCK_SH)
+    atexit.register(_leave, own, held)
+    return own
+
+
+def _leave(own: Path, held: TextIO) -> None:
+    shutil.rmtree(own, ignore_errors=True)
+    held.close()

@@ -21,7 +21,8 @@ from megatron_tide import cli, distill
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.config import DistillConfig
 from megatron_tide.files import read_json, write_json
-from megatron_tide.hosting.build import DTYPES, build_layerwise, hosting_of
+from megatron_tide.hosting.build import DTYPES, hosting_of
+from megatron_tide.hosting.zero3 import Zero3Teacher
 from megatron_tide.machine import matmul_rate
 from megatron_tide.models import fresh_model, parameter_count, write_folder
 from megatron_tide.models.init_model import complete_config
@@ -98,7 +99,7 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     hosting = hosting_of(config.teacher, world.size)
     nvme = Path(hosting.settings["zero_optimization"]["offload_param"]["nvme_path"])
     with parts("make the teacher's shards and take them in"):
-        backend: Any = build_layerwise(specs, shards, hosting, dtype, inputs.strategy, world)
+        backend = Zero3Teacher(specs, shards, hosting.settings, dtype, inputs.strategy, world)
     with parts("student and its engine"):
         built, windows = build.build(config, inputs, world, backend=backend)
     with parts("first sweep over nothing: DeepSpeed learns the order"):

@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tide import cli, distill
-from megatron_tide.config import TEACHER_HOSTINGS, TeacherConfig
-from megatron_tide.hosting.build import hosting_of, named_hosting, own_folder
+from megatron_tide.choices import TEACHER_HOSTINGS
+from megatron_tide.config import TeacherConfig
+from megatron_tide.hosting.build import hosting_of, named_hosting
 from megatron_tide.hosting.layerwise import open_layer_specs
+from megatron_tide.hosting.zero3 import own_folder
 from tests.hosting.backends import host_of, joined, windows_of
 from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
 from tests.support.ranks import run_on_ranks
@@ -189,7 +191,7 @@ def test_a_misshapen_tensor_is_told_on_every_rank(chain, tmp_path):
 USE = """
 import sys, time
 from pathlib import Path
-from megatron_tide.hosting.build import own_folder
+from megatron_tide.hosting.zero3 import own_folder
 own = own_folder(Path(sys.argv[1]), "live")
 (own / "share").write_bytes(b"weights")
 print("ready", flush=True)

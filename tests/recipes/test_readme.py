@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.config import TEACHER_HOSTINGS
+from megatron_tide.choices import TEACHER_HOSTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

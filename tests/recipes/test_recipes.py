@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.config import TEACHER_HOSTINGS
+from megatron_tide.choices import TEACHER_HOSTINGS
 from tests.support.disk import HAS_DISK_IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
