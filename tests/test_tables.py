@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,10 @@ def test_a_bad_row_is_named_and_the_others_are_read(tmp_path: Path, line: bytes,
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=words):
         list(read_rows(path))
+    bad: list[str] = []
+    assert [row for _, row in read_rows(path, bad)] == [{"a": 1}, {"b": 2}]
+    assert len(bad) == 1
+    assert re.search(words, bad[0])
 
 
 def test_a_file_without_a_row_that_can_be_read_is_refused(tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for index.html [report in the first RUN]")
     args = parser.parse_args(argv)
     from megatron_tide.report.page import build_page, check_out, write_page
-    from megatron_tide.report.run_folder import printable, read_runs
+    from megatron_tide.report.run_folder import read_runs, visible
 
     out = args.out or args.runs[0] / "report"
     check_out(out)
     page = build_page(read_runs(args.runs))
     sections, figures = page.count("<section "), page.count("<figure ")
-    print(f"{printable(write_page(out, page))}: {sections} sections, {figures} figures")
+    print(f"{visible(write_page(out, page))}: {sections} sections, {figures} figures")
     return 0
 
 

@@ -23,7 +23,7 @@ from megatron_tide.files import atomic_write
 from megatron_tide.release.card import public_name
 from megatron_tide.report import figures
 from megatron_tide.report.alignment import aligned_samples
-from megatron_tide.report.run_folder import Run, Scores, Table, TrainingRun, at_end, printable, reason
+from megatron_tide.report.run_folder import Run, Scores, Table, TrainingRun, at_end, reason, visible
 from megatron_tide.report.style import NARROW, looks, png
 
 INDEX = "index.html"
@@ -49,7 +49,7 @@ def build_page(runs: Sequence[Run]) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from megatron_tide.cli import PROGRAM
 from megatron_tide.evaluate.comparison import likelihood_cells
 from megatron_tide.files import read_json
 from megatron_tide.report.footprint import read_footprint
@@ -23,22 +24,23 @@ from megatron_tide.report.measure import Measured
 from megatron_tide.tables import read_rows
 
 METRICS, STAMPS = "metrics.jsonl", ".stages"
+DISTILL, EVALUATE, GENERATE = (f"{PROGRAM} {command}" for command in ("distill", "evaluate", "generate --json"))
 INFERENCE, INFERENCE_COMMAND = "footprint.json", "python -m megatron_tide.report.footprint"
 ENDS = 0.2  # the start and the end of a run: this share of its log lines
 BITS = "bits_per_masked_token"
 # Control characters but tab and newline, lone surrogates, bidirectional overrides.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-def printable(text: object) -> str:
-    """``text`` with unprintable characters as escapes: it acts on no terminal and can be encoded."""
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+def visible(text: object) -> str:
+    """``text`` with these characters as escapes: it acts on no terminal and can be encoded."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in one short line."""
     known = {KeyError: f"no {error}", ValueError: str(error)}
-    return textwrap.shorten(printable(known.get(type(error), f"{type(error).__name__}: {error}")), 300)
+    return textwrap.shorten(visible(known.get(type(error), f"{type(error).__name__}: {error}")), 300)
 
 
 def at_start(curve: pd.Series) -> float:
@@ -153,15 +155,14 @@ def read_run(folder: Path, label: str, alone: bool = True) -> Run:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a recipe's folder (runs/NAME) or a training run's")
-    reader = _Reader(folder, printable(label), alone)
+    reader = _Reader(folder, visible(label), alone)
     run = Run(
         folder=folder,
         label=reader.label,
         prefix=reader.prefix,
         trainings=reader.trainings(),
-        scores=reader.part("scores", "scores.json", "tools/evaluate.py", reader.scores),
-        completions=reader.part("completions", "completions.jsonl", "tools/generate.py --json", reader.completions)
-        or [],
+        scores=reader.part("scores", "scores.json", EVALUATE, reader.scores),
+        completions=reader.part("completions", "completions.jsonl", GENERATE, reader.completions) or [],
         inference=reader.part("inference", INFERENCE, INFERENCE_COMMAND, _inference),
         stages=reader.stages(),
         notes=reader.notes,
@@ -191,7 +192,7 @@ class _Reader:
         bad: list[str] = []
         rows = [row for _, row in read_rows(path, bad)]
         if bad:
-            self.note(section, f"{len(bad)} lines left out: {printable(bad[0])}")
+            self.note(section, f"lines left out: {len(bad)}, the first: {visible(bad[0])}")
         return rows
 
     def part(self, section: str, file: str, writer: str, read: Callable[[Path], Any]) -> Any:
@@ -212,14 +213,14 @@ class _Reader:
             [own] if own.is_file() else [path for path in sorted(self.folder.glob(f"*/{METRICS}")) if path.is_file()]
         )
         if not paths:
-            self.note("runs", f"no {METRICS} here or one folder below: python -m megatron_tide.distill writes it")
+            self.note("runs", f"no {METRICS} here or one folder below: {DISTILL} writes it")
         found = [self._training(path) for path in paths]
         return [training for training in found if training is not None]
 
     def _training(self, path: Path) -> TrainingRun | None:
-        name = printable(path.parent.name)
+        name = visible(path.parent.name)
         label = self.label if self.prefix and path.parent == self.folder else f"{self.prefix}{name}"
-        metrics = self.part("runs", str(path.relative_to(self.folder)), "python -m megatron_tide.distill", self.metrics)
+        metrics = self.part("runs", str(path.relative_to(self.folder)), DISTILL, self.metrics)
         if metrics is None:
             return None
         described: dict[str, Any] = {}
@@ -254,7 +255,7 @@ class _Reader:
         content = read_json(path)
         models, benchmarks = content.get("models", []), content.get("benchmarks", [])
         if not (models or benchmarks):
-            raise ValueError(f"{path}: holds no score; tools/evaluate.py writes some")
+            raise ValueError(f"{path}: holds no score; {EVALUATE} writes some")
         numbers = [
             f"{name}.{end}" for name in ("bits_per_byte", "minus_first_student") for end in ("value", "low", "high")
         ]
@@ -262,7 +263,7 @@ class _Reader:
             pd.json_normalize(models).reindex(columns=["name", "side", *numbers]).astype(dict.fromkeys(numbers, float))
         )
         return Scores(
-            models=frame.assign(name=[f"{self.prefix}{printable(name)}" for name in frame["name"]]),
+            models=frame.assign(name=[f"{self.prefix}{visible(name)}" for name in frame["name"]]),
             by_timestep=[_timesteps(model["by_timestep"]) for model in models],
             likelihoods=[[f"{self.prefix}{row[0]}", *row[1:]] for row in likelihood_cells(models)],
             benchmarks=[_benchmark(self.prefix, one, score) for one in benchmarks for score in one["scores"]],
@@ -283,7 +284,7 @@ def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
         try:
             stamp = read_json(path)
             rows.append(
-                [printable(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
+                [visible(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
             )
         except Exception as error:
             damaged.append(f"{path}: not a stage's stamp ({reason(error)})")

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, required=True, help="the recipe's seed, for the record")
     arguments = parser.parse_args(argv)
     run: Path = arguments.run
-    scores = read_json(run / "scores.json", "tools/evaluate.py writes it")
+    scores = read_json(run / "scores.json", "the stage before writes it")
     stages, damaged = read_stages(run)
     if damaged:
         raise ValueError(f"{damaged[0]}; run the recipe again")

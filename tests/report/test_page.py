@@ -127,11 +127,11 @@ def test_missing_pieces_are_named(own_copy, tmp_path):
     shutil.rmtree(own_copy / "bridged")
     assert notes(build_page(read_runs([own_copy]))) == [
         "baseline: no run.json that can be read, so its flags are not known",
-        "no scores.json here: tools/evaluate.py writes it",
+        "no scores.json here: python -m megatron_tide evaluate writes it",
         "no training run here uses TIDAL (--tidal mix or weight, or a strategy that has it)",
         "no training run here scores chunks (--chunk-objective, or a strategy that has one)",
         "no footprint.json here: python -m megatron_tide.report.footprint writes it",
-        "no completions.jsonl here: tools/generate.py --json writes it",
+        "no completions.jsonl here: python -m megatron_tide generate --json writes it",
         "tiny: no training run here has a bridge (--bridge), so there is nothing to align",
     ]
 
@@ -141,8 +141,8 @@ def test_scores_alone_make_a_page(recipe, tmp_path):
     page = build_page(read_runs([tmp_path]))
     assert figures(page) == ["scores", "timestep-1"]
     assert notes(page)[:2] == [
-        "no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it",
-        "no loss was logged: python -m megatron_tide.distill writes metrics.jsonl",
+        "no metrics.jsonl here or one folder below: python -m megatron_tide distill writes it",
+        "no loss was logged: python -m megatron_tide distill writes metrics.jsonl",
     ]
 
 

@@ -58,8 +58,8 @@ def test_a_training_run_by_itself_says_what_is_not_there(recipe):
     run = read_run(recipe / "bridged", "bridged")
     assert [training.folder for training in run.trainings] == [recipe / "bridged"]
     assert run.notes == {
-        "scores": ["no scores.json here: tools/evaluate.py writes it"],
-        "completions": ["no completions.jsonl here: tools/generate.py --json writes it"],
+        "scores": ["no scores.json here: python -m megatron_tide evaluate writes it"],
+        "completions": ["no completions.jsonl here: python -m megatron_tide generate --json writes it"],
         "inference": ["no footprint.json here: python -m megatron_tide.report.footprint writes it"],
     }
 
@@ -68,7 +68,7 @@ def test_scores_alone_are_enough(recipe, tmp_path):
     (tmp_path / "scores.json").write_text((recipe / "scores.json").read_text())
     run = read_run(tmp_path, "mine")
     assert len(run.scores.models) == 4
-    assert run.notes["runs"] == ["no metrics.jsonl here or one folder below: python -m megatron_tide.distill writes it"]
+    assert run.notes["runs"] == ["no metrics.jsonl here or one folder below: python -m megatron_tide distill writes it"]
 
 
 def test_scores_of_a_version_without_intervals_by_timestep(own_copy):
@@ -124,9 +124,9 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
     [
         ("scores.json", "{", "scores", "scores.json: not valid JSON"),
         ("scores.json", "[]", "scores", "holds a JSON list, not an object"),
-        ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what tools/evaluate.py writes"),
+        ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what python -m megatron_tide evalu"),
         ("scores.json", '{"pages": 3}', "scores", "scores.json: holds no score"),
-        ("completions.jsonl", '{"prompt": "a"}\n', "completions", "tools/generate.py --json writes (no 'answer')"),
+        ("completions.jsonl", '{"prompt": "a"}\n', "completions", "megatron_tide generate --json writes (no 'answer')"),
         ("footprint.json", '{"student": {}}', "inference", "not what python -m megatron_tide.report.footprint writes"),
     ],
 )
