@@ -94,6 +94,16 @@ def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | Non
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationIds:
+    """The token ids that generating needs, and the block size that the model was trained with."""
+
+    block_size: int
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingCheckpoint:
     """One step of a run: its ``folder``, ``base_model`` (the hub-format folder that training began from), its records.
 
@@ -110,6 +120,24 @@ class TrainingCheckpoint:
     @property
     def step(self) -> int:
         return int(self.state["step"])
+
+    def generation_ids(self, tokenizer_fingerprint: str) -> GenerationIds:
+        """Those of the training data, which the trainer recorded.
+
+        Raises:
+            ValueError: when the tokenizer is another one than the run used.
+        """
+        student = self.run["data"]["student"]
+        if student["fingerprint"] != tokenizer_fingerprint:
+            raise ValueError(
+                f"{self.base_model}: its tokenizer is not the one of {self.folder}; name the right --base-model"
+            )
+        return GenerationIds(
+            block_size=student["block"],
+            mask_token_id=student["mask_id"],
+            eos_token_id=student["eos_id"],
+            pad_token_id=student["pad_id"],
+        )
 
     def names(self) -> set[str]:
         """Names of the trained parameters."""

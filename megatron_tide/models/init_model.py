@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
-from megatron_tide.files import read_json
+from megatron_tide.files import AtomicFolder, read_json
 from megatron_tide.models.families import fresh_model
 from megatron_tide.models.load import write_folder
 
@@ -37,10 +36,7 @@ def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool) 
             raise ValueError(f"{out}: already holds a model; pass --fresh to replace it")
     loaded = load_tokenizer(tokenizer)
     model = fresh_model(complete_config(read_json(config), loaded), seed)
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    write_folder(model, part)
-    loaded.save(part)
-    shutil.rmtree(out, ignore_errors=True)
-    part.replace(out)
+    with AtomicFolder(out) as draft:
+        write_folder(model, draft)
+        loaded.save(draft)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,26 +1,33 @@
-"""The model card: what the model is, how to use it, and how it was made, from what the run recorded. No local path."""
+"""The model card: what the model is, how to use it, how the run made it (without local paths), and its scores.
+
+The scores are one section, replaced whenever the model is measured again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import megatron_tide
+from megatron_tide.files import atomic_write
 from megatron_tide.models.families import Family
-from megatron_tide.release.export import Generation
-from megatron_tide.release.scores import HEADING
-from megatron_tide.training_checkpoint import TrainingCheckpoint
+from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
 
 PAPER = "https://arxiv.org/abs/2604.26951"
 DENOISING_ONLY = "bd3lm"
 TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
+HEADING = "## Scores"
+PLACE = "## Parity"  # the section after the scores
+_SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
 
 def model_card(
     trained: TrainingCheckpoint,
     family: Family,
-    knobs: Generation,
+    ids: GenerationIds,
     parity: Mapping[str, Any],
     *,
     name: str,
@@ -29,13 +36,13 @@ def model_card(
     """README.md of a release called ``name``."""
     sections = [
         _front_matter(trained, license_id),
-        f"# {name}\n\n{_summary(trained, knobs)}",
-        _usage(name, family, knobs),
+        f"# {name}\n\n{_summary(trained, ids)}",
+        _usage(name, family, ids),
         _method(trained),
-        _table("Knobs of the run", _flat_knobs(trained.run["config"])),
+        _table("Settings of the run", _flat_settings(trained.run["config"])),
         _data(trained),
         _table("Metrics at the last logged step", trained.metrics or {"none": "this run kept no metrics.jsonl"}),
-        f"{HEADING}\n\nNot measured yet: `python tools/evaluate.py` does, and writes them here with `--card`.",
+        f"{HEADING}\n\nNot measured yet: `python -m megatron_tide evaluate --card` writes scores here.",
         _table("Parity with the training weights", parity),
         _limits(license_id),
     ]
@@ -43,13 +50,13 @@ def model_card(
 
 
 def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded run without where things lay on the machine that trained it (nor the list of its data shards)."""
+    """The recorded run without local paths and without the list of its data shards."""
     data = {key: value for key, value in run["data"].items() if key != "shards"}
     return {key: _public(value) for key, value in {**run, "data": data}.items()}
 
 
 def public_name(value: str) -> str:
-    """Of a path on this machine the last part; a hub name, or text that is no path, as it is."""
+    """The last part of a local path; a hub name, or text that is no path, unchanged."""
     if "/" not in value or any(character.isspace() for character in value):
         return value
     is_hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and not Path(value).exists()
@@ -76,12 +83,12 @@ def _front_matter(trained: TrainingCheckpoint, license_id: str) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _summary(trained: TrainingCheckpoint, knobs: Generation) -> str:
+def _summary(trained: TrainingCheckpoint, ids: GenerationIds) -> str:
     paths, strategy = trained.run["config"]["paths"], trained.run["config"]["strategy"]["strategy"]
     student, teacher = public_name(paths["student"]), public_name(paths.get("teacher") or "")
     text = (
-        f"A block diffusion language model: it writes blocks of {knobs.block_size} tokens from left to right, and "
-        f"inside a block several tokens at a time, in whatever order it is surest of.\n\n"
+        f"A block diffusion language model: it generates blocks of {ids.block_size} tokens from left to right, and "
+        f"several tokens of a block at a time, the most confident ones first.\n\n"
         f"- Base model (student): `{student}`\n"
     )
     if strategy != DENOISING_ONLY:
@@ -91,7 +98,7 @@ def _summary(trained: TrainingCheckpoint, knobs: Generation) -> str:
     return text + f"- Steps: {trained.step}, samples seen: {trained.state.get('samples_seen')}"
 
 
-def _usage(name: str, family: Family, knobs: Generation) -> str:
+def _usage(name: str, family: Family, ids: GenerationIds) -> str:
     if not family.release.auto_map:
         return (
             f"## How to load it\n\nWeights, config and tokenizer in the public `{family.model_types[0]}` format:\n\n"
@@ -124,7 +131,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
 | `temperature`, `seed` | 0 (default) takes the likeliest token; above it, tokens are drawn, reproducibly |
 
-Blocks hold {knobs.block_size} tokens. Token ids: mask {knobs.mask_token_id}, end of text {knobs.eos_token_id}."""
+Blocks hold {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}."""
 
 
 def _method(trained: TrainingCheckpoint) -> str:
@@ -144,9 +151,9 @@ def _data(trained: TrainingCheckpoint) -> str:
     return _table("Data", {key: value for key, value in manifest.items() if value is not None})
 
 
-def _flat_knobs(config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     sections = {section: values for section, values in config.items() if section != "paths"}
-    return {knob: value for values in sections.values() for knob, value in values.items() if value is not None}
+    return {flag: value for values in sections.values() for flag, value in values.items() if value is not None}
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
@@ -170,16 +177,94 @@ def _limits(license_id: str) -> str:
     return f"""## Limits
 
 - It states falsehoods with confidence, repeats biases of its data and teacher, and had no safety tuning of its own.
-- Deciding several tokens a pass is faster and loses quality; compare `tokens_per_step=1` before blaming the model.
+- Deciding several tokens per pass is faster and loses quality; compare `tokens_per_step=1` before blaming the model.
 - Prompts must be rendered with this folder's chat template; other templates were never trained on.
-- Responses longer than those of the training data (see the knobs above) were never trained on.
+- Responses longer than those of the training data (see the settings above) were never trained on.
 
 ## Licence
 
-{license_id}. The licences of base model, teacher and data hold beside it.
+{license_id}. The licences of the base model, the teacher and the data also apply.
 
 ## Citation
 
 ```bibtex
 @article{{tide2026, title = {{Turning the TIDE}}, journal = {{arXiv preprint arXiv:2604.26951}}, year = {{2026}}}}
 ```"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One measured number with its 95 % interval, over ``count`` samples; ``how``: its settings."""
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    count: int
+    how: str
+
+
+def has_card(folder: str | Path) -> bool:
+    """Whether ``folder`` is a release with a model card."""
+    card = Path(folder) / "README.md"
+    return card.is_file() and PLACE in card.read_text(encoding="utf-8")
+
+
+def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
+    """Write ``scores`` into the model card of the release ``folder``; they replace those of the same tasks and metrics.
+
+    Raises:
+        ValueError: ``folder`` is not a release.
+    """
+    card = Path(folder) / "README.md"
+    if not has_card(folder):
+        raise ValueError(f"{folder}: has no model card to write scores into; the convert command makes one")
+    text = card.read_text(encoding="utf-8")
+    lines = _kept(text, {(score.task, score.metric) for score in scores})
+    lines += [
+        f"| {s.task} | {s.metric} | {s.value:.4g} | {s.low:.4g} to {s.high:.4g} | {s.count} | {_cell(s.how)} |"
+        for s in scores
+    ]
+    head = ["| task | metric | score | 95 % interval | samples | settings |", "|---|---|---|---|---|---|"]
+    section = "\n".join([HEADING, "", *head, *lines]) + "\n\n"
+    text = _SECTION.sub("", text).replace(PLACE, section + PLACE, 1)
+    atomic_write(card, text.encode())
+
+
+def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
+    """The scores of the model at ``path`` in the record of an evaluation (its ``--json``)."""
+    scores = []
+    settings = content.get("settings", {})
+    for model in content.get("models", ()):
+        if model["path"] != path:
+            continue
+        how = f"diffusion bound, {settings['mc_samples']} timesteps per sample"
+        how += f", seed {settings['seed']}, {settings['dtype']}"
+        task = f"held-out text ({Path(content['data']['folder']).name})"
+        for metric in ("bits_per_byte", "masked_token_accuracy"):
+            estimate = model[metric]
+            scores.append(
+                Score(task=task, metric=metric.replace("_", " "), count=model["samples"], how=how, **estimate)
+            )
+    for benchmark in content.get("benchmarks", ()):
+        if benchmark["path"] != path:
+            continue
+        preset = benchmark["preset"]
+        shots = "the task's own" if preset["few_shot"] is None else preset["few_shot"]
+        how = f"{preset['task']}, {shots} shots, {preset['new_tokens']} tokens in {preset['steps']} passes"
+        how += f", temperature {preset['temperature']:g}"
+        for score in benchmark["scores"]:
+            metric = score["metric"] if score["filter"] == "none" else f"{score['metric']} {score['filter']}"
+            estimate = {name: 100 * score[name] for name in ("value", "low", "high")}
+            scores.append(
+                Score(task=benchmark["benchmark"], metric=f"{metric}, %", count=score["n"], how=how, **estimate)
+            )
+    return scores
+
+
+def _kept(text: str, replaced: set[tuple[str, str]]) -> list[str]:
+    """The rows of the card's table that are not measured again."""
+    section = _SECTION.search(text)
+    rows = [line for line in section[0].splitlines() if line.startswith("| ")][1:] if section else []
+    return [row for row in rows if tuple(row.strip("| ").split(" | ")[:2]) not in replaced]

@@ -1,28 +1,40 @@
-"""Checkpoint -> release folder: all of it, checked, or nothing.
+"""Checkpoint -> release: a folder that needs transformers only, checked, complete or absent; and its upload to the hub.
 
-The folder is made beside its final place under a temporary name and renamed when the parity gate has held, so ``OUT``
-either does not exist, is what stood there before, or is a whole release.
+Weights are read one tensor at a time and written one shard at a time.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.bridge import load_tokenizer
-from megatron_tide.files import write_json
-from megatron_tide.models import DTYPES, read_config
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+
+import megatron_tide.models
+from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.files import AtomicFolder, read_json, write_json
+from megatron_tide.hub import hub_errors
+from megatron_tide.models import DTYPES, meta_model
+from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
+from megatron_tide.models.families import config_dict, family_of
+from megatron_tide.models.shards import ShardedFolder, write_shards
 from megatron_tide.release.card import model_card, public_run
-from megatron_tide.release.export import export, generation_of
 from megatron_tide.release.parity import check_parity
-from megatron_tide.training_checkpoint import TrainingCheckpoint, open_checkpoint
+from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
+
+MODELS = Path(megatron_tide.models.__file__).parent
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to convert; ``base_model`` and ``name`` None: as recorded, and as the folder is called."""
+    """How to convert. ``base_model`` None: the one that the run recorded; ``name`` None: the name of the folder."""
 
     dtype: str = "bfloat16"
     max_shard_bytes: int = 5 * 10**9
@@ -33,10 +45,10 @@ class Options:
 
 
 def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[str, Any]:
-    """Make the release ``out`` of ``checkpoint`` (a step folder, or a run folder's newest); the parity record.
+    """Make the release ``out`` of ``checkpoint`` (a step folder, or a run folder: its newest step) -> parity record.
 
     Raises:
-        ValueError: a damaged or foreign checkpoint, an ``out`` that exists, or a parity gate that does not hold.
+        ValueError: a corrupt checkpoint, an ``out`` that exists, or a parity gate that fails.
         OSError: the disk. In every case ``out`` is as it was.
     """
     out = Path(out)
@@ -49,36 +61,126 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
-    draft = out.with_name(f".{out.name}.converting")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        parity = _fill(draft, trained, options, options.name or out.name)
-        _replace(draft, out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return parity
+    with AtomicFolder(out) as draft:
+        return _fill(draft, trained, options, options.name or out.name)
 
 
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:
-    family, _ = read_config(trained.base_model, as_student=True)
-    dtype = DTYPES[options.dtype]
-    tokenizer = load_tokenizer(trained.base_model)
-    knobs = generation_of(trained, tokenizer)
-    export(trained, tokenizer, family.release, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
-    parity = check_parity(draft, trained, tokenizer, family.release, knobs, dtype)
+    model, dtype = meta_model(trained.base_model, as_student=True), DTYPES[options.dtype]
+    family, tokenizer = family_of(model), load_tokenizer(trained.base_model)
+    ids = trained.generation_ids(tokenizer.fingerprint)
+    export(trained, model, tokenizer, ids, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
+    parity = check_parity(draft, trained, tokenizer, family.release, ids, dtype)
     write_json(draft / "parity.json", parity)
     write_json(draft / "provenance.json", {"run": public_run(trained.run), "state": trained.state})
-    card = model_card(trained, family, knobs, parity, name=name, license_id=options.license_id)
+    card = model_card(trained, family, ids, parity, name=name, license_id=options.license_id)
     (draft / "README.md").write_text(card, encoding="utf-8")
     return parity
 
 
-def _replace(draft: Path, out: Path) -> None:
-    """Two renames: a release that stood at ``out`` is removed only once the new one is in its place."""
-    old = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    draft.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+def export(
+    trained: TrainingCheckpoint,
+    model: Any,
+    tokenizer: TextTokenizer,
+    ids: GenerationIds,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> None:
+    """Write weights, config, generation config, tokenizer and code into the empty folder ``out``.
+
+    ``model``: the student's module without memory.
+    """
+    files = family_of(model).release
+    write_shards(out, _tensors(model, trained, dtype), max_shard_bytes)
+    config: dict[str, Any] = config_dict(model, dtype) | asdict(ids)
+    if files.auto_map:
+        config["auto_map"] = files.auto_map
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", {**asdict(ids), "do_sample": False})
+    tokenizer.save(out)
+    _name_tokenizer_class(out / "tokenizer_config.json")
+    for name in files.code:
+        shutil.copyfile(MODELS / name, out / name)
+    for file in out.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+        file.chmod((out / "config.json").stat().st_mode)
+
+
+def _name_tokenizer_class(path: Path) -> None:
+    """transformers 5 writes a class name that 4 does not know; both know the older one."""
+    if path.is_file():
+        config = read_json(path)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """(public key, tensor in the release's precision); what was never trained comes from the base model."""
+    shapes = module_tensors(model)
+    stored, start = trained.names(), ShardedFolder(trained.base_model)
+    unknown = sorted(stored - set(shapes))
+    if unknown:
+        raise ValueError(
+            f"{trained.folder}: holds {unknown[0]}, which {trained.base_model}/config.json does not describe"
+        )
+    held: tuple[str, torch.Tensor] | None = None  # a layer's stacked experts are read once for all their keys
+    for key, slot in checkpoint_table(shapes, family_of(model)).items():
+        if slot.name not in stored:
+            yield key, _untrained(start, key, slot)
+            continue
+        if held is None or held[0] != slot.name:
+            held = (slot.name, trained.tensor(slot.name).to(dtype))
+            if held[1].shape != shapes[slot.name].shape:
+                raise ValueError(
+                    f"{trained.folder}: {slot.name} has shape {list(held[1].shape)}, {trained.base_model}/config.json "
+                    f"makes it {list(shapes[slot.name].shape)}; name the right folder with --base-model"
+                )
+        yield key, slot.of({slot.name: held[1]})
+
+
+def _untrained(start: ShardedFolder, key: str, slot: Slot) -> torch.Tensor:
+    if key not in start.keys:
+        raise ValueError(f"{start.folder}: lacks {key}, which the checkpoint does not hold either")
+    ((_, tensor),) = start.tensors([key])
+    return tensor
+
+
+def parse_size(text: str) -> int:
+    """``"5GB"``, ``"500MiB"`` or a number of bytes -> bytes. ValueError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
+        raise ValueError(f"--max-shard-size {text}: give a size such as 5GB or 500MiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+class Hub:
+    """A repository of the hub, checked before the conversion that will be uploaded to it.
+
+    Raises:
+        ValueError: a name the hub does not take, no login, or a repository that exists (unless ``overwrite``).
+    """
+
+    def __init__(self, repository: str, *, private: bool, overwrite: bool, api: Any = None) -> None:
+        self._repository, self._private = repository, private
+        self._api = api or HfApi()
+        self._what = f"--push-to-hub {repository}: the hub refuses, or cannot be reached"
+        with hub_errors(self._what):
+            validate_repo_id(repository)
+            self._api.whoami()
+            exists = not overwrite and self._api.repo_exists(repository)
+        if exists:
+            raise ValueError(f"{repository}: exists on the hub; choose another name, or pass --overwrite")
+
+    def push(self, folder: Path) -> str:
+        """Upload every file of ``folder`` as one commit; -> the address of the repository's page.
+
+        Raises:
+            ValueError: the hub cannot be reached or refuses.
+        """
+        with hub_errors(self._what):
+            url = self._api.create_repo(self._repository, private=self._private, exist_ok=True)
+            self._api.upload_folder(
+                repo_id=self._repository, folder_path=folder, commit_message=f"Release {folder.name}"
+            )
+        return str(url)

@@ -1,8 +1,8 @@
 """The parity gate: a release must compute, in a fresh process, exactly what the training weights compute.
 
 Bounds: the training weights are fp32; cast to the release's precision they are the very same numbers, run by the same
-kernels, so logits must be equal bit for bit and greedy answers token for token. Both sides run on the CPU, one after
-the other, so that one copy of the model is in memory at a time.
+kernels, so logits must be equal bit for bit and greedy answers token for token. Both run on the CPU, one after the
+other, so that memory holds one copy of the model at a time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import megatron_tide
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.models.families import ReleaseFiles
 from megatron_tide.release import probe
-from megatron_tide.release.export import Generation
-from megatron_tide.training_checkpoint import TrainingCheckpoint
+from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
 
 REPOSITORY = Path(megatron_tide.__file__).resolve().parents[1]
 _PROMPTS = (
@@ -41,16 +40,16 @@ def check_parity(
     trained: TrainingCheckpoint,
     tokenizer: TextTokenizer,
     files: ReleaseFiles,
-    knobs: Generation,
+    ids: GenerationIds,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Compare ``release`` with the training weights cast to ``dtype``; what was compared, for parity.json.
+    """Compare ``release`` with the training weights cast to ``dtype``; the record of it, for parity.json.
 
     Raises:
-        ValueError: naming the first thing that differs, or what the fresh process failed with.
+        ValueError: names the first difference, or the error of the fresh process.
     """
-    theirs = _ask_release(release, files, knobs, dtype)
-    ours = _ask_training(trained, tokenizer, knobs, dtype)
+    theirs = _ask_release(release, files, ids, dtype)
+    ours = _ask_training(trained, tokenizer, ids, dtype)
     worst, rows, tokens = 0.0, 0, 0
     for name, expected in ours.items():
         found = theirs[name]
@@ -82,15 +81,15 @@ def _failed(what: str) -> ValueError:
 
 
 def _ask_training(
-    trained: TrainingCheckpoint, tokenizer: TextTokenizer, knobs: Generation, dtype: torch.dtype
+    trained: TrainingCheckpoint, tokenizer: TextTokenizer, ids: GenerationIds, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The training weights in the training module, by its own parameter names: no table, no release code in between."""
+    """The training weights in the training module, by its own parameter names: no key table and no release code."""
     model = trained.model(dtype)
     prompts = [probe.encoder(tokenizer)(messages) for messages in CONVERSATIONS]
-    return probe.ask(model, prompts, block=knobs.block_size, mask_id=knobs.mask_token_id, **vars(knobs))
+    return probe.ask(model, prompts, block=ids.block_size, mask_id=ids.mask_token_id, **vars(ids))
 
 
-def _ask_release(release: Path, files: ReleaseFiles, knobs: Generation, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _ask_release(release: Path, files: ReleaseFiles, ids: GenerationIds, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory(prefix="tide-parity-") as scratch:
         request, answers = Path(scratch) / "request.json", Path(scratch) / "answers.safetensors"
         program = Path(scratch) / "code" / "probe.py"
@@ -102,8 +101,8 @@ def _ask_release(release: Path, files: ReleaseFiles, knobs: Generation, dtype: t
                     "folder": str(release.resolve()),
                     "prober": "transformers" if files.auto_map else "package",
                     "dtype": str(dtype).removeprefix("torch."),
-                    "block": knobs.block_size,
-                    "mask_id": knobs.mask_token_id,
+                    "block": ids.block_size,
+                    "mask_id": ids.mask_token_id,
                     "conversations": CONVERSATIONS,
                     "threads": torch.get_num_threads(),
                 }
@@ -120,7 +119,7 @@ def _ask_release(release: Path, files: ReleaseFiles, knobs: Generation, dtype: t
 
 
 def _environment(files: ReleaseFiles, scratch: str) -> dict[str, str]:
-    """Offline, an empty cache for the folder's code, and this project importable only where it is meant to be."""
+    """Offline, with an empty cache for the folder's code; this project is importable only if the release needs it."""
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != REPOSITORY]
     if not files.auto_map:
         paths.insert(0, str(REPOSITORY))

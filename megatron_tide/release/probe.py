@@ -1,7 +1,7 @@
-"""What the parity gate asks a model, and the fresh process that asks it of a release.
+"""What the parity gate runs on a model, and the fresh process that runs it on a release.
 
 Run as a program by ``parity.py`` (``probe.py REQUEST ANSWERS``), copied to a folder of its own: the transformers loader
-must need nothing of this project. REQUEST is JSON; ANSWERS a safetensors file of what ``ask`` returned.
+must not need this project. REQUEST is JSON; ANSWERS a safetensors file of what ``ask`` returned.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PASSES_PER_BLOCK = 8
 
 
 @torch.no_grad()
-def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs: Any) -> dict[str, torch.Tensor]:
-    """For each prompt: its ids, logits of it and a block of masks behind it, and a greedy answer of two blocks; and
-    one that no end of text cuts short, since a young model ends at once and would then be asked for little.
+def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **settings: Any) -> dict[str, torch.Tensor]:
+    """For each prompt: its ids, the logits of it and of a block of masks after it, and a greedy answer of two blocks;
+    and an answer that no end of text cuts short, because a model that is hardly trained ends at once.
 
-    ``knobs`` go to ``generate`` (none for a release: its own files must say).
+    ``settings`` go to ``generate`` (none for a release: its own files have them).
     """
     answers: dict[str, torch.Tensor] = {}
     for number, prompt in enumerate(prompts):
@@ -35,20 +35,20 @@ def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **knobs:
         logits = model(ids, attention_mask=attend, position_ids=torch.arange(length).unsqueeze(0)).logits[0]
         answers |= {f"ids.{number}": torch.tensor(prompt), f"logits.{number}": logits}
         asked = torch.tensor([prompt])
-        knobs = {**knobs, "max_new_tokens": 2 * block, "tokens_per_step": max(1, block // PASSES_PER_BLOCK)}
-        answers[f"tokens.{number}"] = model.generate(asked, **knobs)[0, len(prompt) :]
-        answers[f"tokens.{number}.endless"] = model.generate(asked, **knobs, eos_token_ids=())[0, len(prompt) :]
+        settings = {**settings, "max_new_tokens": 2 * block, "tokens_per_step": max(1, block // PASSES_PER_BLOCK)}
+        answers[f"tokens.{number}"] = model.generate(asked, **settings)[0, len(prompt) :]
+        answers[f"tokens.{number}.endless"] = model.generate(asked, **settings, eos_token_ids=())[0, len(prompt) :]
     return {name: tensor.contiguous() for name, tensor in answers.items()}
 
 
 def own_memory(model: torch.nn.Module) -> None:
-    """Copy each weight out of the mapped file: kernels may sum in another order where memory is aligned differently."""
+    """Copy each weight out of the mapped file: another memory alignment can change the order in which kernels sum."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
 def load_with_transformers(folder: str, dtype: torch.dtype) -> tuple[Any, Encode]:
-    """As a user does it, with the code that travels in the folder."""
+    """As a user does, with the code that travels in the folder."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -66,7 +66,7 @@ def load_with_transformers(folder: str, dtype: torch.dtype) -> tuple[Any, Encode
 
 
 def load_with_package(folder: str, dtype: torch.dtype) -> tuple[Any, Encode]:
-    """For formats whose code is not ours to ship."""
+    """For formats with code that is published elsewhere."""
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.models import load_model
 

@@ -180,10 +180,10 @@ def assert_refused(checkpoint: Path, out: Path, word: str, **options: Any) -> No
 def test_a_wrong_weight_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert_module.export
 
-    def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
+    def broken(trained: Any, model: Any, tokenizer: Any, ids: Any, out: Path, **options: Any) -> None:
         from safetensors.torch import load_file, save_file
 
-        whole(trained, tokenizer, kind, out, **options)
+        whole(trained, model, tokenizer, ids, out, **options)
         tensors = load_file(out / "model.safetensors")
         tensors["model.layers.1.mlp.down_proj.weight"][3, 5] *= 1.02
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
@@ -206,8 +206,8 @@ def test_wrong_code_fails_the_gate(
 ) -> None:
     whole = convert_module.export
 
-    def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
-        whole(trained, tokenizer, kind, out, **options)
+    def broken(trained: Any, model: Any, tokenizer: Any, ids: Any, out: Path, **options: Any) -> None:
+        whole(trained, model, tokenizer, ids, out, **options)
         file = out / "decoding_a2d.py"
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new, 1))
@@ -219,8 +219,8 @@ def test_wrong_code_fails_the_gate(
 def test_a_wrong_block_size_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert_module.export
 
-    def broken(trained: Any, tokenizer: Any, kind: Any, out: Path, **options: Any) -> None:
-        whole(trained, tokenizer, kind, out, **options)
+    def broken(trained: Any, model: Any, tokenizer: Any, ids: Any, out: Path, **options: Any) -> None:
+        whole(trained, model, tokenizer, ids, out, **options)
         for name in ("config.json", "generation_config.json"):
             config = json.loads((out / name).read_text())
             (out / name).write_text(json.dumps({**config, "block_size": BLOCK * 2}))
