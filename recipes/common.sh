@@ -185,6 +185,6 @@ release() {
     --strategy "$STRATEGY" ${hosting[@]+"${hosting[@]}"} "$@"
   stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite
   [[ -n ${EVAL_DATA:-} ]] || return 0 # a prepared folder that nothing was trained on
-  stage evaluate "$PYTHON" tools/evaluate.py --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
+  stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
     --json "$run/scores.json" --card
 }

@@ -68,7 +68,7 @@ stage completions "$PYTHON" -m megatron_tide generate "$run/hf" --file "$run/cor
 stage test-data "$PYTHON" -m megatron_tide prepare --data "$run/corpus/test.jsonl" --student "$STUDENT" \
   --teacher "$TEACHER" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" \
   --out "$run/test-data"
-stage scores "$PYTHON" tools/evaluate.py --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \
+stage scores "$PYTHON" -m megatron_tide evaluate --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \
   --student start="$STUDENT" --student "$run/bd3lm" --student tide-cross="$run/hf" --student "$run/tide-cross-tidal" \
   --student "$run/tide-bridge" --json "$run/scores.json" --card
 stage footprint "$PYTHON" -m megatron_tide.report.footprint --student "$run/hf" --teacher "$TEACHER" --dtype float32 \

@@ -1,4 +1,4 @@
-"""tools/evaluate.py with benchmarks: students, checkpoints and the autoregressive baseline by one command."""
+"""The evaluate command with benchmarks: students, checkpoints and the autoregressive baseline by one command."""
 
 from __future__ import annotations
 

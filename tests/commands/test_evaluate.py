@@ -1,4 +1,4 @@
-"""tools/evaluate.py: one table and one JSON for students, checkpoints and teachers."""
+"""The evaluate command: one table and one JSON for students, checkpoints and teachers."""
 
 from __future__ import annotations
 

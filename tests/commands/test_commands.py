@@ -12,7 +12,7 @@ import pytest
 from megatron_tide import cli
 from megatron_tide.__main__ import COMMANDS, command, main
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST_HELP = {"distill": 150, "plan": 190}
 HELP = """
 import sys
@@ -62,7 +62,7 @@ def test_without_a_command_all_of_them_are_listed() -> None:
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("name", ["convert_to_hf.py", "evaluate.py", "generate.py", "inspect_bridge.py"])
+@pytest.mark.parametrize("name", ["convert_to_hf.py", "evaluate.py", "generate.py", "inspect_bridge.py", "plan.py"])
 def test_the_scripts_are_the_same_commands(name: str) -> None:
     done = shown(f"tools/{name}", "--help")
     assert done.returncode == 0, done.stderr
