@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.files import atomic_write
 from megatron_tide.machine import machine, reset_peak, rss_bytes, versions
 
 
@@ -31,9 +32,7 @@ def report(name: str, figures: Mapping[str, Any], json_path: str | os.PathLike[s
     if json_path is not None:
         path = Path(json_path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
     return record
 
 

@@ -9,7 +9,6 @@ a teacher on NVMe needs (it takes libaio's header: apt-get install libaio-dev). 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.lock import RunLock
 
 YOUNG_SECONDS = 5  # between taking a lock and starting the compiler pass fewer
 BUILDERS = {
@@ -88,8 +88,7 @@ def build_ops(*, offload: bool, disk: bool) -> None:
     default = Path.home() / ".cache" / "torch_extensions"
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "build.flock").open("w") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)
+    with RunLock(folder, "build.lock", wait=True):
         for lock in folder.glob("*/lock"):
             clear(lock)
         for title in wanted:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
+from megatron_tide.files import AtomicFolder
 from megatron_tide.tables import parse_messages, read_rows
 
 MASK = "<|mask|>"
@@ -142,13 +142,9 @@ class TokenizerTraining:
             raise ValueError(f"{self.folder}: holds something else than this training; pass --fresh or another folder")
         if self.folder.exists() and self._receipt() is None and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder}: was not made by this tool: --fresh does not replace it; name another")
-        partial = self.folder.with_name(self.folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.train(partial, texts, self.vocab_size)
-        (partial / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        partial.rename(self.folder)
+        with AtomicFolder(self.folder) as draft:
+            self.train(draft, texts, self.vocab_size)
+            (draft / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
         return f"{self.folder}: trained"
 
     def _receipt(self) -> object:

@@ -9,12 +9,8 @@ and ends with the same bytes as one that was never touched. No process group, no
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from megatron_tide.data.build import UNREADABLE, PrepareJob, build_missing, finished
@@ -23,6 +19,7 @@ from megatron_tide.data.prepared import FORMAT, MANIFEST
 from megatron_tide.data.shard import SIDES, read_shard
 from megatron_tide.data.sources import Mixture, check_unreadable
 from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file, sweep, write_json
+from megatron_tide.lock import RunLock
 
 SETTINGS = "settings.json"
 _LOCK = ".prepare.lock"
@@ -49,7 +46,7 @@ def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, f
     ``coverage_floor`` of the response bytes lies in chunks; OSError when the disk is full.
     """
     job.out.mkdir(parents=True, exist_ok=True)
-    with _locked(job.out):
+    with RunLock(job.out, _LOCK):
         job = replace(job, settings=_claim(job, fresh))
         sweep(job.out)
         missing = [number for number in range(job.shards) if not finished(job, number)]
@@ -75,17 +72,6 @@ def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int 
         "limit": limit,
         "shard_rows": shard_rows,
     }
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One prepare per folder. The lock is the kernel's, so it ends with the process however that ends."""
-    with (out / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another process is at work here; wait for it or take another --out") from None
-        yield
 
 
 def _claim(job: PrepareJob, fresh: bool) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from megatron_tide.config import DistillConfig, StrategyConfig
 from megatron_tide.data.prepared import Stats
@@ -32,6 +30,7 @@ from megatron_tide.hosting.memory import (
     estimate_memory,
 )
 from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
+from megatron_tide.hub import download
 from megatron_tide.machine import free_memory, rss_bytes
 from megatron_tide.objectives import STRATEGIES, Strategy
 
@@ -175,11 +174,8 @@ def model_config(path: str) -> Path:
     found = Path(path)
     if found.exists():
         return found / "config.json" if found.is_dir() else found
-    try:
-        return Path(hf_hub_download(path, "config.json"))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no such folder, and the hub does not give its config.json ({reason})") from None
+    what = f"{path}: no such folder, and the hub does not give its config.json"
+    return download(path, ["config.json"], what) / "config.json"
 
 
 def check_plan(config: DistillConfig, strategy: Strategy, stats: Stats, world: Ranks) -> None:

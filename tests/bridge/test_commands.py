@@ -275,7 +275,7 @@ def test_training_mistakes(
 ) -> None:
     assert status("train-tokenizers", *train, *arguments) == 2
     assert_refused(capsys, reason)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".tide-tmp-*"))
 
 
 def test_training_on_data_without_messages(capsys: Capture, train: list[object], data: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import random
@@ -22,6 +21,7 @@ from megatron_tide.data import PreparedData, prepare
 from megatron_tide.data.build import PrepareJob, build_shard
 from megatron_tide.data.encode import Encoded
 from megatron_tide.data.shard import shard_name
+from megatron_tide.lock import RunLock
 from tests.data.conftest import Pair, conversation, encode, write_jsonl
 from tests.support.commands import command
 from tests.support.disk import small_disk
@@ -321,10 +321,8 @@ def test_a_small_disk_ends_a_run_with_one_line(pair: Pair, chats: Chats, tiny_di
 def test_two_at_once_on_one_folder(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with (out / prepare._LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is at work here"):
-            main(_flags(pair, chats(5), out))
+    with RunLock(out, prepare._LOCK), pytest.raises(ValueError, match="works in it"):
+        main(_flags(pair, chats(5), out))
     _prepare(pair, chats(5), out)
 
 
