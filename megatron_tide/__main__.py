@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "commands.convert",
     "generate": "commands.generate",
     "evaluate": "commands.evaluate",
+    "inference-benchmark": "commands.inference_benchmark",
 }
 
 

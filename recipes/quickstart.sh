@@ -71,7 +71,7 @@ stage test-data "$PYTHON" -m megatron_tide prepare --data "$run/corpus/test.json
 stage scores "$PYTHON" -m megatron_tide evaluate --data "$run/test-data" --samples "$EVAL_SAMPLES" --teacher "$TEACHER" \
   --student start="$STUDENT" --student "$run/bd3lm" --student tide-cross="$run/hf" --student "$run/tide-cross-tidal" \
   --student "$run/tide-bridge" --json "$run/scores.json" --card
-stage footprint "$PYTHON" -m megatron_tide.report.footprint --student "$run/hf" --teacher "$TEACHER" --dtype float32 \
-  --new-tokens 96 --out "$run/footprint.json"
+stage inference-benchmark "$PYTHON" -m megatron_tide inference-benchmark --student "$run/hf" --teacher "$TEACHER" \
+  --dtype float32 --new-tokens 96 --out "$run/inference_benchmark.json"
 stage report "$PYTHON" tools/report.py "$run"
 [[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/quickstart/report.py "$run" --seed "$SEED"

@@ -5,7 +5,7 @@
 
 RUN is a recipe's folder (runs/NAME) or the folder of one training run (with metrics.jsonl). The page names whatever a
 folder lacks, with the command that writes it. Nothing is measured or downloaded: scores come from tools/evaluate.py,
-completions from tools/generate.py, memory and speed from python -m megatron_tide.report.footprint.
+completions from tools/generate.py, memory and speed from python -m megatron_tide inference-benchmark.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
 """A run folder -> a page: figures, tables and samples.
 
 ``run_folder`` reads the folder, ``figures`` draws, ``alignment`` aligns a few texts, ``page`` puts them into page.html.
-``footprint`` measures memory and speed of student and teacher, each by ``measure`` in a process of its own.
 """

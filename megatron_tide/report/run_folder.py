@@ -18,14 +18,13 @@ import pandas as pd
 
 from megatron_tide.cli import PROGRAM
 from megatron_tide.evaluate.comparison import likelihood_cells
+from megatron_tide.evaluate.inference_benchmark import Measured, read_inference_benchmark
 from megatron_tide.files import read_json
-from megatron_tide.report.footprint import read_footprint
-from megatron_tide.report.measure import Measured
 from megatron_tide.tables import read_rows
 
 METRICS, STAMPS = "metrics.jsonl", ".stages"
 DISTILL, EVALUATE, GENERATE = (f"{PROGRAM} {command}" for command in ("distill", "evaluate", "generate --json"))
-INFERENCE, INFERENCE_COMMAND = "footprint.json", "python -m megatron_tide.report.footprint"
+INFERENCE, INFERENCE_COMMAND = "inference_benchmark.json", f"{PROGRAM} inference-benchmark"
 ENDS = 0.2  # the start and the end of a run: this share of its log lines
 BITS = "bits_per_masked_token"
 # Control characters but tab and newline, lone surrogates, bidirectional overrides.
@@ -322,7 +321,7 @@ def _benchmark(prefix: str, benchmark: dict[str, Any], score: dict[str, Any]) ->
 
 def _inference(path: Path) -> dict[str, Any]:
     """conditions, table and memory: text about the two models of the inference benchmark."""
-    found = read_footprint(path)
+    found = read_inference_benchmark(path)
     sides = {"student": found.student, "teacher": found.teacher}
     settings, machine = found.settings, found.machine
     gpu = machine["accelerators"] and settings["device"] != "cpu"

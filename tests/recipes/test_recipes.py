@@ -52,7 +52,6 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
 def test_every_command_is_understood(recipe):
     from megatron_tide import cli, distill
     from megatron_tide.__main__ import command
-    from megatron_tide.report.footprint import arguments_of
 
     checked = 0
     for words in commands(recipe).values():
@@ -61,8 +60,6 @@ def test_every_command_is_understood(recipe):
         elif "megatron_tide" in words:
             name, *flags = words[words.index("megatron_tide") + 1 :]
             cli.parse(command(name), flags)
-        elif "megatron_tide.report.footprint" in words:
-            arguments_of(words[words.index("megatron_tide.report.footprint") + 1 :])
         elif (script := next((w for w in words if w.endswith(".py")), None)) is not None:
             assert (REPOSITORY / script).is_file()
         else:
@@ -155,9 +152,9 @@ def test_quickstart_whole_and_small(quickstart):
     page = (folder / "report" / "index.html").read_text()
     assert "figure-chunks-tide-bridge" in page
     assert "no scores.json" not in page
-    footprint = json.loads((folder / "footprint.json").read_text())
+    inference = json.loads((folder / "inference_benchmark.json").read_text())
     for side in ("student", "teacher"):
-        assert footprint[side]["tokens"] == footprint["settings"]["new_tokens"]
+        assert inference[side]["tokens"] == inference["settings"]["new_tokens"]
     assert {"config.json", "model.safetensors", "README.md", "parity.json"} <= {
         path.name for path in (folder / "hf").iterdir()
     }

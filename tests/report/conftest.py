@@ -1,4 +1,4 @@
-"""A tiny recipe's folder: two real training runs, scores, completions, a footprint, stamps of stages."""
+"""A tiny recipe's folder: two real training runs, scores, completions, an inference benchmark, stamps of stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.report import footprint
 from tests.support.commands import command
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
@@ -38,7 +37,8 @@ def recipe(chain, tmp_path_factory) -> Path:
     prompts = ["--prompt", "Add <b>two</b> & three.", "--prompt", "Count.", "--max-new-tokens", "6"]
     command("generate")([student, *prompts, "--json", str(folder / "completions.jsonl")])
     sizes = ["--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"]
-    footprint.main(["--student", student, "--teacher", teacher, "--out", str(folder / "footprint.json"), *sizes])
+    out = ["--out", str(folder / "inference_benchmark.json")]
+    command("inference-benchmark")(["--student", student, "--teacher", teacher, *out, *sizes])
     (folder / ".stages").mkdir()
     for number, name in enumerate(("sample", "bridge", "a-first")):
         stamp = {"command": [name], "finished": 10.0 - number, "seconds": 60.0 * number, "peak_process_bytes": 2**30}

@@ -17,7 +17,7 @@ from megatron_tide.report import figures
 from megatron_tide.report.run_folder import TrainingRun, at_end, at_start, read_run
 from megatron_tide.report.style import COLOURS, DPI, looks, png
 
-pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, an inference benchmark
 
 LABELS = ["baseline", "bridged"]
 

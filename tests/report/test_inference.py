@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_tide.report.footprint import Footprint, write_footprint
-from megatron_tide.report.measure import Measured
+from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured
 from megatron_tide.report.page import build_page
 from megatron_tide.report.run_folder import INFERENCE, read_runs, size
 
@@ -30,7 +29,7 @@ MUTE = replace(STUDENT, cannot="no blocks <here>", memory_bytes=0, seconds=(), t
 
 
 def shown(tmp_path, student=STUDENT, teacher=TEACHER, device="cpu"):
-    found = Footprint(
+    found = InferenceBenchmark(
         student=student,
         teacher=teacher,
         settings={"new_tokens": 8, "dtype": "float32", "device": device, "repeats": 3},
@@ -38,7 +37,7 @@ def shown(tmp_path, student=STUDENT, teacher=TEACHER, device="cpu"):
         versions={},
         date="2026-01-02",
     )
-    write_footprint(tmp_path / INFERENCE, found)
+    found.write(tmp_path / INFERENCE)
     return build_page(read_runs([tmp_path]))
 
 

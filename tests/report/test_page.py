@@ -17,7 +17,7 @@ from megatron_tide.report.page import build_page
 from megatron_tide.report.run_folder import read_runs
 from tools import report
 
-pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, an inference benchmark
 
 SECTIONS = ["runs", "loss", "scores", "tidal", "chunks", "timestep", "time", "inference", "completions", "alignment"]
 FIGURES = [
@@ -89,7 +89,7 @@ def test_tables_hold_the_numbers(written, recipe):
 
 def test_the_inference_benchmark_stands_beside_the_published_one(written, recipe):
     shown = cells((written / "index.html").read_text(), "inference")
-    measured = json.loads((recipe / "footprint.json").read_text())
+    measured = json.loads((recipe / "inference_benchmark.json").read_text())
     assert shown["student, a2d-qwen3"][0] == f"{measured['student']['parameters']:,}"
     assert shown["teacher, LLaDA2.0-mini 16B"] == ["31.3 GB", "32.55"]
     assert shown["teacher / student"] == ["22.4 times", "5.2 times"]  # the last row of that name
@@ -121,7 +121,7 @@ def test_hostile_names_and_texts_are_escaped(own_copy):
 
 
 def test_missing_pieces_are_named(own_copy, tmp_path):
-    for file in ("scores.json", "completions.jsonl", "footprint.json"):
+    for file in ("scores.json", "completions.jsonl", "inference_benchmark.json"):
         (own_copy / file).unlink()
     (own_copy / "baseline" / "run.json").unlink()
     shutil.rmtree(own_copy / "bridged")
@@ -130,7 +130,7 @@ def test_missing_pieces_are_named(own_copy, tmp_path):
         "no scores.json here: python -m megatron_tide evaluate writes it",
         "no training run here uses TIDAL (--tidal mix or weight, or a strategy that has it)",
         "no training run here scores chunks (--chunk-objective, or a strategy that has one)",
-        "no footprint.json here: python -m megatron_tide.report.footprint writes it",
+        "no inference_benchmark.json here: python -m megatron_tide inference-benchmark writes it",
         "no completions.jsonl here: python -m megatron_tide generate --json writes it",
         "tiny: no training run here has a bridge (--bridge), so there is nothing to align",
     ]
@@ -166,7 +166,7 @@ def test_runs_beside_each_other(recipe, own_copy):
     scores = json.loads((own_copy / "scores.json").read_text())
     scores["data"]["fingerprint"] = "of other data"
     (own_copy / "scores.json").write_text(json.dumps(scores))
-    (own_copy / "footprint.json").unlink()
+    (own_copy / "inference_benchmark.json").unlink()
     other = own_copy.rename(own_copy.with_name("other"))
     html = build_page(read_runs([recipe, other]))
     assert "<h1>Distillation report: tiny against other</h1>" in html
@@ -175,7 +175,7 @@ def test_runs_beside_each_other(recipe, own_copy):
     assert {"chunks-tiny/bridged", "chunks-other/bridged", "alignment-other"} <= set(figures(html))
     assert notes(html) == [
         "these runs were scored on other data or settings: compare within a run, not across",
-        "other: no footprint.json here: python -m megatron_tide.report.footprint writes it",
+        "other: no inference_benchmark.json here: python -m megatron_tide inference-benchmark writes it",
     ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_tide.report.page import build_page
 from megatron_tide.report.run_folder import BITS, at_end, at_start, read_run, read_runs
 
-pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, an inference benchmark
 
 TRAINED = {"step": 1, "loss/denoise": 3.0}
 
@@ -60,7 +60,7 @@ def test_a_training_run_by_itself_says_what_is_not_there(recipe):
     assert run.notes == {
         "scores": ["no scores.json here: python -m megatron_tide evaluate writes it"],
         "completions": ["no completions.jsonl here: python -m megatron_tide generate --json writes it"],
-        "inference": ["no footprint.json here: python -m megatron_tide.report.footprint writes it"],
+        "inference": ["no inference_benchmark.json here: python -m megatron_tide inference-benchmark writes it"],
     }
 
 
@@ -127,7 +127,7 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
         ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what python -m megatron_tide evalu"),
         ("scores.json", '{"pages": 3}', "scores", "scores.json: holds no score"),
         ("completions.jsonl", '{"prompt": "a"}\n', "completions", "megatron_tide generate --json writes (no 'answer')"),
-        ("footprint.json", '{"student": {}}', "inference", "not what python -m megatron_tide.report.footprint writes"),
+        ("inference_benchmark.json", '{"student": {}}', "inference", "megatron_tide inference-benchmark writes"),
     ],
 )
 def test_damage_is_named_and_stops_nothing(tmp_path, file, content, part, said):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,23 @@ import torch
 from safetensors import safe_open
 
 from megatron_tide import cli, machine
-from megatron_tide.report import footprint, measure
-from megatron_tide.report.footprint import read_footprint
-from megatron_tide.report.measure import Measured
-from tests.report.conftest import NEW_TOKENS
+from megatron_tide.evaluate import inference_benchmark as module
+from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured, read_inference_benchmark
+from tests.support.commands import command
 
-pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, a footprint
+pytestmark = pytest.mark.slow  # starts processes that import torch and load models
 
+benchmark = command("inference-benchmark")
+NEW_TOKENS = 5
 SMALL = ("float32", "cpu", "Add.", 3, 2)
+
+
+@pytest.fixture(scope="module")
+def written(chain, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "inference_benchmark.json"
+    models = ["--student", str(chain.root / "student"), "--teacher", str(chain.root / "teacher")]
+    benchmark([*models, "--out", str(out), "--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"])
+    return out
 
 
 def weights_of(folder):
@@ -33,12 +40,12 @@ def weights_of(folder):
     return count, 4 * count
 
 
-def test_what_was_measured(recipe, chain):
-    found = read_footprint(recipe / "footprint.json")
+def test_what_was_measured(written, chain):
+    found = read_inference_benchmark(written)
     assert (found.student.model_type, found.teacher.model_type) == ("a2d-qwen3", "llada2_moe")
-    for side in ("student", "teacher"):
-        measured = getattr(found, side)
-        assert (measured.parameters, measured.weights_bytes) == weights_of(chain.root / side)
+    for name in ("student", "teacher"):
+        measured = getattr(found, name)
+        assert (measured.parameters, measured.weights_bytes) == weights_of(chain.root / name)
     student = found.student
     assert student.tokens == NEW_TOKENS == found.settings["new_tokens"]
     assert student.passes >= NEW_TOKENS
@@ -47,12 +54,12 @@ def test_what_was_measured(recipe, chain):
     assert student.weights_bytes < student.memory_bytes < student.process_bytes
     assert found.machine["cpu"]
     assert found.versions["torch"]
-    written = json.loads((recipe / "footprint.json").read_text())["ratios"]
-    assert written["weights"] == found.teacher.weights_bytes / student.weights_bytes
+    ratios = json.loads(written.read_text())["ratios"]
+    assert ratios["weights"] == found.teacher.weights_bytes / student.weights_bytes
 
 
-def test_the_teacher_answers_too(recipe):
-    found = read_footprint(recipe / "footprint.json")
+def test_the_teacher_answers_too(written):
+    found = read_inference_benchmark(written)
     assert found.teacher.cannot == ""
     assert found.teacher.tokens == NEW_TOKENS
     assert found.teacher.weights_bytes < found.teacher.memory_bytes < found.teacher.process_bytes
@@ -61,35 +68,37 @@ def test_the_teacher_answers_too(recipe):
     assert ratios["seconds"] == sum(found.teacher.seconds) / sum(found.student.seconds)
 
 
-def measured(path="m", **changes):
+def measured(**changes):
     plain = {"model_type": "a2d-qwen3", "parameters": 10, "weights_bytes": 40, "block_size": 4, "prompt_tokens": 3}
     answered = {"memory_of": "the peak", "memory_bytes": 100, "process_bytes": 900, "tokens": 8, "passes": 8}
-    return Measured(**{"path": path, **plain, **answered, "seconds": (2.0, 1.0, 4.0), **changes})
+    return Measured(**{"path": "m", **plain, **answered, "seconds": (2.0, 1.0, 4.0), **changes})
 
 
 def compared(student, teacher):
-    chosen = {"new_tokens": 8, "dtype": "float32", "device": "cpu", "repeats": 3}
-    about = {"cpu": "a processor", "cores": 2, "accelerators": ["a GPU"]}
-    return footprint.Footprint(
-        student=student, teacher=teacher, settings=chosen, machine=about, versions={}, date="2026-01-02"
-    )
+    return InferenceBenchmark(student=student, teacher=teacher, settings={}, machine={}, versions={}, date="2026-01-02")
 
 
-def test_ratios_are_the_teacher_over_the_student():
+def test_ratios_are_the_teacher_over_the_student(tmp_path):
     teacher = measured(parameters=50, weights_bytes=200, memory_bytes=2200, seconds=(10.0, 11.0, 9.0))
     found = compared(measured(), teacher)
     assert found.ratios() == {"weights": 5.0, "memory": 22.0, "seconds": 5.0}
-    assert footprint.summary(found)[-1] == "teacher / student: weights 5.00, memory 22.00, seconds 5.00"
+    assert found.summary()[-1] == "teacher / student: weights 5.00, memory 22.00, seconds 5.00"
+    found.write(tmp_path / "found.json")
+    assert read_inference_benchmark(tmp_path / "found.json").ratios() == found.ratios()
+    (tmp_path / "other.json").write_text('{"student": {}}')
+    with pytest.raises(ValueError, match=r"other\.json: not what python -m megatron_tide inference-benchmark writes"):
+        read_inference_benchmark(tmp_path / "other.json")
 
 
 def test_a_model_that_cannot_answer_says_why():
-    found = compared(measured(), measured(cannot="no blocks <here>", memory_bytes=0, seconds=(), tokens=0))
+    mute = measured(cannot="no blocks <here>", memory_bytes=0, seconds=(), tokens=0)
+    found = compared(measured(), mute)
     assert found.ratios() == {"weights": 1.0}
-    assert footprint.summary(found)[1].endswith("not measured further: no blocks <here>")
+    assert found.summary()[1].endswith("not measured further: no blocks <here>")
 
 
 def test_measuring_here(chain):
-    found = measure.measure(str(chain.root / "student"), *SMALL)
+    found = module.measure(str(chain.root / "student"), *SMALL)
     assert found.cannot == ""
     assert (found.tokens, len(found.seconds)) == (3, 2)
     assert "while answering, less" in found.memory_of
@@ -102,24 +111,24 @@ def test_a_model_whose_mask_nobody_names_is_told(chain, tmp_path):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         content = (folder / file).read_text().replace(named, mask)
         (folder / file).write_text(content.replace(f'"mask_token": "{mask}"', '"unused": ""'))
-    found = measure.measure(str(folder), *SMALL)
+    found = module.measure(str(folder), *SMALL)
     assert "has no mask token" in found.cannot
     assert (found.seconds, found.tokens, found.memory_bytes) == ((), 0, 0)
     assert found.weights_bytes > 0
-    assert measure.measure(str(folder), *SMALL, mask=mask).tokens == 3
-    out = tmp_path / "footprint.json"
+    assert module.measure(str(folder), *SMALL, mask=mask).tokens == 3
+    out = tmp_path / "found.json"
     pair = ["--student", str(folder), "--teacher", str(folder), "--teacher-mask", mask, "--out", str(out)]
-    footprint.main([*pair, "--dtype", "float32", "--new-tokens", "2", "--repeats", "1"])
-    assert "has no mask token" in read_footprint(out).student.cannot
-    assert read_footprint(out).teacher.tokens == 2
+    benchmark([*pair, "--dtype", "float32", "--new-tokens", "2", "--repeats", "1"])
+    assert "has no mask token" in read_inference_benchmark(out).student.cannot
+    assert read_inference_benchmark(out).teacher.tokens == 2
 
 
 def test_where_the_peak_cannot_be_reset_loading_counts_too(chain, monkeypatch):
     def refused() -> None:
         raise PermissionError("no clear_refs here")
 
-    monkeypatch.setattr(measure, "reset_peak", refused)
-    found = measure.measure(str(chain.root / "student"), *SMALL)
+    monkeypatch.setattr(module, "reset_peak", refused)
+    found = module.measure(str(chain.root / "student"), *SMALL)
     assert found.memory_of.startswith("peak resident memory while loading and answering, less what the process held")
 
 
@@ -127,7 +136,7 @@ def test_on_a_gpu_the_peak_is_what_was_allocated_there(monkeypatch):
     held = {"cuda:1": 500}
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", held.__getitem__)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update({device: 30}))
-    meter = measure.Accelerator("cuda:1")
+    meter = module.GpuMemory("cuda:1")
     meter.start()
     assert meter.peak() == 30
 
@@ -144,37 +153,28 @@ def test_the_peak_of_a_process_starts_again():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--student", "./nowhere"], "./nowhere: measuring it ended with status 2: ./nowhere: no such folder"),
-        (["--repeats", "0"], "error: --repeats 0; give 1 or more"),
-        (["--new-tokens", "0"], "error: --new-tokens 0; give 1 or more"),
-        (["--out", "nowhere/footprint.json"], "--out nowhere/footprint.json: there is no folder nowhere"),
+        (["--student", "./nowhere"], "./nowhere: no such folder"),
+        (["--repeats", "0"], "error: --repeats 0: must be at least 1"),
+        (["--new-tokens", "0"], "error: --new-tokens 0: must be at least 1"),
+        (["--out", "nowhere/found.json"], "--out nowhere/found.json: there is no folder nowhere"),
     ],
 )
-def test_mistakes_are_one_line(chain, tmp_path, capsys, flags, said):
-    student, teacher = (str(chain.root / side) for side in ("student", "teacher"))
-    plain = ["--student", student, "--teacher", teacher, "--out", str(tmp_path / "footprint.json")]
+def test_mistakes_are_one_line(chain, tmp_path, capfd, flags, said):
+    student, teacher = (str(chain.root / name) for name in ("student", "teacher"))
+    plain = ["--student", student, "--teacher", teacher, "--out", str(tmp_path / "found.json")]
     with pytest.raises(SystemExit) as ended:
-        cli.run(footprint.main, [*plain, *flags])
+        cli.run(benchmark, [*plain, *flags])
     assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = capfd.readouterr().err.strip().splitlines()
     assert said in line
-    assert not (tmp_path / "footprint.json").exists()
+    assert not (tmp_path / "found.json").exists()
+
+
+def die(path: str, mask: None) -> None:
+    os._exit(9)
 
 
 def test_a_process_that_dies_without_a_word(monkeypatch):
-    monkeypatch.setattr(footprint.sys, "executable", "/bin/false")
-    with pytest.raises(ValueError, match="mine: measuring it ended with status 1: it said nothing"):
-        footprint.measured_apart("mine", [])
-
-
-def test_a_model_is_found_from_any_folder(chain, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code = (
-        f"import sys; sys.path.insert(0, {str(footprint.PACKAGE_ROOT)!r})\n"
-        "from megatron_tide.report.footprint import measured_apart\n"
-        f"flags = '--dtype float32 --new-tokens 2 --repeats 1'.split()\n"
-        f"print(measured_apart({str(chain.root / 'student')!r}, flags).tokens)"
-    )
-    line = [sys.executable, "-c", code]
-    finished = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
-    assert finished.stdout == "2\n", finished.stderr
+    monkeypatch.setattr(module, "measure", die)
+    with pytest.raises(ValueError, match="mine: the process that measured it died"):
+        module.measure_apart("mine", {}, None)
