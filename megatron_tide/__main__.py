@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "commands.generate",
     "evaluate": "commands.evaluate",
     "inference-benchmark": "commands.inference_benchmark",
+    "report": "commands.report",
 }
 
 

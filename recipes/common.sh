@@ -163,7 +163,7 @@ distil() {
 # chain [FLAGS...]: a release, and a page about how it came to be.
 chain() {
   release "$@"
-  stage report "$PYTHON" tools/report.py "$RUNS/$NAME"
+  stage report "$PYTHON" -m megatron_tide report "$RUNS/$NAME"
 }
 
 # release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the knobs of the recipe; FLAGS

@@ -73,5 +73,5 @@ stage scores "$PYTHON" -m megatron_tide evaluate --data "$run/test-data" --sampl
   --student "$run/tide-bridge" --json "$run/scores.json" --card
 stage inference-benchmark "$PYTHON" -m megatron_tide inference-benchmark --student "$run/hf" --teacher "$TEACHER" \
   --dtype float32 --new-tokens 96 --out "$run/inference_benchmark.json"
-stage report "$PYTHON" tools/report.py "$run"
+stage report "$PYTHON" -m megatron_tide report "$run"
 [[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/quickstart/report.py "$run" --seed "$SEED"

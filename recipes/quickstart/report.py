@@ -2,7 +2,7 @@
 
     python recipes/quickstart/report.py runs/quickstart --seed 42
 
-Reads scores.json (tools/evaluate.py), completions.jsonl (tools/generate.py) and the stages' stamps (recipes/stage.py).
+Reads scores.json (evaluate command), completions.jsonl (generate command) and the stages' stamps (recipes/stage.py).
 """
 
 from __future__ import annotations

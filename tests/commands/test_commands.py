@@ -62,7 +62,9 @@ def test_without_a_command_all_of_them_are_listed() -> None:
     assert all(len(line) <= 120 for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("name", ["convert_to_hf.py", "evaluate.py", "generate.py", "inspect_bridge.py", "plan.py"])
+@pytest.mark.parametrize(
+    "name", ["convert_to_hf.py", "evaluate.py", "generate.py", "inspect_bridge.py", "plan.py", "report.py"]
+)
 def test_the_scripts_are_the_same_commands(name: str) -> None:
     done = shown(f"tools/{name}", "--help")
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """README's table "you have -> set this": each row's knobs run through the recipe, and its plan fits its machine.
 
-A row's second cell holds its machine as tools/plan.py takes it, and its third code spans of knobs (NAME=VALUE) and
+A row's second cell holds its machine as the plan command takes it, and its third code spans of knobs (NAME=VALUE) and
 flags, as one would type them before and after the recipe.
 """
 

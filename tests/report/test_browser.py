@@ -11,7 +11,7 @@ from html import unescape
 import pytest
 from PIL import Image
 
-from tools import report
+from tests.support.commands import command
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -72,7 +72,7 @@ def opened(tmp_path, html, *flags):
 @pytest.fixture(scope="module")
 def page(recipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("browser") / "report"
-    report.main([str(recipe), "--out", str(out)])
+    command("report")([str(recipe), "--out", str(out)])
     return out / "index.html"
 
 

@@ -8,14 +8,14 @@ import shutil
 import subprocess
 import sys
 from html import unescape
-from pathlib import Path
 
 import pytest
 
 from megatron_tide import cli
 from megatron_tide.report.page import build_page
 from megatron_tide.report.run_folder import read_runs
-from tools import report
+from tests.support.commands import command
+from tests.support.launch import REPOSITORY
 
 pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, an inference benchmark
 
@@ -51,7 +51,7 @@ def cells(html, section):
 def written(recipe, tmp_path_factory):
     """A page of the recipe, in a folder of its own."""
     out = tmp_path_factory.mktemp("page") / "report"
-    assert report.main([str(recipe), "--out", str(out)]) == 0
+    assert command("report")([str(recipe), "--out", str(out)]) == 0
     return out
 
 
@@ -181,14 +181,14 @@ def test_runs_beside_each_other(recipe, own_copy):
 
 def test_it_touches_nothing_but_its_page(own_copy):
     out = own_copy / "report"
-    assert report.main([str(own_copy)]) == 0
+    assert command("report")([str(own_copy)]) == 0
     before = (out / "index.html").read_text()
     (own_copy / "scores.json").unlink()
     names = ["notes.txt", "../completions.jsonl", str(own_copy / "bridged" / "run.json"), "index.html"]
     (out / "notes.txt").write_text("mine")
     files = f'<meta name="files" content="{" ".join(names)}">'  # an earlier version removed what such a line names
     (out / "index.html").write_text(before.replace("<meta charset", f"{files}<meta charset"))
-    assert report.main([str(own_copy)]) == 0
+    assert command("report")([str(own_copy)]) == 0
     for name in names:
         assert (out / name).is_file()
     assert sorted(path.name for path in out.iterdir()) == ["index.html", "notes.txt"]
@@ -202,7 +202,7 @@ def test_a_page_of_someone_else_stays(recipe, tmp_path, content):
     page.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = page.read_bytes()
     with pytest.raises(ValueError, match=r"holds index.html, which no report wrote"):
-        report.main([str(recipe), "--out", str(tmp_path)])
+        command("report")([str(recipe), "--out", str(tmp_path)])
     assert page.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
@@ -221,7 +221,7 @@ def test_mistakes_are_one_line(recipe, tmp_path, capsys, argv, said):
     (tmp_path / "file").write_text("")
     real = {"EMPTY": str(tmp_path / "empty"), "RECIPE": str(recipe), "FILE": str(tmp_path / "file")}
     with pytest.raises(SystemExit) as ended:
-        cli.run(report.main, [real.get(word, word) for word in argv])
+        cli.run(command("report"), [real.get(word, word) for word in argv])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     for word, path in real.items():
@@ -232,7 +232,13 @@ def test_mistakes_are_one_line(recipe, tmp_path, capsys, argv, said):
 
 
 def test_the_command(recipe, tmp_path):
-    line = [sys.executable, str(Path(report.__file__)), str(recipe / "baseline"), "--out", str(tmp_path / "page")]
+    line = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "report.py"),
+        str(recipe / "baseline"),
+        "--out",
+        str(tmp_path / "page"),
+    ]
     finished = subprocess.run(line, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == f"{tmp_path}/page/index.html: 10 sections, 4 figures\n"

@@ -1,0 +1,35 @@
+"""Write one self-contained page about a run, or several beside each other.
+
+The page shows curves, scores, memory, speed and samples. RUN is a recipe's folder (runs/NAME) or the folder of one
+training run (with metrics.jsonl). The page names whatever a folder lacks, with the command that writes it. Nothing is
+measured or downloaded: scores come from the evaluate command, completions from generate, memory and speed from
+inference-benchmark.
+
+Examples:
+  python -m megatron_tide report runs/quickstart                     # writes runs/quickstart/report/index.html
+  python -m megatron_tide report runs/mine runs/other --out page     # compares two
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tide.cli import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    runs: tuple[Path, ...] = flag(..., "Folder of a recipe or of a training run", metavar="RUN", kind="positional")
+    out: Path | None = flag(None, "Folder to write index.html to", metavar="DIR", shown="report in the first RUN")
+
+
+def run(args: Args) -> None:
+    from megatron_tide.report.page import build_page, check_out, write_page
+    from megatron_tide.report.run_folder import read_runs, visible
+
+    out = args.out or args.runs[0] / "report"
+    check_out(out)
+    page = build_page(read_runs(args.runs))
+    sections, figures = page.count("<section "), page.count("<figure ")
+    print(f"{visible(write_page(out, page))}: {sections} sections, {figures} figures")
