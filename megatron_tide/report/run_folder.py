@@ -27,6 +27,7 @@ DISTILL, EVALUATE, GENERATE = (f"{PROGRAM} {command}" for command in ("distill",
 INFERENCE, INFERENCE_COMMAND = "inference_benchmark.json", f"{PROGRAM} inference-benchmark"
 ENDS = 0.2  # the start and the end of a run: this share of its log lines
 BITS = "bits_per_masked_token"
+LARGEST = 1e300  # beyond it nothing can be drawn
 # Control characters but tab and newline, lone surrogates, bidirectional overrides.
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
@@ -258,11 +259,10 @@ class _Reader:
         numbers = [
             f"{name}.{end}" for name in ("bits_per_byte", "minus_first_student") for end in ("value", "low", "high")
         ]
-        frame = (
-            pd.json_normalize(models).reindex(columns=["name", "side", *numbers]).astype(dict.fromkeys(numbers, float))
-        )
+        frame = pd.json_normalize(models).reindex(columns=["name", "side", *numbers])
+        names = pd.Series([f"{self.prefix}{visible(name)}" for name in frame["name"]], dtype=str)
         return Scores(
-            models=frame.assign(name=[f"{self.prefix}{visible(name)}" for name in frame["name"]]),
+            models=pd.concat([names.rename("name"), frame["side"], _finite(frame[numbers].astype(float))], axis=1),
             by_timestep=[_timesteps(model["by_timestep"]) for model in models],
             likelihoods=[[f"{self.prefix}{row[0]}", *row[1:]] for row in likelihood_cells(models)],
             benchmarks=[_benchmark(self.prefix, one, score) for one in benchmarks for score in one["scores"]],
@@ -292,7 +292,11 @@ def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e300  # false for NaN as well
+    return isinstance(value, (int, float)) and abs(value) < LARGEST  # false for NaN as well
+
+
+def _finite(table: pd.DataFrame) -> pd.DataFrame:
+    return table.where(table.abs() < LARGEST)
 
 
 def _description(run: dict[str, Any]) -> dict[str, Any]:
@@ -309,7 +313,7 @@ def _description(run: dict[str, Any]) -> dict[str, Any]:
 def _timesteps(bins: list[dict[str, float]]) -> pd.DataFrame:
     """``Scores.by_timestep`` of one model. An older version wrote no intervals: there they are the number itself."""
     table = pd.DataFrame(bins, columns=["low", "high", BITS, f"{BITS}_low", f"{BITS}_high"], dtype=float)
-    return table.ffill(axis=1)
+    return _finite(table.ffill(axis=1))
 
 
 def _benchmark(prefix: str, benchmark: dict[str, Any], score: dict[str, Any]) -> list[str]:
