@@ -1,10 +1,10 @@
 """A teacher on disk: our sweep against the plain way; and its experts: grouped matmul against a Python loop.
 
 The sweep. Both ways host the same random teacher by DeepSpeed ZeRO-3 with NVMe offload (which reads past the page
-cache), score the same tokens of the same window with CompDemo, and must agree before anything is timed.
+cache), score the same tokens of the same micro-batches with CompDemo, and must agree before anything is timed.
 
   plain   the ordinary module; one whole forward per micro-batch and half, so the teacher is read that many times
-  ours    units of one tensor; every unit serves the whole window, so the teacher is read once
+  ours    layers of one tensor; every layer serves all micro-batches, so the teacher is read once
 
 The plain way prefetches: its buckets hold a whole layer, its buffers several tensors ahead, and its trace is complete
 before timing. The teacher has the real widths, but two of the layers with experts, and a vocabulary cut alike, so that

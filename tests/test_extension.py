@@ -1,4 +1,4 @@
-"""From outside the package: an objective, a noise schedule and a strategy, each added by one line, in a real run."""
+"""From outside the package: an objective, a noise schedule, a strategy and a hosting, each one line, in a real run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from megatron_tide import choices, cli
-from megatron_tide.choices import CHUNK_OBJECTIVES, NOISE_SCHEDULES, STRATEGIES, Choice, StrategySpec
+from megatron_tide.choices import CHUNK_OBJECTIVES, NOISE_SCHEDULES, STRATEGIES, TEACHER_HOSTINGS, Choice, StrategySpec
 from megatron_tide.config import DistillArgs
 from megatron_tide.diffusion import NoiseSchedule
+from megatron_tide.hosting.backend import ReplicatedTeacher
 from megatron_tide.objectives.chunk import ChunkObjective
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell
 
-TOYS = {"strategy": "toy-gap", "noise_schedule": "toy-square"}
+TOYS = {"strategy": "toy-gap", "noise_schedule": "toy-square", "teacher_hosting": "toy-count"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +38,32 @@ def squared_gap(student, target):
     return (student.log_p.exp() - target.log_p.exp()) ** 2
 
 
+class CountingTeacher(ReplicatedTeacher):
+    """Logs how often it was called."""
+
+    calls = 0
+
+    def score(self, microbatches):
+        self.calls += 1
+        return super().score(microbatches)
+
+    def metrics(self):
+        return {"teacher/calls": float(self.calls)}
+
+
 def add_toys():
-    """The three lines."""
+    """The four lines."""
     NOISE_SCHEDULES["toy-square"] = Choice("a share t^2 of the tokens is masked", Square())
     CHUNK_OBJECTIVES["toy_gap"] = Choice("squared gap", ChunkObjective("toy_gap", squared_gap, reversed=False))
     STRATEGIES["toy-gap"] = StrategySpec(meaning="the squared gap of chunks", chunk="toy_gap")
+    TEACHER_HOSTINGS["toy-count"] = Choice("a copy on every rank that counts", CountingTeacher)
 
 
 @pytest.fixture
 def toys():
     add_toys()
     yield
-    for table, word in ((NOISE_SCHEDULES, "toy-square"), (CHUNK_OBJECTIVES, "toy_gap"), (STRATEGIES, "toy-gap")):
-        del table[word]
+    del NOISE_SCHEDULES["toy-square"], CHUNK_OBJECTIVES["toy_gap"], STRATEGIES["toy-gap"], TEACHER_HOSTINGS["toy-count"]
 
 
 def train_with_toys(flags):
@@ -60,13 +74,14 @@ def train_with_toys(flags):
 
 def test_flags_and_help_know_them(toys, capsys):
     argv = ["--strategy", "toy-gap", "--noise-schedule", "toy-square", "--chunk-objective", "toy_gap"]
+    argv += ["--teacher-hosting", "toy-count"]
     values = cli.given(DistillArgs, argv, "", "distill")
     run = cli.build(DistillArgs, values).run
     assert (run.strategy.strategy, run.strategy.noise_schedule) == ("toy-gap", "toy-square")
     with pytest.raises(SystemExit):
         cli.given(DistillArgs, ["--help"], "", "distill")
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("toy-gap", "toy-square", "toy_gap"))
+    assert all(word in shown for word in ("toy-gap", "toy-square", "toy_gap", "toy-count"))
 
 
 def test_without_their_lines_they_are_refused():
@@ -89,6 +104,7 @@ def test_a_run_trains_with_them(chain, tmp_path):
     for curve in curves.values():
         assert all(torch.tensor(curve[name]).isfinite().all() for name in ("loss/total", "train/grad_norm"))
     assert all(0 < loss < 1 for loss in curves[toy]["loss/distill"])
+    assert curves[toy]["teacher/calls"] == [1, 2], "once per step"
     assert curves[toy]["loss/denoise"][0] != curves[plain]["loss/denoise"][0]
     said = json.loads((toy / "run.json").read_text())["strategy"]
     assert (said["strategy"], said["chunk_objective"], said["noise_schedule"]) == ("toy-gap", "toy_gap", "toy-square")
@@ -96,4 +112,9 @@ def test_a_run_trains_with_them(chain, tmp_path):
 
 def test_the_tables_are_as_they_were():
     """The toys of this file do not leak into other tests."""
-    assert not [word for table in (choices.NOISE_SCHEDULES, choices.STRATEGIES) for word in table if "toy" in word]
+    assert not [
+        word
+        for table in (choices.NOISE_SCHEDULES, choices.STRATEGIES, TEACHER_HOSTINGS)
+        for word in table
+        if "toy" in word
+    ]
