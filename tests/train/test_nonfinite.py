@@ -16,7 +16,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
-KNOBS = {"micro_batch_size": 2, "max_steps": 5, "save_every": 1, "keep": 9, "strategy": "tide-cross"}
+KNOBS = {"micro_batch_size": 2, "max_steps": 5, "save_every": 1, "keep_last": 9, "strategy": "tide-cross"}
 
 
 def train_poisoned(knobs, rank, steps):

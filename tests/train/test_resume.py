@@ -22,7 +22,7 @@ KNOBS = {
     "micro_batch_size": 2,
     "max_steps": 6,
     "save_every": 3,
-    "keep": 9,
+    "keep_last": 9,
     "temperature": 4.0,
     "strategy": "tide-cross",
     "weight_decay": 0.1,
