@@ -184,8 +184,13 @@ Table = JsonLinesTable | ArrowTable
 
 
 def open_table(path: str, folder: Path, *, name: str | None, split: str, revision: str | None) -> Table:
-    """Open a file, a folder or a hub name; ValueError in one line for what cannot be read as a table."""
+    """Open a file, a folder or a hub name; ValueError in one line for what cannot be read as a table.
+
+    A folder with a file SPLIT.jsonl is that file; any other is for ``datasets`` to read.
+    """
     found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
+    if found is not None and (found / f"{split}.jsonl").is_file():
+        return JsonLinesTable.open(found / f"{split}.jsonl")
     if found is None and (path.endswith(_FILES) or path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"{path}: no such file or folder; give {_KINDS}")
     if found is not None and found.is_file() and found.suffix == ".jsonl":

@@ -41,6 +41,7 @@ def test_every_format_gives_the_same_conversations(tmp_path: Path) -> None:
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "splits")
     write_jsonl(tmp_path / "lines" / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "lines" / "train_tenth.jsonl", ROWS[:4])
     (tmp_path / "hub" / "data").mkdir(parents=True)
     table.to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     expected = [row["messages"] for row in ROWS]
