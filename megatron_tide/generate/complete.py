@@ -45,22 +45,22 @@ def complete(
     batch_size: int = 8,
     seed: int | Sequence[int] = 0,
     progress: Callable[[int], None] | None = None,
-    **knobs: Any,
+    **options: Any,
 ) -> list[Completion]:
     """Answer ``prompts`` (ids), in their order. Prompt i draws from seed + i, so batches do not change an answer.
 
-    ``knobs``: fields of ``DecodingRule``; ids and block size come from the model's config and the tokenizer.
+    ``options``: fields of ``DecodingRule``; ids and block size come from the model's config and the tokenizer.
     ``progress(done)`` is called after each batch.
 
     Raises:
-        ValueError: an empty prompt or a wrong knob.
+        ValueError: an empty prompt or a wrong option.
     """
     if batch_size < 1:
         raise ValueError(f"generate: batch size {batch_size}; give 1 or more")
     for place, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"generate: prompt {place} is empty")
-    rule = _rule(model, tokenizer, knobs)
+    rule = _rule(model, tokenizer, options)
     seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers: dict[int, Completion] = {}
@@ -93,27 +93,27 @@ class Moment:
 
 
 def stream(
-    model: Any, tokenizer: TextTokenizer, prompt: np.ndarray | Sequence[int], *, seed: int = 0, **knobs: Any
+    model: Any, tokenizer: TextTokenizer, prompt: np.ndarray | Sequence[int], *, seed: int = 0, **options: Any
 ) -> Iterator[Moment]:
     """Answer one prompt pass by pass: all ``new_text`` joined is the text that ``complete`` returns.
 
     Raises:
-        ValueError: an empty prompt or a wrong knob.
+        ValueError: an empty prompt or a wrong option.
     """
     if len(prompt) == 0:
         raise ValueError("generate: the prompt is empty")
     ids = torch.as_tensor(np.asarray(prompt), dtype=torch.int64)
-    decoder = BlockDecoder(model, [ids], _rule(model, tokenizer, knobs), [seed])
-    told = ""
+    decoder = BlockDecoder(model, [ids], _rule(model, tokenizer, options), [seed])
+    shown = ""
     for block_is_done in decoder.run():
-        text = told
+        text = shown
         if block_is_done:
             text = tokenizer.decode(decoder.completions(settled=True)[0].tolist()).rstrip(_UNFINISHED)
-        yield _moment(decoder, text[len(told) :])
-        told = text
+        yield _moment(decoder, text[len(shown) :])
+        shown = text
     text = tokenizer.decode(decoder.completions()[0].tolist())
-    if text != told:
-        yield _moment(decoder, text[len(told) :])
+    if text != shown:
+        yield _moment(decoder, text[len(shown) :])
 
 
 def _moment(decoder: BlockDecoder, new_text: str) -> Moment:
@@ -123,11 +123,11 @@ def _moment(decoder: BlockDecoder, new_text: str) -> Moment:
     return Moment(ids, decided.tolist(), new_text)
 
 
-def _rule(model: Any, tokenizer: TextTokenizer, knobs: dict[str, Any]) -> DecodingRule:
+def _rule(model: Any, tokenizer: TextTokenizer, options: dict[str, Any]) -> DecodingRule:
     if family_of(model).generation != "block_diffusion":
         raise ValueError(
             f"generate: a {model.config.model_type} model is autoregressive and does not decode in blocks; "
             "generate with transformers instead"
         )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return decoding_rule(model, None, ids | knobs)
+    return decoding_rule(model, None, ids | options)

@@ -56,11 +56,11 @@ def chat(
     seed: int = 0,
     ask: Callable[[str], str] = input,
     out: TextIO | None = None,
-    **knobs: Any,
+    **options: Any,
 ) -> tuple[int, float]:
     """Talk until an empty line or the end of input; -> (tokens written, seconds they took).
 
-    ``knobs``: fields of ``DecodingRule``. ``ask(prompt)`` reads the user's next line; ``out`` None: standard output.
+    ``options``: fields of ``DecodingRule``. ``ask(prompt)`` reads the user's next line; ``out`` None: standard output.
     """
     out = out or sys.stdout
     opening = [{"role": "system", "content": system}] if system else []
@@ -78,7 +78,7 @@ def chat(
             continue
         said.append({"role": "user", "content": line})
         live, started, answer, moment = LiveText(tokenizer, out), time.perf_counter(), "", None
-        for moment in stream(model, tokenizer, prompt_ids(tokenizer, said), seed=seed + turn, **knobs):
+        for moment in stream(model, tokenizer, prompt_ids(tokenizer, said), seed=seed + turn, **options):
             answer += moment.new_text
             live.show(moment)
         live.close()

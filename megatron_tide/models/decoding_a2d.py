@@ -34,12 +34,12 @@ DEFAULT_NEW_TOKENS = 256
 class DecodingRule:
     """How a block is decided.
 
-    Every pass guesses all undecided positions and masks the least confident guesses again, but for ``tokens_per_step``
-    of them; with a ``threshold`` (LLaDA2's rule, published with 0.95) each guess whose probability exceeds it stays as
-    well. ``least_confident_first`` turns the order round: of the guesses, those least sure of stay first (for study:
-    what is left is then easy). ``temperature`` 0 takes the likeliest token; above it, a token is drawn from
-    softmax(logits / temperature). Confidence is the chosen token's probability without temperature. The mask token is
-    never chosen. ``max_new_tokens`` 0 only fills the masks of the prompt in.
+    Every pass predicts all undecided positions and keeps the ``tokens_per_step`` most confident tokens; the others are
+    masked again. With a ``threshold`` (LLaDA2's rule, published with 0.95) tokens with a higher probability are kept
+    too. ``least_confident_first`` keeps the least confident ones instead (for experiments). ``temperature`` 0 takes the
+    most likely token; above 0, a token is drawn from softmax(logits / temperature). Confidence is the chosen token's
+    probability without temperature. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the masks of
+    the prompt.
     """
 
     block_size: int

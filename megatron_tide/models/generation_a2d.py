@@ -27,25 +27,25 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         inputs: torch.Tensor | None = None,
         seed: int | Sequence[int] = 0,
         streamer: Any = None,
-        **knobs: Any,
+        **options: Any,
     ) -> torch.Tensor:
         """Continue prompts by block decoding; int64 [B, P + longest answer], answers padded behind their end of text.
 
         Args:
             input_ids: [B, P] prompts, padded on either side (``attention_mask`` 0 marks padding); mask tokens in them
                 are filled in. ``inputs`` is the same under transformers' name.
-            seed: one number (row r draws from seed + r) or one a row; used when ``temperature`` > 0.
+            seed: one number (row r draws from seed + r), or one per row; used when ``temperature`` > 0.
             streamer: transformers' TextStreamer or the like, for one prompt: gets the prompt, then block after block.
-            knobs: fields of ``DecodingRule`` (``max_new_tokens``, ``tokens_per_step``, ``threshold``, ``temperature``,
-                ``block_size``, ``mask_token_id``, ``pad_token_id``), ``eos_token_id``, ``do_sample``, and ``steps``:
-                passes for the whole answer, in place of ``tokens_per_step``.
+            options: fields of ``DecodingRule`` (``max_new_tokens``, ``tokens_per_step``, ``threshold``,
+                ``temperature``, ``block_size``, ``mask_token_id``, ``pad_token_id``), ``eos_token_id``, ``do_sample``,
+                and ``steps``: passes for the complete answer, in place of ``tokens_per_step``.
         """
         ids_BP = input_ids if input_ids is not None else inputs
         if ids_BP is None or ids_BP.dim() != 2:
             raise ValueError("generate: give input_ids as a [batch, length] tensor")
         if streamer is not None and len(ids_BP) > 1:
             raise ValueError(f"generate: a streamer follows one prompt, and there are {len(ids_BP)}")
-        rule = decoding_rule(self, generation_config or getattr(self, "generation_config", None), knobs)
+        rule = decoding_rule(self, generation_config or getattr(self, "generation_config", None), options)
         keep_BP = torch.ones_like(ids_BP) if attention_mask is None else attention_mask
         prompts = [ids[keep.bool()] for ids, keep in zip(ids_BP, keep_BP)]
         seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
@@ -63,33 +63,33 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
 def _stream(decoder: BlockDecoder, streamer: Any) -> None:
     """Run to the end; hand the prompt and each finished block's new tokens to ``streamer`` (None: nowhere)."""
-    told = 0
+    sent = 0
     if streamer is not None:
         streamer.put(decoder.prompts()[0].cpu())
     for block_is_done in decoder.run():
         if streamer is not None and block_is_done:
             answer = decoder.completions(settled=True)[0].cpu()
-            if len(answer) > told:
-                streamer.put(answer[told:])
-            told = len(answer)
+            if len(answer) > sent:
+                streamer.put(answer[sent:])
+            sent = len(answer)
     if streamer is not None:
         streamer.end()
 
 
-def decoding_rule(model: Any, defaults: Any, knobs: dict[str, Any]) -> DecodingRule:
-    """The rule of the options ``knobs``, completed from ``defaults`` (a generation config) and the model's config."""
+def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> DecodingRule:
+    """The rule that ``options`` describe, completed from ``defaults`` (a generation config) and the model's config."""
     known = set(DecodingRule.__dataclass_fields__) | {"eos_token_id", "do_sample", "steps"}
-    unknown = sorted(set(knobs) - known)
+    unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"generate: unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
     def find(name: str) -> Any:
-        for source in (knobs.get(name), getattr(defaults, name, None), getattr(model.config, name, None)):
+        for source in (options.get(name), getattr(defaults, name, None), getattr(model.config, name, None)):
             if source is not None:
                 return source
         return None
 
-    eos = knobs.get("eos_token_ids", find("eos_token_id"))
+    eos = options.get("eos_token_ids", find("eos_token_id"))
     eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
     pad = find("pad_token_id")
     pad = pad if pad is not None else (eos_ids[0] if eos_ids else None)
@@ -97,21 +97,21 @@ def decoding_rule(model: Any, defaults: Any, knobs: dict[str, Any]) -> DecodingR
     for name, value in values.items():
         if value is None:
             raise ValueError(f"generate: the model's config has no {name}; pass {name}=...")
-    # Sampling is asked for by a temperature, or by do_sample as everywhere else in transformers.
-    sample = knobs.get("do_sample", bool(knobs.get("temperature")) or getattr(defaults, "do_sample", False))
+    # A temperature turns sampling on, and so does do_sample, as everywhere in transformers.
+    sample = options.get("do_sample", bool(options.get("temperature")) or getattr(defaults, "do_sample", False))
     temperature = find("temperature") if sample else 0.0
     for name in ("max_new_tokens", "tokens_per_step", "threshold", "least_confident_first"):
         if find(name) is not None:
             values[name] = find(name)
-    if knobs.get("steps") is not None:
-        values["tokens_per_step"] = _tokens_per_step(knobs, values.get("max_new_tokens", DEFAULT_NEW_TOKENS))
+    if options.get("steps") is not None:
+        values["tokens_per_step"] = _tokens_per_step(options, values.get("max_new_tokens", DEFAULT_NEW_TOKENS))
     return DecodingRule(eos_token_ids=eos_ids, temperature=1.0 if temperature is None else temperature, **values)
 
 
-def _tokens_per_step(knobs: dict[str, Any], max_new_tokens: int) -> int:
+def _tokens_per_step(options: dict[str, Any], max_new_tokens: int) -> int:
     """How many tokens each pass decides so that the answer takes about ``steps`` passes."""
-    if knobs.get("tokens_per_step") is not None:
+    if options.get("tokens_per_step") is not None:
         raise ValueError("generate: steps and tokens_per_step say the same in two ways; give one of them")
-    if knobs["steps"] < 1:
-        raise ValueError(f"generate: steps is {knobs['steps']}; give 1 or more")
-    return max(1, -(-max_new_tokens // knobs["steps"]))
+    if options["steps"] < 1:
+        raise ValueError(f"generate: steps is {options['steps']}; give 1 or more")
+    return max(1, -(-max_new_tokens // options["steps"]))
