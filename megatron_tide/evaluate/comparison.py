@@ -22,7 +22,7 @@ from megatron_tide.training_checkpoint import open_model
 
 
 def is_autoregressive(path: str | Path) -> bool:
-    """How the model at ``path`` (hub-format folder, hub name, checkpoint of the trainer) generates.
+    """Whether the model at ``path`` (hub-format folder, hub name, training checkpoint) generates token by token.
 
     Raises:
         ValueError: no model there, or one that transformers does not know as a causal language model either.
@@ -40,7 +40,7 @@ def is_autoregressive(path: str | Path) -> bool:
 
 
 def check_has_bound(path: str | Path) -> None:
-    """Raises: ValueError for an autoregressive model, whose likelihood is no diffusion bound."""
+    """Raises: ValueError for an autoregressive model: its likelihood is no diffusion bound."""
     if is_autoregressive(path):
         raise ValueError(
             f"{path}: an autoregressive model has no diffusion bound; leave out likelihood, or name it with --student "
@@ -73,10 +73,10 @@ class LikelihoodSettings:
 
 
 def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings) -> Row:
-    """One row, scored as ``role`` (student or teacher); None: as the one whose tokenizer the model has.
+    """One row, scored as ``role`` (student or teacher); None: the one with the tokenizer of the model.
 
     Raises:
-        ValueError: a model whose tokenizer the data was not prepared with.
+        ValueError: the data was prepared for other tokenizers than the model's.
     """
     opened = open_model(path, how.dtype, how.device)
     mine = load_tokenizer(opened.folder).fingerprint

@@ -141,7 +141,7 @@ class AutoregressiveGenerator(Generator, HFLM):
 
         named = [model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_id]
         ends = {index for ids in named if ids is not None for index in (ids if isinstance(ids, list) else [ids])}
-        # In place of the checkpoint's own, whose top-k, top-p and temperature would apply.
+        # In place of the checkpoint's own: its top-k, top-p and temperature would apply.
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
         self.text_tokenizer, self.folder = tokenizer, folder
         super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)

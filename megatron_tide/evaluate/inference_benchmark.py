@@ -161,15 +161,7 @@ def measure(
     opened = open_model(path, DTYPES[dtype], device)
     model, tokenizer = opened.model, load_tokenizer(opened.folder, mask_token=mask)
     ids = from_text(tokenizer, prompt).ids
-    weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
-    about: dict[str, Any] = {
-        "path": path,
-        "model_type": model.config.model_type,
-        "parameters": sum(weight.numel() for weight in weights),
-        "weights_bytes": sum(weight.nbytes for weight in weights),
-        "block_size": getattr(model.config, "block_size", None),
-        "prompt_tokens": len(ids),
-    }
+    about = {"path": path, "prompt_tokens": len(ids), **_facts(model)}
 
     def answer(tokens: int) -> Any:
         (found,) = complete(model, tokenizer, [ids], batch_size=1, max_new_tokens=tokens, eos_token_ids=())
@@ -194,6 +186,17 @@ def measure(
         passes=found.passes,
         seconds=tuple(seconds),
     )
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """Type and size of a model; a shared weight counts once."""
+    weights = {parameter.data_ptr(): parameter for parameter in model.parameters()}.values()
+    return {
+        "model_type": model.config.model_type,
+        "parameters": sum(weight.numel() for weight in weights),
+        "weights_bytes": sum(weight.nbytes for weight in weights),
+        "block_size": getattr(model.config, "block_size", None),
+    }
 
 
 def measure_apart(path: str, settings: Mapping[str, Any], mask: str | None) -> Measured:

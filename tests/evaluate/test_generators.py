@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -205,6 +206,29 @@ def test_a_stopped_evaluation_continues_with_the_same_batches(lab: Lab, tmp_path
         assert counted.batches == [2, 2, 2]
         assert answers(cache, prompts) == expected
         assert counted.batches == [2, 2, 2]
+
+
+def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_path: Path) -> None:
+    """lm-eval's own model puts a batch into the cache before the next one starts."""
+    prompts = [f"Print line {number}{'!' * (number % 4)}" for number in range(10)]
+    expected, sizes = answers(opened(baseline), prompts), list[int]()
+    for stop_after in (4, None):
+        generator: Any = opened(baseline)
+        generate = generator._model_generate
+
+        def counted(
+            context: Any, *rest: Any, stop_after: Any = stop_after, generate: Any = generate, **more: Any
+        ) -> Any:
+            if sum(sizes) == stop_after:
+                raise KeyboardInterrupt
+            sizes.append(len(context))
+            return generate(context, **more)
+
+        generator._model_generate = counted
+        with contextlib.suppress(KeyboardInterrupt), ResponseCache(generator, tmp_path / "c.sqlite") as cache:
+            found = answers(cache, prompts)
+    assert sizes == [2] * 5
+    assert found == expected
 
 
 def test_other_settings_and_prompts_are_other_entries(lab: Lab, tmp_path: Path) -> None:
