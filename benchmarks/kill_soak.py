@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from benchmarks.common import report
 from megatron_tide import cli, distill
 from megatron_tide.files import TEMPORARY
+from megatron_tide.optimizer import ADAMW
 from megatron_tide.train import checkpoint
 from megatron_tide.training_checkpoint import PREFIX, WEIGHTS, newest_complete
 from tests.support.chain import Chain, make_chain
@@ -51,7 +52,7 @@ class Soak:
 
     def __init__(self, chain: Chain, out: Path, steps: int, seed: int) -> None:
         self.out, self.chance = out, random.Random(seed)
-        knobs: dict[str, Any] = {"max_steps": steps, "save_every": 1, "keep": 2, "strategy": "tide-cross"}
+        knobs: dict[str, Any] = {"max_steps": steps, "save_every": 1, "keep_last": 2, "strategy": "tide-cross"}
         self.flags = chain.flags(out, **knobs)
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(["tests.support.preload"])
@@ -115,7 +116,7 @@ MOMENTS = {"anywhere": Soak.anywhere, "after a step": Soak.after_a_step, "in a s
 
 def final_tensors(run: Path, steps: int) -> dict[str, torch.Tensor]:
     folder = checkpoint.checkpoint_folder(run, steps)
-    names = (WEIGHTS, *(f"{moment}.safetensors" for moment in checkpoint.MOMENTS))
+    names = (WEIGHTS, *(f"{moment}.safetensors" for moment in ADAMW.moments))
     return {f"{file}/{name}": tensor for file in names for name, tensor in load_file(folder / file).items()}
 
 

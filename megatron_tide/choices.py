@@ -118,6 +118,8 @@ TIDAL_RAMPS = Table(
 )
 
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
+OPTIMIZERS = Table({"adamw": Choice("AdamW (published)", "optimizer:ADAMW")})
+
 TEACHER_HOSTINGS = Table(
     {
         "replicated": Choice("a copy on every rank", "hosting.backend:ReplicatedTeacher"),

@@ -25,6 +25,7 @@ from megatron_tide.choices import (
     DISTRIBUTION_OBJECTIVES,
     MASKINGS,
     NOISE_SCHEDULES,
+    OPTIMIZERS,
     STRATEGIES,
     TEACHER_HOSTINGS,
     TIDAL_AXES,
@@ -168,6 +169,7 @@ class TrainConfig:
         low=1,
         affects_loss=False,
     )
+    optimizer: str = flag("adamw", "Optimizer of the student", choices=OPTIMIZERS)
     lr: float = flag(5e-5, "Peak learning rate", low=0, high=1)
     warmup_ratio: float = flag(0.1, "Share of the steps with linear warmup", low=0, high=1)
     min_lr_ratio: float = flag(0.0, "Learning rate at the end of the cosine, as a share of --lr", low=0, high=1)

@@ -22,6 +22,7 @@ ORDER = [
     "machine",
     "config",
     "ds_config",
+    "optimizer",
     "ds_ops",
     "bridge",
     "data",

@@ -4,7 +4,7 @@ P parameters, w ranks, b bytes per number (2 in bf16, 4 in fp32):
 
     student   weights bP; master weights 4P/w and moments 8P/w (in host memory with offload_optimizer)
               gradients: bf16 with ZeRO 1 4P always and 2P from backward to update; else 4P/w (fp32 with ZeRO 1: 4P)
-              reduce buckets; Adam's temporaries 8P/w on a CPU, 4P/w on a GPU; fp32 weights 4P while it is loaded
+              reduce buckets; AdamW's temporaries 8P/w on a CPU, 4P/w on a GPU; fp32 weights 4P while it is loaded
               activations of all layers, or with recomputation all layers' inputs and one layer's activations
     teacher   replicated: all weights; pipeline: the heaviest stage
               zero3: 1/w of every layer on the device, in host memory or on disk; gathered layers on the device
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.choices import OPTIMIZERS
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import offload_of, read_ds_config
 from megatron_tide.hosting.build import DTYPES
@@ -263,21 +264,22 @@ def _add_process(estimate: MemoryEstimate, run: RunShape, pipeline: bool) -> Non
 def _add_student(estimate: MemoryEstimate, run: RunShape) -> None:
     count, size = run.student.parameters, run.student_dtype.itemsize
     share, offload, gpus = count / run.ranks, "offload_optimizer" in run.deepspeed, estimate.machine.has_gpus
+    optimizer = OPTIMIZERS[run.config.train.optimizer]
     estimate.persistent("student weights", size * count)
     estimate.persistent("student master weights", FP32 * share, host=offload)
-    estimate.persistent("student moments", 2 * FP32 * share, host=offload)
+    estimate.persistent("student moments", optimizer.state_bytes * share, host=offload)
     if offload:  # a flat copy of the weights, the gradients once more, room for the largest tensor on both sides
         largest = size * run.student.largest_tensor
         estimate.persistent("student buffers", (size + FP32) * share + largest, host=True)
         estimate.persistent("student buffers", largest)
-    else:
-        estimate.transient("Adam's temporaries", (1 if gpus else 2) * FP32 * share, UPDATE)
+    if temporaries := optimizer.update_bytes(has_gpus=gpus, offloads=offload):
+        estimate.transient("optimizer's temporaries", temporaries * share, UPDATE)
     # Loaded in fp32 on the host, where a GPU's rank makes one copy more.
     estimate.transient("student as it is loaded", (2 if gpus else 1) * FP32 * count, LOAD_STUDENT, host=True)
     estimate.transient("gathered checkpoint", FP32 * count, CHECKPOINT, host=True, ranks=1)
     save, steps = run.config.save, run.config.train.max_steps
     checkpoints = min(-(-steps // save.save_every), save.keep_last + 1) if steps else save.keep_last + 1
-    estimate.disk["student checkpoints"] = checkpoints * 3 * FP32 * count
+    estimate.disk["student checkpoints"] = checkpoints * (FP32 + optimizer.state_bytes) * count
 
 
 def _add_gradients(estimate: MemoryEstimate, run: RunShape) -> None:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import fcntl
 import math
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -27,10 +26,12 @@ import torch.distributed as dist
 from megatron_tide.diffusion import DistillBatch
 from megatron_tide.ds_config import offload_of
 from megatron_tide.hosting.layerwise import FlatLayer, ForwardState, LayerwiseForward, LayerwiseTeacher, TeacherInputs
+from megatron_tide.lock import NAME as LOCK
+from megatron_tide.lock import RunLock, is_held
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import TeacherOutputs
 
-_OWN, _LOCK, _YOUNG_SECONDS = "megatron_tide-", ".lock", 60
+_OWN, _YOUNG_SECONDS = "megatron_tide-", 60
 BUFFERS = 2  # layers of a teacher on disk that are in memory: the one at work and the next
 
 
@@ -81,21 +82,20 @@ def engine_settings(
 def own_folder(disk: Path, name: str) -> Path:
     """A folder of this run's own on the disk that holds the teacher, removed when the run ends.
 
-    Two runs on a node do not share one, and what a killed run has left (its lock is free again) is removed.
+    Each rank of the run holds a lock in it. Two runs on a node do not share one, and what a killed run has left (no
+    lock in it is held) is removed.
     """
     for old in disk.glob(f"{_OWN}*"):
-        with contextlib.suppress(OSError), (old / _LOCK).open() as lock:
-            if time.time() - old.stat().st_mtime > _YOUNG_SECONDS:  # a younger one may be about to take its lock
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or not one of ours
+            is_young = time.time() - old.stat().st_mtime < _YOUNG_SECONDS  # about to take its lock
+            if not is_young and not any(is_held(lock) for lock in old.glob(f"{LOCK}*")):
+                shutil.rmtree(old)
     own = disk / f"{_OWN}{name}"
-    own.mkdir(exist_ok=True)
-    held = (own / _LOCK).open("a")
-    fcntl.flock(held, fcntl.LOCK_SH)
+    held = RunLock(own, f"{LOCK}-{uuid4().hex[:12]}").__enter__()
     atexit.register(_leave, own, held)
     return own
 
 
-def _leave(own: Path, held: TextIO) -> None:
+def _leave(own: Path, held: RunLock) -> None:
     shutil.rmtree(own, ignore_errors=True)
-    held.close()
+    held.__exit__()

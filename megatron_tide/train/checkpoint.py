@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from megatron_tide.files import AtomicFolder, sha256_file, sweep
 from megatron_tide.train.distributed import DistContext
-from megatron_tide.train.engine import MOMENTS, full_master_weight, full_moment, restore_state, trained_parameters
+from megatron_tide.train.engine import full_master_weight, full_moment, moments, restore_state, trained_parameters
 from megatron_tide.training_checkpoint import CHECKSUMS, PREFIX, STATE, WEIGHTS, TrainState, read_description
 
 
@@ -73,7 +73,8 @@ def restore(folder: Path, engine: Any) -> TrainState:
         raise ValueError(
             f"{folder / WEIGHTS}: holds another model's parameters (first difference: {odd}); check --student"
         )
-    restore_state(engine, _Lazy(folder / WEIGHTS), {m: _Lazy(folder / f"{m}.safetensors") for m in MOMENTS}, state.step)
+    stored_moments = {moment: _Lazy(folder / f"{moment}.safetensors") for moment in moments(engine)}
+    restore_state(engine, _Lazy(folder / WEIGHTS), stored_moments, state.step)
     return state
 
 
@@ -90,7 +91,7 @@ class _Lazy:
 def _gathered(engine: Any, world: DistContext) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(file, tensors) one file at a time; a collective, only rank 0 keeps the tensors."""
     yield WEIGHTS, _collect(engine, world, full_master_weight)
-    for moment in MOMENTS:
+    for moment in moments(engine):
         yield f"{moment}.safetensors", _collect(engine, world, lambda p, m=moment: full_moment(p, m))
 
 

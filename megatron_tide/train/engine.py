@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from megatron_tide.choices import OPTIMIZERS
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import read_ds_config, section
 from megatron_tide.train.distributed import DistContext
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def student_ds_config(path: str) -> dict[str, Any]:
@@ -44,16 +43,7 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            # torch's own AdamW needs no op compiled; with offload, DeepSpeed's CPU Adam is the faster one.
-            "params": {
-                "lr": train.lr,
-                "betas": [train.beta1, train.beta2],
-                "eps": train.adam_eps,
-                "torch_adam": not offloads,
-            },
-        },
+        "optimizer": OPTIMIZERS[train.optimizer].deepspeed(train, offloads),
         "steps_per_print": 10**12,
     }
     if train.precision == "fp32":  # the fp32 path has no separate accumulation type
@@ -68,19 +58,13 @@ def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) ->
     from deepspeed.utils import safe_set_full_fp32_param
 
     exact = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    optimizer = OPTIMIZERS[config.train.optimizer]
+    groups, settings = optimizer.groups(model, config.train), engine_settings(config, world.size)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=[g for g in groups if g["params"]], config=engine_settings(config, world.size)
-        )
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
     for name, parameter in trained_parameters(engine):  # DeepSpeed made its masters from weights it had rounded
         safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
-    _make_moments(engine, steps_taken=0)
+    _set_state(engine, optimizer.state)
     return engine
 
 
@@ -111,36 +95,46 @@ def full_master_weight(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def full_moment(parameter: nn.Parameter, moment: str) -> torch.Tensor:
-    """The full fp32 Adam moment, gathered from all ranks (a collective)."""
+    """A full fp32 moment of the optimizer, gathered from all ranks (a collective)."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     return safe_get_full_optimizer_state(parameter, moment)
 
 
-def restore_state(engine: Any, weights: Any, moments: dict[str, Any], steps_taken: int) -> None:
+def moments(engine: Any) -> list[str]:
+    """Names of the tensors of a parameter's shape that the optimizer keeps for each."""
+    states = engine.optimizer.optimizer.state.values()
+    return list(dict.fromkeys(name for state in states for name in state if name != "step"))
+
+
+def restore_state(engine: Any, weights: Any, stored_moments: dict[str, Any], steps_taken: int) -> None:
     """Put a checkpoint's tensors back into this rank's partitions; ``weights[name]`` yields a full fp32 tensor."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    _make_moments(engine, steps_taken)
+    state = engine.optimizer.optimizer.state
+    _set_state(engine, lambda optimizer, flat: {**state[flat], "step": _step(state[flat]["step"], steps_taken)})
     for name, parameter in trained_parameters(engine):
         value = weights[name].to(parameter.device)
         safe_set_full_fp32_param(parameter, value)
         parameter.data.copy_(value)
-        for moment, stored in moments.items():
+        for moment, stored in stored_moments.items():
             safe_set_full_optimizer_state(parameter, stored[name].to(parameter.device), moment)
 
 
-def _make_moments(engine: Any, steps_taken: int) -> None:
-    """Make Adam's moments and step count before its first step, and tell DeepSpeed whose they are.
+def _step(old: Any, steps_taken: int) -> Any:
+    """A step count of the same type: torch's Adam counts in a tensor, DeepSpeed's CPU Adam in an int."""
+    return torch.full_like(old, steps_taken) if isinstance(old, torch.Tensor) else steps_taken
 
-    Left alone, Adam makes them at its first step, and DeepSpeed links them to parameters after the first parameter
-    group has stepped: the later groups' do not exist then and can never be read or set by parameter.
+
+def _set_state(engine: Any, state_of: Callable[[Any, torch.Tensor], dict[str, Any]]) -> None:
+    """Give each of the optimizer's flat parameters its state before the first step, and tell DeepSpeed whose it is.
+
+    Left alone, an optimizer makes it at its first step, and DeepSpeed links it to parameters after the first parameter
+    group has stepped: the later groups' does not exist then and can never be read or set by parameter.
     """
-    zero, adam = engine.optimizer, engine.optimizer.optimizer
-    for group in adam.param_groups:
+    zero, optimizer = engine.optimizer, engine.optimizer.optimizer
+    for group in optimizer.param_groups:
         for flat in group["params"]:
-            # torch's Adam counts steps in a tensor, DeepSpeed's CPU Adam in an int
-            step = torch.tensor(float(steps_taken)) if type(adam) is torch.optim.AdamW else steps_taken
-            adam.state[flat] = {"step": step, **{moment: torch.zeros_like(flat.data) for moment in MOMENTS}}
+            optimizer.state[flat] = state_of(optimizer, flat)
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()
