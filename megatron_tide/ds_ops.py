@@ -1,9 +1,7 @@
-"""Compile the DeepSpeed ops that this machine needs, once, with a progress line.
+"""DeepSpeed's compiled ops, built before they are needed, with a progress line.
 
-DeepSpeed compiles an op when it is first used, silently and for minutes, and a build that was killed leaves a lock on
-which the next one waits for ever. This does it in the open: on a machine without a GPU the shared-memory communication
-op, with --offload the CPU Adam that ds_configs with `offload_optimizer` use, with --disk the asynchronous disk I/O that
-a teacher on NVMe needs (it takes libaio's header: apt-get install libaio-dev). An op that is built stays as it is.
+DeepSpeed compiles an op when it is first used, silently and for minutes, and a build that was killed leaves a lock that
+the next one waits on forever. An op that is built already is kept.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def no_process_left() -> Iterator[Callable[[Job], None]]:
 STUB = """#!/usr/bin/env bash
 case "$*" in
   *--dry-run*) exit 0 ;;
-  "-m megatron_tide."*) echo "trained by $RANK" ;;
+  "-m megatron_tide."* | "-m megatron_tide sample "*) echo "trained by $RANK" ;;
   *) exec {python} "$@" ;;
 esac
 {after}
