@@ -21,7 +21,7 @@ from megatron_tide.files import write_json
 from megatron_tide.hosting.speed import Rates
 
 if TYPE_CHECKING:
-    from megatron_tide.hosting.memory import Machine, Peak, RunShape
+    from megatron_tide.hosting.memory import Machine, RunShape
     from megatron_tide.hosting.plan import Plan
 
 SHAPES = Path(__file__).resolve().parents[1] / "models" / "configs"
@@ -68,7 +68,8 @@ def run(args: Args) -> int:
     found = plans(shape, machine, args.rates)
     print("\n".join([*_head(shape, machine), "", *_table(found), "", *_verdict(shape, machine, args.rates, found)]))
     if args.json:
-        write_json(Path(args.json), {"machine": asdict(machine), "plans": [_as_dict(item) for item in found]})
+        more = [{"hosting": item.hosting.name, "fits": item.fits, "lacks": item.lacks} for item in found]
+        write_json(Path(args.json), {"plans": [asdict(item) | extra for item, extra in zip(found, more)]})
     return 0 if found[0].fits else EXIT_NOTHING_FITS
 
 
@@ -140,7 +141,7 @@ def _verdict(shape: RunShape, machine: Machine, rates: Rates, found: list[Plan])
     best = found[0]
     if not best.fits:
         near, after = closest(found), f" with {' '.join(savings)}" if savings else ""
-        return [*lines, f"nothing fits{after}: {near.hosting.name} still lacks most: {near.complaint()}", *_parts(near)]
+        return [*lines, f"nothing fits{after}: closest is {near.hosting.name}: {near.complaint()}", *_parts(near)]
     flags = " ".join([*savings, *([best.hosting.flags] if shape.teacher else [])])
     nvme = "teacher weights" in best.disk
     lines.append(f"set: {flags or 'nothing, the defaults fit'}{' --teacher-nvme FOLDER' if nvme else ''}")
@@ -159,20 +160,3 @@ def _parts(item: Plan) -> list[str]:
             lines += [f"  {size / GIB:8.2f}  {part}" for part, size in parts]
     lines += ["", f"{item.hosting.name}, disk, GB:"]
     return [*lines, *(f"  {size / GB:8.2f}  {part}" for part, size in item.disk.items())]
-
-
-def _peak(peak: Peak | None) -> dict[str, Any] | None:
-    return {"bytes": peak.bytes, **asdict(peak)} if peak else None
-
-
-def _as_dict(item: Plan) -> dict[str, Any]:
-    return {
-        "hosting": item.hosting.name,
-        "flags": item.hosting.flags,
-        "fits": item.fits,
-        "lacks": item.lacks,
-        "gpu": _peak(item.gpu),
-        "host": _peak(item.host),
-        "disk": item.disk,
-        "expected_teacher_seconds": item.seconds,
-    }
