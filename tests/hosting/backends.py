@@ -1,4 +1,4 @@
-"""What ranks do in tests of hosting: windows as training makes them, hosts asked about them, what lies in memory."""
+"""What ranks do in tests of hosting: load micro-batches as training does, build a teacher, measure memory."""
 
 from __future__ import annotations
 
@@ -23,23 +23,21 @@ from megatron_tide.train.microbatches import MicrobatchLoader
 from tests.support.disk import HAS_DISK_IO
 from tests.support.models import write_hub_folder
 
-Knobs = dict[str, Any]
+Flags = dict[str, Any]
 
 
-def hostings(disk: Path) -> dict[str, Knobs]:
-    """The knobs of each hosting that works here; ``disk`` is the folder of the one that needs it. Pipelines are by
-    stages.
-    """
+def hostings(disk: Path) -> dict[str, Flags]:
+    """The flags of each hosting that works here; ``disk``: the folder of the one that needs it."""
     one_stage = disk / "pipeline_1.json"
     one_stage.write_text('{"pipeline": {"stages": 1}}')
     names = ["zero3", "zero3_cpu", *(["zero3_nvme"] if HAS_DISK_IO else []), "pipeline_2", "pipeline_4"]
-    found: dict[str, Knobs] = {name: {"teacher_hosting": name} for name in names}
+    found: dict[str, Flags] = {name: {"teacher_hosting": name} for name in names}
     if HAS_DISK_IO:
         found["zero3_nvme"]["teacher_nvme"] = str(disk)
     return {**found, "pipeline_1": {"teacher_deepspeed": str(one_stage)}}
 
 
-def teacher_folder(tokenizers: Path, folder: Path, config: Knobs, seed: int = 3) -> Path:
+def teacher_folder(tokenizers: Path, folder: Path, config: Flags, seed: int = 3) -> Path:
     """A teacher in hub format in which nothing is neutral, with the tokenizer and the vocabulary of another one."""
     vocabulary = json.loads((tokenizers / "config.json").read_text())["vocab_size"]
     write_hub_folder(folder, {**config, "vocab_size": vocabulary}, seed, shards=3)
@@ -60,16 +58,16 @@ def joined() -> Iterator[DistContext]:
         destroy_distributed()
 
 
-def windows_of(knobs: Knobs, world: DistContext) -> tuple[Strategy, MicrobatchLoader]:
-    """The strategy of a run and its windows on this rank, by the product's own data path."""
-    config = from_flat(knobs)
+def loader_of(flags: Flags, world: DistContext) -> tuple[Strategy, MicrobatchLoader]:
+    """The strategy of a run and its micro-batchess on this rank, by the product's own data path."""
+    config = from_flat(flags)
     inputs = read_run_inputs(config, world.size)
     return inputs.strategy, make_loader(config, inputs, world)
 
 
-def host_of(knobs: Knobs, strategy: Strategy, world: DistContext) -> Any:
-    """The teacher of a run, hosted as its knobs say."""
-    config = from_flat(knobs)
+def teacher_of(flags: Flags, strategy: Strategy, world: DistContext) -> Any:
+    """The teacher of a run, hosted as its flags say."""
+    config = from_flat(flags)
     return build_teacher(config.paths.teacher, config.teacher, strategy, world)
 
 

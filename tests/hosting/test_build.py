@@ -20,15 +20,15 @@ from megatron_tide.config import TeacherConfig
 from megatron_tide.hosting.build import hosting_of, named_hosting
 from megatron_tide.hosting.layerwise import open_layer_specs
 from megatron_tide.hosting.zero3 import own_folder
-from tests.hosting.backends import host_of, joined, windows_of
+from tests.hosting.backends import joined, loader_of, teacher_of
 from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
 from tests.support.ranks import run_on_ranks
 
 
-def refusal(chain, out, capsys, **knobs):
+def refusal(chain, out, capsys, **flags):
     """The one line of a dry run."""
     with pytest.raises(SystemExit) as stop:
-        cli.run(distill.main, [*chain.flags(out, **knobs), "--dry-run"])
+        cli.run(distill.main, [*chain.flags(out, **flags), "--dry-run"])
     assert stop.value.code == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
@@ -77,7 +77,7 @@ def test_deepspeed_json_of_the_teacher(chain, capsys, tmp_path, hosting, content
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("flags", "said"),
     [
         ({"teacher_hosting": "everywhere"}, "invalid choice: 'everywhere'"),
         ({"teacher_deepspeed": "nowhere.json"}, "nowhere.json: no such file"),
@@ -90,8 +90,8 @@ def test_deepspeed_json_of_the_teacher(chain, capsys, tmp_path, hosting, content
         ),
     ],
 )
-def test_flags(chain, capsys, tmp_path, knobs, said):
-    assert said in refusal(chain, tmp_path / "run", capsys, **knobs)
+def test_flags(chain, capsys, tmp_path, flags, said):
+    assert said in refusal(chain, tmp_path / "run", capsys, **flags)
 
 
 @pytest.mark.parametrize("name", TEACHER_HOSTINGS)
@@ -162,12 +162,12 @@ def test_a_cut_shard(tmp_path):
         open_layer_specs(str(folder))
 
 
-def of_ranks(knobs):
+def of_ranks(flags):
     """The line a rank stops with."""
     with joined() as world:
-        strategy, _ = windows_of(knobs, world)
+        strategy, _ = loader_of(flags, world)
         try:
-            host_of(knobs, strategy, world)
+            teacher_of(flags, strategy, world)
         except ValueError as error:
             return str(error)
     return ""
@@ -182,8 +182,8 @@ def test_a_misshapen_tensor_is_told_on_every_rank(chain, tmp_path):
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
     save_file(tensors, file)
-    knobs = chain.run(tmp_path / "run", teacher=str(teacher), teacher_hosting="zero3")
-    first, second = run_on_ranks(of_ranks, 2, knobs)
+    flags = chain.run(tmp_path / "run", teacher=str(teacher), teacher_hosting="zero3")
+    first, second = run_on_ranks(of_ranks, 2, flags)
     assert first == second
     assert "lm_head.weight has shape" in first
 

@@ -14,15 +14,15 @@ pytestmark = pytest.mark.ranks
 STEPS = 20
 
 
-def curve_of(chain, teacher, out, **knobs):
+def curve_of(chain, teacher, out, **flags):
     """Two ranks, two micro-batches a step on each, an objective that asks for everything, and is heard."""
-    knobs |= {"strategy": "tide-bridge", "temperature": 1.0, "tidal": "off", "micro_batch_size": 2}
-    run = chain.run(out, teacher=str(teacher), max_steps=STEPS, **knobs)
+    flags |= {"strategy": "tide-bridge", "temperature": 1.0, "tidal": "off", "micro_batch_size": 2}
+    run = chain.run(out, teacher=str(teacher), max_steps=STEPS, **flags)
     return run_on_ranks(train_and_tell, 2, run, timeout=280)[0]
 
 
 @pytest.fixture(scope="module")
-def resident(chain, mixture, tmp_path_factory):
+def replicated(chain, mixture, tmp_path_factory):
     curve = curve_of(chain, mixture, tmp_path_factory.mktemp("replicated"))
     distilled = curve["loss/distill"]
     assert len(distilled) == STEPS
@@ -31,9 +31,9 @@ def resident(chain, mixture, tmp_path_factory):
 
 
 @pytest.mark.parametrize("hosting", ["zero3", pytest.param("zero3_nvme", marks=needs_disk_io), "pipeline_2"])
-def test_twenty_steps_agree(chain, mixture, resident, tmp_path, hosting):
+def test_twenty_steps_agree(chain, mixture, replicated, tmp_path, hosting):
     curve = curve_of(chain, mixture, tmp_path / "run", **hostings(tmp_path)[hosting])
     for name in ("loss/total", "loss/distill", "train/grad_norm"):
-        torch.testing.assert_close(torch.tensor(curve[name]), torch.tensor(resident[name]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(curve[name]), torch.tensor(replicated[name]), rtol=0, atol=1e-5)
     assert ("teacher/pipeline_bubble" in curve) == hosting.startswith("pipeline")
     assert all(0 <= bubble <= 1 for bubble in curve.get("teacher/pipeline_bubble", []))

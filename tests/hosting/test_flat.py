@@ -1,4 +1,4 @@
-"""Memory of a rank does not grow, however many windows its teacher has answered."""
+"""Memory of a rank does not grow, however many steps its teacher has scored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosting.backends import host_of, hostings, joined, living_bytes, rss_bytes, start_counting, windows_of
+from tests.hosting.backends import hostings, joined, living_bytes, loader_of, rss_bytes, start_counting, teacher_of
 from tests.support.ranks import run_on_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.ranks]
@@ -17,21 +17,21 @@ WARM, SWEEPS = 50, 300
 SLACK = 6 * 2**20
 
 
-def growth(knobs, chosen):
-    """By hosting: what grows between sweep WARM and SWEEPS: resident bytes, those of tensors, number of objects."""
+def growth(flags, chosen):
+    """By hosting: what grows between sweep WARM and SWEEPS: bytes of the process, bytes of tensors, number of objects."""
     found = {}
     with joined() as world:
-        strategy, windows = windows_of(knobs, world)
-        asked = [windows(step) for step in range(6)]
+        strategy, loader = loader_of(flags, world)
+        asked = [loader(step) for step in range(6)]
         for hosting, more in chosen.items():
             start_counting()
-            host = host_of({**knobs, **more}, strategy, world)
+            teacher = teacher_of({**flags, **more}, strategy, world)
             for sweep in range(SWEEPS + 1):
                 if sweep == WARM:
                     before = measure()
-                host.score(asked[sweep % len(asked)])
+                teacher.score(asked[sweep % len(asked)])
                 if sweep % 10 == 0:
-                    host.metrics()  # as the loop does when a log line is due
+                    teacher.metrics()  # as the loop does when a log line is due
             found[hosting] = [now - then for now, then in zip(measure(), before)]
     return found
 
@@ -41,11 +41,11 @@ def measure():
 
 
 def test_three_hundred_sweeps(chain, tmp_path):
-    knobs = chain.run(Path("nowhere"), strategy="tide-bridge", micro_batch_size=1, global_batch_size=4)
+    flags = chain.run(Path("nowhere"), strategy="tide-bridge", micro_batch_size=1, global_batch_size=4)
     chosen = {name: hostings(tmp_path)[name] for name in ("zero3", "pipeline_2")}
-    for found in run_on_ranks(growth, 2, knobs, chosen, timeout=280):
+    for found in run_on_ranks(growth, 2, flags, chosen, timeout=280):
         assert found.keys() == chosen.keys()
-        for hosting, (resident, tensors, objects) in found.items():
-            assert resident <= SLACK, hosting
+        for hosting, (rss, tensors, objects) in found.items():
+            assert rss <= SLACK, hosting
             assert tensors <= 0, hosting
             assert objects < SWEEPS - WARM, f"{hosting}: one a sweep would be a leak"

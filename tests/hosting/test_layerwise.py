@@ -75,7 +75,7 @@ def test_a_sweep_is_the_whole_model(folder, dtype, head_elsewhere):
 
 
 def test_flat_layers_hold_every_tensor_of_the_checkpoint_once(folder):
-    """The tied output embedding is part of the head too: first and last unit are never here together."""
+    """The tied output embedding is part of the head too: first and last layer are never here together."""
     specs, source = open_layer_specs(str(folder))
     flat_layers = make_flat_layers(specs, torch.float32, head_weight=None, score_targets=True)
     tensors = stored(folder)
@@ -131,27 +131,27 @@ ZERO3 = ("zero3", "zero3_cpu", "zero3_nvme")
 
 
 def train_and_watch(runs):
-    """By run: of each optimizer step, what happened, in order: (what, unit, bytes). One process trains them all."""
+    """By run: of each optimizer step, what happened, in order: (what, layer, bytes). One process trains them all."""
     found = {}
     with joined() as world:
-        for name, knobs in runs.items():
-            config = from_flat(knobs)
+        for name, flags in runs.items():
+            config = from_flat(flags)
             inputs = read_run_inputs(config, world.size)
-            parts, windows = build.build(config, inputs, world)
+            parts, loader = build.build(config, inputs, world)
             events = watch(parts.backend.engine.module.flat_layers)
             found[name] = []
             for step in range(STEPS):
-                window = windows(step)
-                assert len(window) == inputs.sampler.accumulation
-                counts, _ = global_counts(window, world, False)
-                train_step(parts, to_device(window, world.device), counts, 0.0)
+                microbatches = loader(step)
+                assert len(microbatches) == inputs.sampler.accumulation
+                counts, _ = global_counts(microbatches, world, False)
+                train_step(parts, to_device(microbatches, world.device), counts, 0.0)
                 found[name].append(list(events))
                 events.clear()
     return found
 
 
 def watch(flat_layers):
-    """A list that fills with what happens to units: from disk, to whole, in (called), out (done)."""
+    """A list that fills with what happens to layers: from disk, to whole, in (called), out (done)."""
     events, flats = [], [flat_layer.flat for flat_layer in flat_layers]
     place = {id(flat): number for number, flat in enumerate(flats)}
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import build_inputs, noise
 from megatron_tide.models.experts import Router
-from tests.hosting.backends import Collectives, host_of, hostings, joined, windows_of
+from tests.hosting.backends import Collectives, hostings, joined, loader_of, teacher_of
 from tests.support.lab import stored
 from tests.support.ranks import run_on_ranks
 
@@ -28,19 +28,19 @@ def chosen(tmp_path):
     return {name: more for name, more in hostings(tmp_path).items() if name != "pipeline_4"}
 
 
-def batch(windows, indices, t):
+def batch(loader, indices, t):
     """The noised micro-batch of these samples, masked at rate ``t``; nothing is, where that is next to 0."""
-    read = read_batch(windows.data, indices)
-    drawn = noise(read, seed=1, epoch=0, masking=windows.masking, t=torch.full((len(indices),), t))
-    side = windows.data.manifest["student"]
+    read = read_batch(loader.data, indices)
+    drawn = noise(read, seed=1, epoch=0, masking=loader.masking, t=torch.full((len(indices),), t))
+    side = loader.data.manifest["student"]
     return build_inputs(
-        read, drawn, student_block=side["block"], student_mask_id=side["mask_id"], teacher=windows.teacher
+        read, drawn, student_block=side["block"], student_mask_id=side["mask_id"], teacher=loader.teacher
     )
 
 
-def cases(windows):
-    """By name: the window of rank 0 and that of rank 1."""
-    usual, long, nothing = batch(windows, [0, 1], 0.5), batch(windows, [2, 3, 4, 5], 0.9), batch(windows, [6], 1e-9)
+def cases(loader):
+    """By name: the micro-batches of rank 0 and those of rank 1."""
+    usual, long, nothing = batch(loader, [0, 1], 0.5), batch(loader, [2, 3, 4, 5], 0.9), batch(loader, [6], 1e-9)
     assert usual.teacher.input_ids.shape[1] != long.teacher.input_ids.shape[1]
     assert len(nothing.teacher_targets) == len(nothing.pair_chunk) == len(nothing.student_targets) == 0
     return {
@@ -54,42 +54,42 @@ def cases(windows):
     }
 
 
-def score_all(knobs, chosen):
-    """By hosting and case: this rank's calls to others, and how far its answers are from the resident teacher's."""
+def score_all(flags, chosen):
+    """By hosting and case: this rank's calls to others, and how far its answers are from the replicated teacher's."""
     found = {}
     with joined() as world:
-        strategy, windows = windows_of(knobs, world)
-        asked = {name: both[world.rank] for name, both in cases(windows).items()}
-        resident = host_of(knobs, strategy, world)
-        wanted = {name: resident.score(window) for name, window in asked.items()}
+        strategy, loader = loader_of(flags, world)
+        asked = {name: both[world.rank] for name, both in cases(loader).items()}
+        replicated = teacher_of(flags, strategy, world)
+        wanted = {name: replicated.score(microbatches) for name, microbatches in asked.items()}
         for hosting, more in chosen.items():
-            host = host_of({**knobs, **more}, strategy, world)
+            teacher = teacher_of({**flags, **more}, strategy, world)
             for _ in range(2):  # zero3 records its trace, and compares it over the ranks, once
-                host.score(asked["alike"])
-            for name, window in asked.items():
+                teacher.score(asked["alike"])
+            for name, microbatches in asked.items():
                 with Collectives() as collectives:
-                    answers = host.score(window)
-                found[hosting, name] = collectives.calls, apart(answers, wanted[name])
+                    outputs = teacher.score(microbatches)
+                found[hosting, name] = collectives.calls, apart(outputs, wanted[name])
     return found
 
 
-def apart(answers, wanted):
+def apart(outputs, wanted):
     pairs = [
         pair
-        for a, w in zip(answers, wanted, strict=True)
+        for a, w in zip(outputs, wanted, strict=True)
         for pair in ((a.target_logprobs, w.target_logprobs), (a.hidden, w.hidden))
     ]
     return max([(mine - theirs).abs().max().item() for mine, theirs in pairs if mine.numel()], default=0.0)
 
 
 def test_ranks_that_differ_finish(chain, mixture, chosen):
-    knobs = chain.run(Path("nowhere"), teacher=str(mixture), strategy="tide-bridge")
-    for found in run_on_ranks(score_all, 2, knobs, chosen, timeout=SECONDS):
+    flags = chain.run(Path("nowhere"), teacher=str(mixture), strategy="tide-bridge")
+    for found in run_on_ranks(score_all, 2, flags, chosen, timeout=SECONDS):
         assert max(off for _, off in found.values()) <= BOUND
         for hosting in chosen:
-            calls = {name: made for (host, name), (made, _) in found.items() if host == hosting}
+            calls = {name: made for (asked, name), (made, _) in found.items() if asked == hosting}
             if hosting.startswith("zero3"):
-                assert calls["alike"] == ["_allgather_base_"] * 5, "one gather a unit"
+                assert calls["alike"] == ["_allgather_base_"] * 5, "one gather a layer"
             else:  # the case in which there is nothing to send on has fewer
                 assert len(calls.pop("nothing to ask anywhere")) > 0
             assert all(made == calls["alike"] for made in calls.values())
@@ -115,8 +115,8 @@ def torn(mixture, tmp_path_factory):
     return folder
 
 
-def score_torn(knobs, chosen):
-    """By hosting: the experts this rank's tokens went to, and how far its answers are from the resident teacher's."""
+def score_torn(flags, chosen):
+    """By hosting: the experts this rank's tokens went to, and how far its answers are from the replicated teacher's."""
     experts, found = set(), {}
     route = Router.forward
 
@@ -127,25 +127,25 @@ def score_torn(knobs, chosen):
 
     Router.forward = watched
     with joined() as world:
-        strategy, windows = windows_of(knobs, world)
-        window = [of_parity(noised, world.rank) for noised in windows(0)]
-        wanted = host_of(knobs, strategy, world).score(window)
+        strategy, loader = loader_of(flags, world)
+        microbatches = [of_parity(batch, world.rank) for batch in loader(0)]
+        wanted = teacher_of(flags, strategy, world).score(microbatches)
         for hosting, more in chosen.items():
-            host = host_of({**knobs, **more}, strategy, world)
+            teacher = teacher_of({**flags, **more}, strategy, world)
             experts.clear()
-            off = [apart(host.score(window), wanted) for _ in range(3)]
+            off = [apart(teacher.score(microbatches), wanted) for _ in range(3)]
             found[hosting] = set(experts), max(off)
     return found
 
 
-def of_parity(noised, parity):
-    ids = noised.teacher.input_ids // 2 * 2 + parity
-    return replace(noised, teacher=replace(noised.teacher, input_ids=ids))
+def of_parity(batch, parity):
+    ids = batch.teacher.input_ids // 2 * 2 + parity
+    return replace(batch, teacher=replace(batch.teacher, input_ids=ids))
 
 
 def test_tokens_of_ranks_go_to_other_experts(chain, torn, chosen):
-    knobs = chain.run(Path("nowhere"), teacher=str(torn), strategy="tide-bridge")
-    ranks = run_on_ranks(score_torn, 2, knobs, chosen, timeout=SECONDS)
+    flags = chain.run(Path("nowhere"), teacher=str(torn), strategy="tide-bridge")
+    ranks = run_on_ranks(score_torn, 2, flags, chosen, timeout=SECONDS)
     for hosting in chosen:
         (even, off_even), (odd, off_odd) = (rank[hosting] for rank in ranks)
         assert max(off_even, off_odd) <= BOUND

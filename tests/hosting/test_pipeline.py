@@ -47,7 +47,7 @@ def test_lighter_stages_are_even_too():
     assert {end - start for start, end in pairwise(bounds)} <= {2, 3, 4}
 
 
-def test_more_stages_than_units():
+def test_more_stages_than_layers():
     with pytest.raises(ValueError, match=r"a pipeline of 4 stages, but this teacher has 3 parts .* at most 3 stages"):
         balanced(flat_layers([1, 2, 3]), 4)
 

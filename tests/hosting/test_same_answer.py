@@ -1,4 +1,4 @@
-"""Every hosting gives the resident teacher's numbers, whatever the objective, the ranks and the passes."""
+"""Every hosting gives the replicated teacher's numbers, whatever the objective, the ranks and the passes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosting.backends import host_of, hostings, joined, windows_of
+from tests.hosting.backends import hostings, joined, loader_of, teacher_of
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.ranks
@@ -27,22 +27,22 @@ def compare(runs, chosen):
     """By run and hosting: of each field the largest difference and how many numbers were compared; and all lengths."""
     found, lengths = {}, set()
     with joined() as world:
-        for run, knobs in runs.items():
-            strategy, windows = windows_of(knobs, world)
-            asked = [windows(step) for step in range(WINDOWS)]
-            lengths |= {noised.teacher.input_ids.shape for window in asked for noised in window}
-            resident = host_of(knobs, strategy, world)
-            wanted = [answer for window in asked for answer in resident.score(window)]
+        for run, flags in runs.items():
+            strategy, loader = loader_of(flags, world)
+            asked = [loader(step) for step in range(WINDOWS)]
+            lengths |= {batch.teacher.input_ids.shape for microbatches in asked for batch in microbatches}
+            replicated = teacher_of(flags, strategy, world)
+            wanted = [output for microbatches in asked for output in replicated.score(microbatches)]
             for hosting, more in chosen.items():
-                host = host_of({**knobs, **more}, strategy, world)
-                answers = [answer for window in asked for answer in host.score(window)]
-                found[run, hosting] = differences(answers, wanted)
+                teacher = teacher_of({**flags, **more}, strategy, world)
+                outputs = [output for microbatches in asked for output in teacher.score(microbatches)]
+                found[run, hosting] = differences(outputs, wanted)
     return found, lengths
 
 
-def differences(answers, wanted):
+def differences(outputs, wanted):
     apart = {}
-    for mine, theirs in zip(answers, wanted, strict=True):
+    for mine, theirs in zip(outputs, wanted, strict=True):
         for field in ("target_logprobs", "hidden", "head_weight"):
             value, reference = getattr(mine, field), getattr(theirs, field)
             assert (value is None) == (reference is None), field
@@ -56,7 +56,7 @@ def differences(answers, wanted):
 
 def check(chain, world, runs, chosen):
     """Ask the ``chosen`` hostings; ``runs`` are (teacher, precision, strategy, CompDemo)."""
-    knobs = {
+    flags = {
         run: chain.run(
             Path("nowhere"),
             teacher=str(run[0]),
@@ -67,7 +67,7 @@ def check(chain, world, runs, chosen):
         )
         for run in runs
     }
-    for found, lengths in run_on_ranks(compare, world, knobs, chosen, timeout=280):
+    for found, lengths in run_on_ranks(compare, world, flags, chosen, timeout=280):
         assert len(lengths) > 3, "the micro-batches should differ in length"
         assert len(found) == len(runs) * len(chosen)
         for (run, hosting), apart in found.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.train.distributed import DistContext
-from tests.hosting.backends import host_of, hostings, joined, living_bytes, start_counting, teacher_folder, windows_of
+from tests.hosting.backends import hostings, joined, living_bytes, loader_of, start_counting, teacher_folder, teacher_of
 from tests.support.disk import needs_disk_io
 from tests.support.lab import stored
 from tests.support.models import tiny_teacher_config
@@ -45,18 +45,18 @@ class Watched(DistContext):
             self.__dict__.setdefault("seen", []).append(living_bytes())
 
 
-def memory(knobs, chosen):
-    """By hosting: bytes held before each unit is taken in, after loading, after each sweep; whole units in a sweep."""
+def memory(flags, chosen):
+    """By hosting: bytes held before each layer is taken in, after loading, after each sweep; whole layers in a sweep."""
     found = {}
     with joined() as world:
         for hosting, more in chosen.items():
             watched = Watched(world.rank, world.size, world.device, world.host_group)
-            strategy, windows = windows_of(knobs, world)
-            asked = [windows(step) for step in range(3)]
+            strategy, loader = loader_of(flags, world)
+            asked = [loader(step) for step in range(3)]
             start_counting()
-            host = host_of({**knobs, **more}, strategy, watched)
-            loaded, whole = living_bytes(), watch_units(host) if hosting.startswith("zero3") else []
-            swept = [living_bytes() for window in asked if host.score(window)]
+            teacher = teacher_of({**flags, **more}, strategy, watched)
+            loaded, whole = living_bytes(), watch_layers(teacher) if hosting.startswith("zero3") else []
+            swept = [living_bytes() for microbatches in asked if teacher.score(microbatches)]
             disk = sum(file.stat().st_size for file in Path(more.get("teacher_nvme", "/nowhere")).rglob("*.swp"))
             found[hosting] = {
                 "while loading": watched.__dict__["seen"],
@@ -68,10 +68,10 @@ def memory(knobs, chosen):
     return found
 
 
-def watch_units(host):
-    """For every call of a unit: how many units' weights are whole on this rank."""
-    whole, flat_layers = [], list(host.engine.module.flat_layers)
-    flats = [flat_layer.flat for flat_layer in flat_layers]  # asking a unit for it in a sweep would gather it
+def watch_layers(teacher):
+    """For every call of a layer: how many layers' weights are whole on this rank."""
+    whole, flat_layers = [], list(teacher.engine.module.flat_layers)
+    flats = [flat_layer.flat for flat_layer in flat_layers]  # asking a layer for it in a sweep would gather it
 
     def count(*_):
         whole.append(sum(flat.untyped_storage().nbytes() > 0 for flat in flats))
@@ -84,10 +84,10 @@ def watch_units(host):
 @pytest.fixture(scope="module")
 def measured(chain, tall, tmp_path_factory):
     """What :func:`memory` says on each of two ranks; the teacher's answers need no copy of its output embedding."""
-    knobs = chain.run(Path("nowhere"), teacher=str(tall), strategy="tide-cross")
+    flags = chain.run(Path("nowhere"), teacher=str(tall), strategy="tide-cross")
     chosen = hostings(tmp_path_factory.mktemp("disk"))
     del chosen["pipeline_1"], chosen["pipeline_4"]
-    return run_on_ranks(memory, 2, knobs, chosen, timeout=280)
+    return run_on_ranks(memory, 2, flags, chosen, timeout=280)
 
 
 @pytest.mark.parametrize("hosting", ["zero3", "zero3_cpu"])
@@ -97,8 +97,8 @@ def test_a_rank_holds_its_share_of_every_unit(measured, parts, hosting):
         assert held["loaded"] == pytest.approx(sum(parts) / 2, rel=SLACK)
         assert held["swept"] == pytest.approx([sum(parts) / 2] * 3, rel=SLACK)
         for place, now in enumerate(held["while loading"]):
-            # gloo's thread may still hold the unit before, whole
-            assert 0 <= now - sum(parts[:place]) / 2 <= max(parts) * (1 + SLACK), "one unit after another"
+            # gloo's thread may still hold the layer before, whole
+            assert 0 <= now - sum(parts[:place]) / 2 <= max(parts) * (1 + SLACK), "one layer after another"
 
 
 @pytest.mark.parametrize("hosting", ["zero3", "zero3_cpu", pytest.param("zero3_nvme", marks=needs_disk_io)])
@@ -111,14 +111,14 @@ def test_a_sweep_has_the_unit_at_work_and_the_next_in_memory(measured, parts, ho
 
 @needs_disk_io
 def test_on_disk_only_buffers_stay_in_memory(measured, parts):
-    """Two shares of the largest unit; units whose share is under 1 MiB, which DeepSpeed does not put on disk."""
+    """Two shares of the largest layer; layers whose share is under 1 MiB, which DeepSpeed does not put on disk."""
     small = [part for part in parts if part / 2 < 2**20]
     buffers = 2 * max(parts) / 2
     for rank in measured:
         held = rank["zero3_nvme"]
         bound = (buffers + sum(small) / 2) * (1 + SLACK) + parts[
             -1
-        ]  # gloo's thread may still hold the last unit, whole
+        ]  # gloo's thread may still hold the last layer, whole
         assert held["loaded"] <= bound
         assert max(held["swept"]) <= bound < sum(parts) / 5
         assert held["on disk"] >= sum(parts) - sum(small)

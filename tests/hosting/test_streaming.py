@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.hosting.backends import host_of, hostings, joined, rss_bytes, windows_of
+from tests.hosting.backends import hostings, joined, loader_of, rss_bytes, teacher_of
 from tests.support.disk import needs_disk_io
 from tests.support.models import stream_hub_folder, tiny_teacher_config
 from tests.support.ranks import run_on_ranks
@@ -64,27 +64,27 @@ class Peak:
         self.growth = self.highest - self.start
 
 
-def take_in_and_ask(knobs):
+def take_in_and_ask(flags):
     """Bytes by which memory grows while the teacher is taken in, and while it is asked twice."""
     with joined() as world:
-        strategy, windows = windows_of(knobs, world)
-        asked = windows(0)
+        strategy, loader = loader_of(flags, world)
+        asked = loader(0)
         with Peak() as loading:
-            host = host_of(knobs, strategy, world)
+            teacher = teacher_of(flags, strategy, world)
         with Peak() as sweeping:
-            answers = [answer for _ in range(2) for answer in host.score(asked)]
-        assert all(bool(answer.target_logprobs.isfinite().all()) for answer in answers)
-        return loading.growth, sweeping.growth, sum(len(answer.target_logprobs) for answer in answers)
+            outputs = [output for _ in range(2) for output in teacher.score(asked)]
+        assert all(bool(output.target_logprobs.isfinite().all()) for output in outputs)
+        return loading.growth, sweeping.growth, sum(len(output.target_logprobs) for output in outputs)
 
 
 def test_memory_is_bounded_by_a_few_layers(chain, large, tmp_path):
-    """Two buffers for what comes from disk, and while loading the unit that is read and one that is being let go."""
+    """Two buffers for what comes from disk, and while loading the layer that is read and one that is being let go."""
     folder, total, layer = large
     allowance = 4 * layer + REST
     assert total > 7 * allowance
-    knobs = chain.run(Path("nowhere"), teacher=str(folder), teacher_dtype="bf16", strategy="tide-cross", **QUESTION)
+    flags = chain.run(Path("nowhere"), teacher=str(folder), teacher_dtype="bf16", strategy="tide-cross", **QUESTION)
     ((loading, sweeping, scored),) = run_on_ranks(
-        take_in_and_ask, 1, knobs | hostings(tmp_path)["zero3_nvme"], timeout=280
+        take_in_and_ask, 1, flags | hostings(tmp_path)["zero3_nvme"], timeout=280
     )
     assert scored > 0
     assert loading <= allowance
