@@ -18,7 +18,7 @@ SLACK = 6 * 2**20
 
 
 def growth(flags, chosen):
-    """By hosting: what grows between sweep WARM and SWEEPS: bytes of the process, bytes of tensors, number of objects."""
+    """By hosting: what grows between sweep WARM and SWEEPS: bytes of process and tensors, number of objects."""
     found = {}
     with joined() as world:
         strategy, loader = loader_of(flags, world)

@@ -46,7 +46,7 @@ class Watched(DistContext):
 
 
 def memory(flags, chosen):
-    """By hosting: bytes held before each layer is taken in, after loading, after each sweep; whole layers in a sweep."""
+    """By hosting: bytes held before each layer is loaded, after loading, after each sweep; whole layers in a sweep."""
     found = {}
     with joined() as world:
         for hosting, more in chosen.items():
