@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_tide import scheduler
 from megatron_tide.files import create_new, read_regular
 
 NAME = ".lock"
@@ -124,14 +125,15 @@ def _age(path: Path) -> float:
 
 
 def _myself() -> dict[str, Any]:
+    job, attempt = scheduler.job()
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
         "processes": _process_namespace(),
         "pid": os.getpid(),
         "started": _started(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
-        "attempt": os.environ.get("SLURM_RESTART_COUNT", "0"),
+        "job": job,
+        "attempt": attempt,
     }
 
 

@@ -123,14 +123,6 @@ launcher() {
     --signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1") # each is passed on to the ranks, which save
   LAUNCH=("$PYTHON")
   case $LAUNCHER in
-    srun)
-      # Ranks that were asked to stop leave with 130 one after the other: the first must not have the others killed
-      # (--kill-on-bad-exit=0), but ranks that lost one of theirs for another reason must not stay for long (--wait).
-      local flags=()
-      read -ra flags <<<"${SRUN_FLAGS:-}"
-      LAUNCH=(srun --nodes="${NNODES:-1}" --ntasks-per-node="$1" --kill-on-bad-exit=0 --wait=30
-        ${flags[@]+"${flags[@]}"} bash slurm/rank.sh "$PYTHON")
-      ;;
     torchrun)
       export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save; torch gives 30
       if ((${NNODES:-1} > 1)); then
@@ -140,7 +132,12 @@ launcher() {
         LAUNCH+=("${torchrun[@]}" --standalone)
       fi
       ;;
-    *) fail "LAUNCHER=$LAUNCHER: take torchrun or srun" ;;
+    *)
+      [[ -f slurm/$LAUNCHER.sh ]] || fail "LAUNCHER=$LAUNCHER: take torchrun or srun"
+      # shellcheck source=slurm/srun.sh
+      source "slurm/$LAUNCHER.sh"
+      launch_ranks "$1"
+      ;;
   esac
 }
 

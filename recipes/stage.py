@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_tide import scheduler
 from megatron_tide.lock import RunLock
 
 STOPPED = 130
@@ -40,8 +41,8 @@ class Child:
     process: subprocess.Popen | None = None
 
     @property
-    def is_srun(self) -> bool:
-        return Path(self.command[0]).name == "srun"
+    def is_scheduler(self) -> bool:
+        return scheduler.starts_ranks(self.command)
 
     @property
     def is_torchrun(self) -> bool:
@@ -66,17 +67,16 @@ class Child:
         assert self.process is not None
         if number == signal.SIGINT:  # a terminal sends it to the command too
             return
-        # srun hands USR1 to its tasks; TERM has it kill them, with no time to save.
-        self.process.send_signal(signal.SIGUSR1 if self.is_srun else number)
+        self.process.send_signal(scheduler.STOP if self.is_scheduler else number)
 
     def was_stopped(self, status: int) -> bool:
         """Whether it ended because it was asked to, rather than for a reason of its own."""
         if not self.asked:
             return False
-        if self.is_srun and signal.SIGTERM in self.asked and status == 0:
-            return True  # when Slurm cancels a job, srun gives its tasks up, and leaves with 0
-        by_signal = {128 + number for number in (*self.asked, signal.SIGUSR1 if self.is_srun else 0)}
-        return status == STOPPED or status in by_signal - {128} or (self.is_torchrun and status == 1)
+        if self.is_scheduler and scheduler.gave_up(self.asked, status):
+            return True
+        by_signal = {128 + number for number in self.asked}
+        return status == STOPPED or status in by_signal or (self.is_torchrun and status == 1)
 
 
 def main(argv: list[str]) -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One rank of a training run, started by srun (see launcher in recipes/common.sh): rank.sh COMMAND...
+# One rank of a training run, started by srun (see slurm/srun.sh): rank.sh COMMAND...
 # Says which rank it is in the words that torch reads, and keeps what it prints in $LOGS/<job>.rank<k>.log; rank 0 prints
 # to the job's log as well.
 

@@ -15,6 +15,7 @@ ORDER = [
     "files",
     "hub",
     "tables",
+    "scheduler",
     "lock",
     "cli",
     "choices",
