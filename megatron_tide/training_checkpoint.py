@@ -17,16 +17,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_tide import models
 from megatron_tide.files import read_json, sha256_file
-
-if TYPE_CHECKING:
-    from megatron_tide.models.families import Family
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
 PREFIX = "step-"
@@ -221,16 +218,15 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     return Opened(models.load_model(folder, dtype, device=device), folder)
 
 
-def family_at(path: str | Path) -> Family:
-    """The family of the model that :func:`open_model` would give; only JSON files are read.
+def generation_of(path: str | Path) -> str:
+    """``block_diffusion`` or ``autoregressive``: how the model at ``path`` generates; only its ``config.json`` is read.
 
     Raises:
-        ValueError: neither a model nor a checkpoint, or of an unknown type.
+        ValueError: no model there, or of a type that neither this package nor transformers knows as a language model.
     """
-    if _is_checkpoint(Path(path)):
-        origin = read_description(_step_folder(Path(path)))["run"]["model_folder"]
-        return models.read_config(models.resolve_folder(origin), as_student=True)[0]
-    return models.read_config(models.resolve_folder(path))[0]
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        return "block_diffusion"  # a checkpoint of the trainer, which trains nothing else
+    return models.generation_of(models.resolve_folder(path))
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Reading what the trainer wrote, and saying which family a path holds."""
+"""How the model at a path generates, and which module opens it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.training_checkpoint import family_at, open_model
+from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
+from megatron_tide.models.causal import Qwen3ForCausalLM
+from megatron_tide.models.llada2 import LLaDA2MoeModelLM
+from megatron_tide.training_checkpoint import generation_of, open_model
 from tests.support.lab import Lab, make_lab, write_checkpoint
 from tests.support.models import tiny_student_config, write_hub_folder
 
@@ -16,26 +19,26 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return make_lab(tmp_path_factory.mktemp("lab"))
 
 
-def test_a_path_has_one_family(lab: Lab, tmp_path: Path) -> None:
+def test_one_place_decides_what_a_path_holds(lab: Lab, tmp_path: Path) -> None:
     step = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
     causal = write_hub_folder(tmp_path / "qwen3", tiny_student_config(model_type="qwen3"))
-    found = {path: family_at(path) for path in (lab.student, lab.teacher, step, step.parent, causal)}
-    assert [family.generation for family in found.values()] == ["block_diffusion"] * 4 + ["autoregressive"]
-    assert found[step] is found[lab.student]
-    for path, family in found.items():
-        assert isinstance(open_model(path).model, family.module)
+    modules = dict.fromkeys((lab.student, step, step.parent), A2DQwen3LMHeadModel)
+    modules |= {lab.teacher: LLaDA2MoeModelLM, causal: Qwen3ForCausalLM}
+    for path, module in modules.items():
+        assert isinstance(open_model(path).model, module)
+        assert generation_of(path) == ("autoregressive" if path == causal else "block_diffusion")
     with pytest.raises(ValueError, match="no such folder"):
-        family_at(tmp_path / "nowhere")
+        generation_of(tmp_path / "nowhere")
 
 
 def test_a_run_that_began_from_a_causal_model_is_a_block_diffusion_model(lab: Lab, tmp_path: Path) -> None:
-    config = (lab.student / "config.json").read_text()
     base = tmp_path / "causal"
     base.mkdir()
     for file in lab.student.iterdir():
         (base / file.name).write_bytes(file.read_bytes())
+    config = (lab.student / "config.json").read_text()
     (base / "config.json").write_text(config.replace('"a2d-qwen3"', '"qwen3"'))
-    assert family_at(base).generation == "autoregressive"
+    assert generation_of(base) == "autoregressive"
     step = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.data)
-    assert family_at(step) is family_at(lab.student)
-    assert isinstance(open_model(step).model, family_at(lab.student).module)
+    assert generation_of(step) == "block_diffusion"
+    assert isinstance(open_model(step).model, A2DQwen3LMHeadModel)

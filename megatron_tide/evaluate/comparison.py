@@ -9,39 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.bootstrap import Estimate
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
-from megatron_tide.files import read_json
-from megatron_tide.models import resolve_folder
-from megatron_tide.models.families import FAMILIES
-from megatron_tide.training_checkpoint import open_model
-
-
-def is_autoregressive(path: str | Path) -> bool:
-    """Whether the model at ``path`` (hub-format folder, hub name, training checkpoint) generates token by token.
-
-    Raises:
-        ValueError: no model there, or one that transformers does not know as a causal language model either.
-    """
-    if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        return False  # a checkpoint of the trainer is a student's
-    model_type = str(read_json(resolve_folder(path) / "config.json").get("model_type"))
-    if model_type in FAMILIES:
-        return FAMILIES[model_type].generation == "autoregressive"
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(
-            f"{path}: model_type {model_type!r} is neither a block diffusion model nor a causal one of transformers"
-        )
-    return True
+from megatron_tide.training_checkpoint import generation_of, open_model
 
 
 def check_has_bound(path: str | Path) -> None:
     """Raises: ValueError for an autoregressive model: its likelihood is no diffusion bound."""
-    if is_autoregressive(path):
+    if generation_of(path) == "autoregressive":
         raise ValueError(
             f"{path}: an autoregressive model has no diffusion bound; leave out likelihood, or name it with --student "
             "if its weights are a diffusion model's"

@@ -25,11 +25,10 @@ from tqdm import tqdm
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
-from megatron_tide.evaluate.comparison import is_autoregressive
 from megatron_tide.files import read_json
 from megatron_tide.generate import complete
 from megatron_tide.models import resolve_folder
-from megatron_tide.training_checkpoint import open_model
+from megatron_tide.training_checkpoint import generation_of, open_model
 
 
 class Generator:
@@ -191,7 +190,7 @@ def open_generator(path: str, dtype: torch.dtype, device: str, batch_size: int) 
     """
     if batch_size < 1:
         raise ValueError(f"evaluate: batch size {batch_size}; give 1 or more")
-    if is_autoregressive(path):
+    if generation_of(path) == "autoregressive":
         return _open_autoregressive(path, dtype, device, batch_size)
     opened = open_model(path, dtype, device)
     return BlockDiffusionGenerator(opened.model, load_tokenizer(opened.folder), opened.folder, batch_size)

@@ -12,12 +12,13 @@ from megatron_tide.models.head import rows_per_slice, score_rows, target_logprob
 from megatron_tide.models.hidden_states import masked_hidden_states, recompute_layers
 
 if TYPE_CHECKING:
-    from megatron_tide.models.families import fresh_model, meta_model, parameter_count, read_config
+    from megatron_tide.models.families import fresh_model, generation_of, meta_model, parameter_count, read_config
     from megatron_tide.models.load import DTYPES, load_model, resolve_folder, write_folder
 
 _HOME = {
     "DTYPES": "load",
     "fresh_model": "families",
+    "generation_of": "families",
     "load_model": "load",
     "meta_model": "families",
     "parameter_count": "families",
@@ -29,6 +30,7 @@ _HOME = {
 __all__ = [
     "DTYPES",
     "fresh_model",
+    "generation_of",
     "load_model",
     "masked_hidden_states",
     "meta_model",

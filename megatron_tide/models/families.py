@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_tide.files import read_json
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
@@ -207,21 +208,43 @@ def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Fami
     ``as_student``: the family that training makes of it. ValueError for a file that is missing or broken, an unknown
     model_type, or a config that describes no model of the family.
     """
-    where = "config"
-    if not isinstance(source, dict):
-        path = Path(source)
-        path = path / "config.json" if path.is_dir() else path
-        source, where = read_json(path), str(path)
-    model_type = source.get("model_type")
+    where, values = _read(source)
+    model_type = values.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
         raise ValueError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
     if as_student and family.trains_as:
         family = FAMILIES[family.trains_as]
     try:
-        return family, family.read_config(source)
+        return family, family.read_config(values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def generation_of(source: ConfigSource) -> Literal["block_diffusion", "autoregressive"]:
+    """How the model of a config generates; one of no family is autoregressive if transformers knows it as causal.
+
+    Raises:
+        ValueError: neither.
+    """
+    where, values = _read(source)
+    model_type = str(values.get("model_type"))
+    if model_type in FAMILIES:
+        return FAMILIES[model_type].generation
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "autoregressive"
+    raise ValueError(
+        f"{where}: model_type {model_type!r} is neither a block diffusion model nor a causal one of transformers"
+    )
+
+
+def _read(source: ConfigSource) -> tuple[str, dict[str, Any]]:
+    """(where, values) of a hub-format folder, a ``config.json``, or its dict."""
+    if isinstance(source, dict):
+        return "config", source
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    return str(path), read_json(path)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -13,9 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tide.diffusion import BlockDiffusionMask, ModelInput
-from megatron_tide.hosting.layerwise import LayerwiseForward, make_flat_layers
-from megatron_tide.hosting.place import open_layer_specs
-from megatron_tide.hosting.state import ForwardState, TeacherInputs
+from megatron_tide.hosting.layerwise import (
+    ForwardState,
+    LayerwiseForward,
+    TeacherInputs,
+    make_flat_layers,
+    open_layer_specs,
+)
 from megatron_tide.models import (
     fresh_model,
     load_model,
@@ -99,7 +103,7 @@ def test_its_layers_are_listed(toy: Any) -> None:
 def test_it_runs_layer_by_layer(toy: Any, dtype: torch.dtype) -> None:
     folder, *_ = toy
     model, (specs, source) = load_model(folder, dtype), open_layer_specs(str(folder))
-    flat_layers = make_flat_layers(specs, dtype, output=None, gold=True)
+    flat_layers = make_flat_layers(specs, dtype, head_weight=None, score_targets=True)
     for flat_layer in flat_layers:
         flat_layer.fill(source, torch.device("cpu"))
     position = torch.arange(12).expand(2, 12)
@@ -109,7 +113,7 @@ def test_it_runs_layer_by_layer(toy: Any, dtype: torch.dtype) -> None:
     LayerwiseForward(flat_layers)([state])
     hidden = masked_hidden_states(model, state.inputs.input)
     bound = 1e-5 if dtype == torch.float32 else 0.05
-    expected = target_logprobs(hidden, model.head_weight, state.inputs.gold)
+    expected = target_logprobs(hidden, model.head_weight, state.inputs.targets)
     torch.testing.assert_close(state.target_logprobs, expected, rtol=0, atol=bound)
 
 
