@@ -132,10 +132,15 @@ def build(args_type: Any, values: Mapping[str, Any], origin: str = "command line
         raise ValueError(f"{origin}: unknown flag {sorted(rest)[0]!r}; --help lists them all")
     if missing:
         raise ValueError(f"missing {', '.join(missing)} (see --help)")
+    check(args)
+    return args
+
+
+def check(args: Any) -> None:
+    """ValueError, one line with the flag, where a value of a dataclass of flags is not a choice, or out of range."""
     for info, value in values_of(args):
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
             _check(info, item)
-    return args
 
 
 def parse(command: Any, argv: Sequence[str], prog: str = PROGRAM) -> Any:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_tide import cli
 from megatron_tide.choices import (
-    ATTENTION_LAYOUTS,
     CHUNK_OBJECTIVES,
     COMPDEMO_SPLITS,
     COMPDEMO_UNITS,
@@ -16,11 +16,8 @@ from megatron_tide.choices import (
     MASKINGS,
     NOISE_SCHEDULES,
     STRATEGIES,
-    TIDAL_AXES,
-    TIDAL_RAMPS,
     TIDAL_USES,
     StrategySpec,
-    named,
     or_none,
 )
 from megatron_tide.config import StrategyConfig
@@ -39,26 +36,21 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     line) for an unknown word, a number out of range, or parts that do not go together. Warns, once, where TIDAL mixes
     the target of a reversed objective, and where CompDemo would split chunks that are scored whole.
     """
+    cli.check(config)
     spec = _spec(config, bridge)
-    chunk = named(or_none(CHUNK_OBJECTIVES), _either(config.chunk_objective, spec.chunk), "chunk objective")
-    rows = named(
-        or_none(DISTRIBUTION_OBJECTIVES),
-        _either(config.distribution_objective, spec.distribution),
-        "distribution objective",
-    )
-    chunk_tidal = named(TIDAL_USES, _either(config.tidal, spec.chunk_tidal), "TIDAL use")
-    rows_tidal = named(TIDAL_USES, _either(config.tidal, spec.distribution_tidal), "TIDAL use")
+    chunk = or_none(CHUNK_OBJECTIVES)[_either(config.chunk_objective, spec.chunk)]
+    rows = or_none(DISTRIBUTION_OBJECTIVES)[_either(config.distribution_objective, spec.distribution)]
+    chunk_tidal = TIDAL_USES[_either(config.tidal, spec.chunk_tidal)]
+    rows_tidal = TIDAL_USES[_either(config.tidal, spec.distribution_tidal)]
     compdemo = spec.compdemo if config.compdemo is None else config.compdemo
-    _check_numbers(config)
     if chunk is None and rows is None:
         _check_nothing_distilled(config)
         compdemo = False
     split = CompDemo(
         ratio=config.compdemo_ratio,
-        exact=named(COMPDEMO_SPLITS, config.compdemo_split, "CompDemo split"),
-        by_token=named(COMPDEMO_UNITS, config.compdemo_unit, "CompDemo unit"),
+        exact=COMPDEMO_SPLITS[config.compdemo_split],
+        by_token=COMPDEMO_UNITS[config.compdemo_unit],
     )
-    named(ATTENTION_LAYOUTS, config.teacher_context, "teacher context")
     chunk_term = None if chunk is None else ChunkTerm(chunk, chunk_tidal, config.temperature)
     row_term = (
         None if rows is None else DistributionTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge))
@@ -68,10 +60,12 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         name=config.strategy,
         chunk=chunk_term,
         rows=row_term,
-        curve=_curve(config),
+        curve=TidalCurve(
+            config.tidal_init, config.tidal_peak, config.tidal_ramp, config.tidal_axes, config.tidal_midrange
+        ),
         compdemo=split if compdemo else None,
-        noise_schedule=named(NOISE_SCHEDULES, config.noise_schedule, "noise schedule"),
-        masking=named(MASKINGS, config.masking, "masking"),
+        noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
+        masking=MASKINGS[config.masking],
         distill_weight=config.distill_weight,
         provenance=_provenance(config, chunk_term, row_term, compdemo),
     )
@@ -82,7 +76,7 @@ def _either(switch: str | None, default: str) -> str:
 
 
 def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
-    spec = named(STRATEGIES, config.strategy, "strategy")
+    spec = STRATEGIES[config.strategy]
     if spec.where_vocabularies_differ is None:
         return spec
     if bridge is None:
@@ -90,22 +84,6 @@ def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
             f"strategy {config.strategy!r} depends on whether the two tokenizers are the same; give it their bridge"
         )
     return spec if bridge.shared else spec.where_vocabularies_differ
-
-
-def _curve(config: StrategyConfig) -> TidalCurve:
-    named(TIDAL_RAMPS, config.tidal_ramp, "TIDAL ramp")
-    named(TIDAL_AXES, config.tidal_axes, "TIDAL axes")
-    return TidalCurve(config.tidal_init, config.tidal_peak, config.tidal_ramp, config.tidal_axes, config.tidal_midrange)
-
-
-def _check_numbers(config: StrategyConfig) -> None:
-    if not config.temperature > 0:
-        raise ValueError(f"temperature {config.temperature} is not above 0; the paper's is 2.0")
-    if not config.distill_weight >= 0:
-        raise ValueError(f"distill_weight {config.distill_weight} is negative; use 0 or more")
-    for name, value in (("tidal_init", config.tidal_init), ("tidal_peak", config.tidal_peak)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} {value} is outside [0, 1]; the paper goes from 0.1 to 0.9")
 
 
 def _check_nothing_distilled(config: StrategyConfig) -> None:
