@@ -13,6 +13,7 @@ from megatron_tide.choices import TEACHER_HOSTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line for line in LINES if line]
@@ -40,7 +41,7 @@ def test_command_names_things_that_exist(command):
         assert words[0] in {"pip", "tensorboard", "sbatch", "git", "cd", "torchrun", "source"}
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README + CONTRIBUTING))))
 def test_link_leads_somewhere(target):
     assert target.startswith("https://") or (REPOSITORY / target).exists()
 
@@ -64,3 +65,13 @@ def test_every_strategy_is_in_the_table():
     from megatron_tide.objectives import STRATEGIES
 
     assert set(STRATEGIES) == set(re.findall(r"^\| `([a-z][a-z0-9-]+)` \|", README, flags=re.M))
+
+
+def test_the_tables_that_contributing_names_exist():
+    from megatron_tide import __main__, choices
+    from megatron_tide.models import families
+
+    tables = set(re.findall(r"`([A-Z_]{4,})`", CONTRIBUTING))
+    assert {"FAMILIES", "STRATEGIES", "NOISE_SCHEDULES", "OPTIMIZERS", "TEACHER_HOSTINGS"} <= tables
+    for table in tables:
+        assert any(hasattr(module, table) for module in (choices, families, __main__)), table
