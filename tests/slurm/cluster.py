@@ -154,7 +154,7 @@ class Cluster:
     def _start_munge(self) -> None:
         key = self.base / "munge.key"
         key.touch(mode=0o600)
-        key.write_bytes(secrets.id_to_bytes(1024))
+        key.write_bytes(secrets.token_bytes(1024))
         files = {"key-file": key, "socket": "munge.sock", "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{name}={self.base / str(path)}" for name, path in (files | {"seed-file": "munge.seed"}).items()]
         self.call("munged", *options, "--num-threads=2")
