@@ -52,8 +52,8 @@ class Soak:
 
     def __init__(self, chain: Chain, out: Path, steps: int, seed: int) -> None:
         self.out, self.chance = out, random.Random(seed)
-        knobs: dict[str, Any] = {"max_steps": steps, "save_every": 1, "keep_last": 2, "strategy": "tide-cross"}
-        self.flags = chain.flags(out, **knobs)
+        settings: dict[str, Any] = {"max_steps": steps, "save_every": 1, "keep_last": 2, "strategy": "tide-cross"}
+        self.flags = chain.flags(out, **settings)
         self.processes = multiprocessing.get_context("forkserver")
         self.processes.set_forkserver_preload(["tests.support.preload"])
         self.kills = self.kills_in_save = self.lost_steps = self.corrupt_resumes = 0

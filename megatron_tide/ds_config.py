@@ -10,7 +10,7 @@ from typing import Any
 from megatron_tide.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# The run's own knobs decide these, and a second place to say them would be one too many.
+# The run's own flags set these; stating them in two places would allow contradictions.
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
           "gradient_clipping", "bf16", "fp16")  # fmt: skip
 
@@ -19,7 +19,7 @@ def read_ds_config(path: str, flag: str) -> dict[str, Any]:
     """A ds_configs file, looked up from the working folder and then from the repository; ``flag`` named it.
 
     Raises:
-        ValueError: missing, not JSON, or with a key that the run's own knobs decide.
+        ValueError: missing, not JSON, or with a key that the run's own flags set.
     """
     found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
     if found is None:
@@ -30,7 +30,7 @@ def read_ds_config(path: str, flag: str) -> dict[str, Any]:
         raise ValueError(f"{flag} {error}") from None
     owned = [key for key in _OWNED if key in settings]
     if owned:
-        raise ValueError(f"{flag} {path}: remove {owned[0]!r}; the run's own knobs decide it (see --help)")
+        raise ValueError(f"{flag} {path}: remove {owned[0]!r}; the run's own flag sets it (see --help)")
     return settings
 
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What every recipe shares: set-up, stages, and the chain  bridge -> data -> distil -> convert -> report.
-# A recipe sets its knobs, sources this file and calls `chain`; this file is not run by itself.
+# A recipe sets its settings, sources this file and calls `chain`; this file is not run by itself.
 #
 # A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before and no
 # stage before it ran since. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
@@ -163,7 +163,7 @@ chain() {
   stage report "$PYTHON" -m megatron_tide report "$RUNS/$NAME"
 }
 
-# release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the knobs of the recipe; FLAGS
+# release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the settings of the recipe; FLAGS
 # go to the distillation.
 release() {
   local run=$RUNS/$NAME

@@ -14,7 +14,7 @@
 # Stopped, by whatever? Run the same line again: finished stages are skipped, training goes on from its checkpoint.
 
 set -euo pipefail
-# --- knobs: edit here, or set them in the environment ---
+# --- settings: edit here, or set them in the environment ---
 NAME=${NAME:-distill_16b_to_0.6b}                                   # everything goes to runs/NAME
 TEACHER=${TEACHER:-inclusionAI/LLaDA2.0-mini}                       # hub name, or a folder in hub format
 STUDENT=${STUDENT:-dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1}

@@ -11,7 +11,7 @@
 # All large files are removed at the end, also when it is stopped.
 
 set -euo pipefail
-# --- knobs: edit here, or set them in the environment ---
+# --- settings: edit here, or set them in the environment ---
 NAME=${NAME:-fullsize_cpu}
 TEACHER_SHAPE=${TEACHER_SHAPE:-megatron_tide/models/configs/llada2_mini.json}
 STUDENT_SHAPE=${STUDENT_SHAPE:-megatron_tide/models/configs/qwen3_0.6b.json}

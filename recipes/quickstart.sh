@@ -13,7 +13,7 @@
 #          DRY_RUN=1 bash recipes/quickstart.sh  print the commands
 
 set -euo pipefail
-# --- knobs: edit here, or set them in the environment ---
+# --- settings: edit here, or set them in the environment ---
 NAME=${NAME:-quickstart}
 TEACHER_STEPS=${TEACHER_STEPS:-1100}      # pretraining of the teacher
 STUDENT_STEPS=${STUDENT_STEPS:-500}       # pretraining of the student: the common start
@@ -29,7 +29,7 @@ STRATEGY=tide-cross
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 [[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
-(($# == 0)) || fail "recipes/quickstart.sh takes --fresh or nothing, not '$1' (knobs are at its top)"
+(($# == 0)) || fail "recipes/quickstart.sh takes --fresh or nothing, not '$1' (settings are at its top)"
 setup_environment requirements.txt
 
 common=(--precision fp32 --global-batch-size 8 --micro-batch-size 8 --beta2 0.98 --seed "$SEED" --save-every 200 --keep-last 1 --log-every 20)
@@ -52,7 +52,7 @@ stage tokenizers "$PYTHON" -m megatron_tide train-tokenizers --data "$run/corpus
 pretrain teacher "$run/corpus/train.jsonl" "$TEACHER_STEPS" 3e-3
 pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS" 3e-3
 
-# The chain of the large recipes, with these knobs.
+# The chain of the large recipes, with these settings.
 TEACHER=$run/teacher STUDENT=$run/student DATA=$run/corpus/train_tenth.jsonl
 distillation=("${common[@]}" --teacher-dtype fp32 --max-steps "$DISTILL_STEPS" --lr 1e-3)
 release "${distillation[@]}"

@@ -1,7 +1,7 @@
 """Run one command of a recipe once, and keep what it took: `stage.py STAMP [--after STAMP] -- COMMAND...`
 
 The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command and is not
-older than the stamp of the stage before it; so an edited knob, or an earlier stage that ran again, runs it again.
+older than the stamp of the stage before it; so an edited setting, or an earlier stage that ran again, runs it again.
 
 While it runs, no other job may run a stage of the same folder. Asked to stop (Ctrl-C, TERM, USR1), it asks the command
 likewise, gives it its time to save, and leaves with 130.

@@ -8,7 +8,7 @@
 #   DRY_RUN=1 bash slurm/chain.sh distill_16b_to_0.6b                  print the sbatch commands
 #   PREPARE_SBATCH="--partition=cpu" bash slurm/chain.sh distill_16b_to_0.6b
 #
-# Knobs, beside the recipe's own: PREPARE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for each sbatch; they win),
+# Settings, beside the recipe's own: PREPARE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for each sbatch; they win),
 # EVAL_DATA (a prepared folder that nothing was trained on: scores of it go to runs/NAME/scores.json).
 
 set -euo pipefail

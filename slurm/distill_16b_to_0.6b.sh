@@ -2,7 +2,7 @@
 # LLaDA2.0-mini (16B) -> Qwen3-0.6B on a Slurm cluster: bridge, data, distillation, Hugging Face folder, in one job.
 #
 #   sbatch slurm/distill_16b_to_0.6b.sh                                       from the repository's folder
-#   STRATEGY=tide-bridge sbatch slurm/distill_16b_to_0.6b.sh --max-steps 1000 knobs from the environment, flags to the training
+#   STRATEGY=tide-bridge sbatch slurm/distill_16b_to_0.6b.sh --max-steps 1000 settings from the environment, flags to the training
 #
 # Everything is in runs/NAME/logs/<job>.log; its last line says how it ended and what to do next. A job whose time is up
 # saves, goes back into the queue and goes on where it was. slurm/README.md: other clusters, several nodes, containers.

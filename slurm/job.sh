@@ -2,7 +2,7 @@
 # What every script in this folder shares: one Slurm job that runs one recipe, saves when it must stop, and goes on.
 # Sourced, from the repository's folder; `job recipes/NAME.sh FLAGS...` does all of it.
 #
-# The batch script runs the recipe once, on the first node; training alone goes to all nodes, through srun. Knobs come
+# The batch script runs the recipe once, on the first node; training alone goes to all nodes, through srun. Settings come
 # from the environment, the recipe's and these:
 #   MAX_ATTEMPTS  how often one job may start, the first time included; then it fails instead of coming back
 #   PROLOGUE      a file sourced first, for what this cluster needs (modules, proxies, caches); see slurm/README.md

@@ -58,12 +58,12 @@ def test_same_tokens_as_the_plain_way(
     for seed, new, side in itertools.product((0, 1), (1, 6, 21), ("left", "right")):
         prompts = prompts_of(lengths, seed)
         asked = padded(prompts, side)
-        knobs: dict[str, Any] = {"max_new_tokens": new, "tokens_per_step": tokens_per_step, "threshold": threshold}
-        output = model.generate(**asked, **knobs, eos_token_ids=ENDS)
+        options: dict[str, Any] = {"max_new_tokens": new, "tokens_per_step": tokens_per_step, "threshold": threshold}
+        output = model.generate(**asked, **options, eos_token_ids=ENDS)
         width = asked["input_ids"].shape[1]
         assert torch.equal(output[:, :width], asked["input_ids"])
         for row, prompt in enumerate(prompts):
-            expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **knobs)
+            expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **options)
             answer = output[row, width:].tolist()
             assert answer[: len(expected)] == expected
             assert set(answer[len(expected) :]) <= {PAD}
@@ -76,21 +76,23 @@ def test_the_teacher_decodes_with_the_same_cache(teacher: Any, lengths: tuple[in
     asked = padded(prompts, "left")
     output = teacher.generate(**asked, max_new_tokens=13, tokens_per_step=2, **ids)
     for prompt, row in zip(prompts, output.tolist()):
-        knobs: dict[str, Any] = {"max_new_tokens": 13, "tokens_per_step": 2, "threshold": None}
-        expected = plain(teacher, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **knobs)
+        options: dict[str, Any] = {"max_new_tokens": 13, "tokens_per_step": 2, "threshold": None}
+        expected = plain(teacher, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **options)
         assert row[asked["input_ids"].shape[1] :][: len(expected)] == expected
 
 
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_least_confident_first(model: Any, threshold: float | None) -> None:
-    knobs: dict[str, Any] = {"max_new_tokens": 14, "tokens_per_step": 1, "threshold": threshold}
+    options: dict[str, Any] = {"max_new_tokens": 14, "tokens_per_step": 1, "threshold": threshold}
     differ = 0
     for prompt in prompts_of((3, 6, 8), 5):
-        expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=(), least_confident_first=True, **knobs)
+        expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=(), least_confident_first=True, **options)
         asked = torch.tensor([prompt])
-        found = model.generate(asked, **knobs, eos_token_ids=(), least_confident_first=True)[0, len(prompt) :].tolist()
+        found = model.generate(asked, **options, eos_token_ids=(), least_confident_first=True)[
+            0, len(prompt) :
+        ].tolist()
         assert found == expected
-        differ += found != model.generate(asked, **knobs, eos_token_ids=())[0, len(prompt) :].tolist()
+        differ += found != model.generate(asked, **options, eos_token_ids=())[0, len(prompt) :].tolist()
     assert differ or threshold
 
 
@@ -102,17 +104,17 @@ def test_masks_of_a_prompt_are_filled_in(model: Any, per_step: int) -> None:
     for prompt, places in zip(prompts, holes):
         for place in places:
             prompt[place] = MASK
-    knobs: dict[str, Any] = {"tokens_per_step": per_step, "eos_token_ids": ENDS}
+    options: dict[str, Any] = {"tokens_per_step": per_step, "eos_token_ids": ENDS}
     expected = [fill_in(model, p, block=BLOCK, mask_id=MASK, eos_ids=ENDS, tokens_per_step=per_step) for p in prompts]
     asked = padded(prompts, "right")
-    filled = model.generate(**asked, **knobs, max_new_tokens=0)
+    filled = model.generate(**asked, **options, max_new_tokens=0)
     for row, (prompt, wanted) in enumerate(zip(prompts, expected)):
         assert filled[row, : len(prompt)].tolist() == wanted
-        assert model.generate(torch.tensor([prompt]), **knobs, max_new_tokens=0).tolist() == [wanted]
+        assert model.generate(torch.tensor([prompt]), **options, max_new_tokens=0).tolist() == [wanted]
         assert not set(wanted) & {MASK}
     aligned = prompts_of((12,), 7)[0]
     aligned[5] = MASK
-    both = model.generate(torch.tensor([aligned]), **knobs, max_new_tokens=9)[0].tolist()
+    both = model.generate(torch.tensor([aligned]), **options, max_new_tokens=9)[0].tolist()
     wanted = fill_in(model, aligned, block=BLOCK, mask_id=MASK, eos_ids=ENDS, tokens_per_step=per_step)
     rule: dict[str, Any] = {"max_new_tokens": 9, "tokens_per_step": per_step, "threshold": None}
     answer = plain(model, wanted, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **rule)
@@ -152,9 +154,9 @@ def test_steps_are_passes_for_the_whole_answer(model: Any) -> None:
 
 def test_rows_do_end_early_and_at_different_places(model: Any) -> None:
     """Otherwise the test above would not have tested the end of text."""
-    knobs: dict[str, Any] = {"max_new_tokens": 21, "tokens_per_step": 1, "threshold": None}
+    options: dict[str, Any] = {"max_new_tokens": 21, "tokens_per_step": 1, "threshold": None}
     answers = [
-        plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **knobs)
+        plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, **options)
         for lengths in SHAPES
         for prompt in prompts_of(lengths, 0)
     ]
@@ -265,7 +267,7 @@ def test_cache_forgets_what_was_not_committed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knobs", "word"),
+    ("options", "word"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"tokens_per_step": 0}, "tokens_per_step"),
@@ -277,7 +279,7 @@ def test_cache_forgets_what_was_not_committed() -> None:
         ({"steps": 4, "tokens_per_step": 2}, "give one of them"),
     ],
 )
-def test_wrong_knobs_are_named(model: Any, knobs: dict[str, Any], word: str) -> None:
+def test_wrong_knobs_are_named(model: Any, options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word) as caught:
-        model.generate(torch.tensor([[5, 6]]), **knobs)
+        model.generate(torch.tensor([[5, 6]]), **options)
     assert "\n" not in str(caught.value)

@@ -57,9 +57,9 @@ def test_the_teacher_answers_too(lab: Lab) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_tells_the_same_text(model: Any, tokenizer: TextTokenizer, seed: int) -> None:
     prompt = from_text(tokenizer, "what is it?").ids
-    knobs: dict[str, Any] = {"max_new_tokens": 21, "temperature": 1.5, "seed": seed}
-    moments = list(stream(model, tokenizer, prompt, **knobs))
-    [answer] = complete(model, tokenizer, [prompt], **knobs)
+    options: dict[str, Any] = {"max_new_tokens": 21, "temperature": 1.5, "seed": seed}
+    moments = list(stream(model, tokenizer, prompt, **options))
+    [answer] = complete(model, tokenizer, [prompt], **options)
     assert "".join(moment.new_text for moment in moments) == answer.text
     assert moments[-1].ids[: len(answer.ids)] == answer.ids
     assert [sum(moment.decided) for moment in moments[:3]] == [1, 2, 3]
@@ -97,12 +97,12 @@ class Screen(io.StringIO):
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_chat_remembers_and_shows_masks(model: Any, tokenizer: TextTokenizer, is_terminal: bool) -> None:
     lines, screen = iter(["hello", "and?", "/new", "hello", ""]), Screen(is_terminal)
-    knobs: dict[str, Any] = {"max_new_tokens": 18, "tokens_per_step": 2}
-    tokens, seconds = chat(model, tokenizer, ask=lambda _: next(lines), out=screen, **knobs)
-    first = complete(model, tokenizer, [from_text(tokenizer, "hello").ids], **knobs)[0]
+    options: dict[str, Any] = {"max_new_tokens": 18, "tokens_per_step": 2}
+    tokens, seconds = chat(model, tokenizer, ask=lambda _: next(lines), out=screen, **options)
+    first = complete(model, tokenizer, [from_text(tokenizer, "hello").ids], **options)[0]
     turns = [("user", "hello"), ("assistant", first.text), ("user", "and?")]
     talk = from_messages(tokenizer, [{"role": role, "content": content} for role, content in turns])
-    second = complete(model, tokenizer, [talk.ids], **knobs)[0]
+    second = complete(model, tokenizer, [talk.ids], **options)[0]
     assert tokens == 2 * len(first.ids) + len(second.ids)
     assert seconds > 0
     assert (MASKED in screen.getvalue()) == is_terminal

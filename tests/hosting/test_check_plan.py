@@ -60,23 +60,23 @@ def test_trainer_refuses_in_one_line(chain, tmp_path, small_machine):
 def test_refusal_names_the_hosting_that_would_fit(chain, tmp_path, monkeypatch):
     """A teacher of 16 B shapes beside the tiny student, on one GPU of 24 GiB."""
     monkeypatch.setattr(plan, "local_machine", lambda ranks, disk: Machine(ranks, 24 * GIB, 64 * GIB))
-    knobs = {**chain.paths(tmp_path / "run"), **SMALL, "teacher": str(SHAPES / "llada2_mini.json")}
-    knobs |= {"teacher_dtype": "bf16"}
-    config = from_flat(knobs)
-    strategy = read_run_inputs(from_flat({**knobs, "teacher": str(chain.root / "teacher")}), 1).strategy
-    stats = PreparedData.open(knobs["data"]).stats
+    settings = {**chain.paths(tmp_path / "run"), **SMALL, "teacher": str(SHAPES / "llada2_mini.json")}
+    settings |= {"teacher_dtype": "bf16"}
+    config = from_flat(settings)
+    strategy = read_run_inputs(from_flat({**settings, "teacher": str(chain.root / "teacher")}), 1).strategy
+    stats = PreparedData.open(settings["data"]).stats
     with pytest.raises(ValueError, match="each GPU: needs 3") as refused:
         check_plan(config, strategy, stats, Alone())
     flags = "this would fit: --teacher-hosting zero3_cpu"
     assert flags in str(refused.value)
-    check_plan(from_flat({**knobs, "skip_plan": True}), strategy, stats, Alone())
+    check_plan(from_flat({**settings, "skip_plan": True}), strategy, stats, Alone())
 
 
 def test_what_cannot_be_planned_is_refused_alike(chain, tmp_path):
-    knobs = {**chain.paths(tmp_path / "run"), **SMALL}
-    inputs = read_run_inputs(from_flat(knobs), 1)
+    settings = {**chain.paths(tmp_path / "run"), **SMALL}
+    inputs = read_run_inputs(from_flat(settings), 1)
     (tmp_path / "config.json").write_text('{"model_type": "gpt9"}')
-    config = from_flat({**knobs, "teacher": str(tmp_path)})
+    config = from_flat({**settings, "teacher": str(tmp_path)})
     with pytest.raises(ValueError, match="model_type 'gpt9' is not one of"):
         check_plan(config, inputs.strategy, inputs.data.stats, Alone())
 

@@ -32,9 +32,9 @@ def medium(tmp_path_factory):
     return make_medium_chain(tmp_path_factory.mktemp("medium"))
 
 
-def train_and_weigh(knobs):
+def train_and_weigh(settings):
     """Train on this rank; its peak resident bytes."""
-    train_and_tell(knobs)
+    train_and_tell(settings)
     return rss_bytes("VmHWM")
 
 
@@ -55,16 +55,16 @@ FROM_DISK = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "knobs"), [("replicated", REPLICATED), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
+    ("name", "settings"), [("replicated", REPLICATED), pytest.param("zero3_nvme", FROM_DISK, marks=needs_disk_io)]
 )
-def test_peak_memory_is_predicted(medium, tmp_path, name, knobs):
-    knobs = {**medium.paths(tmp_path / "run"), **SMALL, "global_batch_size": 2, "micro_batch_size": 1, **knobs}
-    knobs |= {"skip_teacher_probe": True} | ({"teacher_nvme": str(tmp_path)} if name == "zero3_nvme" else {})
-    config, stats = from_flat(knobs), PreparedData.open(knobs["data"]).stats
+def test_peak_memory_is_predicted(medium, tmp_path, name, settings):
+    settings = {**medium.paths(tmp_path / "run"), **SMALL, "global_batch_size": 2, "micro_batch_size": 1, **settings}
+    settings |= {"skip_teacher_probe": True} | ({"teacher_nvme": str(tmp_path)} if name == "zero3_nvme" else {})
+    config, stats = from_flat(settings), PreparedData.open(settings["data"]).stats
     longest = int(stats.student_length.max()), int(stats.teacher_length.max())
     run = run_shape(config, 1, teacher_needs(config.strategy, False, *longest))
     predicted = predicted_bytes(run, name)
-    (measured,) = run_on_ranks(train_and_weigh, 1, knobs, timeout=280)
+    (measured,) = run_on_ranks(train_and_weigh, 1, settings, timeout=280)
     assert measured <= predicted <= (1 + TOLERANCE) * measured
 
 

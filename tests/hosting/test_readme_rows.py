@@ -1,6 +1,6 @@
-"""README's table "you have -> set this": each row's knobs run through the recipe, and its plan fits its machine.
+"""README's table "you have -> set this": each row's options run through the recipe, and its plan fits its machine.
 
-A row's second cell holds its machine as the plan command takes it, and its third code spans of knobs (NAME=VALUE) and
+A row's second cell holds its machine as the plan command takes it, and its third code spans of options (NAME=VALUE) and
 flags, as one would type them before and after the recipe.
 """
 
@@ -26,7 +26,7 @@ HEADER = "| you have |"
 
 
 def rows_of(text):
-    """[(machine's flags, knobs, training flags), ...] of the table."""
+    """[(machine's flags, options, training flags), ...] of the table."""
     lines = iter(text.splitlines())
     found = []
     for line in lines:
@@ -38,9 +38,9 @@ def rows_of(text):
                 break
             _, machine, settings, *_ = [cell.strip() for cell in row.strip("|").split(" | ")]
             words = [word for span in re.findall(r"`([^`]+)`", settings) for word in shlex.split(span)]
-            knobs = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+            options = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
             flags = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-            found.append((shlex.split(machine.strip("`")), knobs, flags))
+            found.append((shlex.split(machine.strip("`")), options, flags))
     return found
 
 
@@ -51,8 +51,8 @@ def test_there_are_rows():
     assert len(ROWS) >= 5
 
 
-@pytest.mark.parametrize(("machine", "knobs", "flags"), ROWS, ids=lambda value: " ".join(value))
-def test_row_loads_dry_runs_and_fits(machine, knobs, flags, tmp_path, capsys):
+@pytest.mark.parametrize(("machine", "options", "flags"), ROWS, ids=lambda value: " ".join(value))
+def test_row_loads_dry_runs_and_fits(machine, options, flags, tmp_path, capsys):
     gpus = machine[machine.index("--gpus") + 1]
     environment = {
         **os.environ,
@@ -61,7 +61,7 @@ def test_row_loads_dry_runs_and_fits(machine, knobs, flags, tmp_path, capsys):
         "NPROC": str(max(1, int(gpus))),
         "STUDENT": str(SHAPES / "qwen3_0.6b.json"),
         "TEACHER": str(SHAPES / "llada2_mini.json"),
-        **knobs,
+        **options,
     }
     finished = subprocess.run(
         ["bash", str(REPOSITORY / RECIPE), *flags], capture_output=True, text=True, timeout=60, env=environment
@@ -71,8 +71,8 @@ def test_row_loads_dry_runs_and_fits(machine, knobs, flags, tmp_path, capsys):
     training = shlex.split(lines[next(n for n, line in enumerate(lines) if line.startswith("# train-")) + 1])
     given = training[training.index("megatron_tide.distill") + 1 :]
     config = cli.parse(distill, given).run
-    assert config.teacher.teacher_hosting == knobs["HOSTING"]
+    assert config.teacher.teacher_hosting == options["HOSTING"]
     assert cli.call(plan, [*machine, *given, "--json", str(tmp_path / "plan.json")], "plan") == 0
     planned = json.loads((tmp_path / "plan.json").read_text())["plans"]
-    mine = next(item for item in planned if item["hosting"] == knobs["HOSTING"])
+    mine = next(item for item in planned if item["hosting"] == options["HOSTING"])
     assert mine["fits"], mine["lacks"]

@@ -110,8 +110,8 @@ def test_only_refuses_a_stage_that_is_not_there():
 
 
 def test_srun_starts_the_ranks_when_it_is_asked_for():
-    knobs = {"LAUNCHER": "srun", "NNODES": "2", "NPROC": "4", "SRUN_FLAGS": "--cpu-bind=none"}
-    words = commands("distill_16b_to_0.6b.sh", **knobs)["train-tide-cross"]
+    options = {"LAUNCHER": "srun", "NNODES": "2", "NPROC": "4", "SRUN_FLAGS": "--cpu-bind=none"}
+    words = commands("distill_16b_to_0.6b.sh", **options)["train-tide-cross"]
     launch = words[: words.index("-m")]
     flags = ["--nodes=2", "--ntasks-per-node=4", "--kill-on-bad-exit=0", "--wait=30", "--cpu-bind=none"]
     assert launch == ["srun", *flags, "bash", "slurm/rank.sh", sys.executable]
@@ -124,7 +124,7 @@ def test_quickstart_refuses_an_unknown_argument():
     refused = run("quickstart.sh", "--frsh")
     assert refused.returncode == 2
     assert refused.stderr.strip() == (
-        "error: recipes/quickstart.sh takes --fresh or nothing, not '--frsh' (knobs are at its top)"
+        "error: recipes/quickstart.sh takes --fresh or nothing, not '--frsh' (settings are at its top)"
     )
 
 
@@ -180,18 +180,18 @@ def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
     folder, _ = quickstart
     here = {"pipeline_4": False, "pipeline_8": False, "zero3_nvme": HAS_DISK_IO}  # more ranks than two; libaio
     hostings = [hosting for hosting in TEACHER_HOSTINGS if here.get(hosting, True)]
-    knobs = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
-    knobs = {name: str(folder / path) for name, path in knobs.items()}
-    knobs |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}
+    options = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
+    options = {name: str(folder / path) for name, path in options.items()}
+    options |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}
     flags = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch-size", "4", "--micro-batch-size", "1"]
     flags += ["--max-steps", "3", "--log-every", "1"]
     losses = {}
     for hosting in hostings:  # the first runs the whole chain; bridge and data of the others are the same
         if hosting != hostings[0]:
             shutil.copytree(tmp_path / hostings[0], tmp_path / hosting, ignore=shutil.ignore_patterns("tide-bridge"))
-            knobs["ONLY"] = "train convert" if hosting == hostings[-1] else "train"
+            options["ONLY"] = "train convert" if hosting == hostings[-1] else "train"
         disk = {"TEACHER_NVME": str(tmp_path)} if hosting.endswith("nvme") else {}
-        finished = run("distill_16b_to_0.6b.sh", *flags, timeout=400, HOSTING=hosting, NAME=hosting, **knobs, **disk)
+        finished = run("distill_16b_to_0.6b.sh", *flags, timeout=400, HOSTING=hosting, NAME=hosting, **options, **disk)
         assert finished.returncode == 0, (hosting, finished.stdout[-2000:], finished.stderr[-2000:])
         lines = (tmp_path / hosting / "tide-bridge" / "metrics.jsonl").read_text().splitlines()
         losses[hosting] = [json.loads(line)["loss/total"] for line in lines]

@@ -57,9 +57,13 @@ def test_recipe_saves_and_stops(chain, tmp_path, ranks, number, to_all):
     run.mkdir()
     for part in ("bridge", "data"):
         (run / part).symlink_to(chain.root / part)
-    knobs = {"TEACHER": chain.root / "teacher", "STUDENT": chain.root / "student", "DATA": chain.root / "corpus.jsonl"}
-    knobs |= {"PYTHON": sys.executable, "RUNS": tmp_path, "NAME": "run", "ONLY": "train convert", "NPROC": ranks}
-    environment = {**os.environ, **{name: str(value) for name, value in knobs.items()}}
+    options = {
+        "TEACHER": chain.root / "teacher",
+        "STUDENT": chain.root / "student",
+        "DATA": chain.root / "corpus.jsonl",
+    }
+    options |= {"PYTHON": sys.executable, "RUNS": tmp_path, "NAME": "run", "ONLY": "train convert", "NPROC": ranks}
+    environment = {**os.environ, **{name: str(value) for name, value in options.items()}}
     recipe = subprocess.Popen(
         ["bash", str(REPOSITORY / "recipes" / "distill_16b_to_0.6b.sh"), *FLAGS],
         env=environment,

@@ -31,7 +31,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, TextStreamer, __ve
 for name in ("megatron_tide", "deepspeed", "datasets", "sentencepiece"):
     assert importlib.util.find_spec(name) is None, name
 torch.set_num_threads(1)
-folder, questions, knobs = json.loads(sys.stdin.read())
+folder, questions, options = json.loads(sys.stdin.read())
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 answers = []
@@ -40,7 +40,7 @@ for question in questions:
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     streamer = TextStreamer(tokenizer, skip_prompt=True)
-    output = model.generate(inputs["input_ids"], streamer=streamer, **knobs)
+    output = model.generate(inputs["input_ids"], streamer=streamer, **options)
     answers.append(output[0, inputs["input_ids"].shape[1]:].tolist())
 print()
 print(json.dumps({"transformers": __version__, "answers": answers}))

@@ -21,8 +21,8 @@ def recipe(chain, tmp_path_factory) -> Path:
     """Treat it as read-only."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     held_out = {"validation": str(chain.root / "data"), "eval_every": 4, "eval_samples": 5}
-    for name, knobs in {"baseline": {"strategy": "bd3lm"}, "bridged": {**TIDAL, **held_out}}.items():
-        run_on_ranks(train_and_tell, 1, chain.run(folder / name, max_steps=8, **knobs), timeout=200)
+    for name, flags in {"baseline": {"strategy": "bd3lm"}, "bridged": {**TIDAL, **held_out}}.items():
+        run_on_ranks(train_and_tell, 1, chain.run(folder / name, max_steps=8, **flags), timeout=200)
     student, teacher, data = (str(chain.root / name) for name in ("student", "teacher", "data"))
     models = [
         "--student",

@@ -36,7 +36,7 @@ class Desk:
     chain: Chain
     runs: Path
 
-    def knobs(self, name: str, **more: str) -> dict[str, str]:
+    def settings(self, name: str, **more: str) -> dict[str, str]:
         root = self.chain.root
         models = {
             "TEACHER": str(root / "teacher"),
@@ -52,10 +52,10 @@ class Desk:
         small = ["--cpus-per-task=2", "--mem=4G", f"--output={self.runs}/%j.out"]
         return [f"--nodes={nodes}", ranks, "--gpus-per-node=2", *small]
 
-    def submit(self, name: str, *flags: str, nodes: int = 1, sbatch: tuple[str, ...] = (), **knobs: str) -> Job:
+    def submit(self, name: str, *flags: str, nodes: int = 1, sbatch: tuple[str, ...] = (), **settings: str) -> Job:
         """The whole recipe as a job, on two ranks."""
         line = ["sbatch", "--parsable", *self.options(nodes), *sbatch, SCRIPT, *TRAINING, *flags]
-        number = self.cluster.call(*line, cwd=REPOSITORY, env=self.knobs(name, **knobs)).stdout.strip()
+        number = self.cluster.call(*line, cwd=REPOSITORY, env=self.settings(name, **settings)).stdout.strip()
         return Job(self.cluster, number, self.runs / name / "logs")
 
     def train(self, name: str, *flags: str, **options) -> Job:

@@ -31,7 +31,7 @@ def test_three_jobs_with_two_ranks_on_one_node(desk, no_process_left):
     more = {"PREPARE_SBATCH": small, "CONVERT_SBATCH": small, "DISTIL_SBATCH": " ".join(desk.options(1))}
     more["EVAL_DATA"] = str(desk.chain.root / "data")
     line = ("bash", "slurm/chain.sh", "distill_16b_to_0.6b", *TRAINING, "--max-steps", "3")
-    environment = {**desk.knobs("three", **more), "SBATCH_OUTPUT": f"{desk.runs}/%j.out"}
+    environment = {**desk.settings("three", **more), "SBATCH_OUTPUT": f"{desk.runs}/%j.out"}
     said = desk.cluster.call(*line, cwd=REPOSITORY, env=environment).stdout
     numbers = re.fullmatch(r"prepare (\d+), distil (\d+), convert (\d+)", said.splitlines()[0]).groups()
     jobs = [Job(desk.cluster, number, desk.runs / "three" / "logs") for number in numbers]

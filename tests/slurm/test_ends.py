@@ -70,15 +70,15 @@ def test_a_node_that_fails_ends_the_job(desk, no_process_left):
 
 
 @pytest.mark.parametrize(
-    ("flags", "knobs", "reason"),
+    ("flags", "settings", "reason"),
     [
         (("--lr", "-3"), {"ONLY": "train"}, "--lr -3.0: must lie between 0 and 1"),
         (LONG, {"DATA": "no-such.jsonl"}, "no-such.jsonl"),
     ],
     ids=["flag", "data"],
 )
-def test_a_failure_is_named_and_not_requeued(desk, tmp_path, flags, knobs, reason):
-    job = desk.submit(f"failed-{tmp_path.name}", *flags, **knobs)
+def test_a_failure_is_named_and_not_requeued(desk, tmp_path, flags, settings, reason):
+    job = desk.submit(f"failed-{tmp_path.name}", *flags, **settings)
     assert job.wait(60) == "FAILED"
     assert (job.status, job.restarts) == (2, 0)
     assert job.last_line.startswith("failed: ")

@@ -45,7 +45,7 @@ def test_preempted_requeued_and_resumed_is_bit_for_bit(desk, whole, nodes, no_pr
 
 
 @pytest.mark.parametrize(
-    ("sbatch", "knobs", "said"),
+    ("sbatch", "settings", "said"),
     [
         (
             (),
@@ -56,9 +56,9 @@ def test_preempted_requeued_and_resumed_is_bit_for_bit(desk, whole, nodes, no_pr
     ],
     ids=["last attempt", "may not be requeued"],
 )
-def test_a_job_that_cannot_come_back_saves_and_fails(desk, stub, tmp_path, no_process_left, sbatch, knobs, said):
+def test_a_job_that_cannot_come_back_saves_and_fails(desk, stub, tmp_path, no_process_left, sbatch, settings, said):
     name = tmp_path.name
-    job = desk.train(name, sbatch=sbatch, PYTHON=stub(), **knobs)
+    job = desk.train(name, sbatch=sbatch, PYTHON=stub(), **settings)
     no_process_left(job)
     job.ready()
     desk.cluster.call("scancel", "--batch", "--signal=USR1", job.number)

@@ -36,7 +36,7 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Chain:
-    """Folders of one tiny chain; ``run(out, **knobs)`` is a run on it."""
+    """Folders of one tiny chain; ``run(out, **settings)`` is a run on it."""
 
     root: Path
 
@@ -44,14 +44,14 @@ class Chain:
         names = ("student", "teacher", "bridge", "data")
         return {**{name: str(self.root / name) for name in names}, "out": str(out)}
 
-    def run(self, out: Path, **knobs: Any) -> dict[str, Any]:
-        """The knobs of a small run: SMALL, changed by ``knobs``."""
-        return {**self.paths(out), **SMALL, **knobs}
+    def run(self, out: Path, **settings: Any) -> dict[str, Any]:
+        """The settings of a small run: SMALL, changed by ``settings``."""
+        return {**self.paths(out), **SMALL, **settings}
 
-    def flags(self, out: Path, **knobs: Any) -> list[str]:
+    def flags(self, out: Path, **settings: Any) -> list[str]:
         """The same run as command-line flags."""
         flags = []
-        for name, value in self.run(out, **knobs).items():
+        for name, value in self.run(out, **settings).items():
             flag = f"--{name.replace('_', '-')}"
             flags += [flag] if value is True else [flag, str(value)]
         return flags

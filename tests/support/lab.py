@@ -76,10 +76,10 @@ def write_checkpoint(
     lab: Lab, run_folder: Path, *, start: Path, data: Path, step: int = 20, seed: int = 1, distilled: bool = False
 ) -> Path:
     """A step folder as the trainer leaves it: the model of ``start``, moved a little in every trained parameter."""
-    knobs: dict[str, Any] = {"student": str(start), "data": str(data), "out": str(run_folder), "max_steps": step}
+    settings: dict[str, Any] = {"student": str(start), "data": str(data), "out": str(run_folder), "max_steps": step}
     bridge = Bridge.load(lab.bridge) if distilled else None
-    knobs |= {"teacher": str(lab.teacher), "bridge": str(lab.bridge)} if distilled else {"strategy": "bd3lm"}
-    config, prepared = from_flat(knobs), PreparedData.open(data)
+    settings |= {"teacher": str(lab.teacher), "bridge": str(lab.bridge)} if distilled else {"strategy": "bd3lm"}
+    config, prepared = from_flat(settings), PreparedData.open(data)
     run = {
         "version": "0",
         "config": config.to_dict(),

@@ -9,15 +9,15 @@ from typing import Any
 from megatron_tide.config import from_flat
 
 
-def train_and_tell(knobs: dict[str, Any]) -> dict[str, list[float]]:
-    """Train ``knobs`` on this rank of the world its environment describes; losses and gradient norms by step.
+def train_and_tell(flags: dict[str, Any]) -> dict[str, list[float]]:
+    """Train ``flags`` on this rank of the world its environment describes; losses and gradient norms by step.
 
     Meant for ``run_on_ranks``.
     """
     from megatron_tide import distill
     from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
-    config = from_flat(knobs)
+    config = from_flat(flags)
     config.check()
     world = init_distributed()
     try:

@@ -26,7 +26,7 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("settings", "said"),
     [
         ({"strategy": "tide-crss"}, "invalid choice: 'tide-crss'"),
         ({"lr": "fast"}, "invalid float value: 'fast'"),
@@ -44,8 +44,8 @@ def out(tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_knob(chain, out, capsys, knobs, said):
-    line = refusal(capsys, *chain.flags(out, **knobs), "--dry-run")
+def test_wrong_knob(chain, out, capsys, settings, said):
+    line = refusal(capsys, *chain.flags(out, **settings), "--dry-run")
     assert said in line
     assert "error: " in line
     assert not out.exists()

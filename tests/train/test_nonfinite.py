@@ -19,7 +19,7 @@ pytestmark = pytest.mark.ranks
 KNOBS = {"micro_batch_size": 2, "max_steps": 5, "save_every": 1, "keep_last": 9, "strategy": "tide-cross"}
 
 
-def train_poisoned(knobs, rank, steps):
+def train_poisoned(flags, rank, steps):
     """Train; on ``rank`` the second micro-batch of each of ``steps`` has timesteps that are no numbers."""
     from dataclasses import replace
 
@@ -35,7 +35,7 @@ def train_poisoned(knobs, rank, steps):
 
     MicrobatchLoader.__call__ = poisoned
     try:
-        return train_and_tell(knobs)
+        return train_and_tell(flags)
     except ValueError as error:
         return str(error)
 
@@ -73,20 +73,20 @@ def test_on_all_ranks_whichever_has_it(chain, tmp_path):
 
 
 def test_the_samples_are_named(chain, tmp_path):
-    knobs = chain.run(tmp_path, **KNOBS)
-    run_on_ranks(train_poisoned, 2, knobs, 1, [2], timeout=280)
+    flags = chain.run(tmp_path, **KNOBS)
+    run_on_ranks(train_poisoned, 2, flags, 1, [2], timeout=280)
     (record,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     from megatron_tide.train.inputs import read_run_inputs
 
-    inputs = read_run_inputs(from_flat(knobs), 2)
-    keys = PreparedData.open(knobs["data"]).stats.keys
+    inputs = read_run_inputs(from_flat(flags), 2)
+    keys = PreparedData.open(flags["data"]).stats.keys
     bad = list(inputs.sampler.microbatches(2, 1))[1]
     assert record == {"step": 3, "ranks": {"1": [int(keys[index]) for index in bad]}}
 
 
 def test_after_ten_in_a_row_the_run_ends_with_a_checkpoint_from_before(chain, tmp_path):
-    knobs = chain.run(tmp_path, **{**KNOBS, "max_steps": 30})
-    for said in run_on_ranks(train_poisoned, 2, knobs, 1, range(3, 30), timeout=280):
+    flags = chain.run(tmp_path, **{**KNOBS, "max_steps": 30})
+    for said in run_on_ranks(train_poisoned, 2, flags, 1, range(3, 30), timeout=280):
         assert said.startswith(f"steps 4 to {3 + PATIENCE} were not finite, 10 in a row; the checkpoint of step 3 is")
         assert "\n" not in said
     newest = newest_complete(tmp_path, print)
@@ -96,7 +96,7 @@ def test_after_ten_in_a_row_the_run_ends_with_a_checkpoint_from_before(chain, tm
 
 
 def test_a_row_that_ends_is_forgiven(chain, tmp_path):
-    knobs = chain.run(tmp_path, **{**KNOBS, "max_steps": 22, "save_every": 99})
+    flags = chain.run(tmp_path, **{**KNOBS, "max_steps": 22, "save_every": 99})
     bad = [*range(1, PATIENCE), *range(PATIENCE + 1, 2 * PATIENCE)]
-    curve = run_on_ranks(train_poisoned, 1, knobs, 0, bad, timeout=280)[0]
+    curve = run_on_ranks(train_poisoned, 1, flags, 0, bad, timeout=280)[0]
     assert curve["step"] == [1, PATIENCE + 1, 2 * PATIENCE + 1, 2 * PATIENCE + 2]

@@ -29,8 +29,8 @@ KNOBS = {
 }
 
 
-def train(chain, out, world, **knobs):
-    return run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **knobs}), timeout=280)[0]
+def train(chain, out, world, **settings):
+    return run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **settings}), timeout=280)[0]
 
 
 def all_tensors(run, step):
@@ -131,9 +131,9 @@ def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, untouched, tmp_p
     assert read_curve(out)["step"][-1] == state["step"]
 
 
-def command(chain, out, **knobs):
-    return [sys.executable, "-m", "megatron_tide.distill", *chain.flags(out, **{**KNOBS, **knobs})]
+def command(chain, out, **settings):
+    return [sys.executable, "-m", "megatron_tide.distill", *chain.flags(out, **{**KNOBS, **settings})]
 
 
-def run_command(chain, out, **knobs):
-    return subprocess.run(command(chain, out, **knobs), capture_output=True, text=True, timeout=240)
+def run_command(chain, out, **settings):
+    return subprocess.run(command(chain, out, **settings), capture_output=True, text=True, timeout=240)

@@ -19,26 +19,26 @@ from tests.support.runs import train_and_tell
 pytestmark = pytest.mark.ranks
 
 
-def refused(knobs):
+def refused(flags):
     """The line a rank stops with, and whether anything was trained."""
     try:
-        train_and_tell(knobs)
+        train_and_tell(flags)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def said_while_training(knobs):
+def said_while_training(flags):
     """What a rank prints."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        train_and_tell(knobs)
+        train_and_tell(flags)
     return printed.getvalue()
 
 
 @pytest.mark.parametrize("strategy", ["tide-cross", "kl"])
 def test_a_teacher_of_random_weights_is_refused_on_every_rank(chain, tmp_path, strategy):
-    knobs = chain.run(tmp_path / "run", strategy=strategy, max_steps=1, skip_teacher_probe=False)
-    lines = run_on_ranks(refused, 2, knobs, timeout=200)
+    flags = chain.run(tmp_path / "run", strategy=strategy, max_steps=1, skip_teacher_probe=False)
+    lines = run_on_ranks(refused, 2, flags, timeout=200)
     assert lines[0] == lines[1]
     assert "a uniform guess" in lines[0]
     for cause in ("wrong weights", "a wrong mask token", "another chat template", "--skip-teacher-probe"):
@@ -53,8 +53,8 @@ def test_weights_that_are_not_finite_are_named(chain, tmp_path):
     tensors = load_file(file)
     tensors["model.norm.weight"].fill_(math.nan)
     save_file(tensors, file, metadata={"format": "pt"})
-    knobs = chain.run(tmp_path / "run", max_steps=1, skip_teacher_probe=False, teacher=str(broken))
-    assert "log-probs that are not finite" in run_on_ranks(refused, 1, knobs, timeout=200)[0]
+    flags = chain.run(tmp_path / "run", max_steps=1, skip_teacher_probe=False, teacher=str(broken))
+    assert "log-probs that are not finite" in run_on_ranks(refused, 1, flags, timeout=200)[0]
 
 
 def test_a_teacher_of_token_frequencies_passes(chain, tmp_path):
@@ -78,7 +78,7 @@ def test_a_teacher_of_token_frequencies_passes(chain, tmp_path):
     tensors["lm_head.weight"][: len(counts), 0] = (counts / counts.sum()).log() / hidden**0.5
     tensors["lm_head.weight"][len(counts) :, 0] = -100.0
     save_file(tensors, file, metadata={"format": "pt"})
-    knobs = chain.run(tmp_path / "run", max_steps=1, teacher=str(teacher), skip_teacher_probe=False)
-    (said,) = run_on_ranks(said_while_training, 1, knobs, timeout=200)
+    flags = chain.run(tmp_path / "run", max_steps=1, teacher=str(teacher), skip_teacher_probe=False)
+    (said,) = run_on_ranks(said_while_training, 1, flags, timeout=200)
     assert "nats per target token in the first step's data; a uniform guess gives" in said
     assert list((tmp_path / "run").glob("step-*"))

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.ranks
 STEPS = 20
 
 
-def curve_of(chain, out, world, **knobs):
-    values = run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **knobs}), timeout=280)
+def curve_of(chain, out, world, **flags):
+    values = run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **flags}), timeout=280)
     assert all(value == values[0] for value in values)
     nats = values[0]["denoise/nats_per_masked_token"]
     assert len(nats) < STEPS or sum(nats[-5:]) < sum(nats[:5]), "it should learn"
@@ -37,7 +37,7 @@ def untouched(chain, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("world", "knobs"),
+    ("world", "flags"),
     [
         (2, {}),
         (1, {"micro_batch_size": 8}),
@@ -48,9 +48,9 @@ def untouched(chain, tmp_path_factory):
     ],
     ids=["2-ranks", "micro-8", "micro-1", "2-ranks-zero2-accumulating", "2-ranks-offload", "checkpointing"],
 )
-def test_same_curve(chain, untouched, tmp_path, world, knobs):
+def test_same_curve(chain, untouched, tmp_path, world, flags):
     losses, weights = untouched
-    curve = curve_of(chain, tmp_path, world, **knobs)
+    curve = curve_of(chain, tmp_path, world, **flags)
     assert len(curve) == STEPS
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(losses), rtol=0, atol=1e-5)
     for name, tensor in load_file(tmp_path / f"step-{STEPS:08d}" / "model.safetensors").items():
@@ -74,9 +74,9 @@ def test_any_checkpoint_becomes_a_release(chain, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["bd3lm", "tide-cross", "tide-shared", "kl"])
 def test_every_kind_of_strategy_on_two_ranks(chain, tmp_path, strategy):
-    knobs = {"strategy": strategy, "max_steps": 3, "masking": "synchronous"}
-    one = curve_of(chain, tmp_path / "one", 1, **knobs)
-    two = curve_of(chain, tmp_path / "two", 2, **knobs)
+    flags = {"strategy": strategy, "max_steps": 3, "masking": "synchronous"}
+    one = curve_of(chain, tmp_path / "one", 1, **flags)
+    two = curve_of(chain, tmp_path / "two", 2, **flags)
     torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0, atol=1e-5)
 
 

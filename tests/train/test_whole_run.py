@@ -89,7 +89,7 @@ def test_logs_hold_what_a_reader_needs(chain, tmp_path):
     assert run["bridge_fingerprint"]
 
 
-def disk_full_at_second_save(knobs):
+def disk_full_at_second_save(settings):
     """Train on this rank with a disk that fills up while the second checkpoint is written; what was raised."""
     whole, calls = checkpoint.save_file, []
 
@@ -101,15 +101,15 @@ def disk_full_at_second_save(knobs):
 
     checkpoint.save_file = full
     try:
-        train_and_tell(knobs)
+        train_and_tell(settings)
     except OSError as error:
         return str(error)
     return "nothing was raised"
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
-    knobs = chain.run(tmp_path, **KNOBS, save_every=2, keep_last=1)
-    for said in run_on_ranks(disk_full_at_second_save, 2, knobs, timeout=200):
+    settings = chain.run(tmp_path, **KNOBS, save_every=2, keep_last=1)
+    for said in run_on_ranks(disk_full_at_second_save, 2, settings, timeout=200):
         assert "step-00000004" in said
         assert "No space left on device" in said
         assert "--resume auto" in said
@@ -117,14 +117,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
     verify(tmp_path / "step-00000002")
 
 
-def layer_calls(knobs):
+def layer_calls(settings):
     """Times that the student's first MLP is entered in one optimizer step (a recomputation need not finish it)."""
     from megatron_tide.train import build
     from megatron_tide.train.distributed import destroy_distributed, init_distributed
     from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.step import global_counts, train_step
 
-    config, world = from_flat(knobs), init_distributed()
+    config, world = from_flat(settings), init_distributed()
     parts, windows = build.build(config, read_run_inputs(config, 1), world)
     calls = []
     parts.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -135,10 +135,10 @@ def layer_calls(knobs):
 
 
 def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
-    knobs = chain.run(tmp_path, **KNOBS, strategy="calm")
-    micro_batches = knobs["global_batch_size"] // knobs["micro_batch_size"]
-    assert run_on_ranks(layer_calls, 1, knobs) == [micro_batches]
-    assert run_on_ranks(layer_calls, 1, {**knobs, "activation_checkpointing": True}) == [2 * micro_batches]
+    settings = chain.run(tmp_path, **KNOBS, strategy="calm")
+    micro_batches = settings["global_batch_size"] // settings["micro_batch_size"]
+    assert run_on_ranks(layer_calls, 1, settings) == [micro_batches]
+    assert run_on_ranks(layer_calls, 1, {**settings, "activation_checkpointing": True}) == [2 * micro_batches]
 
 
 def test_keeps_the_last_checkpoints_only(chain, tmp_path):

@@ -18,7 +18,7 @@ STEPS = 12
 KNOBS = {"micro_batch_size": 2, "max_steps": STEPS, "strategy": "tide-bridge", "temperature": 4.0}
 
 
-def train_until(knobs, step):
+def train_until(settings, step):
     """Train on this rank; asked to stop once ``step`` steps are taken."""
     from megatron_tide import distill
     from megatron_tide.train import loop
@@ -32,7 +32,7 @@ def train_until(knobs, step):
     loop.global_counts = counts
     world = init_distributed()
     try:
-        return distill.train(from_flat(knobs), world)
+        return distill.train(from_flat(settings), world)
     finally:
         destroy_distributed()
 
