@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import shutil
 import sys
@@ -283,6 +284,8 @@ def _check(info: Field[Any], value: Any) -> None:
     choices, low, high = (info.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
         raise ValueError(f"{spelled(info)} {value}: choose one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{spelled(info)} {value}: must be a finite number")
     if isinstance(value, (int, float)) and not low <= value <= high:
         bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
         raise ValueError(f"{spelled(info)} {value}: must {'be' if high == _INF else 'lie'} {bound}")

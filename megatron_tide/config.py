@@ -176,7 +176,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "Weight decay of AdamW, on matrices only", low=0, high=1)
     beta1: float = flag(0.9, "Beta 1 of AdamW", low=0, high=1)
     beta2: float = flag(0.999, "Beta 2 of AdamW", low=0, high=1)
-    adam_eps: float = flag(1e-8, "Epsilon of AdamW")
+    adam_eps: float = flag(1e-8, "Epsilon of AdamW", low=0)
     max_grad_norm: float = flag(1.0, "Clip the global norm of the gradient at this value; 0: never", low=0)
     precision: str = flag(
         "bf16", "Precision of the student's forward and backward; master weights are fp32", choices=("bf16", "fp32")

@@ -9,6 +9,7 @@
 # Ctrl-C, TERM and USR1 reach the stage under way, which saves what it has; the recipe then ends with status 130.
 
 set -euo pipefail
+unset CDPATH # cd would look elsewhere first, and print where it went
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
 # shellcheck source=recipes/await.sh
@@ -29,6 +30,12 @@ fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
+
+case $TRUST_REMOTE_CODE in
+  0 | false | no | "") TRUST_REMOTE_CODE=0 ;;
+  1 | true | yes) TRUST_REMOTE_CODE=1 ;;
+  *) fail "TRUST_REMOTE_CODE=$TRUST_REMOTE_CODE: 1 runs Python code that comes with the hub folders, 0 does not" ;;
+esac
 
 # setup_environment REQUIREMENTS...: a .venv with the requirement files named, and DeepSpeed's CPU op.
 setup_environment() {

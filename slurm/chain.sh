@@ -12,6 +12,7 @@
 # EVAL_DATA (a prepared folder that nothing was trained on: scores of it go to runs/NAME/scores.json).
 
 set -euo pipefail
+unset CDPATH # cd would look elsewhere first
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {

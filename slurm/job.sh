@@ -11,6 +11,7 @@
 # shellcheck source=recipes/await.sh
 source recipes/await.sh
 
+unset CDPATH # cd would look elsewhere first, and print where it went
 set -eu # not pipefail: what reads a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))

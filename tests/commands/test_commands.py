@@ -92,6 +92,13 @@ def test_mistakes_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) ->
             assert f"{flag}: invalid choice: 'x'" in refusal(capsys, name, flag, "x")
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_float_flags_are_finite(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    for flag in ("--adam-eps", "--epochs", "--lr", "--max-grad-norm"):
+        given = ["--student", "s", "--data", "d", "--out", "o", f"{flag}={value}"]
+        assert f"{flag} {value}: must be" in refusal(capsys, "distill", *given)
+
+
 def test_a_misspelled_word_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean distill?" in refusal(capsys, "distil")
     assert "did you mean --global-batch-size?" in refusal(capsys, "distill", "--global-batch", "8")

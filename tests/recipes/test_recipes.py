@@ -120,6 +120,34 @@ def test_srun_starts_the_ranks_when_it_is_asked_for():
     assert refused.stderr.strip() == "error: LAUNCHER=mpirun: take torchrun or srun"
 
 
+@pytest.mark.parametrize(("word", "trusted"), [("1", True), ("true", True), ("0", False), ("false", False)])
+def test_trust_takes_zero_one_and_words(word, trusted):
+    words = commands("distill_16b_to_0.6b.sh", TRUST_REMOTE_CODE=word)["bridge"]
+    assert ("--trust-remote-code" in words) == trusted
+
+
+def test_trust_refuses_another_word():
+    refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", TRUST_REMOTE_CODE="maybe")
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == (
+        "error: TRUST_REMOTE_CODE=maybe: 1 runs Python code that comes with the hub folders, 0 does not"
+    )
+
+
+def test_an_exported_cdpath_changes_nothing(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for script in ("recipes/quickstart.sh", "slurm/chain.sh"):
+        finished = subprocess.run(
+            ["bash", script, *(["distill_16b_to_0.6b"] if "chain" in script else [])],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHON": sys.executable, "DRY_RUN": "1", "CDPATH": f"{tmp_path}:{REPOSITORY}"},
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert str(tmp_path) not in finished.stdout
+
+
 def test_quickstart_refuses_an_unknown_argument():
     refused = run("quickstart.sh", "--frsh")
     assert refused.returncode == 2
