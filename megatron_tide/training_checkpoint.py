@@ -118,16 +118,21 @@ class TrainingCheckpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
-    def generation_ids(self, tokenizer_fingerprint: str) -> GenerationIds:
+    def generation_ids(self, tokenizer_fingerprint: str, template_fingerprint: str | None) -> GenerationIds:
         """Those of the training data, which the trainer recorded.
 
         Raises:
-            ValueError: when the tokenizer is another one than the run used.
+            ValueError: when tokenizer or chat template are not those that the run used.
         """
         student = self.run["data"]["student"]
         if student["fingerprint"] != tokenizer_fingerprint:
             raise ValueError(
                 f"{self.base_model}: its tokenizer is not the one of {self.folder}; name the right --base-model"
+            )
+        if student["template_fingerprint"] != template_fingerprint:
+            raise ValueError(
+                f"{self.base_model}: its chat template is not the one that {self.folder} was trained with; restore it, "
+                "or name the right --base-model"
             )
         return GenerationIds(
             block_size=student["block"],

@@ -125,9 +125,14 @@ class TextTokenizer:
 
     @property
     def template_fingerprint(self) -> str | None:
-        """sha256 hex of the chat template, None without one: it affects a prompt's ids, not a response's."""
+        """sha256 hex of the chat template and of the tokens that it writes by role (``{{ bos_token }}``); None without
+        a template. It affects a prompt's ids, not a response's.
+        """
         template = self._source.chat_template
-        return None if template is None else hashlib.sha256(template.encode("utf-8")).hexdigest()
+        if template is None:
+            return None
+        tokens = {name: token for name, token in sorted(self._role_tokens().items()) if name in template}
+        return hashlib.sha256((template + (json.dumps(tokens) if tokens else "")).encode("utf-8")).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """The manifest entry: name, fingerprint, vocab_size, ids of mask, eos and pad (None if missing)."""
@@ -213,7 +218,7 @@ class TextTokenizer:
 
         if self._source.chat_template is None:
             raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja beside it")
-        tokens: dict[str, Any] = {f"{role}_token": token for role, token in self._source.roles.items()}
+        tokens: dict[str, Any] = self._role_tokens()
         try:
             rendered: Any = render_jinja_template(
                 conversations=[list(messages)],
@@ -235,6 +240,10 @@ class TextTokenizer:
             self.raw.save_pretrained(folder)
         for file in self._source.files:
             shutil.copyfile(file, folder / file.name)
+
+    def _role_tokens(self) -> dict[str, str]:
+        """The names that a chat template may write tokens by, such as ``eos_token``."""
+        return {f"{role}_token": token for role, token in self._source.roles.items()}
 
     def _starts_with_space(self, ids: np.ndarray) -> bool:
         return (self._table.of(int(ids[0])) or b"")[:1] == b" "

@@ -118,6 +118,15 @@ class PreparedData:
                     f"{_short(value)}; prepare again into another folder, or use the {what} of the data"
                 )
 
+    def check_template(self, side: str, template: str | None) -> None:
+        """ValueError unless the prompts of ``side`` were rendered by the chat template of this fingerprint."""
+        found = self.manifest[side].get("template_fingerprint")
+        if found != template:
+            raise ValueError(
+                f"{self.folder / MANIFEST}: prompts rendered with {side} chat template {_short(found)}, the {side}'s "
+                f"folder now has {_short(template)}; prepare again into another folder, or restore that template"
+            )
+
     def _read_arrays(self, number: int) -> dict[str, Array]:
         return read_shard(self.folder / shard_name(number)).arrays
 

@@ -68,7 +68,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:
     model, dtype = meta_model(trained.base_model, as_student=True), DTYPES[options.dtype]
     family, tokenizer = family_of(model), load_tokenizer(trained.base_model)
-    ids = trained.generation_ids(tokenizer.fingerprint)
+    ids = trained.generation_ids(tokenizer.fingerprint, tokenizer.template_fingerprint)
     export(trained, model, tokenizer, ids, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
     parity = check_parity(draft, trained, tokenizer, family.release, ids, dtype)
     write_json(draft / "parity.json", parity)

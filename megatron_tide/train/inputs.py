@@ -42,10 +42,13 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     hosting_of(config.teacher, world_size)
     data = PreparedData.open(paths.data)
     student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
-    bridge = _bridge(config, student) if paths.bridge else None
+    bridge, teacher = _bridge_and_teacher(config, student) if paths.bridge else (None, None)
     validation = PreparedData.open(paths.validation) if paths.validation else None
     for prepared in [data] if validation is None else [data, validation]:
         _check_origin(prepared, student, bridge)
+        prepared.check_template("student", student.template_fingerprint)
+        if teacher is not None:
+            prepared.check_template("teacher", teacher.template_fingerprint)
     strategy = build_strategy(config.strategy, bridge)
     if strategy.needs_teacher and not (paths.teacher and paths.bridge):
         raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
@@ -68,12 +71,12 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     return RunInputs(data=data, validation=validation, strategy=strategy, sampler=sampler, total_steps=total, run=run)
 
 
-def _bridge(config: DistillConfig, student: TextTokenizer) -> Bridge:
+def _bridge_and_teacher(config: DistillConfig, student: TextTokenizer) -> tuple[Bridge, TextTokenizer]:
     # Which ids mask, end and pad was settled when data and bridge were made, and is read from them.
     bridge = Bridge.load(config.paths.bridge)
     teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
     bridge.check_vocabularies(student, teacher)
-    return bridge
+    return bridge, teacher
 
 
 def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | None) -> None:

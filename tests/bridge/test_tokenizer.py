@@ -149,6 +149,13 @@ def test_fingerprint_follows_what_decides_ids(tmp_path: Path, tokenizers: Mappin
     reworded = load_tokenizer(tmp_path / "reworded")
     assert reworded.fingerprint == student.fingerprint
     assert reworded.template_fingerprint != student.template_fingerprint
+    shutil.copytree(tmp_path / "again", tmp_path / "renamed")
+    (tmp_path / "renamed" / "chat_template.jinja").write_text("{{ eos_token }}", encoding="utf-8")
+    before = load_tokenizer(tmp_path / "renamed").template_fingerprint
+    config = tmp_path / "renamed" / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(settings | {"eos_token": settings["mask_token"]}), encoding="utf-8")
+    assert load_tokenizer(tmp_path / "renamed").template_fingerprint != before
     other_mask = load_tokenizer(train_byte_bpe(tmp_path / "mask", TEXTS, 400, mask="<|hole|>"))
     smaller = load_tokenizer(train_byte_bpe(tmp_path / "smaller", TEXTS, 399))
     pieces = load_tokenizer(train_sentencepiece(tmp_path / "pieces", TEXTS[:20], 420))

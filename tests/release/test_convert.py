@@ -72,6 +72,14 @@ def test_tokenizer_is_the_starting_folders(lab: Lab, release: Path) -> None:
     assert ours == theirs | {"tokenizer_class": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows as well
 
 
+def test_another_chat_template_than_the_runs_is_not_released(lab: Lab, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    shutil.copytree(lab.student, start)
+    trained = write_checkpoint(lab, tmp_path / "run", start=start, data=lab.data)
+    (start / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    assert_refused(trained, tmp_path / "out", "its chat template is not the one")
+
+
 def test_every_file_may_be_read_by_whoever_may_read_the_config(release: Path) -> None:
     assert len({file.stat().st_mode for file in release.iterdir()}) == 1
 

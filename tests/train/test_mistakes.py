@@ -91,6 +91,16 @@ def test_data_of_another_bridge(chain, out, capsys, tmp_path):
     assert "prepared with teacher tokenizer none" in student_only
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_data_of_another_chat_template(chain, out, capsys, tmp_path, side):
+    """Prompts rendered by template A do not train a model that will be prompted with template B."""
+    shutil.copytree(chain.root / side, tmp_path / side)
+    (tmp_path / side / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    line = refusal(capsys, *chain.flags(out, **{side: tmp_path / side}), "--dry-run")
+    assert f"prompts rendered with {side} chat template" in line
+    assert "prepare again" in line
+
+
 def test_tampered_bridge(chain, out, capsys, tmp_path):
     shutil.copytree(chain.root / "bridge", tmp_path / "bridge")
     manifest = tmp_path / "bridge" / "manifest.json"
