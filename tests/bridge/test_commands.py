@@ -134,6 +134,7 @@ BROKEN_DATA = {
     '{"messages": [{"role": "user", "content": "x"}]}\n': "no assistant turn",
     '{"messages": []\n': ":1: not valid JSON",
     '{"text": "x"}\n{"messages": [{"content": "y"}]}\n': ":2: message 0 needs a role and a content that are texts",
+    '{"messages": [{"role": "assistant"}]}\n': "no assistant turn",
     '{"messages": [{"role": "assistant", "content": ["x"]}]}\n': ":1: message 0 needs a role and a content",
     '{"messages": 3}\n': ":1: messages must be a list",
 }

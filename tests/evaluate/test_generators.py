@@ -43,12 +43,12 @@ def opened(path: Path, batch_size: int = 2, dtype: torch.dtype = torch.float32) 
     return open_generator(str(path), dtype, "cpu", batch_size)
 
 
-def requests(generator: Generator, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: int) -> list[Instance]:
+def requests(generator: Generator, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: Any) -> list[Instance]:
     settings = {"until": [], "chat_template": preset.chat_template, **generator.settings(preset), **more}
     return [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
 
 
-def answers(generator: Any, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: int) -> list[str]:
+def answers(generator: Any, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: Any) -> list[str]:
     return generator.generate_until(requests(generator, prompts, preset, **more))
 
 
@@ -77,7 +77,11 @@ def test_a_shared_vocabulary_teacher_decodes_in_the_papers_blocks(lab: Lab, tmp_
     write_hub_folder(tmp_path, tiny_wedlm_config(vocab_size=320))
     generator = opened(tmp_path)
     assert generator.settings(PRESET)["block_size"] == 32
-    assert len(answers(generator, PROMPTS[:1])) == 1
+    ids = [generator.text_tokenizer.encode(PROMPTS[0])]
+    options = {"max_new_tokens": 12, "steps": PRESET.steps, "block_size": 32}
+    (expected,) = complete(generator.model, generator.text_tokenizer, ids, **options)
+    assert 1 <= len(expected.ids) <= 12
+    assert answers(generator, PROMPTS[:1]) == [expected.text]
 
 
 def test_blocks_are_those_of_the_model_and_passes_those_of_the_preset(lab: Lab) -> None:
@@ -93,10 +97,10 @@ def test_blocks_are_those_of_the_model_and_passes_those_of_the_preset(lab: Lab) 
     assert answers(generator, PROMPTS) == [one.text for one in expected]
 
 
-def greedy(generator: Generator, prompt: str, count: int) -> list[int]:
-    """One token after the other, without cache, padding or batch."""
-    start = [int(index) for index in generator.text_tokenizer.encode(prompt)]
-    ids = list(start)
+def greedy(generator: Generator, prompt: Any, count: int) -> list[int]:
+    """One token after the other, without cache, padding or batch; ``prompt``: text or ids."""
+    start = generator.text_tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = [int(index) for index in start]
     for _ in range(count):
         with torch.no_grad():
             ids.append(int(generator.model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -125,6 +129,38 @@ def test_an_answer_ends_at_its_end_of_text(baseline: Path, tmp_path: Path) -> No
     (folder / "generation_config.json").write_text(json.dumps({**values, "eos_token_id": [end, 5]}))
     found = answers(opened(folder), [PROMPTS[0], PROMPTS[2]])[0]
     assert found == generator.text_tokenizer.decode(expected[: expected.index(end) + 1])
+
+
+@pytest.mark.parametrize("kind", ["student", "baseline"])
+def test_answers_end_before_the_stop_strings_of_the_request(lab: Lab, baseline: Path, kind: str) -> None:
+    generator = opened(lab.student if kind == "student" else baseline)
+    whole = answers(generator, PROMPTS)
+    stops = [text[len(text) // 2 :][:2] for text in whole]
+    assert all(stops)
+    expected = [cut(text, stops) for text in whole]
+    assert expected != whole
+    assert answers(generator, PROMPTS, until=stops) == expected
+
+
+@pytest.mark.parametrize("kind", ["student", "baseline"])
+def test_special_tokens_are_recognised_in_what_a_template_rendered(lab: Lab, baseline: Path, kind: str) -> None:
+    """A block model takes them as text in a plain prompt; lm-eval's own model recognises them there too."""
+    generator = opened(lab.student if kind == "student" else baseline)
+    tokenizer = generator.text_tokenizer
+    rendered = generator.apply_chat_template([{"role": "user", "content": PROMPTS[0]}])
+    special, plain = tokenizer.encode_prompt(rendered), tokenizer.encode(rendered)
+    assert answer_to(generator, special) != answer_to(generator, plain)
+    for chat_template, ids in ((True, special), (False, plain if kind == "student" else special)):
+        found = answers(generator, [rendered], replace(PRESET, chat_template=chat_template))
+        assert found == [answer_to(generator, ids)]
+
+
+def answer_to(generator: Generator, ids: Any) -> str:
+    """The answer to a prompt of these ids, in the plain way."""
+    if isinstance(generator, AutoregressiveGenerator):
+        return generator.text_tokenizer.decode(greedy(generator, ids, 12))
+    (found,) = complete(generator.model, generator.text_tokenizer, [ids], max_new_tokens=12, steps=PRESET.steps)
+    return found.text
 
 
 @pytest.mark.parametrize("kind", ["student", "baseline"])

@@ -96,6 +96,18 @@ def test_what_was_answered_is_not_asked_again(lab: Lab, tmp_path: Path) -> None:
     assert len(generator.asked) == 16
 
 
+def test_models_in_one_folder_do_not_mix(lab: Lab, tmp_path: Path) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    first, second = knows(lab, "gsm8k", rows), knows(lab, "gsm8k", rows, share=2)
+    torch.nn.init.zeros_(second.model.weight)
+    for generator, value in ((first, 1.0), (second, 0.5)):
+        found = scored(generator, "gsm8k", tmp_path / "out", tmp_path / "tasks")
+        assert found["exact_match", "flexible-extract"].estimate.value == value
+        assert len(generator.asked) == 8
+    assert len(list((tmp_path / "out").glob("cache-*.sqlite"))) == 2
+    assert len(list((tmp_path / "out").glob("gsm8k_cot-*.jsonl"))) == 2
+
+
 def test_a_samples_file_says_what_it_holds(lab: Lab, tmp_path: Path) -> None:
     rows = write_task(tmp_path / "tasks", "gsm8k")
     generator = knows(lab, "gsm8k", rows, share=2)

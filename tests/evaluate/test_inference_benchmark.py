@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from megatron_tide import cli, machine
 from megatron_tide.evaluate import inference_benchmark as module
 from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured, read_inference_benchmark
 from tests.support.commands import command
+from tests.support.launch import REPOSITORY
 
 pytestmark = pytest.mark.slow  # starts processes that import torch and load models
 
@@ -178,3 +181,17 @@ def test_a_process_that_dies_without_a_word(monkeypatch):
     monkeypatch.setattr(module, "measure", die)
     with pytest.raises(ValueError, match="mine: the process that measured it died"):
         module.measure_apart("mine", {}, None)
+
+
+def test_a_model_is_found_from_any_folder(chain, tmp_path):
+    """The fresh process finds the package as this one does, without PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    settings = {"dtype": "float32", "device": "cpu", "prompt": "Add.", "new_tokens": 2, "repeats": 1}
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from megatron_tide.evaluate.inference_benchmark import measure_apart\n"
+        f"print(measure_apart({str(chain.root / 'student')!r}, {settings!r}, None).tokens)"
+    )
+    line = [sys.executable, "-c", code]
+    finished = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    assert finished.stdout == "2\n", finished.stderr

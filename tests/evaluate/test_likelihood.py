@@ -15,7 +15,7 @@ from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs, validate
-from megatron_tide.evaluate.bootstrap import ratio
+from megatron_tide.evaluate.bootstrap import mean, ratio
 from megatron_tide.evaluate.likelihood import SCHEDULE, VALIDATION_MC_SAMPLES, masked_tokens, spread, timestep_grid
 from megatron_tide.models import load_model
 from tests.reference.likelihood import likelihood as plain
@@ -185,6 +185,12 @@ def test_bootstrap_interval_has_its_coverage() -> None:
     assert 86 <= held <= 100
     constant = ratio(np.full(50, 3.0), np.full(50, 2.0), seed=0)
     assert (constant.value, constant.low, constant.high) == (1.5, 1.5, 1.5)
+
+
+def test_mean_and_its_interval() -> None:
+    estimate = mean([True, False, True, True], seed=0)
+    assert estimate.value == 0.75
+    assert estimate.low < 0.75 < estimate.high <= 1.0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])

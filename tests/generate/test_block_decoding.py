@@ -124,12 +124,12 @@ def test_masks_of_a_prompt_are_filled_in(model: Any, per_step: int) -> None:
 def test_a_streamer_gets_prompt_and_blocks(model: Any) -> None:
     class Told:
         def __init__(self) -> None:
-            self.token_bytes: list[list[int]] = []
+            self.pieces: list[list[int]] = []
             self.ended = False
 
         def put(self, value: torch.Tensor) -> None:
             assert not self.ended
-            self.token_bytes.append(value.tolist())
+            self.pieces.append(value.tolist())
 
         def end(self) -> None:
             self.ended = True
@@ -137,8 +137,8 @@ def test_a_streamer_gets_prompt_and_blocks(model: Any) -> None:
     told, prompt = Told(), prompts_of((6,), 8)[0]
     output = model.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_ids=(), streamer=told)
     assert told.ended
-    assert [len(piece) for piece in told.token_bytes] == [6, 2, 4, 4, 2]
-    assert [token for piece in told.token_bytes for token in piece] == output[0].tolist()
+    assert [len(piece) for piece in told.pieces] == [6, 2, 4, 4, 2]
+    assert [token for piece in told.pieces for token in piece] == output[0].tolist()
     with pytest.raises(ValueError, match="one prompt"):
         model.generate(torch.tensor([prompt, prompt]), streamer=told)
 

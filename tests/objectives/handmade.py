@@ -73,7 +73,7 @@ def heads() -> Heads:
     return Heads(student.requires_grad_(), teacher)
 
 
-def micro_batch_size(samples: Sequence[Sample]) -> MicroBatch:
+def micro_batch(samples: Sequence[Sample]) -> MicroBatch:
     """The rows of ``samples``, in order; what a sample draws depends on its own seed alone."""
     out: dict[str, list[Any]] = {name: [] for name in ("sample", "chunk", "gold", "t_chunk", "t_gold", "chunk_level")}
     pairs: list[tuple[int, int, int]] = []
@@ -98,7 +98,7 @@ def micro_batch_size(samples: Sequence[Sample]) -> MicroBatch:
     pair_PP = torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
     noised = DistillBatch(
         rate=torch.tensor([sample.t for sample in samples], dtype=torch.float64),
-        inverse_weight=torch.tensor([sample.t for sample in samples], dtype=torch.float64),
+        inverse_weight=torch.tensor([sample.t / 2 for sample in samples], dtype=torch.float64),  # another than the rate
         student=None,  # type: ignore[arg-type]  # objectives read rows, never the models' inputs
         student_targets=index["gold"],
         student_level=index["sample"],

@@ -21,7 +21,7 @@ from tests.objectives.handmade import (
     MicroBatch,
     answer,
     heads,
-    micro_batch_size,
+    micro_batch,
     reference_losses,
 )
 
@@ -119,7 +119,7 @@ def gradients(loss, batch, weights):
 @pytest.mark.parametrize("case", list(CASES))
 def test_value_and_gradient_are_the_equations(case):
     switches, bridge, want = CASES[case]
-    strategy, batch, weights = built(switches, bridge), micro_batch_size(SAMPLES), heads()
+    strategy, batch, weights = built(switches, bridge), micro_batch(SAMPLES), heads()
     counts = Counts(maskable=57, chunks=17, pairs=8)  # global: more than this micro-batch holds
     denoise, distill, _ = losses(strategy, batch, weights, counts)
     expected_denoise, expected_distill = reference_losses(batch, weights, want, bridge, PROGRESS, counts)
@@ -135,9 +135,9 @@ def test_value_and_gradient_are_the_equations(case):
 @pytest.mark.parametrize("case", list(CASES))
 def test_two_micro_batches_add_up_to_the_whole(case):
     switches, bridge, _ = CASES[case]
-    strategy, weights, whole = built(switches, bridge), heads(), micro_batch_size(SAMPLES)
+    strategy, weights, whole = built(switches, bridge), heads(), micro_batch(SAMPLES)
     counts = whole.local_counts
-    parts = [micro_batch_size(SAMPLES[:2]), micro_batch_size(SAMPLES[2:])]
+    parts = [micro_batch(SAMPLES[:2]), micro_batch(SAMPLES[2:])]
     sums = [sum(part[i] for part in (losses(strategy, batch, weights, counts) for batch in parts)) for i in range(2)]
     denoise, distill, _ = losses(strategy, whole, weights, counts)
     torch.testing.assert_close(torch.stack(sums), torch.stack([denoise, distill]))
@@ -150,13 +150,13 @@ def test_two_micro_batches_add_up_to_the_whole(case):
 @pytest.mark.parametrize("samples", [LOOSE_ONLY, NOTHING], ids=["no chunk", "no row"])
 def test_a_rank_with_nothing_to_distil_still_runs_backward(case, samples):
     switches, bridge, _ = CASES[case]
-    strategy, batch, weights = built(switches, bridge), micro_batch_size(samples), heads()
+    strategy, batch, weights = built(switches, bridge), micro_batch(samples), heads()
     denoise, distill, metrics = losses(strategy, batch, weights, batch.local_counts)
     (denoise + distill).backward()
     assert distill.item() == 0.0
     assert torch.isfinite(weights.student_VH.grad).all()
     assert batch.hidden_MH.grad.shape == batch.hidden_MH.shape
-    _, _, full = losses(strategy, micro_batch_size(SAMPLES), heads(), Counts(maskable=1, chunks=1, pairs=1))
+    _, _, full = losses(strategy, micro_batch(SAMPLES), heads(), Counts(maskable=1, chunks=1, pairs=1))
     assert list(metrics) == list(full)
 
 
@@ -164,7 +164,7 @@ def test_a_rank_with_nothing_to_distil_still_runs_backward(case, samples):
 @pytest.mark.parametrize("slice_rows", [1, 2, 100])
 def test_how_many_rows_the_head_takes_at_once_changes_nothing(case, slice_rows):
     switches, bridge, _ = CASES[case]
-    strategy, batch, weights = built(switches, bridge), micro_batch_size(SAMPLES), heads()
+    strategy, batch, weights = built(switches, bridge), micro_batch(SAMPLES), heads()
     counts = batch.local_counts
     default, found = (losses(strategy, batch, weights, counts, rows) for rows in (None, slice_rows))
     torch.testing.assert_close(found[:2], default[:2], rtol=1e-12, atol=1e-12)
@@ -174,7 +174,7 @@ def test_how_many_rows_the_head_takes_at_once_changes_nothing(case, slice_rows):
 
 
 def test_gold_log_probs_keep_their_rows_places():
-    batch, weights = micro_batch_size(SAMPLES), heads()
+    batch, weights = micro_batch(SAMPLES), heads()
     plain, split = (built({"strategy": name}, MAPPED) for name in ("calm", "tide-bridge"))
     strength = torch.ones(3, dtype=torch.float64)
     args = [(batch.hidden_MH, weights.student_VH, batch.noised, answer(batch, weights, s)) for s in (plain, split)]
@@ -185,7 +185,7 @@ def test_gold_log_probs_keep_their_rows_places():
 
 def test_each_active_chunk_is_counted_once():
     """tide-bridge = its rows' part over pairs plus its chunk part over the others, both over all active chunks."""
-    batch, weights = micro_batch_size(SAMPLES), heads()
+    batch, weights = micro_batch(SAMPLES), heads()
     counts = batch.local_counts
     off = {"strategy": "tide-bridge", "tidal": "off"}
     both = losses(built(off, MAPPED), batch, weights, counts)[1]
@@ -205,7 +205,7 @@ def test_each_active_chunk_is_counted_once():
 
 
 def test_nothing_flows_into_the_teacher():
-    batch, weights = micro_batch_size(SAMPLES), heads()
+    batch, weights = micro_batch(SAMPLES), heads()
     strategy = built({"strategy": "tide-bridge"}, MAPPED)
     said = answer(batch, weights, strategy)
     for tensor in (said.target_logprobs, said.hidden, said.head_weight):
@@ -217,7 +217,7 @@ def test_nothing_flows_into_the_teacher():
 
 
 def test_bf16_models_give_fp32_losses():
-    batch, weights = micro_batch_size(SAMPLES), heads()
+    batch, weights = micro_batch(SAMPLES), heads()
     noised = replace(batch.noised, rate=batch.noised.rate.float(), inverse_weight=batch.noised.inverse_weight.float())
     strategy = built({"strategy": "tide-bridge"}, MAPPED)
     exact = losses(strategy, batch, weights, batch.local_counts)
@@ -237,7 +237,7 @@ def test_bf16_models_give_fp32_losses():
 
 
 def test_metrics_say_what_happened():
-    batch, weights = micro_batch_size(SAMPLES), heads()
+    batch, weights = micro_batch(SAMPLES), heads()
     strategy = built({"strategy": "tide-bridge", "temperature": 5.0}, MAPPED)
     said = answer(batch, weights, strategy)
     _, _, metrics = losses(strategy, batch, weights, batch.local_counts)
