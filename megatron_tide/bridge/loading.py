@@ -18,14 +18,19 @@ from megatron_tide.files import read_json
 from megatron_tide.hub import download
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
+# Exact names: a copy of a tokenizer, and so a release, never takes code along.
 TOKENIZER_FILES = (
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template*",
+    "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
-    "*.tiktoken*",
+    "*.tiktoken",
+    "*.tiktoken.json",
 )
 _SENTENCEPIECE = "tokenizer.model"
 _CONFIG = "tokenizer_config.json"

@@ -23,16 +23,16 @@ from megatron_tide.models.causal import Qwen3ForCausalLM
 from megatron_tide.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
 
 ConfigSource = str | Path | dict[str, Any]
-# These keys say how a file was made or is run, not what the model is.
-_NOT_SHAPES = ("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype")
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
     """``config.json`` of a transformers model: its class, the keys it must have, and those that it may have.
 
-    Only these keys are written, whatever the installed transformers would add. RoPE is written as ``rope_theta`` and
-    ``rope_scaling``, which transformers 4 and 5 both read.
+    Only these keys are read (others, such as ``attn_implementation``, make transformers run code from the hub) and
+    written, whatever the installed transformers would add. RoPE is written as ``rope_theta`` and ``rope_scaling``,
+    which transformers 4 and 5 both read.
     """
 
     config_class: type[PretrainedConfig]
@@ -46,7 +46,8 @@ class HubConfig:
             raise ValueError(f"lacks {', '.join(missing)}")
         if values.get("rope_theta") is None and "rope_theta" not in (values.get("rope_parameters") or {}):
             raise ValueError("lacks rope_theta")
-        return self.config_class(**{key: value for key, value in values.items() if key not in _NOT_SHAPES})
+        known = (*self.required, *self.optional, *_ROPE, "layer_types")
+        return self.config_class(**{key: values[key] for key in known if key in values})
 
     def write(self, config: Any) -> dict[str, Any]:
         """The dict of ``config.json``, without ``model_type`` and the like."""

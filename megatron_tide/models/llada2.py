@@ -36,9 +36,32 @@ _FIXED = {
     "rope_scaling": None,
 }
 
+# Keys of public files that do not change what is computed. They are written back; any other key (auto_map, paths, ...)
+# is not.
+_ALSO_WRITTEN = (
+    "attention_dropout",
+    "embedding_dropout",
+    "max_window_layers",
+    "moe_router_enable_expert_bias",
+    "norm_head",
+    "norm_softmax",
+    "norm_topk_prob",
+    "num_nextn_predict_layers",
+    "output_dropout",
+    "output_router_logits",
+    "router_dtype",
+    "score_function",
+    "sliding_window",
+    "use_cache",
+    "use_qk_norm",
+    "use_rmsnorm",
+    "use_sliding_window",
+    *_FIXED,
+)
+
 
 class LLaDA2Config(PretrainedConfig):
-    """Shapes and ids of a LLaDA2 model; ``extra`` holds the file's other keys, so that writing gives them back.
+    """Shapes and ids of a LLaDA2 model; ``extra`` holds the file's keys that are written back as they were.
 
     The public configuration class's defaults are placeholders of another model, so what decides a shape has no default
     here: :meth:`read` refuses a file that lacks it.
@@ -118,10 +141,10 @@ class LLaDA2Config(PretrainedConfig):
         if missing:
             raise ValueError(f"llada2_moe config lacks {', '.join(missing)}")
         own = {name: value for name, value in values.items() if name in _OWN}
-        return cls(**own, extra={key: value for key, value in values.items() if key not in _OWN})
+        return cls(**own, extra={key: values[key] for key in _ALSO_WRITTEN if key in values})
 
     def to_dict(self) -> dict[str, Any]:
-        """The dict of ``config.json``, with the keys that :meth:`read` did not know among them."""
+        """The dict of ``config.json``, with the keys that are written back as they were."""
         own = {name: getattr(self, name) for name in _OWN if name != "rotary_dim" or self.rotary_dim is not None}
         return {**_FIXED, **(self.extra or {}), **own, "model_type": self.model_type}
 

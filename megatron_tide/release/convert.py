@@ -29,6 +29,33 @@ from megatron_tide.release.parity import check_parity
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
 
 MODELS = Path(megatron_tide.models.__file__).parent
+# Keys of tokenizer_config.json that a release has, beside the tokens themselves (``eos_token``, ...). None names code
+# (``auto_map``) or a local path.
+TOKENIZER_KEYS = {
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "backend",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "errors",
+    "extra_special_tokens",
+    "is_local",
+    "legacy",
+    "mask_token",
+    "model_input_names",
+    "model_max_length",
+    "model_specific_special_tokens",
+    "padding_side",
+    "sp_model_kwargs",
+    "spaces_between_special_tokens",
+    "split_special_tokens",
+    "tokenizer_class",
+    "truncation_side",
+    "use_default_system_prompt",
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -100,19 +127,23 @@ def export(
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {**asdict(ids), "do_sample": False})
     tokenizer.save(out)
-    _name_tokenizer_class(out / "tokenizer_config.json")
+    _clean_tokenizer_config(out / "tokenizer_config.json")
     for name in files.code:
         shutil.copyfile(MODELS / name, out / name)
     for file in out.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
         file.chmod((out / "config.json").stat().st_mode)
 
 
-def _name_tokenizer_class(path: Path) -> None:
-    """transformers 5 writes a class name that 4 does not know; both know the older one."""
-    if path.is_file():
-        config = read_json(path)
-        if config.get("tokenizer_class") == "TokenizersBackend":
-            write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+def _clean_tokenizer_config(path: Path) -> None:
+    """Keep the keys on the list; transformers 5 writes a class name that 4 does not know, both know the older one."""
+    if not path.is_file():
+        return
+    config = read_json(path)
+    kept = {key: value for key, value in config.items() if key in TOKENIZER_KEYS or key.endswith("_token")}
+    if kept.get("tokenizer_class") == "TokenizersBackend":
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if kept != config:
+        write_json(path, kept)
 
 
 def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,11 @@ from megatron_tide.release import probe
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
 
 REPOSITORY = Path(megatron_tide.__file__).resolve().parents[1]
+# Variables that the fresh process gets.
+_KEPT = {"PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "LANG", "TZ", "USER", "LOGNAME", "TMPDIR"}
+_KEPT |= {"VIRTUAL_ENV", "CONDA_PREFIX", "SYSTEMROOT"}
+_KEPT_STARTS = ("LC_", "PYTHON", "TORCH_", "ATEN_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_")
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH", flags=re.I)
 _PROMPTS = (
     "Hello!",
     "Write a Python function that returns the n-th Fibonacci number.\n\n    >>> fib(7)\n    13",
@@ -99,7 +106,7 @@ def _ask_release(release: Path, files: ReleaseFiles, ids: GenerationIds, dtype: 
             json.dumps(
                 {
                     "folder": str(release.resolve()),
-                    "prober": "transformers" if files.auto_map else "package",
+                    "auto_map": files.auto_map,
                     "dtype": str(dtype).removeprefix("torch."),
                     "block": ids.block_size,
                     "mask_id": ids.mask_token_id,
@@ -109,9 +116,8 @@ def _ask_release(release: Path, files: ReleaseFiles, ids: GenerationIds, dtype: 
             )
         )
         command = [sys.executable, str(program), str(request), str(answers)]
-        done = subprocess.run(
-            command, cwd=scratch, env=_environment(files, scratch), capture_output=True, text=True, errors="replace"
-        )
+        pipes: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        done = subprocess.run(command, cwd=scratch, env=_environment(files, scratch), **pipes)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
             raise _failed(f"a fresh process cannot load and run the release ({lines[-1].strip()})")
@@ -119,9 +125,17 @@ def _ask_release(release: Path, files: ReleaseFiles, ids: GenerationIds, dtype: 
 
 
 def _environment(files: ReleaseFiles, scratch: str) -> dict[str, str]:
-    """Offline, with an empty cache for the folder's code; this project is importable only if the release needs it."""
+    """Offline, with an empty home and cache, and of the user's variables only those that decide how Python and its
+    kernels run: no token. This project is importable only if the release needs it.
+    """
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != REPOSITORY]
     if not files.auto_map:
         paths.insert(0, str(REPOSITORY))
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if (name in _KEPT or name.startswith(_KEPT_STARTS)) and not _SECRET.search(name)
+    }
     own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-    return os.environ | own | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    own |= {"HOME": scratch, "HF_HOME": f"{scratch}/hub", "PYTHONUSERBASE": site.getuserbase()}
+    return kept | own | {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}

@@ -47,12 +47,18 @@ def own_memory(model: torch.nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def load_with_transformers(folder: str, dtype: torch.dtype) -> tuple[Any, Encode]:
-    """As a user does, with the code that travels in the folder."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+def load_with_transformers(folder: str, dtype: torch.dtype, auto_map: dict[str, str]) -> tuple[Any, Encode]:
+    """As a user does, with the project's code that travels in the folder. Only the classes of ``auto_map`` are loaded:
+    nothing else in the folder is trusted.
+    """
+    from transformers import AutoTokenizer
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+    if json.loads(Path(folder, "config.json").read_text()).get("auto_map") != auto_map:
+        raise SystemExit("config.json names other code than the project's")
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    found: Any = get_class_from_dynamic_module(auto_map["AutoModelForMaskedLM"], folder, local_files_only=True)
+    model = found.from_pretrained(folder, dtype=dtype).eval()
 
     def encode(messages: list[dict[str, str]]) -> list[int]:
         text = " ".join(message["content"] for message in messages)
@@ -85,16 +91,11 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-LOADERS: dict[str, Callable[[str, torch.dtype], tuple[Any, Encode]]] = {
-    "transformers": load_with_transformers,
-    "package": load_with_package,
-}
-
-
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(request["threads"])
-    model, encode = LOADERS[request["prober"]](request["folder"], getattr(torch, request["dtype"]))
+    folder, dtype, auto_map = request["folder"], getattr(torch, request["dtype"]), request["auto_map"]
+    model, encode = load_with_transformers(folder, dtype, auto_map) if auto_map else load_with_package(folder, dtype)
     own_memory(model)
     prompts = [encode(messages) for messages in request["conversations"]]
     save_file(ask(model, prompts, request["block"], request["mask_id"]), sys.argv[2])

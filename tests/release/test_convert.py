@@ -315,3 +315,64 @@ def test_the_gate_looks_at_more_than_one_prompt(lab: Lab) -> None:
     lengths = [len(tokenizer.encode(c[0]["content"])) for c in parity_module.CONVERSATIONS]
     assert len(set(lengths)) == len(lengths)
     assert max(lengths) > 3 * PreparedData.open(lab.data).manifest["student"]["block"]
+
+
+# --- code and secrets of the folder that training began from ---
+
+EVIL = """
+import json, os, pathlib
+pathlib.Path({canary!r}).write_text(json.dumps(dict(os.environ)))
+from transformers import PreTrainedTokenizerFast
+
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_code_of_the_base_model_is_neither_run_nor_released(lab: Lab, tmp_path: Path) -> None:
+    base, canary = shutil.copytree(lab.student, tmp_path / "base"), tmp_path / "canary"
+    names = ("tokenizer_fast.py", "tokenizer.py", "chat_template.py", "x.tiktoken.py", "tokenization_evil.py")
+    for name in names:
+        (base / name).write_text(EVIL.format(canary=str(canary)))
+    for name, auto_map in (
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenizer_fast.Evil", "tokenizer_fast.Evil"]}),
+        ("config.json", {"AutoModelForMaskedLM": "tokenizer_fast.Evil", "AutoConfig": "tokenizer_fast.Evil"}),
+    ):
+        config = json.loads((base / name).read_text())
+        config |= {"auto_map": auto_map, "name_or_path": "/home/someone", "attn_implementation": "evil/kernels"}
+        (base / name).write_text(json.dumps(config))
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.data)
+    out = tmp_path / "out"
+    convert(checkpoint, out, Options())
+    assert not canary.exists()
+    assert {file.name for file in out.glob("*.py")} == {"a2d_qwen3.py", "generation_a2d.py", "decoding_a2d.py"}
+    whole = "".join(file.read_text() for file in out.glob("*.json"))
+    for word in ("Evil", "someone", "evil/kernels"):
+        assert word not in whole
+    assert set(json.loads((out / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModelForMaskedLM"}
+
+
+@pytest.mark.usefixtures("no_gate")
+def test_a_teachers_configuration_goes_out_by_the_list_of_keys(lab: Lab, tmp_path: Path) -> None:
+    base = shutil.copytree(lab.teacher, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    foreign = {"auto_map": {"AutoModel": "evil/repo--m.M"}, "_name_or_path": "/home/someone", "custom": ["x"]}
+    (base / "config.json").write_text(json.dumps(config | foreign | {"norm_topk_prob": True}))
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.teacher_data)
+    convert(checkpoint, tmp_path / "out", Options())
+    released = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not released.keys() & foreign.keys()
+    assert released["norm_topk_prob"] is True
+
+
+def test_the_fresh_process_gets_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PYTHON_KEYRING_TOKEN")
+    secrets += ("DATABASE_URL", "SSH_AUTH_SOCK", "HTTPS_PROXY", "PIP_INDEX_URL", "HF_TOKEN_PATH", "TORCH_HUB_KEY")
+    for name in secrets:
+        monkeypatch.setenv(name, "secret-value")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
+    for files in (parity_module.ReleaseFiles(), parity_module.ReleaseFiles(auto_map={"AutoConfig": "a.B"})):
+        environment = parity_module._environment(files, str(tmp_path))
+        assert "secret-value" not in environment.values()
+        assert environment["HOME"] == str(tmp_path)
+        assert environment["MKL_CBWR"] == "COMPATIBLE"
