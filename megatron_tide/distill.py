@@ -65,6 +65,7 @@ def train(config: DistillConfig, world: Any) -> int:
     out = Path(config.paths.out)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
         context, loader = build.build(config, inputs, world)
+        build.record_models(config, inputs, world)
         state = build.starting_point(config, inputs, context)
         build.probe(config, inputs, context, loader, state)
         if world.is_main:

@@ -17,6 +17,7 @@ from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher
 from megatron_tide.hosting.plan import check_plan
 from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
+from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.train import checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import build_engine
@@ -116,6 +117,19 @@ def measurement(config: DistillConfig, inputs: RunInputs, context: TrainContext)
     return measure
 
 
+def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) -> None:
+    """Add the fingerprints of the student to start from and of the teacher to ``inputs.run`` (a collective)."""
+    paths = {"student": config.paths.student, "teacher": config.paths.teacher}
+    if not inputs.strategy.needs_teacher:
+        paths["teacher"] = ""
+    found = None
+    if world.is_main:  # rank 0 reads for all ranks: the files are shared
+        found = {
+            side: ShardedFolder(resolve_folder(path)).fingerprint() if path else None for side, path in paths.items()
+        }
+    inputs.run.update({f"{side}_fingerprint": value for side, value in world.broadcast_object(found).items()})
+
+
 def starting_point(config: DistillConfig, inputs: RunInputs, context: TrainContext) -> TrainState:
     """The state to start from, as ``--resume`` says; a checkpoint of a different run is refused.
 
@@ -149,7 +163,7 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
 
 
 def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run had other loss-affecting flags, data or bridge."""
+    """Refuse a checkpoint whose run had other loss-affecting flags, data, bridge or models."""
     theirs = read_description(folder)["run"]
     for flag, mine in run["affects_loss"].items():
         if theirs["affects_loss"].get(flag) != mine:
@@ -157,6 +171,6 @@ def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
                 f"{folder} was trained with {flag} = {theirs['affects_loss'].get(flag)!r}, this run has {mine!r}: "
                 f"use that value or another --out, or remove the folder"
             )
-    for what in ("data_fingerprint", "bridge_fingerprint", "total_steps"):
-        if theirs[what] != run[what]:
+    for what in ("data_fingerprint", "bridge_fingerprint", "teacher_fingerprint", "student_fingerprint", "total_steps"):
+        if theirs.get(what, run[what]) != run[what]:  # earlier versions did not record the models
             raise ValueError(f"{folder} was trained with another {what.split('_')[0]}: use another --out")

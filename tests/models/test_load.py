@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_tide.models
 from megatron_tide.models import fresh_model, load_model, parameter_count, resolve_folder, write_folder
+from megatron_tide.models.shards import ShardedFolder
 from tests.support.models import (
     hub_tensors,
     tiny_student_config,
@@ -240,3 +241,28 @@ def test_fresh_weights_are_a_function_of_the_seed(config: dict[str, Any]) -> Non
 
 def tensor_is_matrix(tensor: torch.Tensor) -> bool:
     return tensor.dim() > 1
+
+
+def test_a_folders_fingerprint_follows_configuration_and_weights(tmp_path: Path) -> None:
+    config = tiny_teacher_config()
+    folder = write_hub_folder(tmp_path / "a", config, shards=3)
+    before = ShardedFolder(folder).fingerprint()
+    assert ShardedFolder(write_hub_folder(tmp_path / "b", config, shards=3)).fingerprint() == before
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"transformers_version": "9"}, indent=3))
+    assert ShardedFolder(folder).fingerprint() == before
+    (folder / "config.json").write_text(json.dumps(described | {"rope_theta": 7.0}))
+    assert ShardedFolder(folder).fingerprint() != before
+    (folder / "config.json").write_text(json.dumps(described))
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(shard)
+        largest = max(tensors, key=lambda key: tensors[key].numel())
+        tensors[largest] = tensors[largest] * 1.5  # trained further
+        whole = shard.read_bytes()
+        save_file(tensors, shard, metadata={"format": "pt"})
+        assert ShardedFolder(folder).fingerprint() != before
+        shard.write_bytes(whole)
+    assert ShardedFolder(folder).fingerprint() == before
+    shard.write_bytes(whole[:6] + b"\xff\xff" + whole[8:])
+    with pytest.raises(ValueError, match=f"{shard.name}: cannot be read"):
+        ShardedFolder(folder).fingerprint()

@@ -106,6 +106,18 @@ def test_another_run_is_refused_by_name_of_the_knob(chain, untouched, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == before
 
 
+def test_another_teacher_of_the_same_tokenizer_is_refused(chain, untouched, tmp_path):
+    out, teacher = start_from(untouched, tmp_path / "run", 3), tmp_path / "teacher"
+    shutil.copytree(chain.root / "teacher", teacher)
+    shard = next(teacher.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-4] ^= 1  # of one weight
+    shard.write_bytes(content)
+    refused = run_command(chain, out, teacher=teacher)
+    assert refused.returncode == 2
+    assert "was trained with another teacher" in refused.stderr.strip().splitlines()[-1]
+
+
 def test_resume_never_refuses_a_used_folder(chain, untouched, tmp_path):
     out = start_from(untouched, tmp_path / "run", 3)
     refused = run_command(chain, out, resume="never")
