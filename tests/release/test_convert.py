@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
+from megatron_tide.files import TEMPORARY
 from megatron_tide.models import load_model
 from megatron_tide.release import Options, convert, parse_size
 from megatron_tide.release import convert as convert_function
@@ -182,7 +183,7 @@ def assert_refused(checkpoint: Path, out: Path, word: str, **options: Any) -> No
         convert(checkpoint, out, Options(**options))
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    assert [path for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")] == []
+    assert list(out.parent.glob(f"{TEMPORARY}*")) == []
 
 
 def test_a_wrong_weight_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
