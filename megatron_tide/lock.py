@@ -45,8 +45,7 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with contextlib.suppress(FileExistsError):
-                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-                os.write(self._file, json.dumps(_myself()).encode())
+                self._take()
                 break
             holder = _read(self.path)
             if not _is_live(self.path, holder):
@@ -67,6 +66,15 @@ class RunLock:
         os.close(self._file)
         if _read(self.path) == _myself():
             self.path.unlink(missing_ok=True)
+
+    def _take(self) -> None:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(self._file, json.dumps(_myself()).encode())
+        except OSError as error:  # a full disk
+            os.close(self._file)
+            self.path.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def _touch(self) -> None:
         while not self._stopped.wait(BEAT):
@@ -93,13 +101,17 @@ def is_held(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, world: Any) -> Iterator[None]:
-    """``folder`` for this run alone while inside: rank 0 holds the lock, all ranks are refused alike."""
+    """``folder`` for this run alone while inside: rank 0 holds the lock, all ranks are refused alike.
+
+    Raises:
+        ValueError: as ``RunLock``, or rank 0 cannot write to the folder.
+    """
     with contextlib.ExitStack() as held:
         refusal = None
         if world.is_main:
             try:
                 held.enter_context(RunLock(folder))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 refusal = str(error)
         refusal = world.broadcast_object(refusal)
         if refusal is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -100,6 +101,36 @@ def test_of_many_at_once_one_gets_it(tmp_path):
         for process in processes:
             process.kill()
             process.communicate()
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*\.lock'"):
+        RunLock(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+class Ranks:
+    """Two ranks, one after the other: rank 0's words for rank 1."""
+
+    is_main = True
+    said = None
+
+    def broadcast_object(self, value):
+        if self.is_main:
+            self.said = value
+        return self.said
+
+
+def test_all_ranks_are_refused_alike_where_rank_0_cannot_write(tmp_path):
+    (tmp_path / "file").touch()
+    ranks = Ranks()
+    for ranks.is_main in (True, False):
+        with pytest.raises(ValueError, match="file"), lock.locked(tmp_path / "file", ranks):
+            pass
 
 
 @pytest.mark.ranks
