@@ -53,8 +53,8 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
             f"could not save {final}: {told}; free disk space and run the same command again: "
             "--resume auto continues from the newest complete checkpoint"
         )
-    if world.is_main:
-        _prune(run_folder, keep)
+    if world.is_main and (left := _attempt(lambda: _prune(run_folder, keep))):
+        world.print_rank0(f"warning: an old checkpoint cannot be removed ({left})")
     return final
 
 

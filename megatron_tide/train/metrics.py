@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_tide.files import atomic_write
 from megatron_tide.objectives.common import means_by_bin
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.training_checkpoint import METRICS
@@ -93,7 +94,7 @@ class MetricLogger:
         kept = []
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        atomic_write(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
