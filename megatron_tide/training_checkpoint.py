@@ -68,10 +68,12 @@ def verify(folder: Path) -> None:
         sums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         sums = None
-    if not isinstance(sums, dict):
+    if not isinstance(sums, dict) or not {WEIGHTS, STATE} <= set(sums):
         raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
     for name, expected in sums.items():
         path = folder / name
+        if Path(name).name != name:
+            raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not a file of its own folder")
         if not path.is_file():
             raise ValueError(f"{path}: missing from the checkpoint")
         if sha256_file(path) != expected:

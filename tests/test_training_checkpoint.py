@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
 from megatron_tide.models.causal import Qwen3ForCausalLM
 from megatron_tide.models.llada2 import LLaDA2MoeModelLM
-from megatron_tide.training_checkpoint import generation_of, open_model
+from megatron_tide.training_checkpoint import CHECKSUMS, STATE, WEIGHTS, generation_of, open_model, verify
 from tests.support.lab import Lab, make_lab, write_checkpoint
 from tests.support.models import tiny_student_config, write_hub_folder
 
@@ -42,3 +43,19 @@ def test_a_run_that_began_from_a_causal_model_is_a_block_diffusion_model(lab: La
     step = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.data)
     assert generation_of(step) == "block_diffusion"
     assert isinstance(open_model(step).model, A2DQwen3LMHeadModel)
+
+
+@pytest.mark.parametrize(
+    ("sums", "said"),
+    [({}, "no readable checksums.json"), ({"../secret": "0"}, r"checksums.json: names '\.\./secret', which is not")],
+    ids=["no files", "another folder's"],
+)
+def test_checksums_cover_the_checkpoint_and_nothing_else(tmp_path: Path, sums: dict[str, str], said: str) -> None:
+    files = dict.fromkeys((WEIGHTS, STATE), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
+    for name in files:
+        (tmp_path / name).touch()
+    (tmp_path / CHECKSUMS).write_text(json.dumps(files))
+    verify(tmp_path)
+    (tmp_path / CHECKSUMS).write_text(json.dumps(files | sums if sums else sums))
+    with pytest.raises(ValueError, match=said):
+        verify(tmp_path)
