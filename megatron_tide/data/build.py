@@ -21,7 +21,7 @@ from typing import Any
 from megatron_tide.bridge import TEXTS_AT_ONCE
 from megatron_tide.data.encode import Dropped, Encoder
 from megatron_tide.data.progress import Progress
-from megatron_tide.data.shard import Sample, read_shard, shard_name, write_shard
+from megatron_tide.data.shard import MOST_TOKENS, Sample, read_shard, shard_name, write_shard
 from megatron_tide.data.sources import Mixture
 from megatron_tide.files import fingerprint
 from megatron_tide.tables import Message
@@ -40,6 +40,11 @@ class PrepareJob:
     shard_rows: int
     out: Path
     settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        most = MOST_TOKENS // max(side.length for side in (self.encoder.student, self.encoder.teacher) if side)
+        if self.shard_rows > most:
+            raise ValueError(f"--shard-rows {self.shard_rows}: a shard of samples of this length holds at most {most}")
 
     @property
     def shards(self) -> int:

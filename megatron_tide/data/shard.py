@@ -54,6 +54,7 @@ from megatron_tide.files import atomic_write, canonical
 
 PROMPT = -1
 UNALIGNED = -2
+MOST_TOKENS = 2**31 - 1  # of one side in one shard: offsets are int32
 
 Array = NDArray[Any]
 SIDES = ("student", "teacher")

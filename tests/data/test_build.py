@@ -39,3 +39,13 @@ def test_rows_without_a_sample_are_counted_and_the_others_stay_in_order(
     assert shard.record["unreadable"] == [6]
     assert "at character 3," in shard.record["example"]  # of the first refused row
     assert shard.arrays["key"].tolist() == [number for number in range(ROWS) if number not in {*without, 6}]
+
+
+def test_a_shard_that_32_bit_offsets_cannot_hold_is_refused_before_the_work(pair: Pair, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": conversation(1)}) + "\n")
+    mixture = open_mixture([str(rows)])
+    most = (2**31 - 1) // 128  # the longer side's length
+    PrepareJob(mixture=mixture, encoder=pair.encoder(), shard_rows=most, out=tmp_path, settings={})
+    with pytest.raises(ValueError, match=f"--shard-rows {most + 1}: .* holds at most {most}"):
+        PrepareJob(mixture=mixture, encoder=pair.encoder(), shard_rows=most + 1, out=tmp_path, settings={})
