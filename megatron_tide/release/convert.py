@@ -20,6 +20,7 @@ import megatron_tide.models
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.files import AtomicFolder, read_json, write_json
 from megatron_tide.hub import hub_errors
+from megatron_tide.lock import RunLock
 from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
 from megatron_tide.models.families import config_dict, family_of
@@ -75,7 +76,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     """Make the release ``out`` of ``checkpoint`` (a step folder, or a run folder: its newest step) -> parity record.
 
     Raises:
-        ValueError: a corrupt checkpoint, an ``out`` that exists, or a parity gate that fails.
+        ValueError: a corrupt checkpoint, an ``out`` that exists or is being written, or a parity gate that fails.
         OSError: the disk. In every case ``out`` is as it was.
     """
     out = Path(out)
@@ -88,7 +89,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
-    with AtomicFolder(out) as draft:
+    with RunLock(out.parent, f".{out.name}.lock"), AtomicFolder(out) as draft:
         return _fill(draft, trained, options, options.name or out.name)
 
 

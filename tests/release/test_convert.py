@@ -14,6 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
 from megatron_tide.files import TEMPORARY
+from megatron_tide.lock import RunLock
 from megatron_tide.models import load_model
 from megatron_tide.release import Options, convert, parse_size
 from megatron_tide.release import convert as convert_function
@@ -247,6 +248,16 @@ def test_an_existing_folder_is_kept_unless_told(checkpoint: Path, tmp_path: Path
     convert(checkpoint, out, Options(overwrite=True))
     assert (out / "parity.json").exists()
     assert (out / "config.json").read_text() != "mine"
+
+
+@pytest.mark.usefixtures("no_gate")
+def test_two_conversions_to_one_folder_do_not_mix(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    with RunLock(tmp_path, ".hf.lock"), pytest.raises(ValueError, match="works in it"):
+        convert(checkpoint, out, Options())
+    assert list(tmp_path.iterdir()) == []
+    convert(checkpoint, out, Options())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_overwrite_does_not_remove_what_is_no_model(checkpoint: Path, tmp_path: Path) -> None:
