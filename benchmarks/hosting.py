@@ -187,7 +187,7 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
     settings = {}
     for folder in ("teacher", "ours", "plain"):
         (disk / folder).mkdir()
-        settings[folder] = read_ds_config(DEEPSPEED, "benchmarks/hosting.py")
+        settings[folder] = read_ds_config(str(DEEPSPEED), "benchmarks/hosting.py")
         settings[folder]["zero_optimization"]["offload_param"]["nvme_path"] = str(disk / folder)
     teacher_bytes = write_teacher(source, config, dtype)
     world = init_distributed()

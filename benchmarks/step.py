@@ -161,7 +161,7 @@ def figures(dtype: str, rounds: int) -> dict[str, Any]:
         "vocabulary": step.model.config.vocab_size,
         "shape": {"samples": SAMPLES, "length": LENGTH, **SMALLER},
         "masking": f"t = {T} over the last {1 - PROMPT:.0%} of every sample",
-        "masked_hidden_states": len(step.noised.student_targets),
+        "masked_rows": len(step.noised.student_targets),
         "our_positions": step.noised.student.input_ids.numel(),
         "plain_positions": 2 * SAMPLES * LENGTH,
     }

@@ -117,9 +117,9 @@ TIDAL_RAMPS = Table(
     }
 )
 
-# Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 OPTIMIZERS = Table({"adamw": Choice("AdamW (published)", "optimizer:ADAMW")})
 
+# Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(
     {
         "replicated": Choice("a copy on every rank", "hosting.backend:ReplicatedTeacher"),

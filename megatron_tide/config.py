@@ -289,7 +289,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         content = read_json(Path(path))
     except ValueError as error:
         raise ValueError(f"--config {error}") from None
-    content = content.get("config", content)
+    content = content["config"] if isinstance(content.get("config"), dict) else content
     groups = {info.name for info in dataclasses.fields(DistillConfig)}
     flat: dict[str, Any] = {}
     for key, value in content.items():

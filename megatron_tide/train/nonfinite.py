@@ -22,7 +22,7 @@ class NonFiniteGuard:
     """Counts consecutive skipped steps; ``before`` is the state before the first of them."""
 
     def __init__(self, folder: Path, loader: MicrobatchLoader, world: DistContext) -> None:
-        self._folder, self._windows, self._world = folder, loader, world
+        self._folder, self._loader, self._world = folder, loader, world
         self._skipped: list[int] = []
         self.before: TrainState | None = None
 
@@ -59,7 +59,7 @@ class NonFiniteGuard:
 
     def _odd_samples(self, step: int, accumulator: MetricAccumulator) -> list[int]:
         """Keys of this rank's samples in micro-batches whose loss is not finite."""
-        keys, batches = self._windows.data.stats.keys, self._windows.sampler.microbatches(step, self._windows.rank)
+        keys, batches = self._loader.data.stats.keys, self._loader.sampler.microbatches(step, self._loader.rank)
         odd: list[int] = []
         for indices, loss in zip(batches, accumulator.forwards):
             if not bool(loss.isfinite()):

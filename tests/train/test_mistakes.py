@@ -75,6 +75,7 @@ def test_deepspeed_json(chain, out, capsys, tmp_path, content, said):
         ('{"learning_rate": 1}', "unknown flag 'learning_rate'"),
         ('{"max_grad_norm": "high"}', "max_grad_norm = 'high' must be float"),
         ('{"save": {"keep_last": 2.5}}', "keep_last = 2.5 must be int"),
+        ('{"config": "other.json"}', "unknown flag 'config'"),
         ("nonsense", "not valid JSON"),
     ],
 )
