@@ -244,10 +244,12 @@ def test_a_stopped_evaluation_continues_with_the_same_batches(lab: Lab, tmp_path
         assert counted.batches == [2, 2, 2]
 
 
-def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_path: Path) -> None:
-    """lm-eval's own model puts a batch into the cache before the next one starts."""
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_path: Path, temperature: float) -> None:
+    """lm-eval's own model caches a batch before the next one starts; what is drawn depends on the batch."""
     prompts = [f"Print line {number}{'!' * (number % 4)}" for number in range(10)]
-    expected, sizes = answers(opened(baseline), prompts), list[int]()
+    preset, drawn = replace(PRESET, temperature=temperature), {"seed": 7, "sample": 0} if temperature else {}
+    expected, sizes = answers(opened(baseline), prompts, preset, **drawn), list[int]()
     for stop_after in (4, None):
         generator: Any = opened(baseline)
         generate = generator._model_generate
@@ -262,7 +264,7 @@ def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_pa
 
         generator._model_generate = counted
         with contextlib.suppress(KeyboardInterrupt), ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-            found = answers(cache, prompts)
+            found = answers(cache, prompts, preset, **drawn)
     assert sizes == [2] * 5
     assert found == expected
 
