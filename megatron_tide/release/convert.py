@@ -186,11 +186,17 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
+# What loaders read in a repository: of a release that is replaced, none of it stays beside the new files.
+_REPLACED = [f"*.{suffix}" for suffix in ("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")]
+_REPLACED += [f"*.{suffix}" for suffix in ("json", "jinja", "model", "tiktoken", "txt", "py")]
+
+
 class Hub:
     """A repository of the hub, checked before the conversion that will be uploaded to it.
 
     Raises:
-        ValueError: a name the hub does not take, no login, or a repository that exists (unless ``overwrite``).
+        ValueError: a name the hub does not take, no login, a repository that exists (unless ``overwrite``), or a public
+            one that should be ``private``.
     """
 
     def __init__(self, repository: str, *, private: bool, overwrite: bool, api: Any = None) -> None:
@@ -200,19 +206,38 @@ class Hub:
         with hub_errors(self._what):
             validate_repo_id(repository)
             self._api.whoami()
-            exists = not overwrite and self._api.repo_exists(repository)
-        if exists:
+            exists = self._api.repo_exists(repository)
+        if exists and not overwrite:
             raise ValueError(f"{repository}: exists on the hub; choose another name, or pass --overwrite")
+        if exists:
+            self._check_private()
 
     def push(self, folder: Path) -> str:
-        """Upload every file of ``folder`` as one commit; -> the address of the repository's page.
+        """Upload every file of ``folder`` and remove those of the release it replaces, as one commit; -> the address of
+        the repository's page.
 
         Raises:
-            ValueError: the hub cannot be reached or refuses.
+            ValueError: the hub cannot be reached or refuses, or the repository is public and should be private.
         """
         with hub_errors(self._what):
             url = self._api.create_repo(self._repository, private=self._private, exist_ok=True)
+        self._check_private()  # again: creating one that exists does not change it
+        with hub_errors(self._what):
             self._api.upload_folder(
-                repo_id=self._repository, folder_path=folder, commit_message=f"Release {folder.name}"
+                repo_id=self._repository,
+                folder_path=folder,
+                commit_message=f"Release {folder.name}",
+                delete_patterns=_REPLACED,
             )
         return str(url)
+
+    def _check_private(self) -> None:
+        if not self._private:
+            return
+        with hub_errors(self._what):
+            private = self._api.repo_info(self._repository).private
+        if private is not True:
+            raise ValueError(
+                f"{self._repository}: is public on the hub, so --private cannot hold; make it private in its settings "
+                "first, or choose another name"
+            )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from megatron_tide.release import Hub
 
@@ -30,12 +32,21 @@ class FolderHub:
         assert exist_ok
         if self.fail is not None:
             raise self.fail
-        self.private = private
+        if not self.repo_exists(name):
+            self.private = private
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         return f"https://hub.example/{name}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def repo_info(self, repo_id: str) -> Any:
+        return SimpleNamespace(private=self.private)
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         assert commit_message == f"Release {folder_path.name}"
+        for file in (self.folder / repo_id).iterdir():
+            if list(filter_repo_objects([file.name], allow_patterns=delete_patterns)):
+                file.unlink()
         shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
 
 
@@ -55,6 +66,37 @@ def test_uploads_everything_once(tmp_path: Path, release: Path) -> None:
     with pytest.raises(ValueError, match=r"me/student: exists on the hub.*--overwrite"):
         Hub("me/student", private=True, overwrite=False, api=api)
     Hub("me/student", private=True, overwrite=True, api=api).push(release)
+
+
+def test_private_is_refused_where_the_repository_is_public(tmp_path: Path, release: Path) -> None:
+    api = FolderHub(tmp_path / "hub")
+    Hub("me/student", private=False, overwrite=False, api=api).push(release)
+    (release / "config.json").write_text('{"secret": 1}')
+    with pytest.raises(ValueError, match="me/student: is public on the hub") as caught:
+        Hub("me/student", private=True, overwrite=True, api=api)
+    assert "\n" not in str(caught.value)
+    Hub("me/student", private=False, overwrite=True, api=api).push(release)
+
+
+def test_private_is_refused_where_a_public_one_appeared_during_the_conversion(tmp_path: Path, release: Path) -> None:
+    api = FolderHub(tmp_path / "hub")
+    hub = Hub("me/student", private=True, overwrite=False, api=api)
+    api.create_repo("me/student", private=False, exist_ok=True)
+    with pytest.raises(ValueError, match="is public on the hub"):
+        hub.push(release)
+    assert list((tmp_path / "hub/me/student").iterdir()) == []
+
+
+def test_files_of_the_release_before_do_not_stay(tmp_path: Path, release: Path) -> None:
+    place = tmp_path / "hub/me/student"
+    place.mkdir(parents=True)
+    old = ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    old += ("pytorch_model.bin", "chat_template.jinja", "tokenizer.model", "modeling_old.py", "adapter_config.json")
+    for name in (*old, "figure.png", "LICENSE"):
+        (place / name).write_text("old")
+    (release / "README.md").write_text("new")
+    Hub("me/student", private=False, overwrite=True, api=FolderHub(tmp_path / "hub")).push(release)
+    assert {file.name for file in place.iterdir()} == {"config.json", "README.md", "figure.png", "LICENSE"}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +120,7 @@ def test_the_real_client_has_what_is_called() -> None:
 
     from huggingface_hub import HfApi
 
-    for name in ("whoami", "repo_exists", "create_repo", "upload_folder"):
+    for name in ("whoami", "repo_exists", "create_repo", "repo_info", "upload_folder"):
         theirs = inspect.signature(getattr(HfApi, name)).parameters
         wanted = set(inspect.signature(getattr(FolderHub, name)).parameters) - {"self", "name"}
         assert wanted <= set(theirs)
