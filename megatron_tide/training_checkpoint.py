@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_tide.files import read_json, sha256_file
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
 PREFIX = "step-"
+_STEP_FOLDER = re.compile(rf"{PREFIX}[0-9]{{8}}")
 METRICS = "metrics.jsonl"
 
 
@@ -66,7 +68,7 @@ def verify(folder: Path) -> None:
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError, RecursionError):
         sums = None
     if not isinstance(sums, dict) or not {WEIGHTS, STATE} <= set(sums):
         raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
@@ -80,9 +82,15 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{path}: corrupt (its checksum differs)")
 
 
+def step_folders(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first: real folders with a step's name. Links (``step-best``) are none."""
+    found = run_folder.glob(f"{PREFIX}*")
+    return sorted(f for f in found if _STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
+
+
 def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose checksums match; a corrupt one is reported through ``tell`` and skipped."""
-    for folder in sorted(run_folder.glob(f"{PREFIX}*"), reverse=True):
+    for folder in reversed(step_folders(run_folder)):
         try:
             verify(folder)
         except ValueError as error:
@@ -237,7 +245,7 @@ def generation_of(path: str | Path) -> str:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    return (folder / CHECKSUMS).is_file() or any(folder.glob(f"{PREFIX}*/{CHECKSUMS}"))
+    return (folder / CHECKSUMS).is_file() or any((step / CHECKSUMS).is_file() for step in step_folders(folder))
 
 
 def _step_folder(path: Path) -> Path:
@@ -245,7 +253,7 @@ def _step_folder(path: Path) -> Path:
         raise ValueError(f"{path}: no such folder; give a run folder or one of its {PREFIX}* folders")
     if any((path / name).is_file() for name in (STATE, CHECKSUMS)):
         return path
-    steps = sorted(folder for folder in path.glob(f"{PREFIX}*") if (folder / CHECKSUMS).is_file())
+    steps = [folder for folder in step_folders(path) if (folder / CHECKSUMS).is_file()]
     if not steps:
         raise ValueError(f"{path}: holds no complete checkpoint ({PREFIX}*/{CHECKSUMS}); has the run saved one yet?")
     return steps[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,18 @@ import pytest
 from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
 from megatron_tide.models.causal import Qwen3ForCausalLM
 from megatron_tide.models.llada2 import LLaDA2MoeModelLM
-from megatron_tide.training_checkpoint import CHECKSUMS, STATE, WEIGHTS, generation_of, open_model, verify
+from megatron_tide.train.checkpoint import _prune
+from megatron_tide.training_checkpoint import (
+    CHECKSUMS,
+    STATE,
+    WEIGHTS,
+    generation_of,
+    newest_complete,
+    open_checkpoint,
+    open_model,
+    step_folders,
+    verify,
+)
 from tests.support.lab import Lab, make_lab, write_checkpoint
 from tests.support.models import tiny_student_config, write_hub_folder
 
@@ -59,3 +71,59 @@ def test_checksums_cover_the_checkpoint_and_nothing_else(tmp_path: Path, sums: d
     (tmp_path / CHECKSUMS).write_text(json.dumps(files | sums if sums else sums))
     with pytest.raises(ValueError, match=said):
         verify(tmp_path)
+
+
+def _empty_step(run: Path, name: str) -> Path:
+    """A folder that passes as a checkpoint as far as its files and checksums go."""
+    folder = run / name
+    folder.mkdir(parents=True)
+    for file in (WEIGHTS, STATE):
+        (folder / file).write_bytes(b"{}")
+    sums = {file: hashlib.sha256(b"{}").hexdigest() for file in (WEIGHTS, STATE)}
+    (folder / CHECKSUMS).write_text(json.dumps(sums))
+    return folder
+
+
+def test_pruning_removes_nothing_but_older_checkpoints(tmp_path: Path) -> None:
+    steps = [_empty_step(tmp_path, f"step-{number:08d}") for number in (10, 20, 30)]
+    (tmp_path / "step-best").symlink_to(steps[0])
+    (tmp_path / "step-99999999").symlink_to(steps[0])
+    elsewhere = _empty_step(tmp_path / "other", "step-00000001")
+    (tmp_path / "step-00000001").symlink_to(elsewhere)
+    others = [_empty_step(tmp_path, name) for name in ("step-9", "step-final", "step-000000400", "step-00000010.bak")]
+    (tmp_path / "step-00000040").mkdir()  # damaged: resuming went past it
+    (tmp_path / "step-00000005").mkdir()
+    (tmp_path / "step-00000050").write_text("a file")
+    _prune(tmp_path, steps[-1], keep=1)
+    assert [step.exists() for step in steps] == [False, False, True]
+    assert all((folder / WEIGHTS).is_file() for folder in (*others, elsewhere))
+    assert (tmp_path / "step-best").is_symlink()
+    assert (tmp_path / "step-00000040").is_dir()
+    assert step_folders(tmp_path) == [tmp_path / f"step-{n:08d}" for n in (5, 30, 40)]
+
+
+def test_pruning_never_removes_what_was_just_saved(tmp_path: Path) -> None:
+    steps = [_empty_step(tmp_path, f"step-{number:08d}") for number in (10, 20, 30, 40)]
+    _prune(tmp_path, steps[1], keep=1)  # resumed from an early step
+    assert [step.exists() for step in steps] == [False, True, True, True]
+
+
+def test_links_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "step-best").symlink_to(_empty_step(tmp_path / "other", "step-00000001"))
+    _empty_step(tmp_path, "step-zz")
+    told: list[str] = []
+    assert newest_complete(tmp_path, told.append) is None
+    assert told == []
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        open_checkpoint(tmp_path)
+    step = _empty_step(tmp_path, "step-00000007")
+    assert newest_complete(tmp_path, told.append) == step
+
+
+@pytest.mark.parametrize("sums", ["{}", "[" * 100_000, '{"../x": "0"}', "\ud800", "null"])
+def test_checksums_that_vouch_for_nothing_are_refused(tmp_path: Path, sums: str) -> None:
+    step = _empty_step(tmp_path, "step-00000007")
+    (step / CHECKSUMS).write_bytes(sums.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError, match=CHECKSUMS) as caught:
+        verify(step)
+    assert "\n" not in str(caught.value)

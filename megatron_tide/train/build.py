@@ -25,7 +25,7 @@ from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.step import TrainContext
 from megatron_tide.train.teacher_probe import check_teacher
-from megatron_tide.training_checkpoint import PREFIX, TrainState, newest_complete, read_description, verify
+from megatron_tide.training_checkpoint import TrainState, newest_complete, read_description, step_folders, verify
 
 
 def build(
@@ -149,7 +149,7 @@ def starting_point(config: DistillConfig, inputs: RunInputs, context: TrainConte
 def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
     out, resume = Path(config.paths.out), config.save.resume
     if resume == "never":
-        if any(out.glob(f"{PREFIX}*")):
+        if step_folders(out):
             raise ValueError(f"--resume never: {out} already holds checkpoints; use another --out or --resume auto")
         return None
     if resume != "auto":
@@ -157,7 +157,7 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
         return Path(resume)
     # Rank 0 verifies for all ranks: the files are shared.
     found = world.broadcast_object(newest_complete(out, world.print_rank0) if world.is_main else None)
-    if found is None and any(out.glob(f"{PREFIX}*")):
+    if found is None and step_folders(out):
         raise ValueError(f"{out}: none of its checkpoints is complete; remove them to start over, or use another --out")
     return found
 

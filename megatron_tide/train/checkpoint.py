@@ -20,7 +20,15 @@ from safetensors.torch import save_file
 from megatron_tide.files import AtomicFolder, sha256_file, sweep
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import full_master_weight, full_moment, moments, restore_state, trained_parameters
-from megatron_tide.training_checkpoint import CHECKSUMS, PREFIX, STATE, WEIGHTS, TrainState, read_description
+from megatron_tide.training_checkpoint import (
+    CHECKSUMS,
+    PREFIX,
+    STATE,
+    WEIGHTS,
+    TrainState,
+    read_description,
+    step_folders,
+)
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
@@ -53,7 +61,7 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
             f"could not save {final}: {told}; free disk space and run the same command again: "
             "--resume auto continues from the newest complete checkpoint"
         )
-    if world.is_main and (left := _attempt(lambda: _prune(run_folder, keep))):
+    if world.is_main and (left := _attempt(lambda: _prune(run_folder, final, keep))):
         world.print_rank0(f"warning: an old checkpoint cannot be removed ({left})")
     return final
 
@@ -119,7 +127,11 @@ def _seal(folder: AtomicFolder, description: dict[str, Any]) -> None:
     folder.commit()
 
 
-def _prune(run_folder: Path, keep: int) -> None:
-    for old in sorted(run_folder.glob(f"{PREFIX}*"))[:-keep]:
+def _prune(run_folder: Path, newest: Path, keep: int) -> None:
+    """Remove the complete checkpoints before ``newest``, but for ``keep - 1`` of them. Anything else is left alone:
+    links, folders of other names, and later steps (damaged ones, which resuming went past).
+    """
+    steps = [folder for folder in step_folders(run_folder) if folder.name <= newest.name]
+    for old in [folder for folder in steps if (folder / CHECKSUMS).is_file()][:-keep]:
         shutil.rmtree(old)
     sweep(run_folder, PREFIX)
