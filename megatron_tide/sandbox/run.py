@@ -22,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,14 +83,10 @@ def run_programs(
     *,
     workers: int = 0,
     strict: bool = True,
-    progress: Callable[[int], None] | None = None,
 ) -> list[Outcome]:
-    """``run_program`` of each, ``workers`` at a time (0: one per core); ``progress(done)`` after each."""
+    """``run_program`` of each, ``workers`` at a time (0: one per core)."""
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         running = [pool.submit(run_program, parts, limits, strict=strict) for parts in programs]
-        for done, _ in enumerate(as_completed(running), 1):
-            if progress is not None:
-                progress(done)
         return [future.result() for future in running]
 
 

@@ -169,12 +169,10 @@ def wait_until_gone() -> None:
         time.sleep(0.02)
 
 
-def test_many_are_told_apart_and_counted() -> None:
-    seen: list[int] = []
+def test_many_are_told_apart() -> None:
     programs = [[f"assert {number} % 2 == 0"] for number in range(6)]
-    outcomes = run_programs(programs, workers=2, progress=seen.append)
+    outcomes = run_programs(programs, workers=2)
     assert [outcome.passed for outcome in outcomes] == [True, False] * 3
-    assert seen == [1, 2, 3, 4, 5, 6]
 
 
 def test_this_machine_passes_every_self_test() -> None:
