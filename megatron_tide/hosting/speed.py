@@ -18,12 +18,14 @@ GIGA, TERA = 1e9, 1e12
 class Rates:
     """Rates that the estimate of speed assumes."""
 
-    gpu_tflops: float = flag(150.0, "TFLOP/s of a GPU in the teacher's matmuls")
-    cpu_tflops: float = flag(0.5, "TFLOP/s of a rank without GPU in the teacher's matmuls")
-    gather_gbs: float = flag(20.0, "GB/s that a rank receives when layers are gathered (PCIe; NVLink: 10 times more)")
-    pcie_gbs: float = flag(20.0, "GB/s from host memory to a GPU")
-    disk_gbs: float = flag(3.0, "GB/s that a node reads from its disk")
-    hop_gbs: float = flag(10.0, "GB/s between neighbours of a pipeline")
+    gpu_tflops: float = flag(150.0, "TFLOP/s of a GPU in the teacher's matmuls", low=1e-6)
+    cpu_tflops: float = flag(0.5, "TFLOP/s of a rank without GPU in the teacher's matmuls", low=1e-6)
+    gather_gbs: float = flag(
+        20.0, "GB/s that a rank receives when layers are gathered (PCIe; NVLink: 10 times more)", low=1e-6
+    )
+    pcie_gbs: float = flag(20.0, "GB/s from host memory to a GPU", low=1e-6)
+    disk_gbs: float = flag(3.0, "GB/s that a node reads from its disk", low=1e-6)
+    hop_gbs: float = flag(10.0, "GB/s between neighbours of a pipeline", low=1e-6)
 
 
 RATES = Rates()

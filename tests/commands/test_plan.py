@@ -96,6 +96,7 @@ def test_this_machine_is_the_default(capsys):
         ),
         (["--teacher", "/nowhere"], "/nowhere: no such folder, and the hub does not give its config.json"),
         (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
+        (["--gpus", "8", "--gpu-mem", "24", "--gpu-tflops", "0"], "--gpu-tflops 0.0: must be at least 1e-06"),
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, said):
