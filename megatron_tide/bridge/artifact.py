@@ -110,7 +110,7 @@ class Bridge:
         manifest: dict[str, Any] = {"format": FORMAT}
         manifest.update({side: tok.describe() for side, tok in zip(_SIDES, (student, teacher))})
         manifest.update(shared=shared, shared_prefix=prefix, mapped=len(pairs[0]))
-        manifest.update(vocab_map_sha256=_mapfingerprint_of(*pairs), sample=sample, request=dict(request or {}))
+        manifest.update(vocab_map_sha256=_map_fingerprint(*pairs), sample=sample, request=dict(request or {}))
         manifest["fingerprint"] = _fingerprint(manifest)
         return cls(manifest, *pairs, tokenizers=(student, teacher))
 
@@ -126,7 +126,7 @@ class Bridge:
             student_ids, teacher_ids = pairs["student_ids"], pairs["teacher_ids"]
             intact = manifest["format"] == FORMAT and checksum == fingerprint_of(manifest)
             intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
-            intact = intact and manifest["vocab_map_sha256"] == _mapfingerprint_of(student_ids, teacher_ids)
+            intact = intact and manifest["vocab_map_sha256"] == _map_fingerprint(student_ids, teacher_ids)
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
@@ -313,5 +313,5 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
     return fingerprint_of(decides)
 
 
-def _mapfingerprint_of(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:
+def _map_fingerprint(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:
     return hashlib.sha256(student_ids.astype("<i8").tobytes() + teacher_ids.astype("<i8").tobytes()).hexdigest()

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.choices import ATTENTION_LAYOUTS
 from megatron_tide.cli import flag
 from megatron_tide.machine import DEVICE_HELP, device_of
 
@@ -42,7 +43,7 @@ class LikelihoodArgs:
     teacher_context: str = flag(
         "staircase",
         "What teachers attend to; staircase: the same as students",
-        choices=("staircase", "full", "block_causal"),
+        choices=ATTENTION_LAYOUTS,
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
     mc_samples: int = flag(8, "Number of timesteps per sample, one in each of as many strata", low=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli
+from megatron_tide.choices import ATTENTION_LAYOUTS, Choice
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
 from megatron_tide.models import load_model
@@ -90,3 +91,10 @@ def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], fla
     assert ended.value.code == 2
     assert word in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_layout_from_outside_the_package_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tide.commands import evaluate as module
+
+    monkeypatch.setitem(ATTENTION_LAYOUTS, "toy", Choice("for this test", "diffusion.layouts:full"))
+    assert cli.parse(module, ["model", "--teacher-context", "toy"]).likelihood.teacher_context == "toy"
