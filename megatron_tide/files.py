@@ -105,7 +105,12 @@ class AtomicFolder:
         if self.final.exists():
             remove(self._old)
             self.final.rename(self._old)
-        self.draft.rename(self.final)
+        try:
+            self.draft.rename(self.final)
+        except OSError:
+            if self._old.exists():
+                self._old.rename(self.final)
+            raise
         flush(self.final.parent)
         remove(self._old)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +64,24 @@ def test_a_process_that_died_between_the_renames_loses_nothing(tmp_path):
     (died.open() / "weights").write_bytes(b"new")
     out.rename(tmp_path / f"{TEMPORARY}out.old")
     AtomicFolder(out).open()
+    assert (out / "weights").read_bytes() == b"old"
+
+
+def test_what_stood_there_comes_back_when_the_last_rename_fails(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    with AtomicFolder(out) as draft:
+        (draft / "weights").write_bytes(b"old")
+    folder = AtomicFolder(out)
+    (folder.open() / "weights").write_bytes(b"new")
+
+    def full(path, target):
+        if path == folder.draft:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.commit()
     assert (out / "weights").read_bytes() == b"old"
 
 
