@@ -136,7 +136,10 @@ launcher() {
         LAUNCH+=("${torchrun[@]}" --nnodes "$NNODES" --node-rank "${NODE_RANK:?}"
           --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
       elif (($1 > 1)); then
-        LAUNCH+=("${torchrun[@]}" --standalone)
+        # --standalone would listen on every network interface and unpickle what anyone writes there. Here the launcher
+        # meets in a file of this user's, and rank 0 opens a port on 127.0.0.1 (megatron_tide/train/distributed.py).
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        LAUNCH+=("${torchrun[@]}" --rdzv-backend c10d --rdzv-conf store_type=file --local-addr 127.0.0.1)
       fi
       ;;
     *)

@@ -66,6 +66,7 @@ rendezvous() {
   export LAUNCHER=srun NPROC=$ranks NNODES=$SLURM_NNODES
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   [[ -n $MASTER_ADDR ]] || fail "scontrol names no host of '$SLURM_JOB_NODELIST'; next: $AGAIN, or ask who runs the cluster"
+  ((SLURM_NNODES > 1)) || MASTER_ADDR=127.0.0.1 # then training listens on no network (megatron_tide/train/distributed.py)
   export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # two jobs that share a node do not meet
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it from sbatch
 }

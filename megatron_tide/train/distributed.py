@@ -22,6 +22,7 @@ from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.train.trace import Trace
 
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
+LOOPBACK = ("127.0.0.1", "localhost")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -106,7 +107,7 @@ def init_distributed() -> DistContext:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    here = _loopback_store()
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it had to guess
@@ -126,6 +127,7 @@ def init_distributed() -> DistContext:
                 verbose=False,
                 auto_mpi_discovery=False,
             )
+    del here  # the group's own store, of the same server, lives on
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     return DistContext(
         rank=dist.get_rank(),
@@ -141,7 +143,28 @@ def destroy_distributed() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _loopback_store() -> dist.TCPStore | None:
+    """Where all ranks are on this machine: rank 0's store, on 127.0.0.1; else None. Sets MASTER_PORT if it is missing.
+
+    torch's own store listens on every interface, and takes what anyone writes; torch gives it no address, but takes a
+    socket that listens already, and a second store on that port joins it. gloo and NCCL listen on one interface.
+    """
+    if os.environ["MASTER_ADDR"] not in LOOPBACK:
+        return None
+    for backend in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not hosts or dist.is_initialized():
+        return None
+    listener = socket.create_server(("127.0.0.1", int(os.environ.get("MASTER_PORT", "0"))), backlog=2048)
+    port = listener.getsockname()[1]
+    os.environ["MASTER_PORT"] = str(port)
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        int(os.environ["WORLD_SIZE"]),
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
