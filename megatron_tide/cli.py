@@ -36,6 +36,7 @@ from typing import Any
 PROGRAM = "python -m megatron_tide"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+LAYOUT = "\n\t\u3000\xa0\u200c\u200d"  # and what writing needs: wide and fixed spaces, joiners
 _INF = float("inf")
 
 
@@ -175,9 +176,17 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     sys.exit(status or 0)
 
 
-def printable(text: str) -> str:
-    """``text`` with everything that a terminal would act on, or hide, as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with everything that a terminal would act on, or hide, as an escape, but for the characters of ``keep``.
+
+    Text that a model wrote keeps its lines and tabs: ``keep=LAYOUT``.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def say(text: object, **more: Any) -> None:
+    """``print`` text that may hold names or words of others: lines and tabs stay, a terminal acts on nothing else."""
+    print(printable(str(text), LAYOUT), **more)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -48,7 +48,7 @@ def dry_run(config: DistillConfig) -> int:
     inputs = read_run_inputs(config, launched_ranks())
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
     steps = f"{inputs.total_steps} steps of {config.train.global_batch_size} samples"
-    print(f"dry run: {len(inputs.data)} samples, {steps}: OK")
+    cli.say(f"dry run: {len(inputs.data)} samples, {steps}: OK")
     return 0
 
 

@@ -27,7 +27,8 @@ TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}
 PYTHON=${PYTHON:-$REPO/.venv/bin/python} # another interpreter that has everything may be given; .venv is made here
 
 fail() {
-  printf 'error: %s\n' "$*" >&2
+  local LC_ALL=C text="error: $*" # a terminal acts on nothing in it
+  printf '%s\n' "${text//[[:cntrl:]]/?}" >&2
   exit 2
 }
 

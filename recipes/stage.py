@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tide import scheduler
+from megatron_tide.cli import say
 from megatron_tide.lock import RunLock
 
 STOPPED = 130
@@ -88,28 +89,28 @@ def main(argv: list[str]) -> int:
     name = Path(arguments.stamp).stem
     mine, before = read(arguments.stamp), read(arguments.after) if arguments.after else {}
     if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0):
-        print(f"== {name}: done before, skipped", flush=True)
+        say(f"== {name}: done before, skipped", flush=True)
         return 0
-    print(f"\n== {name}", flush=True)
+    say(f"\n== {name}", flush=True)
     started = time.time()
     child = Child(command)
     try:
         with RunLock(Path(arguments.stamp).parent):
             status = child.run()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         return 2
     finished = time.time()
     if child.was_stopped(status):
-        print(f"stage {name}: stopped as asked; run the same recipe again to go on", flush=True)
+        say(f"stage {name}: stopped as asked; run the same recipe again to go on", flush=True)
         return STOPPED
     if status:
-        print(f"error: stage {name} stopped with status {status}; run the same recipe again to go on", file=sys.stderr)
+        say(f"error: stage {name} stopped with status {status}; run the same recipe again to go on", file=sys.stderr)
         return status
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     record = {"command": command, "finished": finished, "seconds": finished - started, "peak_process_bytes": peak}
     Path(arguments.stamp).write_text(json.dumps(record, indent=1))
-    print(f"== {name}: {record['seconds']:.0f} s", flush=True)
+    say(f"== {name}: {record['seconds']:.0f} s", flush=True)
     return 0
 
 

@@ -16,7 +16,8 @@ unset CDPATH # cd would look elsewhere first
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {
-  printf 'error: %s\n' "$*" >&2
+  local LC_ALL=C text="error: $*" # a terminal acts on nothing in it
+  printf '%s\n' "${text//[[:cntrl:]]/?}" >&2
   exit 2
 }
 

@@ -19,7 +19,8 @@ RECIPE='' ASKED='' CHILD='' LOG='' AGAIN='' TOLD=''
 
 fail() {
   TOLD=1
-  printf 'failed: %s\n' "$*"
+  local LC_ALL=C text="failed: $*" # a terminal acts on nothing in it
+  printf '%s\n' "${text//[[:cntrl:]]/?}"
   exit 2
 }
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 _TOKENIZER = "Hugging Face folder or hub name, SentencePiece .model file, or .tiktoken file"
 
@@ -59,5 +59,5 @@ def run(args: Args) -> None:
         coverage_floor=args.coverage_floor,
         fresh=args.fresh,
     )
-    print(summary(bridge))
-    print(f"{args.out}: {'built' if built else 'done, skipped'}")
+    say(summary(bridge))
+    say(f"{args.out}: {'built' if built else 'done, skipped'}")

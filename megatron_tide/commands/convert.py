@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +50,9 @@ def run(args: Args) -> None:
         license_id=args.license,
     )
     parity = convert(args.checkpoint, args.out, options)
-    print(
+    say(
         f"{args.out}: released; {parity['logit_rows']} rows of logits and {parity['greedy_tokens']} greedy tokens "
         f"equal the training weights' bit for bit"
     )
     if hub is not None:
-        print(f"{args.out}: uploaded to {hub.push(args.out)}")
+        say(f"{args.out}: uploaded to {hub.push(args.out)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +29,4 @@ def run(args: Args) -> None:
 
     manifest = write_corpus(args.out, Path(sysconfig.get_paths()["stdlib"]), args.fresh)
     counts = ", ".join(f"{entry['pairs']} in {name}" for name, entry in manifest["files"].items())
-    print(f"corpus of Python {manifest['python']} in {args.out}: {counts}", file=sys.stderr)
+    say(f"corpus of Python {manifest['python']} in {args.out}: {counts}", file=sys.stderr)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 from megatron_tide.machine import DEVICE_HELP, device_of
 
 LIKELIHOOD = "likelihood"
@@ -146,7 +146,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
     rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
     record = comparison.likelihood_record(rows, how)
     cells = comparison.likelihood_cells(record["models"])
-    print(comparison.text_table(comparison.LIKELIHOOD_HEAD, cells))
+    say(comparison.text_table(comparison.LIKELIHOOD_HEAD, cells))
     return record
 
 
@@ -182,7 +182,7 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
         )
         with RunLock(folder):
             results += [run_benchmark(task, preset, context) for task, preset in presets.items()]
-    print(benchmark_table(results))
+    say(benchmark_table(results))
     return [result.to_dict() for result in results]
 
 

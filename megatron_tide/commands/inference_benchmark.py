@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 from megatron_tide.machine import DEVICE_HELP, device_of
 
 PROMPT = "Write a Python function that returns the sum of a list of numbers."
@@ -41,4 +41,4 @@ def run(args: Args) -> None:
     settings = {name: getattr(args, name) for name in names} | {"device": device_of(args.device)}
     found = compare((args.student, args.student_mask), (args.teacher, args.teacher_mask), settings)
     found.write(args.out)
-    print("\n".join(found.summary()))
+    say("\n".join(found.summary()))

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,4 +30,4 @@ def run(args: Args) -> None:
     from megatron_tide.models.init_model import init_model
 
     count = init_model(args.config, args.tokenizer, args.seed, args.out, args.fresh)
-    print(f"{args.out}: {count / 1e6:.3f} M parameters, seed {args.seed}")
+    say(f"{args.out}: {count / 1e6:.3f} M parameters, seed {args.seed}")

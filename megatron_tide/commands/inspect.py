@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,4 +45,4 @@ def run(args: Args) -> None:
     colour = not args.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
     for text in texts:
         print(show(student, teacher, align_text(student, teacher, text), colour), end="\n\n")
-    print(summary(Bridge.build(student, teacher, texts)))
+    say(summary(Bridge.build(student, teacher, texts)))

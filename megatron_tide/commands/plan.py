@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 from megatron_tide.config import DistillConfig
 from megatron_tide.files import write_json
 from megatron_tide.hosting.speed import Rates
@@ -66,7 +66,7 @@ def run(args: Args) -> int:
     needs = teacher_needs(args.config.strategy, len(sizes) == 1, args.student_length, args.teacher_length)
     shape = run_shape(args.config, machine.world, needs)
     found = plans(shape, machine, args.rates)
-    print("\n".join([*_head(shape, machine), "", *_table(found), "", *_verdict(shape, machine, args.rates, found)]))
+    say("\n".join([*_head(shape, machine), "", *_table(found), "", *_verdict(shape, machine, args.rates, found)]))
     if args.json:
         more = [{"hosting": item.hosting.name, "fits": item.fits, "lacks": item.lacks} for item in found]
         write_json(Path(args.json), {"plans": [asdict(item) | extra for item, extra in zip(found, more)]})

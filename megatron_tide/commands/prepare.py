@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 # On a cluster a job may use fewer cores than the machine has.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -66,7 +66,7 @@ def run(args: Args) -> None:
         settings=settings_of(mixture, encoder, args.shard_rows, args.limit),
     )
     manifest = prepare(job, workers=args.workers, coverage_floor=args.coverage_floor, fresh=args.fresh)
-    print(summary(job, manifest), file=sys.stderr)
+    say(summary(job, manifest), file=sys.stderr)
 
 
 def _encoder(args: Args) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +32,4 @@ def run(args: Args) -> None:
     check_out(out)
     page = build_page(read_runs(args.runs))
     sections, figures = page.count("<section "), page.count("<figure ")
-    print(f"{visible(write_page(out, page))}: {sections} sections, {figures} figures")
+    say(f"{visible(write_page(out, page))}: {sections} sections, {figures} figures")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ def run(args: Args) -> None:
     from megatron_tide.data.sources import write_sample
 
     count, left_out = write_sample(args.data, args.out, args.limit)
-    print(f"wrote {count:,} conversations to {args.out}", file=sys.stderr)
+    say(f"wrote {count:,} conversations to {args.out}", file=sys.stderr)
     for reason in left_out[:5]:
-        print(f"left out: {reason}", file=sys.stderr)
+        say(f"left out: {reason}", file=sys.stderr)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,4 +32,4 @@ def run(args: Args) -> None:
     for line in train_tokenizers(
         args.data, args.student_out, args.teacher_out, args.student_vocab, args.teacher_vocab, args.fresh
     ):
-        print(line, flush=True)
+        say(line, flush=True)

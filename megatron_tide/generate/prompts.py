@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.cli import say
 from megatron_tide.data import PreparedData
 from megatron_tide.generate.complete import Completion, prompt_ids
 from megatron_tide.tables import ASSISTANT, parse_messages, read_rows
@@ -118,12 +119,12 @@ def print_answers(
 ) -> None:
     """Each prompt and its answer; before it the recorded answer, ``with_reference``."""
     for number, (prompt, answer) in enumerate(zip(prompts, answers), 1):
-        print(f"--- prompt {number} of {len(prompts)}\n{prompt.shown.strip()}")
+        say(f"--- prompt {number} of {len(prompts)}\n{prompt.shown.strip()}")
         if with_reference and prompt.reference is not None:
-            print(f"--- reference\n{prompt.reference.rstrip()}")
+            say(f"--- reference\n{prompt.reference.rstrip()}")
         cut = not answer.finished and not prompt.begun
         text = prompt.answer(tokenizer, answer).rstrip()
-        print(f"--- answer{' (cut at --max-new-tokens)' if cut else ''}\n{text}\n")
+        say(f"--- answer{' (cut at --max-new-tokens)' if cut else ''}\n{text}\n")
 
 
 def write_answers(

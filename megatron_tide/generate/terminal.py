@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.cli import LAYOUT, printable
 from megatron_tide.generate.complete import Moment, prompt_ids, stream
 
 MASKED = "░"
@@ -26,8 +27,9 @@ class LiveText:
     def show(self, moment: Moment) -> None:
         if self._live:
             self._out.write(_CLEAR_LINE + self._line)
-        self._out.write(moment.new_text)
-        self._line = (self._line + moment.new_text).rpartition("\n")[2]
+        text = printable(moment.new_text, LAYOUT)
+        self._out.write(text)
+        self._line = (self._line + text).rpartition("\n")[2]
         if self._live:
             self._out.write(self._shortened(self.under_way(moment)))
         self._out.flush()
@@ -41,7 +43,7 @@ class LiveText:
         shown = ""
         for token, decided in zip(moment.ids[first:], moment.decided[first:]):
             shown += self._tokenizer.decode([token]) if decided else MASKED
-        return shown.replace("\n", "⏎").replace("\t", " ")
+        return printable(shown.replace("\n", "⏎").replace("\t", " "), LAYOUT)
 
     def _shortened(self, text: str) -> str:
         room = shutil.get_terminal_size().columns - 1 - len(self._line)

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_tide.cli import say
 from megatron_tide.sandbox.run import LIMITS, TIMED_OUT, Limits, Outcome, run_programs
 
 
@@ -75,4 +76,4 @@ def require_sandbox(unsafe: bool = False) -> None:
             f"{said}. Use another machine, leave this task out, or pass --unsafe-programs in a container that holds "
             "nothing of value"
         )
-    print(f"warning: {said}; running them nevertheless (--unsafe-programs)", file=sys.stderr)
+    say(f"warning: {said}; running them nevertheless (--unsafe-programs)", file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_tide.cli import say
 from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.train.trace import Trace
 
@@ -43,7 +44,7 @@ class DistContext:
     def print_rank0(self, line: str) -> None:
         """Print a line on rank 0."""
         if self.is_main:
-            print(line, flush=True)
+            say(line, flush=True)
 
     def sum_over_ranks(self, numbers: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks (float64, on the host)."""

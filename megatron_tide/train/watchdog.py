@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megatron_tide.cli import say
 from megatron_tide.train.distributed import DistContext
 
 EXIT_LOST = 3
@@ -127,7 +128,7 @@ class HangWatchdog:
         """End this process; the lowest remaining rank prints why, the others wait for it."""
         if self._world.rank == (1 if lost == 0 else 0):
             hint = "run the same command again: --resume auto continues from the newest complete checkpoint"
-            print(f"error: {what}; {hint}", file=sys.stderr, flush=True)
+            say(f"error: {what}; {hint}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * BEAT)
         os._exit(EXIT_LOST)

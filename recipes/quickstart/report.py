@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
     print(
         f"\nheld-out text, {scores['settings']['samples']} test samples, 95 % intervals, the same masks for every model"
     )
-    print(text_table(LIKELIHOOD_HEAD, likelihood_cells(scores["models"])))
+    cli.say(text_table(LIKELIHOOD_HEAD, likelihood_cells(scores["models"])))
     print(f"\n{minutes:.1f} minutes in all stages, largest process {gibibytes:.2f} GiB")
-    print(f"numbers: {run}/report.json   page: {run}/report/index.html   release: {run}/hf")
+    cli.say(f"numbers: {run}/report.json   page: {run}/report/index.html   release: {run}/hf")
     return 0
 
 

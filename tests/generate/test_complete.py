@@ -7,14 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.cli import LAYOUT, printable
 from megatron_tide.data import PreparedData
 from megatron_tide.generate import chat, complete, from_prepared, from_text, read_prompts, stream, with_holes
-from megatron_tide.generate.prompts import from_messages
-from megatron_tide.generate.terminal import MASKED
+from megatron_tide.generate.complete import Completion, Moment
+from megatron_tide.generate.prompts import Prompt, from_messages, print_answers
+from megatron_tide.generate.terminal import MASKED, LiveText
 from megatron_tide.models import load_model
 from tests.support.lab import Lab, response
 
@@ -108,7 +111,27 @@ def test_a_chat_remembers_and_shows_masks(model: Any, tokenizer: TextTokenizer, 
     assert (MASKED in screen.getvalue()) == is_terminal
     if not is_terminal:
         body = screen.getvalue().split("\n", 1)[1]
-        assert body == f"{first.text}\n{second.text}\n{first.text}\n"
+        assert body == printable(f"{first.text}\n{second.text}\n{first.text}\n", LAYOUT)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_never_acts_on_generated_text(
+    model: Any, tokenizer: TextTokenizer, is_terminal: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "def f():\n\treturn 1\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b1m\r\u202e"
+    shown = "def f():\n\treturn 1\\x1b]52;c;ZXZpbA==\\x07\\x1b[2J\\x9b1m\\r\\u202e"
+    screen, ids = Screen(is_terminal), tokenizer.encode(hostile).tolist()
+    live = LiveText(tokenizer, screen)
+    live.show(Moment([*ids, 0], [True] * len(ids) + [False], hostile))
+    live.close()
+    said = screen.getvalue().replace("\r\033[K", "")
+    assert said.startswith(shown)
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(said)
+    prompt = Prompt(np.array(ids), hostile, hostile)
+    print_answers(tokenizer, [prompt], [Completion(ids, hostile, True, 1, ids)], True)
+    printed = capsys.readouterr().out
+    assert printed.count(shown) >= 2
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(printed)
 
 
 def test_a_chat_ends_with_its_input(model: Any, tokenizer: TextTokenizer) -> None:

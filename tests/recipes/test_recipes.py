@@ -148,6 +148,13 @@ def test_an_exported_cdpath_changes_nothing(tmp_path):
         assert str(tmp_path) not in finished.stdout
 
 
+def test_a_terminal_never_acts_on_an_error_line():
+    refused = run("quickstart.sh", "\x1b]0;x\x07\x1b[2J")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert not {"\x1b", "\x07"} & set(refused.stderr)
+
+
 def test_quickstart_refuses_an_unknown_argument():
     refused = run("quickstart.sh", "--frsh")
     assert refused.returncode == 2
