@@ -165,6 +165,8 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
 def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
     """Refuse a checkpoint whose run had other loss-affecting flags, data, bridge or models."""
     theirs = read_description(folder)["run"]
+    if not isinstance(theirs.get("affects_loss"), dict):
+        raise ValueError(f"{folder}: the run of another version, which cannot be resumed; use another --out")
     for flag, mine in run["affects_loss"].items():
         if theirs["affects_loss"].get(flag) != mine:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A run on a disk that fails: what it logged and saved before stays, and what is not needed does not stop it."""
+"""A run's folder: what was logged and saved stays where the disk fails, and an earlier version's run is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from megatron_tide.train import checkpoint
+from megatron_tide.train import build, checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metrics import MetricLogger
 from megatron_tide.training_checkpoint import METRICS, TrainState
@@ -39,3 +39,11 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
         saved = checkpoint.save(tmp_path, None, TrainState(step=step, total_steps=2), {}, WORLD, keep=1)
         assert (saved / "checksums.json").exists()
     assert "warning: an old checkpoint cannot be removed ([Errno 5] Input/output error)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
+    run = {"deciding": {"lr": 1.0}, "data_fingerprint": "", "bridge_fingerprint": None, "total_steps": 2}
+    saved = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=2), run, WORLD, keep=1)
+    with pytest.raises(ValueError, match="the run of another version, which cannot be resumed; use another --out"):
+        build.refuse_other_run(saved, {**run, "affects_loss": {"lr": 1.0}})
