@@ -2,8 +2,8 @@
 # What every recipe shares: set-up, stages, and the chain  bridge -> data -> distil -> convert -> report.
 # A recipe sets its settings, sources this file and calls `chain`; this file is not run by itself.
 #
-# A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before and no
-# stage before it ran since. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
+# A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before, no stage
+# before it ran since, and the files it read are as they were. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
 # DRY_RUN=1 prints the commands instead. ONLY="sample bridge data" runs those stages and leaves the others out ("train"
 # stands for every train-*). LAUNCHER=srun starts the ranks with Slurm (slurm/job.sh sets it), in place of torchrun.
 # Ctrl-C, TERM and USR1 reach the stage under way, which saves what it has; the recipe then ends with status 130.

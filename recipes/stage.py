@@ -1,7 +1,9 @@
 """Run one command of a recipe once, and keep what it took: `stage.py STAMP [--after STAMP] -- COMMAND...`
 
-The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command and is not
-older than the stamp of the stage before it; so an edited setting, or an earlier stage that ran again, runs it again.
+The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command, is not older
+than the stamp of the stage before it, and what the command read is as it was; so an edited setting, an earlier stage
+that ran again, or an edited input runs it again. Inputs are the files and folders that the command, or the JSON of its
+mixture, names, which were there before it ran and which it did not change.
 
 While it runs, no other job may run a stage of the same folder. Asked to stop (Ctrl-C, TERM, USR1), it asks the command
 likewise, gives it its time to save, and leaves with 130.
@@ -10,27 +12,84 @@ likewise, gives it its time to save, and leaves with 130.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tide import scheduler
 from megatron_tide.cli import say
+from megatron_tide.files import fingerprint, sha256_file
 from megatron_tide.lock import RunLock
 
 STOPPED = 130
+HASHED = 2**30  # bytes of an input whose content is hashed; of what is larger, size and time of change are kept
+LONGEST_JSON = 2**20
+NO_INPUT = ("--out", "--student-out", "--teacher-out", "--json", "--teacher-nvme", "-m")  # the word after them
 
 
 def read(path: str) -> dict:
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
+
+
+def inputs_of(command: list[str], stamp: Path) -> dict[str, str]:
+    """Path -> fingerprint of every file and folder that a command names: it reads them, or it writes them."""
+    found = {}
+    for before, word in itertools.pairwise(command):
+        if before in NO_INPUT:
+            continue
+        for text in {word, word.partition("=")[2]} - {""}:
+            path = Path(text)
+            if _exists(path) and path.resolve() not in stamp.resolve().parents:
+                found[text] = fingerprint_of(path)
+                found |= {str(named): fingerprint_of(named) for named in _named_in(path)}
+    return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no path at all: a word of a program
+        return False
+
+
+def _named_in(path: Path) -> Iterator[Path]:
+    """The local sources of a mixture's JSON file."""
+    if path.suffix == ".json" and path.is_file() and path.stat().st_size <= LONGEST_JSON:
+        sources = read(str(path)).get("sources")
+        for source in sources if isinstance(sources, list) else []:
+            name = source.get("path") if isinstance(source, dict) else None
+            candidates = [path.parent / name, Path(name)] if isinstance(name, str) and name else []
+            yield from [one for one in candidates if _exists(one)][:1]
+
+
+def fingerprint_of(path: Path) -> str:
+    """sha256 hex of a file, or of a folder's files by name; hidden files and a folder's README.md do not count."""
+    files = [path] if not path.is_dir() else [Path(top, name) for top, _, names in os.walk(path) for name in names]
+    entries, left = [], HASHED
+    for file in sorted(files):
+        name = file.relative_to(path).as_posix()
+        if not file.is_file() or (file != path and ("/." in f"/{name}" or name == "README.md")):
+            continue
+        try:
+            about = file.stat()
+            content = sha256_file(file) if about.st_size <= left else about.st_mtime_ns
+        except OSError:  # unreadable, or gone since: the command will say so
+            continue
+        left -= about.st_size if about.st_size <= left else 0
+        entries.append([name, about.st_size, content])
+    return fingerprint(entries)
 
 
 @dataclass
@@ -88,10 +147,13 @@ def main(argv: list[str]) -> int:
     arguments, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     name = Path(arguments.stamp).stem
     mine, before = read(arguments.stamp), read(arguments.after) if arguments.after else {}
-    if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0):
+    inputs = inputs_of(command, Path(arguments.stamp))
+    recorded = mine.get("inputs", {})  # an input that is gone was not edited: what was made of it stands
+    changed = next((path for path, value in recorded.items() if inputs.get(path, value) != value), None)
+    if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0) and not changed:
         say(f"== {name}: done before, skipped", flush=True)
         return 0
-    say(f"\n== {name}", flush=True)
+    say(f"\n== {name}{f' ({changed} changed)' if changed else ''}", flush=True)
     started = time.time()
     child = Child(command)
     try:
@@ -108,7 +170,10 @@ def main(argv: list[str]) -> int:
         say(f"error: stage {name} stopped with status {status}; run the same recipe again to go on", file=sys.stderr)
         return status
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    after = inputs_of(command, Path(arguments.stamp))
+    unchanged = {path: value for path, value in inputs.items() if after.get(path) == value}
     record = {"command": command, "finished": finished, "seconds": finished - started, "peak_process_bytes": peak}
+    record["inputs"] = unchanged
     Path(arguments.stamp).write_text(json.dumps(record, indent=1))
     say(f"== {name}: {record['seconds']:.0f} s", flush=True)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,42 @@ def test_a_stage_before_it_that_ran_again_runs_it_again(tmp_path):
     stage(one, *append(log, "x"))
     stage(two, *append(log, "2"), after=one)
     assert log.read_text() == "12x2"
+
+
+def copy(source, out):
+    return (sys.executable, "-c", "import shutil, sys; shutil.copy(*sys.argv[1:])", str(source), str(out))
+
+
+def test_an_edited_input_runs_it_again(tmp_path):
+    """Also one of the same size and time; what the command wrote itself is no input."""
+    stamp, data, out = tmp_path / "one.json", tmp_path / "data.jsonl", tmp_path / "out"
+    data.write_text("a")
+    assert "skipped" not in stage(stamp, *copy(data, out)).stdout
+    assert "skipped" in stage(stamp, *copy(data, out)).stdout
+    before = data.stat()
+    data.write_text("b")
+    os.utime(data, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = stage(stamp, *copy(data, out))
+    assert f"== one ({data} changed)" in again.stdout
+    assert out.read_text() == "b"
+    assert "skipped" in stage(stamp, *copy(data, out)).stdout
+    out.write_text("made by hand")
+    assert "skipped" in stage(stamp, *copy(data, out)).stdout
+
+
+def test_an_edited_file_of_a_folder_or_of_a_mixture_runs_it_again(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for edited in ("folder/weights", "rows.jsonl"):
+        (tmp_path / edited).write_text("a")
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"sources": [{"path": "rows.jsonl"}, {"path": "hub/name"}]}))
+    command = (sys.executable, "-c", "pass", f"name={tmp_path / 'folder'}", str(mixture))
+    for edited in ("folder/weights", "rows.jsonl"):
+        stage(tmp_path / "one.json", *command)
+        assert "skipped" in stage(tmp_path / "one.json", *command).stdout
+        (tmp_path / edited).write_text("b")
+        (tmp_path / "folder" / "README.md").write_text("a card of scores is no input")
+        assert "changed)" in stage(tmp_path / "one.json", *command).stdout
 
 
 def test_a_failed_stage_says_so_and_is_not_done(tmp_path):
