@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ class Encoding:
     ids: np.ndarray
     lengths: np.ndarray
     data: bytes
+
+
+_CHANGING = re.compile(r"\b(strftime_now|lipsum)\b|\|\s*random\b")  # of Jinja's names, those without a fixed value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class TextTokenizer:
         self._prefixes = probes[0].startswith(b" ")
         self._prefixes_always = probes[1].startswith(b"  ")
         self._fingerprint: str | None = None
+        self._changing = _CHANGING.search(source.chat_template or "")
 
     def __repr__(self) -> str:
         return f"TextTokenizer({self.name!r}, {self.vocab_size} tokens, {self.fingerprint[:12]})"
@@ -218,6 +223,11 @@ class TextTokenizer:
 
         if self._source.chat_template is None:
             raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja beside it")
+        if self._changing is not None:
+            raise ValueError(
+                f"{self.name}: the chat template writes today's date or a random choice ({self._changing[0]}), so "
+                "equal settings give other prompts tomorrow; put a chat_template.jinja with a fixed text beside it"
+            )
         tokens: dict[str, Any] = self._role_tokens()
         try:
             rendered: Any = render_jinja_template(

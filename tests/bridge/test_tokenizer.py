@@ -164,6 +164,16 @@ def test_fingerprint_follows_what_decides_ids(tmp_path: Path, tokenizers: Mappin
     assert len(prints) == 6
 
 
+@pytest.mark.parametrize("word", ["{{ strftime_now('%d %b %Y') }}", "{{ ['a', 'b'] | random }}", "{{ lipsum() }}"])
+def test_a_template_that_writes_the_date_is_refused(tmp_path: Path, folders: Mapping[str, Path], word: str) -> None:
+    """Equal settings must give equal prompts, tomorrow too."""
+    shutil.copytree(folders["student"], tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text(word + "{{ messages[0]['content'] }}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"today's date or a random choice.*put a chat_template\.jinja") as refused:
+        load_tokenizer(tmp_path / "dated").render([{"role": "user", "content": "Hi"}])
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_pickled_copies_are_the_same(
     tmp_path: Path, tokenizers: Mapping[str, TextTokenizer], kind: str
