@@ -7,9 +7,11 @@ The cache file is named by the model's fingerprint; its keys hold prompt and gen
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -223,7 +225,8 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
     """Run the programs of all answers; adds ``verdicts`` and pass@k to each row. Verdicts are cached like answers."""
     programs = [[PROGRAMS[task](row["doc"], answer) for answer in row["filtered"]] for row in rows]
     strict, count = not context.unsafe_programs, context.samples_per_problem
-    keys = [[fingerprint([parts, vars(LIMITS), strict]) for parts in many] for many in programs]
+    installed = _installed()
+    keys = [[fingerprint([parts, vars(LIMITS), strict, installed]) for parts in many] for many in programs]
     todo = {key: parts for many in zip(keys, programs) for key, parts in zip(*many) if key not in cache.dbdict}
     items = list(todo.items())
     for first in tqdm(range(0, len(items), PROGRAMS_PER_WINDOW), desc="Running programs", disable=False):
@@ -234,6 +237,12 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
         row["verdicts"] = [cache.dbdict[key] for key in many]
         passed = sum(verdict["passed"] for verdict in row["verdicts"])
         row["scores"] = {f"pass@{k}": pass_at_k(count, passed, k) for k in PASS_AT if k <= count}
+
+
+def _installed() -> str:
+    """What programs can import, besides themselves: Python and the installed packages."""
+    packages = sorted({f"{one.name} {one.version}" for one in importlib.metadata.distributions()})
+    return fingerprint([sys.version, packages])
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

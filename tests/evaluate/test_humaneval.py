@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,19 @@ def test_what_was_asked_and_run_before_is_not_asked_or_run_again(
     monkeypatch.undo()
     humaneval(generator, tmp_path, replace(PRESET, new_tokens=99), limit=12)
     assert len(generator.asked) == 24
+
+
+def test_programs_run_again_where_other_packages_are_installed(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, run, ran = knows(lab), harness.run_programs, []
+    monkeypatch.setattr(harness, "run_programs", lambda programs, *a, **k: ran.extend(programs) or run(programs))
+    for installed in ([], [], ["numpy"]):
+        found = [SimpleNamespace(name=name, version="2.0") for name in installed]
+        monkeypatch.setattr("importlib.metadata.distributions", lambda found=found: found)
+        humaneval(generator, tmp_path, limit=1)
+    assert len(ran) == 2
+    assert len(generator.asked) == 1
 
 
 def test_judging_stopped_in_the_middle_continues(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
