@@ -1,7 +1,8 @@
 """Train a block-diffusion student: by distillation, or without a teacher (--strategy bd3lm).
 
-Run again, it resumes from its newest checkpoint. Ctrl-C finishes the step, saves, and stops. Any number of ranks gives
-the same curve. Data and bridge come from the prepare and bridge commands; the convert command makes the release.
+The same command, run again, resumes from the newest checkpoint. Ctrl-C finishes the current step, saves, and stops. Any
+number of ranks gives the same curve. Data and bridge come from the prepare and bridge commands; the convert command
+makes the release.
 
 Examples:
   python -m megatron_tide distill --student DIR --teacher DIR --bridge DIR --data DIR --out runs/NAME
@@ -60,7 +61,7 @@ def train(config: DistillConfig, world: Any) -> int:
     from megatron_tide.train.watchdog import HangWatchdog
 
     stop = StopRequest()
-    stop.install()  # asked while models load: it ends before its first step
+    stop.install()  # a signal while models load ends the run before its first step
     inputs = read_run_inputs(config, world.size)
     out = Path(config.paths.out)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
@@ -73,7 +74,7 @@ def train(config: DistillConfig, world: Any) -> int:
         measure = build.measurement(config, inputs, context)
         state = Loop(config, context, loader, inputs.run).train(state, stop, measure)
     finished = state.step == state.total_steps
-    how = "finished" if finished else "stopped as asked, saved; the same command goes on from here"
+    how = "finished" if finished else "stopped on request, checkpoint saved; run the same command again to continue"
     world.print_rank0(f"step {state.step}/{state.total_steps}: {how} ({out})")
     return 0 if finished else EXIT_STOPPED
 

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# For scripts that hand signals on to a command in the background and must know its status.
+# For scripts that forward signals to a background command and need its exit status.
 
-# await PID: wait until a child of this shell has ended, and give its status, while traps run within a tenth of a second.
-# Not by `wait` alone: a trapped signal breaks it off, and bash loses the status (says 255) if the child ends just then.
-# A command in the foreground is not broken off, and bash notes meanwhile how its other children ended.
+# await PID: wait for a child of this shell and return its exit status; traps run within 0.1 s.
+# `wait` alone is not enough: a trapped signal interrupts it, and bash loses the status (returns 255) if the child ends at
+# that moment. A foreground command is not interrupted, and bash records how its other children end meanwhile.
 await() {
   while kill -0 "$1" 2>/dev/null; do sleep 0.1 || true; done
   wait "$1"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What every recipe shares: set-up, stages, and the chain  bridge -> data -> distil -> convert -> report.
-# A recipe sets its settings, sources this file and calls `chain`; this file is not run by itself.
+# Shared by all recipes: setup, stages, and the chain  bridge -> data -> distil -> convert -> report.
+# A recipe sets its variables, sources this file and calls `chain`. Do not run this file directly.
 #
 # A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before, no stage
 # before it ran since, and the files it read are as they were. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
@@ -9,25 +9,25 @@
 # Ctrl-C, TERM and USR1 reach the stage under way, which saves what it has; the recipe then ends with status 130.
 
 set -euo pipefail
-unset CDPATH # cd would look elsewhere first, and print where it went
+unset CDPATH # CDPATH makes cd search other folders and print the result
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
 # shellcheck source=recipes/await.sh
 source recipes/await.sh
 
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
-export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # libraries talking about their next version
+export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # warnings of libraries about their next version
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
-export MPLCONFIGDIR=${MPLCONFIGDIR:-$REPO/.venv/matplotlib} # its list of fonts, in place of one in the home folder
+export MPLCONFIGDIR=${MPLCONFIGDIR:-$REPO/.venv/matplotlib} # font cache here, not in the home folder
 DRY_RUN=${DRY_RUN:-0}
-RUNS=${RUNS:-runs} # everything a recipe makes goes to $RUNS/$NAME
+RUNS=${RUNS:-runs} # all output of a recipe goes to $RUNS/$NAME
 ONLY=${ONLY:-}
 LAUNCHER=${LAUNCHER:-torchrun}
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}
-PYTHON=${PYTHON:-$REPO/.venv/bin/python} # another interpreter that has everything may be given; .venv is made here
+PYTHON=${PYTHON:-$REPO/.venv/bin/python} # or another interpreter with everything installed; the default .venv is created here
 
 fail() {
-  local LC_ALL=C text="error: $*" # a terminal acts on nothing in it
+  local LC_ALL=C text="error: $*" # without control characters for the terminal
   printf '%s\n' "${text//[[:cntrl:]]/?}" >&2
   exit 2
 }
@@ -38,7 +38,7 @@ case $TRUST_REMOTE_CODE in
   *) fail "TRUST_REMOTE_CODE=$TRUST_REMOTE_CODE: 1 runs Python code that comes with the hub folders, 0 does not" ;;
 esac
 
-# setup_environment REQUIREMENTS...: a .venv with the requirement files named, and DeepSpeed's CPU op.
+# setup_environment REQUIREMENTS...: create .venv, install the requirement files, and compile DeepSpeed's ops.
 setup_environment() {
   [[ $DRY_RUN == 1 ]] && return 0
   if [[ $PYTHON == "$REPO/.venv/bin/python" ]]; then
@@ -49,8 +49,8 @@ setup_environment() {
       python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "python3 is $(python3 --version 2>&1): put Python 3.11 or newer first on PATH"
       printf '== installing into .venv (once, a few minutes)\n'
-      [[ -x $PYTHON ]] || python3 -m venv "$REPO/.venv" || fail "cannot make .venv: install the python3-venv package"
-      # torch first: the pin takes this machine's build (CPU or CUDA), and what follows leaves it alone.
+      [[ -x $PYTHON ]] || python3 -m venv "$REPO/.venv" || fail "cannot create .venv: install the python3-venv package"
+      # torch first: the pin selects this machine's build (CPU or CUDA), and later installs keep it.
       "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
       for file in "${files[@]}"; do arguments+=(-r "$file"); done
       "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check "${arguments[@]}"
@@ -63,7 +63,7 @@ setup_environment() {
   "$PYTHON" -m megatron_tide build-ops ${ops[@]+"${ops[@]}"}
 }
 
-# wanted STAGE: whether ONLY names it. Words of ONLY that named a stage are kept, to tell at the end which did not.
+# wanted STAGE: whether ONLY includes it. Matched words of ONLY are recorded, so that on_exit can report the others.
 ONLY_SEEN=
 wanted() {
   [[ -n $ONLY ]] || return 0
@@ -77,29 +77,29 @@ wanted() {
   return 1
 }
 
-at_the_end() {
+on_exit() {
   local status=$? word
   ((status == 0)) || exit "$status"
   for word in $ONLY; do
     [[ $ONLY_SEEN == *" $word "* ]] || fail "ONLY=\"$ONLY\": this recipe has no stage '$word'; DRY_RUN=1 lists them"
   done
 }
-[[ -z $ONLY ]] || trap at_the_end EXIT
+[[ -z $ONLY ]] || trap on_exit EXIT
 
-ASKED='' CHILD=''
-# asked SIGNAL: hand a request to stop to the stage under way, and start no other.
-asked() {
-  ASKED=$1
+STOP_SIGNAL='' CHILD=''
+# request_stop SIGNAL: forward a stop signal to the running stage, and start no further stage.
+request_stop() {
+  STOP_SIGNAL=$1
   [[ -z $CHILD || $1 == INT ]] || kill -s "$1" "$CHILD" 2>/dev/null || true # a terminal sends INT to the stage itself
 }
 
 LAST_STAMP=
-# stage NAME COMMAND...: run a command once, after the stages before it.
+# stage NAME COMMAND...: run a command once; it runs again if an earlier stage has run since.
 stage() {
   local stage=$1 stamp=$RUNS/$NAME/.stages/$1.json status=0
   shift
   if ! wanted "$stage"; then
-    printf '# %s: left out (ONLY="%s")\n' "$stage" "$ONLY"
+    printf '# %s: skipped (ONLY="%s")\n' "$stage" "$ONLY"
     [[ ! -e $stamp ]] || LAST_STAMP=$stamp
     return 0
   fi
@@ -109,30 +109,30 @@ stage() {
     printf '\n'
     return 0
   fi
-  # In the background, because bash acts on a signal only when the command in the foreground has ended. Before the first
-  # stage nothing is worth saving, and signals end the recipe at once.
-  trap 'asked TERM' TERM
-  trap 'asked USR1' USR1
-  trap 'asked INT' INT
-  [[ -z $ASKED ]] || exit 130
+  # In the background, because bash handles a signal only after the foreground command has ended. Before the first stage
+  # there is nothing to save, and signals end the recipe at once.
+  trap 'request_stop TERM' TERM
+  trap 'request_stop USR1' USR1
+  trap 'request_stop INT' INT
+  [[ -z $STOP_SIGNAL ]] || exit 130
   "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} -- "$@" <&0 &
   CHILD=$!
-  [[ -z $ASKED ]] || asked "$ASKED" # it came before CHILD was set
+  [[ -z $STOP_SIGNAL ]] || request_stop "$STOP_SIGNAL" # the signal arrived before CHILD was set
   await "$CHILD" || status=$?
   CHILD=
   ((status == 0)) || exit "$status"
   LAST_STAMP=$stamp
 }
 
-# launcher RANKS: how to start a training run of that many ranks on every node, in the array LAUNCH.
-# NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say so when there are several nodes.
+# launcher RANKS: set LAUNCH to the command that starts RANKS ranks on every node.
+# For several nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT.
 launcher() {
   local torchrun=(-m torch.distributed.run --nproc-per-node "$1"
-    --signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1") # each is passed on to the ranks, which save
+    --signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1") # torchrun forwards each to the ranks, which save
   LAUNCH=("$PYTHON")
   case $LAUNCHER in
     torchrun)
-      export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save; torch gives 30
+      export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds for saving; torch's default is 30
       if ((${NNODES:-1} > 1)); then
         LAUNCH+=("${torchrun[@]}" --nnodes "$NNODES" --node-rank "${NODE_RANK:?}"
           --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
@@ -144,7 +144,7 @@ launcher() {
       fi
       ;;
     *)
-      [[ -f slurm/$LAUNCHER.sh ]] || fail "LAUNCHER=$LAUNCHER: take torchrun or srun"
+      [[ -f slurm/$LAUNCHER.sh ]] || fail "LAUNCHER=$LAUNCHER: use torchrun or srun"
       # shellcheck source=slurm/srun.sh
       source "slurm/$LAUNCHER.sh"
       launch_ranks "$1"
@@ -152,14 +152,14 @@ launcher() {
   esac
 }
 
-# distil OUT FLAGS...: one training run as a stage named after its folder, on NPROC ranks (default: one a GPU).
+# distil OUT FLAGS...: one training run as stage train-<folder name>, on NPROC ranks (default: one per GPU).
 distil() {
   local out=$1 gpus ranks
   shift
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
   ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
   launcher "$ranks"
-  if [[ $DRY_RUN != 1 ]] && wanted "train-$(basename "$out")" && ((${#LAUNCH[@]} > 1)); then # one clear line now, rather than one a rank later
+  if [[ $DRY_RUN != 1 ]] && wanted "train-$(basename "$out")" && ((${#LAUNCH[@]} > 1)); then # report mistakes once here, not once per rank later
     WORLD_SIZE=$((ranks * ${NNODES:-1})) "$PYTHON" -m megatron_tide.distill --out "$out" "$@" --dry-run >/dev/null || exit $?
   fi
   if ((gpus == 0)); then # torchrun would give every CPU rank one thread
@@ -168,14 +168,14 @@ distil() {
   stage "train-$(basename "$out")" "${LAUNCH[@]}" -m megatron_tide.distill --out "$out" "$@"
 }
 
-# chain [FLAGS...]: a release, and a page about how it came to be.
+# chain [FLAGS...]: release, then report.
 chain() {
   release "$@"
   stage report "$PYTHON" -m megatron_tide report "$RUNS/$NAME"
 }
 
-# release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate, on EVAL_DATA), from the settings of the recipe; FLAGS
-# go to the distillation.
+# release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate on EVAL_DATA), with the settings of the recipe; FLAGS
+# are passed to distil.
 release() {
   local run=$RUNS/$NAME
   local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
@@ -192,7 +192,7 @@ release() {
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
     --strategy "$STRATEGY" ${hosting[@]+"${hosting[@]}"} "$@"
   stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite
-  [[ -n ${EVAL_DATA:-} ]] || return 0 # a prepared folder that nothing was trained on
+  [[ -n ${EVAL_DATA:-} ]] || return 0 # prepared data that was not used for training
   stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
     --json "$run/scores.json" --card
 }

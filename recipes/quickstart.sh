@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# The whole main job on this machine's CPU, on real input, from nothing: about 15 minutes on 2 cores, under 6 GiB.
+# The complete pipeline on this machine's CPU, on real data, from scratch: about 15 minutes on 2 cores, under 6 GiB.
 #
 #   corpus      docstring -> code pairs of this machine's own Python standard library, split by file
 #   tokenizers  SentencePiece unigram for the teacher, byte-level BPE for the student, trained on the train split
 #   models      a small llada2_moe teacher pretrained on all of the train split, a small BD3LM student on a tenth of it
 #   chain       bridge -> aligned data -> distillation with TIDE-Cross -> Hugging Face folder   (as in the large recipes)
-#   beside it   the denoising-only baseline, Reverse CALM with TIDAL as a weight, and tide-bridge: same start, steps, seeds
+#   ablations   the denoising-only baseline, Reverse CALM with TIDAL as a weight, and tide-bridge: same start, steps, seeds
 #   report      held-out bits per byte of all of them, three completions, memory and speed of student and teacher:
-#               runs/quickstart/report.json, and as a page runs/quickstart/report/index.html
+#               runs/quickstart/report.json and the page runs/quickstart/report/index.html
 #
-# Launch:  bash recipes/quickstart.sh            run again, it skips what is done; --fresh starts over
+# Launch:  bash recipes/quickstart.sh            a second run skips finished stages; --fresh starts over
 #          DRY_RUN=1 bash recipes/quickstart.sh  print the commands
 
 set -euo pipefail
 # --- settings: edit here, or set them in the environment ---
 NAME=${NAME:-quickstart}
-TEACHER_STEPS=${TEACHER_STEPS:-1100}      # pretraining of the teacher
-STUDENT_STEPS=${STUDENT_STEPS:-500}       # pretraining of the student: the common start
-DISTILL_STEPS=${DISTILL_STEPS:-300}       # of each strategy
-STUDENT_LENGTH=${STUDENT_LENGTH:-256}     # tokens; longer responses are cut at a chunk
+TEACHER_STEPS=${TEACHER_STEPS:-1100}      # steps of pretraining of the teacher
+STUDENT_STEPS=${STUDENT_STEPS:-500}       # steps of pretraining of the student, which all strategies start from
+DISTILL_STEPS=${DISTILL_STEPS:-300}       # steps of each strategy
+STUDENT_LENGTH=${STUDENT_LENGTH:-256}     # in tokens; longer responses are cut at a chunk boundary
 TEACHER_LENGTH=${TEACHER_LENGTH:-256}
-EVAL_SAMPLES=${EVAL_SAMPLES:-200}         # of the test split
+EVAL_SAMPLES=${EVAL_SAMPLES:-200}         # samples of the test split to score
 SEED=${SEED:-42}
 STRATEGY=tide-cross
 # ---
@@ -29,12 +29,12 @@ STRATEGY=tide-cross
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 [[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
-(($# == 0)) || fail "recipes/quickstart.sh takes --fresh or nothing, not '$1' (settings are at its top)"
+(($# == 0)) || fail "unknown argument '$1': recipes/quickstart.sh takes only --fresh (settings are at the top of the file)"
 setup_environment requirements.txt
 
 common=(--precision fp32 --global-batch-size 8 --micro-batch-size 8 --beta2 0.98 --seed "$SEED" --save-every 200 --keep-last 1 --log-every 20)
 
-# pretrain WHO CORPUS STEPS LR: fresh weights + denoising only -> $run/WHO, a folder in hub format
+# pretrain WHO CORPUS STEPS LR: train WHO from random weights by denoising only -> $run/WHO, a folder in hub format
 pretrain() {
   local who=$1 corpus=$2 steps=$3 lr=$4
   stage "$who-init" "$PYTHON" -m megatron_tide init-model --config "recipes/quickstart/$who.json" \
@@ -57,7 +57,7 @@ TEACHER=$run/teacher STUDENT=$run/student DATA=$run/corpus/train_tenth.jsonl
 distillation=("${common[@]}" --teacher-dtype fp32 --max-steps "$DISTILL_STEPS" --lr 1e-3)
 release "${distillation[@]}"
 
-# The others, from the same start on the same data with the same noise.
+# The ablations: same initial weights, data and noise.
 both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" "${distillation[@]}")
 distil "$run/bd3lm" "${both[@]}" --strategy bd3lm
 distil "$run/tide-cross-tidal" "${both[@]}" --strategy tide-cross --tidal weight

@@ -1,12 +1,12 @@
-"""Run one command of a recipe once, and keep what it took: `stage.py STAMP [--after STAMP] -- COMMAND...`
+"""Run one command of a recipe once, and record its time and memory: `stage.py STAMP [--after STAMP] -- COMMAND...`
 
 The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command, is not older
 than the stamp of the stage before it, and what the command read is as it was; so an edited setting, an earlier stage
 that ran again, or an edited input runs it again. Inputs are the files and folders that the command, or the JSON of its
 mixture, names, which were there before it ran and which it did not change.
 
-While it runs, no other job may run a stage of the same folder. Asked to stop (Ctrl-C, TERM, USR1), it asks the command
-likewise, gives it its time to save, and leaves with 130.
+While it runs, no other job can run a stage of the same folder. Ctrl-C, TERM and USR1 are forwarded to the command, which
+saves its state; then the stage exits with status 130.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def fingerprint_of(path: Path) -> str:
 
 @dataclass
 class Child:
-    """The command, and which signals it was asked to stop with."""
+    """The command, and the stop signals received so far."""
 
     command: list[str]
     asked: set[int] = field(default_factory=set)
@@ -113,7 +113,7 @@ class Child:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
         self.process = subprocess.Popen(self.command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        for number in list(self.asked):  # asked before there was a process
+        for number in list(self.asked):  # received before there was a process
             self._pass_on(number)
         status = self.process.wait()
         return 128 - status if status < 0 else status
@@ -130,7 +130,7 @@ class Child:
         self.process.send_signal(scheduler.STOP if self.is_scheduler else number)
 
     def was_stopped(self, status: int) -> bool:
-        """Whether it ended because it was asked to, rather than for a reason of its own."""
+        """Whether the command ended because of a stop signal, not because of an error."""
         if not self.asked:
             return False
         if self.is_scheduler and scheduler.gave_up(self.asked, status):
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> int:
     recorded = mine.get("inputs", {})  # an input that is gone was not edited: what was made of it stands
     changed = next((path for path, value in recorded.items() if inputs.get(path, value) != value), None)
     if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0) and not changed:
-        say(f"== {name}: done before, skipped", flush=True)
+        say(f"== {name}: already done, skipped", flush=True)
         return 0
     say(f"\n== {name}{f' ({changed} changed)' if changed else ''}", flush=True)
     started = time.time()
@@ -164,10 +164,10 @@ def main(argv: list[str]) -> int:
         return 2
     finished = time.time()
     if child.was_stopped(status):
-        say(f"stage {name}: stopped as asked; run the same recipe again to go on", flush=True)
+        say(f"stage {name}: stopped on request; run the recipe again to continue", flush=True)
         return STOPPED
     if status:
-        say(f"error: stage {name} stopped with status {status}; run the same recipe again to go on", file=sys.stderr)
+        say(f"error: stage {name} stopped with status {status}; run the recipe again to continue", file=sys.stderr)
         return status
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     after = inputs_of(command, Path(arguments.stamp))

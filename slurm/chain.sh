@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The work of slurm/RECIPE.sh as three jobs, each on the nodes that it needs, each waiting for the one before it:
-#   prepare  sample, bridge, data                            processors, no GPU
-#   distil   the training                                    GPUs, as slurm/RECIPE.sh asks for them
-#   convert  checkpoint -> Hugging Face folder, and a report  processors; with EVAL_DATA also its scores, on one GPU
+# slurm/RECIPE.sh as three jobs, each on the nodes it needs, each waiting for the previous one:
+#   prepare  sample, bridge, data                            CPUs, no GPU
+#   distil   the training                                    the GPUs that slurm/RECIPE.sh requests
+#   convert  checkpoint -> Hugging Face folder, and a report  CPUs; with EVAL_DATA also scores, on one GPU
 #
-#   bash slurm/chain.sh distill_16b_to_0.6b --max-steps 1000           flags go to the training
+#   bash slurm/chain.sh distill_16b_to_0.6b --max-steps 1000           flags are passed to the training
 #   DRY_RUN=1 bash slurm/chain.sh distill_16b_to_0.6b                  print the sbatch commands
 #   PREPARE_SBATCH="--partition=cpu" bash slurm/chain.sh distill_16b_to_0.6b
 #
-# Settings, beside the recipe's own: PREPARE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for each sbatch; they win),
-# EVAL_DATA (a prepared folder that nothing was trained on: scores of it go to runs/NAME/scores.json).
+# Settings, in addition to those of the recipe: PREPARE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for each sbatch;
+# they take precedence), EVAL_DATA (prepared data not used for training; its scores go to runs/NAME/scores.json).
 
 set -euo pipefail
 unset CDPATH # cd would look elsewhere first
@@ -23,17 +23,17 @@ fail() {
 
 name=${1:-} JOBS=()
 [[ -n $name && -f slurm/$name.sh && -f recipes/$name.sh ]] ||
-  fail "'$name' is no recipe with a script in slurm/; take bash slurm/chain.sh distill_16b_to_0.6b [FLAGS...]"
+  fail "'$name': no such recipe in both recipes/ and slurm/; usage: bash slurm/chain.sh distill_16b_to_0.6b [FLAGS...]"
 shift
 flags=("$@")
-[[ ${DRY_RUN:-0} == 1 ]] || command -v sbatch >/dev/null || fail "sbatch not found: run this where jobs are submitted"
-[[ -z ${EVAL_DATA:-} || -d ${EVAL_DATA:-} ]] || fail "EVAL_DATA=$EVAL_DATA: no such folder; make it with the prepare command"
-if [[ -n ${ONLY:-} ]]; then fail "ONLY=\"$ONLY\" is what this script sets; for some stages alone: ONLY=... sbatch slurm/$name.sh"; fi
+[[ ${DRY_RUN:-0} == 1 ]] || command -v sbatch >/dev/null || fail "sbatch not found: run this on a login node of the cluster"
+[[ -z ${EVAL_DATA:-} || -d ${EVAL_DATA:-} ]] || fail "EVAL_DATA=$EVAL_DATA: no such folder; create it with the prepare command"
+if [[ -n ${ONLY:-} ]]; then fail "ONLY=\"$ONLY\": this script sets ONLY itself; to run only some stages: ONLY=... sbatch slurm/$name.sh"; fi
 
-# A chain that could not be submitted whole leaves no job behind.
+# If one job cannot be submitted, cancel those before it.
 trap '((${#JOBS[@]} == 3)) || ((${#JOBS[@]} == 0)) || scancel "${JOBS[@]}"' EXIT
 
-# submit STAGES OPTIONS...: one job of those stages, after the one submitted before it.
+# submit STAGES OPTIONS...: submit one job for these stages, dependent on the previous job.
 submit() {
   local only=$1 command id
   shift
@@ -46,7 +46,7 @@ submit() {
     JOBS+=("ID$((${#JOBS[@]} + 1))")
     return
   fi
-  id=$(ONLY=$only "${command[@]}") || fail "sbatch refused the job of '$only'; what it said is above"
+  id=$(ONLY=$only "${command[@]}") || fail "sbatch refused the job for '$only'; its message is above"
   JOBS+=("${id%%;*}")
 }
 

@@ -2,28 +2,28 @@
 # LLaDA2.0-mini (16B) -> Qwen3-0.6B on a Slurm cluster: bridge, data, distillation, Hugging Face folder, in one job.
 #
 #   sbatch slurm/distill_16b_to_0.6b.sh                                       from the repository's folder
-#   STRATEGY=tide-bridge sbatch slurm/distill_16b_to_0.6b.sh --max-steps 1000 settings from the environment, flags to the training
+#   STRATEGY=tide-bridge sbatch slurm/distill_16b_to_0.6b.sh --max-steps 1000 settings: environment variables; flags: passed to the training
 #
-# Everything is in runs/NAME/logs/<job>.log; its last line says how it ended and what to do next. A job whose time is up
-# saves, goes back into the queue and goes on where it was. slurm/README.md: other clusters, several nodes, containers.
+# The log is runs/NAME/logs/<job>.log; its last line gives the outcome and what to do next. At its time limit a job saves
+# a checkpoint, is requeued and resumes. slurm/README.md: other clusters, several nodes, containers.
 #
-# Options on sbatch's own command line win over these. Uncomment what your cluster asks for:
+# Options on the sbatch command line take precedence over these. Uncomment what your cluster requires:
 ##SBATCH --partition=gpu
 ##SBATCH --account=my_project
 
 #SBATCH --job-name=distill_16b_to_0.6b
-# Nodes, and on each of them one rank a GPU: change the three together. Any number of ranks gives the same curve.
+# Nodes, and one rank per GPU on each node: change the three together. Any number of ranks gives the same curve.
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-# Processors of a rank, and the memory of a node. HOSTING=zero3_cpu keeps the teacher in it: 32.5 GB.
+# CPUs per rank, and memory per node. HOSTING=zero3_cpu keeps the teacher in that memory: 32.5 GB.
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=200G
-# As long as the queue gives you: the job comes back when it is over.
+# The longest time that the queue allows: the job is requeued when it is over.
 #SBATCH --time=12:00:00
-# How long before that to save and leave: twice what one checkpoint takes. B: sends it to this script alone.
+# How many seconds before that to save and exit: twice the time of one checkpoint. B: signals only the batch script.
 #SBATCH --signal=B:USR1@180
-# A job that lost a node, or was preempted, comes back too, and goes on in the same log.
+# A job that lost a node or was preempted is requeued too, and appends to the same log.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 

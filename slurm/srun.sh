@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# How ranks start with Slurm: sourced by launcher() in recipes/common.sh where LAUNCHER=srun, which slurm/job.sh sets.
+# Starts ranks with Slurm: sourced by launcher() in recipes/common.sh if LAUNCHER=srun, which slurm/job.sh sets.
 
-# launch_ranks RANKS: that many on every node, each by way of rank.sh, in the array LAUNCH.
-# Ranks that were asked to stop leave with 130 one after the other: the first must not have the others killed
-# (--kill-on-bad-exit=0), but ranks that lost one of theirs for another reason must not stay for long (--wait).
+# launch_ranks RANKS: set LAUNCH to the srun command that starts RANKS ranks per node through rank.sh.
+# After a stop signal, ranks exit with 130 one after the other: the first exit must not kill the others
+# (--kill-on-bad-exit=0), but after a failed rank the others must not run on for long (--wait).
 launch_ranks() {
   local flags=()
   read -ra flags <<<"${SRUN_FLAGS:-}"

@@ -58,7 +58,7 @@ def test_the_cluster_readme_names_things_that_exist():
     assert {"replicated", "zero3_cpu"} <= hostings <= set(TEACHER_HOSTINGS)
     job = (REPOSITORY / "slurm" / "job.sh").read_text(encoding="utf-8")
     for word in re.findall(r"^\| `([a-z ]+):` \|", SLURM, flags=re.M):
-        assert f"'{word}: " in job or f"come_back 130 {word} " in job or f'come_back "$status" "{word}"' in job
+        assert f"'{word}: " in job or f"requeue 130 {word} " in job or f'requeue "$status" "{word}"' in job
 
 
 def test_every_strategy_is_in_the_table():

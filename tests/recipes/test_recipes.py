@@ -93,10 +93,10 @@ def test_knobs_come_from_the_environment():
 
 def test_only_leaves_the_other_stages_out():
     shown = run("distill_16b_to_0.6b.sh", DRY_RUN="1", ONLY="bridge train").stdout.splitlines()
-    kept = [line.removeprefix("# ") for line in shown if line.startswith("# ") and "left out" not in line]
+    kept = [line.removeprefix("# ") for line in shown if line.startswith("# ") and "skipped" not in line]
     assert kept == ["bridge", "train-tide-cross"]
-    assert [line for line in shown if "left out" in line] == [
-        f'# {name}: left out (ONLY="bridge train")' for name in ("sample", "data", "convert", "report")
+    assert [line for line in shown if "skipped" in line] == [
+        f'# {name}: skipped (ONLY="bridge train")' for name in ("sample", "data", "convert", "report")
     ]
     assert len(shown) == 4 + 2 * 2
 
@@ -195,7 +195,7 @@ def test_quickstart_whole_and_small(quickstart):
     }
     again = run("quickstart.sh", timeout=300, RUNS=str(folder.parent), **SMALL)
     assert again.returncode == 0
-    assert again.stdout.count("done before, skipped") == len(report["stages"])
+    assert again.stdout.count("already done, skipped") == len(report["stages"])
     for words in readme_commands_on("runs/quickstart"):
         on_this_run = [word.replace("runs/quickstart", str(folder)) for word in words[1:]]
         if "--tasks" in words:

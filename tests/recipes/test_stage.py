@@ -26,7 +26,7 @@ def test_runs_once_and_records_what_it_took(tmp_path):
     first, second = stage(stamp, *append(log, "a")), stage(stamp, *append(log, "a"))
     assert (first.returncode, second.returncode) == (0, 0)
     assert log.read_text() == "a"
-    assert "done before, skipped" in second.stdout
+    assert "already done, skipped" in second.stdout
     record = json.loads(stamp.read_text())
     assert record["seconds"] > 0
     assert record["peak_process_bytes"] > 1e6

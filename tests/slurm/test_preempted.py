@@ -64,7 +64,7 @@ def test_a_job_that_cannot_come_back_saves_and_fails(desk, stub, tmp_path, no_pr
     desk.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
     assert job.wait(30) == "FAILED"
     assert (job.status, job.restarts) == (130, 0)
-    assert "step 1/2: stopped as asked, saved" in job.text()
+    assert "step 1/2: stopped on request, checkpoint saved" in job.text()
     assert job.last_line.startswith(said)
     assert "; next: " in job.last_line
 

@@ -88,7 +88,7 @@ def test_elsewhere_it_says_where_to_submit_it(tmp_path):
 def test_without_slurm_it_names_both_ways():
     refused = run("bash", JOBS[0], "--lr", "1e-4")
     assert refused.returncode == 2
-    expected = f"failed: this is a script for Slurm; next: sbatch {JOBS[0]} --lr 1e-4, or without Slurm: bash recipes/"
+    expected = f"failed: not in a Slurm job; next: sbatch {JOBS[0]} --lr 1e-4, or without Slurm: bash recipes/"
     assert refused.stdout.startswith(expected)
     assert len(refused.stdout.splitlines()) == 1
 
@@ -96,12 +96,12 @@ def test_without_slurm_it_names_both_ways():
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"SLURM_NTASKS_PER_NODE": ""}, "ranks a node are not known; next: sbatch --ntasks-per-node=8 ..."),
+        ({"SLURM_NTASKS_PER_NODE": ""}, "number of ranks per node unknown; next: sbatch --ntasks-per-node=8 ..."),
         (
             {"SLURM_GPUS_ON_NODE": "4"},
-            "8 ranks but 4 GPUs a node; next: sbatch --ntasks-per-node=4 --gpus-per-node=4 ...",
+            "8 ranks but 4 GPUs per node; next: sbatch --ntasks-per-node=4 --gpus-per-node=4 ...",
         ),
-        ({"MAX_ATTEMPTS": "many"}, "MAX_ATTEMPTS=many is no number of attempts; next: give one, or none"),
+        ({"MAX_ATTEMPTS": "many"}, "MAX_ATTEMPTS=many: must be a positive integer; next: set one, or unset it"),
         ({"PROLOGUE": "no/such.sh"}, f"PROLOGUE=no/such.sh: no such file (from {REPOSITORY})"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_prologue_that_ends_the_script_is_told_too(tmp_path):
     ended = run("bash", JOBS[0], PROLOGUE=str(tmp_path / "mine.sh"), **job)
     assert ended.returncode == 5
     assert (tmp_path / "run" / "logs" / "7.log").read_text().splitlines()[1:] == [
-        f"failed: the job script itself stopped, with status 5; next: fix what is above, then sbatch {JOBS[0]}"
+        f"failed: the job script stopped with status 5; next: fix the error above, then sbatch {JOBS[0]}"
     ]
 
 
@@ -137,9 +137,9 @@ def test_chain_submits_three_jobs_each_after_the_other():
 
 def test_chain_refuses_what_it_does_not_know(tmp_path):
     for arguments, environment, said in (
-        (["nothing"], {}, "error: 'nothing' is no recipe with a script in slurm/; "),
+        (["nothing"], {}, "error: 'nothing': no such recipe in both recipes/ and slurm/; "),
         (["distill_16b_to_0.6b"], {"EVAL_DATA": str(tmp_path / "none")}, f"error: EVAL_DATA={tmp_path}/none: no such"),
-        (["distill_16b_to_0.6b"], {"ONLY": "train"}, 'error: ONLY="train" is what this script sets; '),
+        (["distill_16b_to_0.6b"], {"ONLY": "train"}, 'error: ONLY="train": this script sets ONLY itself; '),
     ):
         refused = run("bash", "slurm/chain.sh", *arguments, DRY_RUN="1", **environment)
         assert refused.returncode == 2
@@ -149,7 +149,7 @@ def test_chain_refuses_what_it_does_not_know(tmp_path):
 
 FILLER = "step 1/9  loss 7.9612\n" * 20_000  # more than a pipe holds
 ATTEMPT = "== attempt {} of 20: job 7 on a\n"
-SAID = "step 3/9: stopped as asked, saved; the same command goes on from here\n"
+SAID = "step 3/9: stopped on request, checkpoint saved; run the same command again to continue\n"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_whether_this_attempt_saved_is_read_from_a_log_of_any_length(tmp_path, l
         (
             "srun: error: n2: task 3: Out Of Memory\nerror: gone\nsrun: error: n1: task 0: Exited with exit code 1\n",
             {0: "error: rank 3 is gone\n"},
-            "rank 3 was killed (n2: task 3: Out Of Memory): by hand, or for want of memory",
+            "rank 3 was killed (n2: task 3: Out Of Memory): by hand, or out of memory",
         ),
         (
             "srun: error: n2: tasks 2-3: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n",

@@ -136,7 +136,7 @@ def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, untouched, tmp_p
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "stopped as asked, saved" in output
+    assert "stopped on request, checkpoint saved" in output
     saved = sorted(out.glob("step-*"))
     state = json.loads((saved[-1] / "trainer.json").read_text())["state"]
     assert 1 <= state["step"] < 4000
