@@ -1,4 +1,4 @@
-"""Distil a large diffusion language model into a small one. Every step is a command."""
+"""Distil a large diffusion language model into a small one. Each stage is a command."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def entry(*words: str) -> None:
-    """Run ``words`` and the command line, and exit: what the script ``megatron-tide`` and those in tools/ call."""
+    """Run ``words`` plus the command line, and exit: entry point of ``megatron-tide`` and of the scripts in tools/."""
     cli.run(main, [*words, *sys.argv[1:]])
 
 

@@ -1,8 +1,8 @@
-"""The words that flags take, and the code behind each: one line per strategy, objective, noise schedule, masking, ...
+"""Registries: the values that flags accept, and the code behind each (strategies, objectives, noise schedules, ...).
 
-To add one, write its code in its own room and its line here. Flags and their help, the checks of a run, and the code
+To add one, write its code in its package and its line here. Flags and their help, the checks of a run, and the code
 itself read these tables. Code is written "module:name", relative to the package, and imported when it is first looked
-up, so that ``--help`` imports no torch. From outside the package the line is
+up, so that ``--help`` imports no torch. Code outside the package registers with
 ``NOISE_SCHEDULES["mine"] = Choice("what it is", Mine())``.
 """
 
@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Choice:
-    """``meaning``: for the help. ``code``: the object behind the word, or "module:name" of it."""
+    """``meaning``: text for ``--help``. ``code``: the object behind the name, or its "module:name"."""
 
     meaning: str
     code: Any
@@ -33,51 +33,59 @@ class Choice:
 
 
 class Table(UserDict[str, Any]):
-    """Word -> the object behind it. What is put in is a ``Choice``, what is looked up is its object."""
+    """Name -> object. Values are stored as ``Choice`` and looked up as the object."""
 
-    def __getitem__(self, word: str) -> Any:
-        return self.data[word].load()
+    def __getitem__(self, name: str) -> Any:
+        return self.data[name].load()
 
     def __str__(self) -> str:
-        """``word: meaning; word: meaning``."""
-        return "; ".join(f"{word}: {choice.meaning}" for word, choice in self.data.items())
+        """``name: meaning; name: meaning``."""
+        return "; ".join(f"{name}: {choice.meaning}" for name, choice in self.data.items())
 
 
 def or_none(table: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``table`` with the word "none" for no object."""
+    """``table`` plus the name "none" for no object."""
     return ChainMap(table, {"none": None})  # type: ignore[arg-type]
 
 
 def named(table: Mapping[str, Value], name: str, what: str) -> Value:
-    """``table[name]``, or ValueError with the valid names; ``what``: how the message calls an entry."""
+    """``table[name]``, or ValueError with the valid names; ``what``: the kind of entry, for the message."""
     if name not in table:
         raise ValueError(f"unknown {what} {name!r}; use one of {', '.join(table)}")
     return table[name]
 
 
 NOISE_SCHEDULES = Table(
-    {"linear": Choice("a share t of the tokens is masked (published)", "diffusion.noise_schedule:LINEAR")}
+    {"linear": Choice("mask each token with probability t (published)", "diffusion.noise_schedule:LINEAR")}
 )
 
 MASKINGS = Table(
     {
-        "expand": Choice("sample tokens, then mask their whole chunks (published)", "diffusion.masking:EXPAND"),
-        "synchronous": Choice("sample chunks", "diffusion.masking:SYNCHRONOUS"),
+        "expand": Choice(
+            "sample tokens, then mask all chunks that contain one (published)", "diffusion.masking:EXPAND"
+        ),
+        "synchronous": Choice("sample chunks, each masked with probability t", "diffusion.masking:SYNCHRONOUS"),
     }
 )
 
 ATTENTION_LAYOUTS = Table(
     {
-        "full": Choice("every position sees every other (published)", "diffusion.layouts:full"),
-        "block_causal": Choice("a block sees itself and those before it", "diffusion.layouts:block_causal"),
+        "full": Choice("each position attends to all others (published)", "diffusion.layouts:full"),
+        "block_causal": Choice("a block attends to itself and earlier blocks", "diffusion.layouts:block_causal"),
         "staircase": Choice(
-            "as the student: a noised block sees itself and clean ones before it", "diffusion.layouts:staircase"
+            "same as the student: a noised block attends to itself and to earlier clean blocks",
+            "diffusion.layouts:staircase",
         ),
     }
 )
 
-COMPDEMO_SPLITS = Table({"bernoulli": Choice("a coin each", False), "exact": Choice("exactly this share", True)})
-COMPDEMO_UNITS = Table({"chunk": Choice("a chunk", False), "token": Choice("a teacher token", True)})
+COMPDEMO_SPLITS = Table(
+    {
+        "bernoulli": Choice("one coin flip per unit (published)", False),
+        "exact": Choice("exactly this share of the units", True),
+    }
+)
+COMPDEMO_UNITS = Table({"chunk": Choice("one chunk", False), "token": Choice("one teacher token", True)})
 
 CHUNK_OBJECTIVES = Table(
     {
@@ -96,24 +104,24 @@ DISTRIBUTION_OBJECTIVES = Table(
 
 TIDAL_USES = Table(
     {
-        "off": Choice("the teacher alone", "objectives.tidal:OFF"),
-        "mix": Choice("mix the student into the target", "objectives.tidal:MIX"),
-        "weight": Choice("weight the loss", "objectives.tidal:WEIGHT"),
+        "off": Choice("target is the teacher alone", "objectives.tidal:OFF"),
+        "mix": Choice("mix the student into the target with weight 1 - lambda", "objectives.tidal:MIX"),
+        "weight": Choice("multiply the loss by lambda", "objectives.tidal:WEIGHT"),
     }
 )
 
 TIDAL_AXES = Table(
     {
-        "both": Choice("progress and noise", "objectives.tidal:both_axes"),
-        "training": Choice("progress", "objectives.tidal:training_axis"),
-        "timestep": Choice("noise", "objectives.tidal:timestep_axis"),
+        "both": Choice("training progress and timestep", "objectives.tidal:both_axes"),
+        "training": Choice("training progress only", "objectives.tidal:training_axis"),
+        "timestep": Choice("timestep only", "objectives.tidal:timestep_axis"),
     }
 )
 
 TIDAL_RAMPS = Table(
     {
-        "cosine": Choice("half a cosine", "objectives.tidal:cosine_ramp"),
-        "linear": Choice("a line", "objectives.tidal:linear_ramp"),
+        "cosine": Choice("half a cosine period", "objectives.tidal:cosine_ramp"),
+        "linear": Choice("linear", "objectives.tidal:linear_ramp"),
     }
 )
 
@@ -122,23 +130,23 @@ OPTIMIZERS = Table({"adamw": Choice("AdamW (published)", "optimizer:ADAMW")})
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(
     {
-        "replicated": Choice("a copy on every rank", "hosting.backend:ReplicatedTeacher"),
+        "replicated": Choice("a full copy on each rank", "hosting.backend:ReplicatedTeacher"),
         "zero3": Choice("a shard of every layer on each rank's GPU", "hosting.zero3:Zero3Teacher"),
-        "zero3_cpu": Choice("the shards in host memory", "hosting.zero3:Zero3Teacher"),
-        "zero3_nvme": Choice("the shards on a fast disk", "hosting.zero3:Zero3Teacher"),
+        "zero3_cpu": Choice("shards in host memory", "hosting.zero3:Zero3Teacher"),
+        "zero3_nvme": Choice("shards on a fast local disk", "hosting.zero3:Zero3Teacher"),
         "pipeline_2": Choice("half of the layers on each of 2 ranks", "hosting.pipeline:PipelineTeacher"),
-        "pipeline_4": Choice("a quarter on each of 4", "hosting.pipeline:PipelineTeacher"),
-        "pipeline_8": Choice("an eighth on each of 8", "hosting.pipeline:PipelineTeacher"),
+        "pipeline_4": Choice("a quarter of the layers on each of 4 ranks", "hosting.pipeline:PipelineTeacher"),
+        "pipeline_8": Choice("an eighth of the layers on each of 8 ranks", "hosting.pipeline:PipelineTeacher"),
     }
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategySpec:
-    """The parts of one strategy, by name; a flag of the run replaces its part.
+    """The parts of one strategy, by name; flags of the run override single parts.
 
     ``chunk_tidal`` and ``distribution_tidal``: what TIDAL does to each objective (``--tidal`` replaces both).
-    ``where_vocabularies_differ``: the spec used instead where the two tokenizers differ.
+    ``where_vocabularies_differ``: the spec used instead if the two tokenizers differ.
     """
 
     meaning: str
@@ -170,8 +178,8 @@ STRATEGIES: dict[str, StrategySpec] = {
     "bernoulli-kl": StrategySpec(
         meaning="KL(student || teacher) of the chunk's Bernoulli (ours)", chunk="bernoulli_kl"
     ),
-    # TIDAL mixes the forward KL's target, as in TIDE-Shared, and weighs the chunks' reversed objective, which mixing
-    # would work against.
+    # TIDAL mixes the target of the forward KL, as in TIDE-Shared, and weights the chunk objective: it is reversed, and
+    # mixing would work against it.
     "tide-bridge": StrategySpec(
         meaning="forward KL on one-to-one chunks, Bernoulli KL on the others, with CompDemo and TIDAL (ours)",
         chunk="bernoulli_kl",

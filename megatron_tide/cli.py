@@ -1,4 +1,4 @@
-"""The command line of every command: a frozen dataclass becomes flags, and a user's mistake becomes one line.
+"""The command line of every command: a frozen dataclass becomes flags, and a user's mistake becomes one error line.
 
     @dataclass(frozen=True, kw_only=True)
     class Args:
@@ -9,10 +9,10 @@
 The type of a field is the type of its flag: str, int, float, bool or Path, one of them ``| None``, or ``tuple[T, ...]``
 for several values. A field that is a dataclass itself is a group of flags. Flags stay flat, so their names are unique.
 A command is a module with a docstring (its help; the part from "Examples:" comes last), ``Args`` and ``run(args)``.
-It imports what is heavy inside ``run``, so that help and mistakes answer at once.
+Heavy imports belong inside ``run``, so that help and error messages appear at once.
 
 Why not a library: tyro 1.0 prints a mistake as a box of four to twelve lines and cannot be given another form;
-jsonargparse 4.53 spells the flags of a group ``--group.flag``, reads lists as JSON, and prints the usage with each
+jsonargparse 4.53 names the flags of a group ``--group.flag``, reads lists as JSON, and prints the usage with each
 mistake; simple-parsing 0.1.9 fails on a "%" in a help text. They would save the walk over the fields below, and that
 walk also reads the JSON of ``--config``.
 """
@@ -54,14 +54,14 @@ def flag(
 ) -> Any:
     """A dataclass field that is a flag. ``default=...``: it must be given.
 
-    Numbers lie in [``low``, ``high``]. ``shown`` stands in the help in place of the default. ``kind``: "flag";
+    Numbers must be in [``low``, ``high``]. ``shown`` replaces the default in the help. ``kind``: "flag";
     "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata.
     """
     about = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar, "shown": shown}
     return dataclasses.field(default=MISSING if default is ... else default, metadata={**about, "kind": kind, **more})
 
 
-def spelled(info: Field[Any]) -> str:
+def flag_name(info: Field[Any]) -> str:
     """``max_steps`` -> ``--max-steps``; a positional argument -> ``MODEL``."""
     if info.metadata["kind"] == "positional":
         return info.metadata["metavar"] or info.name.upper()
@@ -107,7 +107,7 @@ def given(args_type: Any, argv: Sequence[str], doc: str, prog: str) -> dict[str,
     add_flags(parser, args_type)
     found, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
-        names = [spelled(info) for _, info, _ in flags_of(args_type)]
+        names = [flag_name(info) for _, info, _ in flags_of(args_type)]
         near = difflib.get_close_matches(unknown[0].partition("=")[0], names, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
     return vars(found)
@@ -160,7 +160,7 @@ def call(command: Any, argv: Sequence[str], prog: str) -> int:
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Call ``main(argv)`` and exit with its status; ValueError and OSError become one line and status 2.
 
-    A ValueError is the project's word for "the user can fix this"; anything else is a defect and keeps its traceback.
+    A ValueError means that the user can fix the problem; anything else is a bug and keeps its traceback.
     ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those two as well.
     """
     try:
@@ -201,10 +201,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _usage(args_type: Any, prog: str) -> str:
-    """The positional arguments and the required flags; all flags would be a screen of them."""
+    """The positional arguments and the required flags; a list of all flags would be too long."""
     words = [prog]
     for _, info, hint in flags_of(args_type):
-        name, (kind, many, _) = spelled(info), kind_of(hint)
+        name, (kind, many, _) = flag_name(info), kind_of(hint)
         value = info.metadata["metavar"] or kind.__name__.upper()
         many_mark = " ..." if many else ""
         if info.metadata["kind"] == "positional":
@@ -215,16 +215,16 @@ def _usage(args_type: Any, prog: str) -> str:
 
 
 def _add(group: Any, info: Field[Any], hint: Any) -> None:
-    """One flag as argparse has it, without its default."""
+    """Add one flag to argparse, without its default."""
     about, (kind, many, optional) = info.metadata, kind_of(hint)
     text = argparse.SUPPRESS if about["kind"] == "hidden" else f"{about['help']}{_default(info)}".replace("%", "%%")
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     if kind is bool:
         both = optional and about["kind"] != "hidden"
-        group.add_argument(spelled(info), action=argparse.BooleanOptionalAction if both else "store_true", **options)
-        if not both:  # it can be set in a file, or by a preset
+        group.add_argument(flag_name(info), action=argparse.BooleanOptionalAction if both else "store_true", **options)
+        if not both:  # so that the command line can undo a file or preset
             off = {"dest": info.name, "action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-            group.add_argument(f"--no-{spelled(info)[2:]}", **off)
+            group.add_argument(f"--no-{flag_name(info)[2:]}", **off)
         return
     options |= {"type": kind, "choices": about["choices"], "metavar": about["metavar"]}
     if not (about["choices"] or about["metavar"]):
@@ -234,9 +234,9 @@ def _add(group: Any, info: Field[Any], hint: Any) -> None:
     elif many:
         options["nargs"] = "*" if about["kind"] == "positional" else "+"
     elif about["kind"] == "positional":
-        options["nargs"] = "?"  # what is missing is named by ``build``, with the flags
-    names = [info.name] if about["kind"] == "positional" else [spelled(info)]
-    names += ["--" + info.name] if about["kind"] == "hidden" else []  # as launchers spell it
+        options["nargs"] = "?"  # ``build`` reports it if it is missing, together with the flags
+    names = [info.name] if about["kind"] == "positional" else [flag_name(info)]
+    names += ["--" + info.name] if about["kind"] == "hidden" else []  # the form that launchers use
     group.add_argument(*names, **options)
 
 
@@ -261,7 +261,7 @@ def kind_of(hint: Any) -> tuple[Any, bool, bool]:
 
 
 def _made(args_type: Any, values: dict[str, Any], origin: str, missing: list[str]) -> Any:
-    """The dataclass from the values that it has a field for, which are taken out of ``values``."""
+    """The dataclass, filled from ``values``; used values are removed from ``values``."""
     hints, chosen = typing.get_type_hints(args_type), {}
     for info in dataclasses.fields(args_type):
         hint = hints[info.name]
@@ -270,7 +270,7 @@ def _made(args_type: Any, values: dict[str, Any], origin: str, missing: list[str
         elif info.name in values:
             chosen[info.name] = _typed(origin, info.name, hint, values.pop(info.name))
         elif info.default is MISSING:
-            missing.append(spelled(info))
+            missing.append(flag_name(info))
     return None if missing else args_type(**chosen)
 
 
@@ -292,9 +292,9 @@ def _typed(origin: str, name: str, hint: Any, value: Any) -> Any:
 def _check(info: Field[Any], value: Any) -> None:
     choices, low, high = (info.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
-        raise ValueError(f"{spelled(info)} {value}: choose one of {', '.join(choices)}")
+        raise ValueError(f"{flag_name(info)} {value}: choose one of {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{spelled(info)} {value}: must be a finite number")
+        raise ValueError(f"{flag_name(info)} {value}: must be a finite number")
     if isinstance(value, (int, float)) and not low <= value <= high:
         bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
-        raise ValueError(f"{spelled(info)} {value}: must {'be' if high == _INF else 'lie'} {bound}")
+        raise ValueError(f"{flag_name(info)} {value}: must be {bound}")

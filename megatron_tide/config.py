@@ -36,9 +36,9 @@ from megatron_tide.choices import (
 from megatron_tide.cli import flag
 from megatron_tide.files import read_json
 
-BY_STRATEGY = "as the strategy says"
+BY_STRATEGY = "set by the strategy"
 
-# What each differs in from the defaults below.
+# Differences from the defaults below.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "ours": {"masking": "synchronous", "teacher_context": "staircase", "compdemo_split": "exact", "warmup_ratio": 0.03},
@@ -72,7 +72,7 @@ class PathsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Objective, and what the teacher sees."""
+    """Objective, masking and teacher input."""
 
     strategy: str = flag(
         "tide-cross",
@@ -87,7 +87,7 @@ class StrategyConfig:
     )
     distribution_objective: str | None = flag(
         None,
-        "Objective on whole distributions, at positions where one student token is one teacher token. "
+        "Objective on full vocabulary distributions, at chunks of one student and one teacher token. "
         f"{DISTRIBUTION_OBJECTIVES}",
         choices=or_none(DISTRIBUTION_OBJECTIVES),
         shown=BY_STRATEGY,
@@ -96,30 +96,38 @@ class StrategyConfig:
     distill_weight: float = flag(1.0, "Weight of the distillation loss; the denoising loss has weight 1", low=0)
     tidal: str | None = flag(
         None,
-        f"TIDAL: what lambda(progress, masking rate) does. {TIDAL_USES}",
+        f"Use of TIDAL's lambda(progress, masking rate). {TIDAL_USES}",
         choices=TIDAL_USES,
         shown=BY_STRATEGY,
     )
-    tidal_axes: str = flag("both", f"What lambda depends on. {TIDAL_AXES}", choices=TIDAL_AXES)
+    tidal_axes: str = flag("both", f"Variables that lambda depends on. {TIDAL_AXES}", choices=TIDAL_AXES)
     tidal_ramp: str = flag("cosine", "Shape of lambda over training progress", choices=TIDAL_RAMPS)
     tidal_init: float = flag(0.1, "Lambda at the start of training", low=0, high=1)
     tidal_peak: float = flag(0.9, "Lambda at the end of training", low=0, high=1)
-    tidal_midrange: bool = flag(False, "Weight each sample by exp(-(r - 0.5)^2 / (2 * 0.15^2)), r its masking rate")
+    tidal_midrange: bool = flag(
+        False, "Weight each sample by exp(-(r - 0.5)^2 / (2 * 0.15^2)), where r is its masking rate"
+    )
     compdemo: bool | None = flag(
         None, "Run two complementary teacher passes, each with half of the masks revealed", shown=BY_STRATEGY
     )
     compdemo_ratio: float = flag(0.5, "Share of the masks in the first half", low=0, high=1)
     compdemo_split: str = flag(
-        "bernoulli", f"How the masks are split into halves. {COMPDEMO_SPLITS}", choices=COMPDEMO_SPLITS
+        "bernoulli", f"Method to split the masks into halves. {COMPDEMO_SPLITS}", choices=COMPDEMO_SPLITS
     )
-    compdemo_unit: str = flag("chunk", "What goes to one half as a whole", choices=COMPDEMO_UNITS)
-    noise_schedule: str = flag("linear", f"How noise depends on the time t. {NOISE_SCHEDULES}", choices=NOISE_SCHEDULES)
+    compdemo_unit: str = flag(
+        "chunk", f"Unit that is never split between the halves. {COMPDEMO_UNITS}", choices=COMPDEMO_UNITS
+    )
+    noise_schedule: str = flag(
+        "linear", f"Masking rate as a function of the timestep t. {NOISE_SCHEDULES}", choices=NOISE_SCHEDULES
+    )
     masking: str = flag(
         "expand",
-        f"What is sampled to be masked. {MASKINGS}",
+        f"Unit of masking. {MASKINGS}",
         choices=MASKINGS,
     )
-    teacher_context: str = flag("full", f"Attention of the teacher. {ATTENTION_LAYOUTS}", choices=ATTENTION_LAYOUTS)
+    teacher_context: str = flag(
+        "full", f"Attention mask of the teacher. {ATTENTION_LAYOUTS}", choices=ATTENTION_LAYOUTS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,30 +136,30 @@ class TeacherConfig:
 
     teacher_hosting: str | None = flag(
         None,
-        f"Where the teacher's weights are. {TEACHER_HOSTINGS}",
+        f"Location of the teacher's weights. {TEACHER_HOSTINGS}",
         choices=TEACHER_HOSTINGS,
         shown="replicated",
         affects_loss=False,
     )
     teacher_deepspeed: str = flag(
         "",
-        "Your own DeepSpeed JSON, in place of --teacher-hosting; ds_configs/teacher_*.json are the ones to start from",
+        "DeepSpeed JSON of the teacher, instead of --teacher-hosting; for examples see ds_configs/teacher_*.json",
         metavar="FILE",
         shown="that of the hosting",
         affects_loss=False,
     )
     teacher_nvme: str = flag(
         "",
-        "Folder on a fast local disk that holds the teacher, for zero3_nvme",
+        "Folder on a fast local disk for the teacher's weights, with zero3_nvme",
         metavar="DIR",
-        shown="the folder in its DeepSpeed JSON",
+        shown="the folder in the DeepSpeed JSON",
         affects_loss=False,
     )
     skip_teacher_probe: bool = flag(
         False, "Skip the check before step 1 that the teacher predicts the data better than chance", affects_loss=False
     )
     skip_plan: bool = flag(
-        False, "Start even if the memory plan says that the run does not fit this machine", affects_loss=False
+        False, "Skip the check that the run fits into the memory of this machine", affects_loss=False
     )
     teacher_dtype: str = flag("bf16", "Precision of the teacher's weights", choices=("bf16", "fp32"))
 
@@ -171,20 +179,24 @@ class TrainConfig:
     )
     optimizer: str = flag("adamw", "Optimizer of the student", choices=OPTIMIZERS)
     lr: float = flag(5e-5, "Peak learning rate", low=0, high=1)
-    warmup_ratio: float = flag(0.1, "Share of the steps with linear warmup", low=0, high=1)
-    min_lr_ratio: float = flag(0.0, "Learning rate at the end of the cosine, as a share of --lr", low=0, high=1)
-    weight_decay: float = flag(0.0, "Weight decay of AdamW, on matrices only", low=0, high=1)
+    warmup_ratio: float = flag(0.1, "Share of the steps used for linear warmup", low=0, high=1)
+    min_lr_ratio: float = flag(0.0, "Final learning rate of the cosine schedule, as a share of --lr", low=0, high=1)
+    weight_decay: float = flag(0.0, "Weight decay of AdamW, applied to matrices only", low=0, high=1)
     beta1: float = flag(0.9, "Beta 1 of AdamW", low=0, high=1)
     beta2: float = flag(0.999, "Beta 2 of AdamW", low=0, high=1)
     adam_eps: float = flag(1e-8, "Epsilon of AdamW", low=0)
-    max_grad_norm: float = flag(1.0, "Clip the global norm of the gradient at this value; 0: never", low=0)
+    max_grad_norm: float = flag(
+        1.0, "Maximum global norm of the gradient; larger gradients are clipped; 0: no clipping", low=0
+    )
     precision: str = flag(
         "bf16", "Precision of the student's forward and backward; master weights are fp32", choices=("bf16", "fp32")
     )
     activation_checkpointing: bool = flag(
-        False, "Recompute the student's layers in backward: less memory, a third more compute", affects_loss=False
+        False,
+        "Recompute the student's layers in the backward pass: less memory, a third more compute",
+        affects_loss=False,
     )
-    seed: int = flag(42, "Seed of the data order and of the noise", low=0, high=2**31)
+    seed: int = flag(42, "Random seed for the data order and the noise", low=0, high=2**31)
     deepspeed: str = flag(
         "ds_configs/zero1.json",
         "DeepSpeed JSON of the student: ZeRO stage, offload, communication",
@@ -203,8 +215,8 @@ class SaveConfig:
     keep_last: int = flag(2, "Number of checkpoints to keep", low=1, affects_loss=False)
     resume: str = flag(
         "auto",
-        "auto: resume from the newest complete checkpoint in --out, or start; never: refuse an --out with checkpoints; "
-        "or the folder of a checkpoint",
+        "Checkpoint to resume from. auto: the newest complete one in --out, else start; never: start, and refuse an "
+        "--out with checkpoints; or the folder of a checkpoint",
         metavar="auto|never|DIR",
         affects_loss=False,
     )
@@ -214,7 +226,9 @@ class SaveConfig:
     )
     eval_samples: int = flag(256, "Number of --validation samples per evaluation", low=1, affects_loss=False)
     hang_timeout: float = flag(
-        900.0, "Seconds without progress of a rank after which the run ends and names that rank", affects_loss=False
+        900.0,
+        "Seconds without progress of a rank after which the run ends with an error that names the rank",
+        affects_loss=False,
     )
 
 
@@ -240,7 +254,7 @@ class DistillConfig:
         return hashlib.sha256(json.dumps(self.loss_flags(), sort_keys=True).encode()).hexdigest()
 
     def check(self) -> None:
-        """Refuse a run that lacks a path.
+        """Refuse a run without a required path.
 
         Raises:
             ValueError: one line naming the flags.
@@ -267,18 +281,20 @@ class DistillArgs:
 
     preset: str = flag(
         "paper",
-        "Named set of flags. paper: the published setting, which is the defaults; ours: unbiased masking, and a "
-        "teacher that sees what the student sees",
+        "Named set of flags. paper: the published setting (same as the defaults); ours: unbiased masking, and a "
+        "teacher with the student's attention mask",
         choices=tuple(PRESETS),
     )
-    config: str = flag("", "JSON file of flags, or the run.json of another run; flags given here win", metavar="FILE")
-    dry_run: bool = flag(False, "Check the whole run (files, fingerprints, sizes), print it, and stop")
+    config: str = flag(
+        "", "JSON file of flags, or the run.json of another run; flags on the command line override it", metavar="FILE"
+    )
+    dry_run: bool = flag(False, "Check the run (files, fingerprints, sizes), print its configuration, and exit")
     local_rank: int | None = flag(None, "Set by the deepspeed launcher", kind="hidden")
     run: DistillConfig = field(default_factory=DistillConfig)
 
 
 def preset_and_file(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the flags ``given`` on the command line change: ``--preset``, then ``--config FILE`` over it."""
+    """Defaults from ``--preset``, overridden by ``--config FILE``, as ``given`` on the command line."""
     from_file = read_config_file(given["config"]) if given.get("config") else {}
     return {**PRESETS[given.get("preset", "paper")], **from_file}
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed is given: JSON files, found, read and told what is wrong with them; and the tool it compiles with."""
+"""DeepSpeed configuration files: find, read and check them; and the ninja that DeepSpeed compiles with."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from megatron_tide.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# The run's own flags set these; stating them in two places would allow contradictions.
+# The run's own flags set these; setting them in two places would allow contradictions.
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
           "gradient_clipping", "bf16", "fp16")  # fmt: skip
 
 
 def read_ds_config(path: str, flag: str) -> dict[str, Any]:
-    """A ds_configs file, looked up from the working folder and then from the repository; ``flag`` named it.
+    """A ds_configs file, searched in the working folder and then in the repository; ``flag``: its flag, for messages.
 
     Raises:
         ValueError: missing, not JSON, or with a key that the run's own flags set.
     """
     found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
     if found is None:
-        raise ValueError(f"{flag} {path}: no such file; ds_configs/ holds the ones that come with the project")
+        raise ValueError(f"{flag} {path}: no such file; see ds_configs/ for those of the project")
     try:
         settings = read_json(found)
     except ValueError as error:
@@ -35,9 +35,9 @@ def read_ds_config(path: str, flag: str) -> dict[str, Any]:
 
 
 def use_own_ninja() -> None:
-    """Let DeepSpeed find the ninja that is installed beside this interpreter, before any other.
+    """Let DeepSpeed find the ninja that is installed with this interpreter, before any other.
 
-    A build that another version of ninja has touched is started over, and every process would wait for it.
+    Another version of ninja would restart the build, and every process would wait for it.
     """
     own = str(Path(sys.executable).parent)
     if own not in os.environ.get("PATH", "").split(os.pathsep):
@@ -45,13 +45,13 @@ def use_own_ninja() -> None:
 
 
 def section(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A section of a DeepSpeed JSON that ``where`` names; {} if there is none, ValueError if it is no object."""
+    """A section of a DeepSpeed JSON that ``where`` names; {} if there is none, ValueError if it is not an object."""
     part = settings.get(name) or {}
     if not isinstance(part, dict):
-        raise ValueError(f"{where}: {name} is {part!r}; it is an object, as in the files of ds_configs/")
+        raise ValueError(f"{where}: {name} is {part!r}; it must be an object, as in the files of ds_configs/")
     return part
 
 
 def offload_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Where a DeepSpeed JSON that has been checked puts its parameters (``offload_param``); {} for the device."""
+    """The ``offload_param`` section of a checked DeepSpeed JSON; {} if parameters stay on the device."""
     return (settings.get("zero_optimization") or {}).get("offload_param") or {}

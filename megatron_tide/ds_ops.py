@@ -1,7 +1,7 @@
-"""DeepSpeed's compiled ops, built before they are needed, with a progress line.
+"""Compile DeepSpeed's ops before they are needed, with a progress line.
 
-DeepSpeed compiles an op when it is first used, silently and for minutes, and a build that was killed leaves a lock that
-the next one waits on forever. An op that is built already is kept.
+DeepSpeed compiles an op on first use, silently and for minutes, and a killed build leaves a lock for which the next one
+waits forever. An op that is already compiled is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.lock import RunLock
 
-YOUNG_SECONDS = 5  # between taking a lock and starting the compiler pass fewer
+YOUNG_SECONDS = 5  # more than the time between taking a lock and starting the compiler
 BUILDERS = {
     "shared-memory communication": "ShareMemCommBuilder",
     "CPU Adam": "CPUAdamBuilder",
@@ -27,7 +27,7 @@ BUILDERS = {
 def clear(lock: Path) -> None:
     """Remove the lock that a killed build left; wait for one that is held.
 
-    Training takes it too, for a moment, when it loads an op that is built, and fails if it is gone.
+    Training also takes the lock briefly when it loads a compiled op, and fails if the lock is removed.
     """
     with contextlib.suppress(FileNotFoundError):
         while time.time() - lock.stat().st_mtime < YOUNG_SECONDS or someone_works_in(lock.parent):
@@ -36,7 +36,7 @@ def clear(lock: Path) -> None:
 
 
 def someone_works_in(folder: Path) -> bool:
-    """Whether a process of this machine has ``folder`` as its working directory, as a compiler has."""
+    """Whether a process of this machine has ``folder`` as its working directory, like a compiler."""
     wanted = folder.resolve()
     for entry in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
@@ -46,10 +46,10 @@ def someone_works_in(folder: Path) -> bool:
 
 
 def build(title: str, builder: str, folder: Path) -> None:
-    """Build one op in a child process; say how long it takes while it does.
+    """Compile one op in a child process, and show the elapsed time.
 
     Raises:
-        ValueError: with the compiler's last words.
+        ValueError: with the last line of the compiler.
     """
     code = (
         "from deepspeed.accelerator import get_accelerator as a;"
@@ -62,19 +62,19 @@ def build(title: str, builder: str, folder: Path) -> None:
         while child.poll() is None:
             time.sleep(0.25)
             taken = time.monotonic() - started
-            if taken > 5:  # an op that is built already loads faster
-                line = f"   compiling DeepSpeed's {title} op: {taken:3.0f} s (a minute or three, once)"
+            if taken > 5:  # an op that is already compiled loads faster
+                line = f"   compiling DeepSpeed's {title} op: {taken:3.0f} s (1 to 3 minutes, only once)"
                 print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True)
     if child.returncode:
         needs = "g++, ninja and libaio-dev" if builder == "AsyncIOBuilder" else "g++ and ninja"
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-        raise ValueError(f"DeepSpeed's {title} op does not build ({''.join(last)}); it needs {needs}; log: {log}")
+        raise ValueError(f"DeepSpeed's {title} op does not compile ({''.join(last)}); it needs {needs}; log: {log}")
     if set(folder.glob("*/*.so")) - built:
         print(f"\r   compiled DeepSpeed's {title} op in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
 
 
 def build_ops(*, offload: bool, disk: bool) -> None:
-    """Build what is missing, one process of this machine at a time. ValueError where an op does not compile."""
+    """Compile missing ops, in one process per machine at a time. ValueError if an op does not compile."""
     import torch
 
     wanted = [] if torch.cuda.is_available() else ["shared-memory communication"]

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or absent, and what is needed to prove that they are what they were."""
+"""Atomic writes of files and folders (complete or absent), and checksums to verify them later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPORARY = ".tide-tmp-"
 
 
 def create_new(path: Path) -> int:
-    """A descriptor of a new file, open for writing. What stood at ``path`` is removed; a link is not followed."""
+    """A descriptor of a new file, open for writing. An existing ``path`` is removed; a link is not followed."""
     remove(path)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
@@ -33,7 +33,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a folder with all it holds; nothing if there is none."""
+    """Remove a file, a link (not what it points to) or a folder with its content; does nothing if there is none."""
     try:
         path.unlink(missing_ok=True)
     except (IsADirectoryError, PermissionError):  # the latter on some systems
@@ -50,9 +50,9 @@ def flush(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` never holds a part of it: temporary file, fsync, rename, fsync of the folder.
+    """Write ``content`` so that ``path`` never has partial content: temporary file, fsync, rename, fsync of the folder.
 
-    Raises OSError (a full disk among them) after removing the temporary file; what stood at ``path`` is untouched.
+    Raises OSError (such as a full disk) after removing the temporary file; an existing ``path`` is unchanged.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
@@ -64,7 +64,7 @@ def atomic_write(path: Path, content: bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # a failed write does not know its file
+        if isinstance(error, OSError) and error.filename is None:  # the error of a failed write has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     flush(path.parent)
@@ -73,8 +73,8 @@ def atomic_write(path: Path, content: bytes) -> None:
 class AtomicFolder:
     """A folder that appears complete or not at all: ``with AtomicFolder(final) as draft: ...`` fills ``draft``.
 
-    At the end of the block the draft is on the disk and takes the place of ``final``; what stood there is removed after
-    that. If the block fails, or the process dies, ``final`` is as it was. A killed process leaves its draft beside
+    At the end of the block the draft is flushed to disk and replaces ``final``, the old content of which is then
+    removed. If the block fails, or the process dies, ``final`` is unchanged. A killed process leaves its draft next to
     ``final``; the next one removes it. Without ``with``: ``open``, then ``commit`` or ``discard``.
     """
 
@@ -85,7 +85,7 @@ class AtomicFolder:
         self._mode = 0
 
     def open(self) -> Path:
-        """The empty draft. Until ``commit`` it is this user's alone, so no link can be planted where files will go."""
+        """The empty draft. Until ``commit`` only this user can access it, so no link can be planted in it."""
         if self._old.exists() and not self.final.exists():  # a process died between the two renames of ``commit``
             self._old.rename(self.final)
         self.discard()
@@ -96,7 +96,7 @@ class AtomicFolder:
         return self.draft
 
     def commit(self) -> None:
-        """Put the draft in the place of ``final``."""
+        """Replace ``final`` by the draft."""
         for folder, _, names in os.walk(self.draft, topdown=False):
             for path in [*(Path(folder, name) for name in names), Path(folder)]:
                 if not path.is_symlink():
@@ -142,7 +142,7 @@ def sha256_file(path: Path) -> str:
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON spelling of ``value`` that fingerprints are taken of."""
+    """The canonical JSON form of ``value``, for fingerprints."""
     return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
 
 
@@ -166,5 +166,5 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}){tail}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object{tail}")
+        raise ValueError(f"{path}: contains a JSON {type(value).__name__}, not an object{tail}")
     return value

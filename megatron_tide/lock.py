@@ -1,9 +1,9 @@
-"""One folder, one run: a file that says which process works there, and that never stays for good.
+"""A lock file for a folder: only one run at a time uses it, and a lock never outlives its process for long.
 
-The holder touches its file every BEAT seconds. A lock that was not touched for STALE seconds is free: its job was
-killed, or its node is gone. It is free at once where the end can be seen: the process is gone from this machine (same
-boot, same process namespace), or it is this very job, requeued. Containers that share a host name but not a process
-namespace cannot see each other's processes, so between them only the touches count.
+The holder touches the file every BEAT seconds. A lock that was not touched for STALE seconds has expired: its job was
+killed, or its node is down. It expires at once if the process is known to have ended: it no longer exists on this
+machine (same boot, same process namespace), or it is an earlier attempt of this job. Containers that share a host name
+but not a process namespace cannot see each other's processes, so between them only the touches count.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ BEAT, STALE = 10.0, 60.0  # seconds
 
 
 class RunLock:
-    """``with RunLock(folder)``: this process works in ``folder``, and no other that asks.
+    """``with RunLock(folder)``: exclusive use of ``folder`` by this process.
 
-    ``name``: the lock's file in ``folder``. ``wait``: wait for the holder instead of refusing.
+    ``name``: file name of the lock. ``wait``: wait for the holder instead of raising.
 
     Raises:
-        ValueError: on entering, when another run works there (which, and where), or when the file is no lock.
+        ValueError: on entering, if another run uses the folder (names the run), or if the file is not a lock.
     """
 
     def __init__(self, folder: Path, name: str = NAME, *, wait: bool = False) -> None:
@@ -54,8 +54,8 @@ class RunLock:
                 time.sleep(0.2)
             else:
                 raise ValueError(
-                    f"{self.path.parent}: {_described(holder)} works in it; stop that run or wait for it, or take "
-                    f"another folder (a run that was killed gives its folder free after {STALE:.0f} s)"
+                    f"{self.path.parent}: in use by {_described(holder)}; stop that run or wait for it, or use "
+                    f"another folder (the lock of a killed run expires after {STALE:.0f} s)"
                 )
         self._thread.start()
         return self
@@ -79,10 +79,10 @@ class RunLock:
     def _touch(self) -> None:
         while not self._stopped.wait(BEAT):
             with contextlib.suppress(OSError):
-                os.utime(self._file)  # our own file, even if another process has put its lock in this place
+                os.utime(self._file)  # our own file, even if another process has replaced the lock
 
     def _take_away(self, holder: dict[str, Any]) -> None:
-        """Remove the lock of ``holder``; if it has become another's meanwhile, put it back."""
+        """Remove the lock of ``holder``; if another process has taken it meanwhile, put it back."""
         aside = self.path.with_name(f"{self.path.name}-old-{secrets.token_hex(8)}")
         try:
             self.path.rename(aside)
@@ -95,13 +95,13 @@ class RunLock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether the lock at ``path`` belongs to a process that still works; ValueError for what is no lock."""
+    """Whether the lock at ``path`` belongs to a running process; ValueError if it is not a lock."""
     return path.exists() and _is_live(path, _read(path))
 
 
 @contextlib.contextmanager
 def locked(folder: Path, world: Any) -> Iterator[None]:
-    """``folder`` for this run alone while inside: rank 0 holds the lock, all ranks are refused alike.
+    """Exclusive use of ``folder`` by this run: rank 0 holds the lock; if it cannot, all ranks raise ValueError.
 
     Raises:
         ValueError: as ``RunLock``, or rank 0 cannot write to the folder.
@@ -120,11 +120,11 @@ def locked(folder: Path, world: Any) -> Iterator[None]:
 
 
 def _is_live(path: Path, holder: dict[str, Any]) -> bool:
-    return not _ended(holder) and abs(_age(path)) < STALE  # dated in the future: touched by no one since
+    return not _ended(holder) and abs(_age(path)) < STALE  # a date in the future: not touched since
 
 
 def _age(path: Path) -> float:
-    """Seconds since the holder's last touch, by the clock of the file system; 0 if it has just gone."""
+    """Seconds since the holder's last touch, by the clock of the file system; 0 if the lock has just been removed."""
     probe = path.with_name(f"{path.name}-probe-{secrets.token_hex(8)}")
     file = create_new(probe)
     try:
@@ -164,7 +164,7 @@ def _process_namespace() -> int:
 
 
 def _started(process: int) -> str:
-    """When a process of this machine started, in ticks since boot; "" if there is none (numbers are used again)."""
+    """When a process of this machine started, in ticks since boot; "" if there is none (process ids are reused)."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -172,7 +172,7 @@ def _started(process: int) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock says; {} for one that is gone, or not written yet.
+    """The content of a lock; {} if it was removed, or is not written yet.
 
     Raises:
         ValueError: for a link, a FIFO or anything else that is not a file.
@@ -182,14 +182,14 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError:
-        raise ValueError(f"{path}: is in the place of a lock and is no file; remove it") from None
+        raise ValueError(f"{path}: not a regular file, but a lock file is expected here; remove it") from None
     except ValueError:  # not JSON
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _ended(holder: dict[str, Any]) -> bool:
-    """Whether it can be seen from here that the holder has ended."""
+    """Whether the holder is known to have ended."""
     mine, pid = _myself(), holder.get("pid")
     if holder.get("job") and holder["job"] == mine["job"] and holder.get("attempt") != mine["attempt"]:
         return True

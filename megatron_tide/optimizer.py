@@ -1,6 +1,6 @@
-"""The student's optimizer: what DeepSpeed is told, which parameters decay, its state, and how much memory it takes.
+"""The student's optimizer: its DeepSpeed settings, parameter groups, state, and memory.
 
-Another optimizer is one class like this and its line in ``choices.OPTIMIZERS``.
+To add an optimizer, write a class like this and its line in ``choices.OPTIMIZERS``.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ FP32 = 4  # bytes
 class AdamW:
     """AdamW on fp32 master weights; weight decay on matrices only."""
 
-    moments = ("exp_avg", "exp_avg_sq")  # one fp32 tensor of a parameter's shape each; a checkpoint holds them by name
+    moments = ("exp_avg", "exp_avg_sq")  # one fp32 tensor of a parameter's shape each; checkpoints store them by name
 
     @property
     def state_bytes(self) -> int:
-        """Bytes per trained parameter that the state takes, over all ranks together."""
+        """Bytes of state per trained parameter, summed over all ranks."""
         return FP32 * len(self.moments)
 
     def update_bytes(self, *, has_gpus: bool, offloads: bool) -> int:
-        """Bytes per parameter that the update makes and frees: torch's AdamW some, DeepSpeed's CPU Adam none."""
+        """Bytes of temporaries per parameter in the update: torch's AdamW has some, DeepSpeed's CPU Adam none."""
         return 0 if offloads else FP32 if has_gpus else 2 * FP32
 
     def deepspeed(self, train: TrainConfig, offloads: bool) -> dict[str, Any]:
         """The ``optimizer`` section of the DeepSpeed configuration."""
-        # torch's own AdamW needs no op compiled; with offload, DeepSpeed's CPU Adam is the faster one.
+        # torch's AdamW needs no compiled op; with offload, DeepSpeed's CPU Adam is the faster one.
         betas = [train.beta1, train.beta2]
         params = {"lr": train.lr, "betas": betas, "eps": train.adam_eps, "torch_adam": not offloads}
         return {"type": "AdamW", "params": params}

@@ -1,9 +1,9 @@
 """Tables of conversations, read in order or at random: JSON Lines here, Parquet, folders and the hub by ``datasets``.
 
-This is the project's one reader of JSON Lines. A row is one JSON object per line; lines end at a line feed (a carriage
-return before it does not matter, U+2028 inside a string is text), blank lines are no rows, and a byte-order mark is
-skipped. What cannot be read raises ValueError in one line that names file and line; ``data.prepare`` counts such rows.
-``datasets`` does not read these files for us: it stops at the first bad line, and wants one type per column.
+This is the project's only reader of JSON Lines. A row is one JSON object per line; lines end at a line feed (a carriage
+return before it is ignored, U+2028 inside a string is text), blank lines are skipped, and so is a byte-order mark.
+Unreadable input raises a one-line ValueError that names file and line; ``data.prepare`` counts such rows.
+``datasets`` does not read these files for us: it stops at the first bad line, and requires one type per column.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASSISTANT = "assistant"
 
 _BOM = b"\xef\xbb\xbf"
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
-_HEAD = 100  # rows that say which columns a JSON Lines file has
+_HEAD = 100  # first rows, which define the columns of a JSON Lines file
 _FILES = (".jsonl", ".parquet")
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
 
@@ -35,7 +35,7 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
     """Each row of a JSON Lines file with its place ("file:line"), in order.
 
     Raises:
-        ValueError: a row is no object; with ``bad``, the row is left out and the message appended to it instead.
+        ValueError: a row is not an object; with ``bad``, the row is skipped and the message is appended to ``bad``.
     """
     for number, _, line in _lines(path):
         where = f"{path}:{number}"
@@ -53,7 +53,7 @@ def parse_messages(value: Any, where: str) -> list[Message]:
     """Check one ``messages`` value: a list of {"role": str, "content": str}.
 
     Content may be a list of {"type": "text", "text": str} parts, which are joined; null counts as empty. Other keys of
-    a message are left out. ValueError naming ``where`` (file and row) otherwise.
+    a message are ignored. ValueError naming ``where`` (file and row) otherwise.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
@@ -61,13 +61,13 @@ def parse_messages(value: Any, where: str) -> list[Message]:
     for number, message in enumerate(value):
         role, content = message.get("role"), _text(message.get("content"))
         if not isinstance(role, str) or content is None:
-            raise ValueError(f"{where}: message {number} needs a role and a content that are texts")
+            raise ValueError(f"{where}: message {number}: role and content must be text")
         messages.append({"role": role, "content": content})
     return messages
 
 
 def _text(content: Any) -> str | None:
-    """Text of a message's content; None for what is no text (an image part, a number)."""
+    """Text of a message's content; None if it is not text (an image part, a number)."""
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
         texts = [part for part in parts if isinstance(part, str)]
@@ -76,7 +76,7 @@ def _text(content: Any) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, first byte, line) of the lines that hold something."""
+    """(line number from 1, first byte, line) of the lines that are not blank."""
     position = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -87,14 +87,14 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        # Halves of surrogate pairs pass: what becomes of them is for the tokenizer to say.
+        # Half surrogate pairs pass here; the tokenizer accepts or rejects them.
         row = json.loads(line.removeprefix(_BOM).decode("utf-8", "surrogatepass"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (at byte {error.start}); repair or remove the line") from None
+        raise ValueError(f"{where}: not UTF-8 (at byte {error.start}); fix or remove the line") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}); repair or remove the line") from None
+        raise ValueError(f"{where}: not valid JSON ({error}); fix or remove the line") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}, not an object; repair or remove the line")
+        raise ValueError(f"{where}: a {type(row).__name__}, not an object; fix or remove the line")
     return row
 
 
@@ -102,7 +102,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 class JsonLinesTable:
     """A JSON Lines file by row number.
 
-    ``content``: a digest of what decides the rows, for manifests. ``starts`` int64 [n]: the first byte of each row;
+    ``content``: a digest of the rows, for manifests. ``starts`` int64 [n]: the first byte of each row;
     ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows.
     """
 
@@ -186,17 +186,17 @@ Table = JsonLinesTable | ArrowTable
 def open_table(path: str, folder: Path, *, name: str | None, split: str, revision: str | None) -> Table:
     """Open a file, a folder or a hub name; ValueError in one line for what cannot be read as a table.
 
-    A folder with a file SPLIT.jsonl is that file; any other is for ``datasets`` to read.
+    For a folder with a file SPLIT.jsonl, that file is read; ``datasets`` reads all other folders.
     """
     found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
     if found is not None and (found / f"{split}.jsonl").is_file():
         return JsonLinesTable.open(found / f"{split}.jsonl")
     if found is None and (path.endswith(_FILES) or path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ValueError(f"{path}: no such file or folder; give {_KINDS}")
+        raise ValueError(f"{path}: no such file or folder; use {_KINDS}")
     if found is not None and found.is_file() and found.suffix == ".jsonl":
         return JsonLinesTable.open(found)
     if found is not None and found.is_file() and found.suffix != ".parquet":
-        raise ValueError(f"{found}: a file of an unknown kind; give {_KINDS}")
+        raise ValueError(f"{found}: unknown file type; use {_KINDS}")
     import datasets  # slow to import, and JSON Lines do not need it
 
     what = f"{found or path}: cannot be read as a data set, split {split!r}"

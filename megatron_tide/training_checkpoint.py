@@ -34,7 +34,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a run needs besides its tensors to resume; data order and noise are pure functions of ``step``."""
+    """What a run needs to resume, in addition to its tensors; data order and noise are pure functions of ``step``."""
 
     step: int  # optimizer steps taken
     total_steps: int
@@ -56,7 +56,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     found = read_json(folder / STATE, "take another checkpoint")
     state = found.get("state")
     if not isinstance(found.get("run"), dict) or not isinstance(state, dict) or set(state) != set(_STATE):
-        raise ValueError(f"{folder / STATE}: is not a checkpoint description of this version; use another checkpoint")
+        raise ValueError(f"{folder / STATE}: not a checkpoint description of this version; use another checkpoint")
     return found
 
 
@@ -67,15 +67,15 @@ def verify(folder: Path) -> None:
         ValueError: names the first file that is missing or corrupt.
     """
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())
+        checksums = json.loads((folder / CHECKSUMS).read_text())
     except (OSError, ValueError, RecursionError):
-        sums = None
-    if not isinstance(sums, dict) or not {WEIGHTS, STATE} <= set(sums):
+        checksums = None
+    if not isinstance(checksums, dict) or not {WEIGHTS, STATE} <= set(checksums):
         raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
-    for name, expected in sums.items():
+    for name, expected in checksums.items():
         path = folder / name
         if Path(name).name != name:
-            raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not a file of its own folder")
+            raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not a file in the same folder")
         if not path.is_file():
             raise ValueError(f"{path}: missing from the checkpoint")
         if sha256_file(path) != expected:
@@ -83,18 +83,18 @@ def verify(folder: Path) -> None:
 
 
 def step_folders(run_folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first: real folders with a step's name. Links (``step-best``) are none."""
+    """The checkpoints of a run, oldest first: real folders with a step's name. Links (``step-best``) do not count."""
     found = run_folder.glob(f"{PREFIX}*")
     return sorted(f for f in found if _STEP_FOLDER.fullmatch(f.name) and f.is_dir() and not f.is_symlink())
 
 
-def newest_complete(run_folder: Path, tell: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose checksums match; a corrupt one is reported through ``tell`` and skipped."""
+def newest_complete(run_folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose checksums match; a corrupt one is passed to ``report`` and skipped."""
     for folder in reversed(step_folders(run_folder)):
         try:
             verify(folder)
         except ValueError as error:
-            tell(f"warning: {error}; using the checkpoint before it")
+            report(f"warning: {error}; using the previous checkpoint")
             continue
         return folder
     return None
@@ -137,12 +137,12 @@ class TrainingCheckpoint:
         student = self.run["data"]["student"]
         if student["fingerprint"] != tokenizer_fingerprint:
             raise ValueError(
-                f"{self.base_model}: its tokenizer is not the one of {self.folder}; name the right --base-model"
+                f"{self.base_model}: its tokenizer is not that of {self.folder}; set the right --base-model"
             )
         if student["template_fingerprint"] != template_fingerprint:
             raise ValueError(
                 f"{self.base_model}: its chat template is not the one that {self.folder} was trained with; restore it, "
-                "or name the right --base-model"
+                "or set the right --base-model"
             )
         return GenerationIds(
             block_size=student["block"],
@@ -174,8 +174,8 @@ class TrainingCheckpoint:
                 weight = self.tensor(name)
                 if name not in parameters or parameters[name].shape != weight.shape:
                     raise ValueError(
-                        f"{self.folder}: {name} is not what {self.base_model}/config.json describes; "
-                        "name the right --base-model"
+                        f"{self.folder}: {name} does not match {self.base_model}/config.json; "
+                        "set the right --base-model"
                     )
                 parameters[name].copy_(weight)
         return model
@@ -193,7 +193,7 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
     ``base_model`` names the folder the run began from, if it has moved since.
 
     Raises:
-        ValueError: no checkpoint there, a corrupt file (named), or a base model that is gone.
+        ValueError: no checkpoint there, a corrupt file (named), or a missing base model.
     """
     folder = _step_folder(Path(path))
     verify(folder)
@@ -206,7 +206,7 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
         begun = models.resolve_folder(origin)
     except ValueError as error:
         raise ValueError(
-            f"{folder}: the model it began from cannot be found ({error}); name it with --base-model"
+            f"{folder}: the model that training began from is not found ({error}); set --base-model"
         ) from None
     metrics = _last_metrics(folder.parent / METRICS, int(state["step"]))
     return TrainingCheckpoint(folder=folder, base_model=begun, run=described["run"], state=state, metrics=metrics)
@@ -237,10 +237,10 @@ def generation_of(path: str | Path) -> str:
     """``block_diffusion`` or ``autoregressive``: how the model at ``path`` generates; only its ``config.json`` is read.
 
     Raises:
-        ValueError: no model there, or of a type that neither this package nor transformers knows as a language model.
+        ValueError: no model there, or of a model type that is unknown to this package and to transformers.
     """
     if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        return "block_diffusion"  # a checkpoint of the trainer, which trains nothing else
+        return "block_diffusion"  # a checkpoint of the trainer is always of this kind
     return models.generation_of(models.resolve_folder(path))
 
 
@@ -250,17 +250,19 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _step_folder(path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give a run folder or one of its {PREFIX}* folders")
+        raise ValueError(f"{path}: no such folder; use a run folder or one of its {PREFIX}* folders")
     if any((path / name).is_file() for name in (STATE, CHECKSUMS)):
         return path
     steps = [folder for folder in step_folders(path) if (folder / CHECKSUMS).is_file()]
     if not steps:
-        raise ValueError(f"{path}: holds no complete checkpoint ({PREFIX}*/{CHECKSUMS}); has the run saved one yet?")
+        raise ValueError(
+            f"{path}: no complete checkpoint ({PREFIX}*/{CHECKSUMS}) in this folder; has the run saved one yet?"
+        )
     return steps[-1]
 
 
 def _last_metrics(path: Path, step: int) -> dict[str, float]:
-    """The newest value of each metric logged at or before ``step``; nothing where there is no such file."""
+    """The newest value of each metric logged at or before ``step``; {} if there is no such file."""
     values: dict[str, float] = {}
     if path.is_file():
         for line in path.read_text().splitlines():

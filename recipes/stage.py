@@ -5,8 +5,8 @@ than the stamp of the stage before it, and what the command read is as it was; s
 that ran again, or an edited input runs it again. Inputs are the files and folders that the command, or the JSON of its
 mixture, names, which were there before it ran and which it did not change.
 
-While it runs, no other job can run a stage of the same folder. Ctrl-C, TERM and USR1 are forwarded to the command, which
-saves its state; then the stage exits with status 130.
+While it runs, no other job can run a stage of the same folder. Ctrl-C, TERM and USR1 are forwarded to the command,
+which saves its state; then the stage exits with status 130.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Child:
     """The command, and the stop signals received so far."""
 
     command: list[str]
-    asked: set[int] = field(default_factory=set)
+    signals: set[int] = field(default_factory=set)
     process: subprocess.Popen | None = None
 
     @property
@@ -113,13 +113,13 @@ class Child:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
         self.process = subprocess.Popen(self.command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        for number in list(self.asked):  # received before there was a process
+        for number in list(self.signals):  # received before there was a process
             self._pass_on(number)
         status = self.process.wait()
         return 128 - status if status < 0 else status
 
     def _ask(self, number: int, frame: object) -> None:
-        self.asked.add(number)
+        self.signals.add(number)
         if self.process is not None:
             self._pass_on(number)
 
@@ -131,11 +131,11 @@ class Child:
 
     def was_stopped(self, status: int) -> bool:
         """Whether the command ended because of a stop signal, not because of an error."""
-        if not self.asked:
+        if not self.signals:
             return False
-        if self.is_scheduler and scheduler.gave_up(self.asked, status):
+        if self.is_scheduler and scheduler.stopped_by(self.signals, status):
             return True
-        by_signal = {128 + number for number in self.asked}
+        by_signal = {128 + number for number in self.signals}
         return status == STOPPED or status in by_signal or (self.is_torchrun and status == 1)
 
 

@@ -12,7 +12,7 @@
 # they take precedence), EVAL_DATA (prepared data not used for training; its scores go to runs/NAME/scores.json).
 
 set -euo pipefail
-unset CDPATH # cd would look elsewhere first
+unset CDPATH # CDPATH makes cd search other folders
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() {

@@ -27,7 +27,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-unset CDPATH # cd would look elsewhere first
+unset CDPATH # CDPATH makes cd search other folders
 cd "${SLURM_SUBMIT_DIR:-.}" && [[ -f slurm/job.sh ]] || {
   printf 'error: no slurm/job.sh in %s; submit from the repository: cd REPOSITORY && sbatch slurm/distill_16b_to_0.6b.sh\n' "$PWD" >&2
   exit 2

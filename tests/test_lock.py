@@ -31,7 +31,7 @@ def holder(folder, **environment):
 def test_the_second_is_refused_and_the_first_goes_on(tmp_path):
     process = holder(tmp_path, SLURM_JOB_ID="4711")
     try:
-        with pytest.raises(ValueError, match=rf"job 4711 \(process {process.pid} on .*\) works in it") as refused:
+        with pytest.raises(ValueError, match=rf"in use by job 4711 \(process {process.pid} on .*\)") as refused:
             RunLock(tmp_path).__enter__()
         assert "\n" not in str(refused.value)
         assert (tmp_path / ".lock").exists()
@@ -146,7 +146,7 @@ def test_a_second_training_run_is_refused(chain, tmp_path):
             timeout=120,
         )
         assert finished.returncode == cli.EXIT_USER_ERROR
-        assert "works in it; stop that run or wait for it" in finished.stderr.splitlines()[-1]
+        assert "in use by another run" in finished.stderr.splitlines()[-1]
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     finally:
         process.kill()
@@ -162,7 +162,7 @@ def here(**changes):
 @pytest.mark.parametrize("changes", [{"processes": 1}, {"boot": "another boot"}], ids=str)
 def test_between_containers_of_one_host_name_only_the_touches_count(tmp_path, changes):
     (tmp_path / ".lock").write_text(json.dumps(here(**changes)))
-    with pytest.raises(ValueError, match="works in it"):
+    with pytest.raises(ValueError, match="in use by"):
         RunLock(tmp_path).__enter__()
     (tmp_path / ".lock").write_text(json.dumps(here()))
     with RunLock(tmp_path):
@@ -181,7 +181,7 @@ def test_a_container_does_not_take_the_live_folder_of_another(tmp_path):
     )
     try:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match="works in it"):
+        with pytest.raises(ValueError, match="in use by"):
             RunLock(tmp_path).__enter__()
     finally:
         process.kill()
@@ -199,7 +199,7 @@ def test_a_lock_dated_in_the_future_ends(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/hostname")])
 def test_what_is_no_lock_is_one_line_and_hangs_nothing(tmp_path, make):
     make(tmp_path / ".lock")
-    with pytest.raises(ValueError, match=r"\.lock: is in the place of a lock and is no file; remove it"):
+    with pytest.raises(ValueError, match=r"\.lock: not a regular file, but a lock file is expected here; remove it"):
         RunLock(tmp_path).__enter__()
 
 

@@ -121,7 +121,7 @@ def checkpoint_file(name, content):
 CASES = {
     # configs
     "config: not JSON": (RUN, with_config("{"), "run.json: not valid JSON"),
-    "config: a list": (RUN, with_config([]), "holds a JSON list, not an object"),
+    "config: a list": (RUN, with_config([]), "contains a JSON list, not an object"),
     "config: not text": (RUN, with_config(b"\xff\xfe\x00"), "run.json: not valid JSON"),
     "config: unknown flag": (RUN, with_config({"learning_rate": 1}), "unknown flag 'learning_rate'"),
     "config: wrong type": (RUN, with_config({"max_grad_norm": "high"}), "max_grad_norm = 'high' must be float"),
@@ -129,11 +129,11 @@ CASES = {
     "config: a section that is a number": (RUN, with_config({"train": 3}), "train"),
     # DeepSpeed's JSON, the student's and the teacher's
     "deepspeed: not JSON": (RUN, with_deepspeed("{"), "ds.json: not valid JSON"),
-    "deepspeed: stage 3": (RUN, with_deepspeed({"zero_optimization": {"stage": 3}}), "the student takes 1 or 2"),
+    "deepspeed: stage 3": (RUN, with_deepspeed({"zero_optimization": {"stage": 3}}), "use 1 or 2 for the student"),
     "deepspeed: stage is text": (
         RUN,
         with_deepspeed({"zero_optimization": {"stage": "1"}}),
-        "the student takes 1 or 2",
+        "use 1 or 2 for the student",
     ),
     "deepspeed: a section that is a number": (RUN, with_deepspeed({"zero_optimization": 2}), "zero_optimization is 2"),
     "deepspeed: batch size": (
@@ -141,7 +141,7 @@ CASES = {
         with_deepspeed({"zero_optimization": {"stage": 1}, "train_batch_size": 4}),
         "remove 'train_batch_size'",
     ),
-    "teacher's deepspeed: a list": (RUN, with_teacher_deepspeed([]), "holds a JSON list, not an object"),
+    "teacher's deepspeed: a list": (RUN, with_teacher_deepspeed([]), "contains a JSON list, not an object"),
     "teacher's deepspeed: unknown device": (
         RUN,
         with_teacher_deepspeed({"zero_optimization": {"stage": 3, "offload_param": {"device": "tape"}}}),
@@ -172,7 +172,7 @@ CASES = {
         f"no readable {CHECKSUMS}",
     ),
     "checkpoint: a pickle": (CONVERT, checkpoint_file("model.safetensors", pickle.dumps(Harm())), "model.safetensors"),
-    "checkpoint: state is a list": (CONVERT, checkpoint_file(STATE, b"[]"), f"{STATE}: holds a JSON list"),
+    "checkpoint: state is a list": (CONVERT, checkpoint_file(STATE, b"[]"), f"{STATE}: contains a JSON list"),
     "checkpoint: state of another kind": (
         CONVERT,
         checkpoint_file(STATE, b'{"state": {}}'),

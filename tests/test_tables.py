@@ -82,5 +82,5 @@ def test_content_may_be_parts_of_text() -> None:
 
 @pytest.mark.parametrize("content", [["one"], [{"type": "image"}], [{"type": "text", "text": "x"}, {}], 3, {}])
 def test_content_that_is_no_text_is_refused(content: object) -> None:
-    with pytest.raises(ValueError, match=r"^here: message 1 needs a role and a content"):
+    with pytest.raises(ValueError, match=r"^here: message 1: role and content must be text"):
         parse_messages(json.loads(json.dumps([TURN, TURN | {"content": content}])), "here")

@@ -1,9 +1,8 @@
-"""Chunks: the shortest runs of student tokens and teacher tokens that spell the same bytes (TIDE, chunk-level
+"""Chunks: the shortest runs of student tokens and teacher tokens that cover the same bytes (TIDE, chunk-level
 matching).
 
-Both sides spell one string of bytes; a chunk ends wherever a student token and a teacher token end at the same byte.
-The common ends are found on cumulative byte lengths, so there is no loop over tokens and no
-comparison between them.
+Both tokenizations cover the same byte string; a chunk ends wherever a student token and a teacher token end at the
+same byte. The common ends are found on cumulative byte lengths, without a loop over tokens.
 """
 
 from __future__ import annotations
@@ -36,19 +35,21 @@ def align_batch(student_lens: Sequence[np.ndarray], teacher_lens: Sequence[np.nd
     Returns, per text, ``(student_chunk int32 [n_s], teacher_chunk int32 [n_t], n_chunks)``: ids 0 .. n_chunks - 1, non-
     decreasing, every id on both sides; chunks tile both sides and end exactly at the common byte boundaries. A token of
     length 0 joins the chunk around it, or the last chunk at the very end. If all tokens have length 0, they are one
-    chunk. ValueError with a text's sums where they differ.
+    chunk. ValueError with both sums if they differ.
 
     The arrays of a side are views of one array. ``TEXTS_AT_ONCE`` texts per call are fastest.
     """
     assert len(student_lens) == len(teacher_lens), "a text has two sides"
     if not student_lens:
         return []
-    # Texts lie end to end: each one's end is a common boundary, so no chunk reaches into the next text.
+    # Texts are concatenated: the end of each is a common boundary, so no chunk reaches into the next text.
     student, teacher = _lay(student_lens), _lay(teacher_lens)
     for mine, theirs in zip(pairwise(student.bytes), pairwise(teacher.bytes)):
-        spelled, other = mine[1] - mine[0], theirs[1] - theirs[0]
-        if spelled != other:
-            raise ValueError(f"cannot align: the student's tokens spell {spelled} bytes, the teacher's {other}")
+        student_bytes, teacher_bytes = mine[1] - mine[0], theirs[1] - theirs[0]
+        if student_bytes != teacher_bytes:
+            raise ValueError(
+                f"cannot align: the student's tokens have {student_bytes} bytes, the teacher's {teacher_bytes}"
+            )
     # By byte offset: does a token of the student end here, does one of the teacher, do both?
     total = student.bytes[-1]
     common, teacher_ends = np.zeros(total + 1, np.bool_), np.zeros(total + 1, np.bool_)
@@ -57,7 +58,7 @@ def align_batch(student_lens: Sequence[np.ndarray], teacher_lens: Sequence[np.nd
     common &= teacher_ends
     chunks = [int(np.count_nonzero(common[start + 1 : stop + 1])) for start, stop in pairwise(student.bytes)]
     sides = zip(_chunk_ids(common, student, chunks), _chunk_ids(common, teacher, chunks))
-    # Tokens that spell nothing end nowhere, yet they are a chunk.
+    # Tokens without bytes have no end, yet they form a chunk.
     return [(left, right, count or int(len(left) + len(right) > 0)) for (left, right), count in zip(sides, chunks)]
 
 
@@ -65,14 +66,14 @@ def align(student_pieces: Sequence[bytes], teacher_pieces: Sequence[bytes]) -> n
     """Align two lists of bytes, one item per token; int64 [C, 4] of (student start, student end, teacher start, teacher
     end).
 
-    For people and checks; data preparation works on ids and byte-length tables (``align_batch``). Rows tile
+    For display and tests; data preparation works on ids and byte-length tables (``align_batch``). Rows tile
     both lists in order. ValueError where the joined bytes differ.
     """
     student_bytes, teacher_bytes = b"".join(student_pieces), b"".join(teacher_pieces)
     if student_bytes != teacher_bytes:
         place = common_prefix(student_bytes, teacher_bytes)
         raise ValueError(
-            f"cannot align: the two sides spell different bytes from byte {place} on: "
+            f"cannot align: the two sides have different bytes from byte {place} on: "
             f"{student_bytes[place : place + 16]!r} against {teacher_bytes[place : place + 16]!r}"
         )
     student_len = np.array([len(piece) for piece in student_pieces], dtype=np.int32)
@@ -101,7 +102,7 @@ def align_ends(
     lefts = np.intersect1d(totals[0] - (ends[0] - student_len), totals[1] - (ends[1] - teacher_len))
     rest = int(lefts[lefts <= tail].max(initial=0))
     # The first token that reaches the head's last boundary closes it, and the last one that starts where the tail
-    # starts opens it: tokens of no bytes beside the disagreement stand for what their tokenizer could not spell.
+    # starts opens it: tokens without bytes next to the mismatch stand for text that their tokenizer cannot encode.
     first = [int(np.searchsorted(end, stop)) + 1 if stop else 0 for end in ends]
     last = [
         int(np.searchsorted(end - side, total - rest, "right")) - 1 if rest else len(end)

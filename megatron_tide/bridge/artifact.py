@@ -1,7 +1,7 @@
 """The bridge between two tokenizers: vocabulary map, text -> chunks, and its folder on disk.
 
 A folder with ``manifest.json`` (fingerprints of both tokenizers, special ids, shared prefix, coverage on a sample) and
-``vocab_map.safetensors`` (``student_ids``, ``teacher_ids`` int64 [K]: pairs of ids that spell the same bytes). Both are
+``vocab_map.safetensors`` (``student_ids``, ``teacher_ids`` int64 [K]: pairs of ids with the same bytes). Both are
 covered by checksums; the manifest is written last: a folder that has one is complete.
 """
 
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 VOCAB_MAP = "vocab_map.safetensors"
 _SIDES = ("student", "teacher")
 _IDENTITY = ("fingerprint", "vocab_size", "mask_id", "eos_id", "pad_id")
-_DECIDES = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
+_AFFECTS_ALIGNMENT = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,11 @@ class Bridge:
         ``request`` is stored in the manifest; a later run compares it to see whether it can reuse this bridge.
         ValueError for a sample without text.
         """
-        prefix, whole = shared_prefix(student, teacher)
-        sample, same_ids = _measure(student, teacher, texts, same=whole)
+        prefix, identical = shared_prefix(student, teacher)
+        sample, same_ids = _measure(student, teacher, texts, same=identical)
         if not sample["bytes"]:
-            raise ValueError(
-                "the bridge's sample holds no text to measure coverage on; give it data with assistant turns"
-            )
-        shared = whole and same_ids
+            raise ValueError("the bridge's sample has no text to measure coverage on; use data with assistant turns")
+        shared = identical and same_ids
         pairs = map_vocabularies(student, teacher, prefix if shared else None)
         manifest: dict[str, Any] = {"format": FORMAT}
         manifest.update({side: tok.describe() for side, tok in zip(_SIDES, (student, teacher))})
@@ -116,7 +114,7 @@ class Bridge:
 
     @classmethod
     def load(cls, folder: str | Path) -> Bridge:
-        """Read a bridge folder and verify its checksums; ValueError for a missing, altered or foreign one."""
+        """Read a bridge folder and verify its checksums; ValueError for a missing, corrupt or modified one."""
         folder = Path(folder)
         hint = "build the bridge again with --fresh"
         try:
@@ -128,7 +126,7 @@ class Bridge:
             intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
             intact = intact and manifest["vocab_map_sha256"] == _map_fingerprint(student_ids, teacher_ids)
         except FileNotFoundError as error:
-            raise ValueError(f"{folder}: holds no bridge ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
+            raise ValueError(f"{folder}: no bridge here ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the bridge is corrupt ({type(error).__name__}: {error}); {hint}") from error
         if not intact:
@@ -158,12 +156,12 @@ class Bridge:
         self._tokenizers = (student, teacher)
         return self
 
-    def _compare(self, side: str, tokenizer: TextTokenizer, asked: Mapping[str, Any]) -> None:
+    def _compare(self, side: str, tokenizer: TextTokenizer, values: Mapping[str, Any]) -> None:
         built = self.manifest[side]
-        for key, value in asked.items():
+        for key, value in values.items():
             if value != built[key]:
                 raise ValueError(
-                    f"{tokenizer.name}: is not the {side} tokenizer this bridge was built for ({built['name']}): "
+                    f"{tokenizer.name}: not the {side} tokenizer that the bridge was built for ({built['name']}): "
                     f"{key} is {value}, the bridge has {built[key]}; build the bridge for these tokenizers"
                 )
 
@@ -193,8 +191,8 @@ class Bridge:
         """ValueError if less than ``floor`` (a share, 0 to 1) of the sample's bytes lies in chunks."""
         if self.coverage < floor:
             raise ValueError(
-                f"the bridge covers {self.coverage:.4f} of the sample's bytes, the floor is {floor}: the tokenizers "
-                "spell one text differently (the inspect command shows where); choose others or lower --coverage-floor"
+                f"the bridge covers {self.coverage:.4f} of the sample's bytes, less than {floor}: the tokenizers "
+                "change the text in different ways (see the inspect command); choose others or lower --coverage-floor"
             )
 
     def encode_with_bytes(self, text: str) -> EncodedPair:
@@ -204,8 +202,8 @@ class Bridge:
     def align(self, encodings: Sequence[EncodedPair]) -> list[Aligned]:
         """Align texts, in order; fastest with TEXTS_AT_ONCE texts per call.
 
-        Where the two sides spell different bytes (one normalises, or has no token for a character), chunks cover the
-        longest common beginning and end. A shared tokenizer's tokens are one chunk each.
+        If the bytes of the two sides differ (one normalises, or has no token for a character), chunks cover the longest
+        common prefix and suffix. A shared tokenizer's tokens are one chunk each.
         """
         return align_encodings(*self._checked(), encodings, same=self.shared)
 
@@ -249,8 +247,8 @@ def align_encodings(
             aligned[place] = Aligned(left.ids, right.ids, chunk, chunk.copy(), len(chunk), size, size)
             continue
         raw = both.text.encode("utf-8")
-        # Two sides that both skip a character agree with each other there, yet neither says it.
-        skipping = not left.data == right.data == raw and _unspelled(left, right, student, teacher)
+        # If both sides drop the same character, they agree with each other but not with the text.
+        skipping = not left.data == right.data == raw and _has_byteless_tokens(left, right, student, teacher)
         if left.data == right.data and not skipping:
             agreeing.append(place)
         else:
@@ -263,9 +261,9 @@ def align_encodings(
     return [aligned[place] for place in range(len(encodings))]
 
 
-def _align_ends(left: Encoding, right: Encoding, said: Sequence[bytes]) -> Aligned:
-    """Chunks of the beginning and the end that both sides share with each other, and with what was ``said``."""
-    strings = [right.data, *said]
+def _align_ends(left: Encoding, right: Encoding, texts: Sequence[bytes]) -> Aligned:
+    """Chunks of the prefix and the suffix that both sides have in common, and that agree with ``texts``."""
+    strings = [right.data, *texts]
     total = max(len(string) for string in (left.data, *strings))
     head = min(common_prefix(left.data, other) for other in strings)
     tail = min(common_prefix(left.data[head:][::-1], other[head:][::-1]) for other in strings)
@@ -273,7 +271,7 @@ def _align_ends(left: Encoding, right: Encoding, said: Sequence[bytes]) -> Align
     return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, covered, total)
 
 
-def _unspelled(left: Encoding, right: Encoding, student: TextTokenizer, teacher: TextTokenizer) -> bool:
+def _has_byteless_tokens(left: Encoding, right: Encoding, student: TextTokenizer, teacher: TextTokenizer) -> bool:
     return bool(student.has_no_bytes(left.ids).any() or teacher.has_no_bytes(right.ids).any())
 
 
@@ -307,10 +305,10 @@ def _tokens_per_chunk(chunk: np.ndarray, chunks: int) -> np.ndarray:
 
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
-    decides = {key: manifest[key] for key in _DECIDES}
+    relevant = {key: manifest[key] for key in _AFFECTS_ALIGNMENT}
     for side in _SIDES:
-        decides[side] = {key: manifest[side][key] for key in _IDENTITY}
-    return fingerprint_of(decides)
+        relevant[side] = {key: manifest[side][key] for key in _IDENTITY}
+    return fingerprint_of(relevant)
 
 
 def _map_fingerprint(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:

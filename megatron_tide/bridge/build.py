@@ -1,4 +1,4 @@
-"""Build a bridge on disk, or find it done; and say what it holds."""
+"""Build a bridge on disk, or reuse a finished one; and summarise it."""
 
 from __future__ import annotations
 
@@ -42,9 +42,11 @@ def _finished(out: Path, student: TextTokenizer, teacher: TextTokenizer, request
     try:
         bridge.check(student, teacher)
     except ValueError as error:
-        raise ValueError(f"{out}: holds a bridge of other tokenizers; pass --fresh to replace it ({error})") from error
+        raise ValueError(
+            f"{out}: contains a bridge of other tokenizers; pass --fresh to replace it ({error})"
+        ) from error
     if bridge.manifest["request"] != request:
-        raise ValueError(f"{out}: holds a bridge measured on another sample; pass --fresh to replace it")
+        raise ValueError(f"{out}: contains a bridge measured on another sample; pass --fresh to replace it")
     return bridge
 
 

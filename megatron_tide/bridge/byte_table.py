@@ -1,6 +1,6 @@
 """The bytes of each token: one table per tokenizer, so that a sequence's byte lengths are one numpy gather.
 
-Two spellings of bytes as vocabulary strings are in use. Byte-level vocabularies (GPT-2 and its successors) write every
+Vocabularies represent bytes as strings in two ways. Byte-level vocabularies (GPT-2 and its successors) write every
 byte as one printable character; SentencePiece vocabularies write text with ``\u2581`` for the space and ``<0xE2>`` for
 a lone byte.
 """
@@ -38,7 +38,7 @@ def byte_level_bytes(token: str) -> bytes | None:
 
 
 def byte_level_string(data: bytes) -> str:
-    """The byte-level vocabulary string that spells ``data``."""
+    """The byte-level vocabulary string of ``data``."""
     return "".join(_LETTER[byte] for byte in data)
 
 
@@ -57,10 +57,10 @@ def is_byte_piece(token: str) -> bool:
 class ByteTable:
     """Token id -> bytes, for V ids at once. None (a special, missing or unknown token) has length 0."""
 
-    def __init__(self, spelled: Sequence[bytes | None]) -> None:
-        self.known = np.array([piece is not None for piece in spelled], dtype=bool)
-        self.length = np.array([len(piece or b"") for piece in spelled], dtype=np.int64)
-        self._flat = np.frombuffer(b"".join(piece or b"" for piece in spelled), dtype=np.uint8)
+    def __init__(self, token_bytes: Sequence[bytes | None]) -> None:
+        self.known = np.array([piece is not None for piece in token_bytes], dtype=bool)
+        self.length = np.array([len(piece or b"") for piece in token_bytes], dtype=np.int64)
+        self._flat = np.frombuffer(b"".join(piece or b"" for piece in token_bytes), dtype=np.uint8)
         self._start = np.cumsum(self.length) - self.length
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class ByteTable:
         return self.length.take(ids)
 
     def encode_with_bytes(self, ids: np.ndarray) -> bytes:
-        """The bytes that ``ids`` [n] spell together, gathered without a loop over tokens."""
+        """The concatenated bytes of ``ids`` [n], gathered without a loop over tokens."""
         lengths = self.length[ids]
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0

@@ -49,7 +49,7 @@ class FastCodec:
 
     ``named`` are strings with a role (mask, end of text, ...): special even if the file does not mark them. ValueError
     for a kind of tokenizer that does not keep the text's bytes (WordPiece, characters without byte fallback are refused
-    or show as uncovered text).
+    or appear as unaligned text).
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, named: Iterable[str]) -> None:
@@ -167,7 +167,7 @@ def _text_only(spec: Mapping[str, Any], special: Mapping[str, int]) -> tokenizer
     """A copy that never makes a special token from text."""
     spec = {**spec, "added_tokens": [{**t, "special": t["content"] in special} for t in spec["added_tokens"]]}
     if spec["model"]["type"] == "Unigram":
-        # Not looked for as a whole, a special string may still be a vocabulary piece like any other.
+        # Even if it is not recognised as special, a special token's string can be an ordinary vocabulary piece.
         vocabulary = [[t, _IMPOSSIBLE_SCORE if t in special else score] for t, score in spec["model"]["vocab"]]
         spec["model"] = {**spec["model"], "vocab": vocabulary}
     copy = tokenizers.Tokenizer.from_str(json.dumps(spec))

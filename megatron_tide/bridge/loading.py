@@ -45,27 +45,27 @@ def load_tokenizer(
 
     - a folder with ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``): as transformers' AutoTokenizer reads it;
     - a folder with ``tokenizer.model``, or a SentencePiece model file: as the sentencepiece library reads it, with
-      special tokens and chat template from ``tokenizer_config.json`` and ``chat_template.jinja`` beside it, if present;
+      special tokens and chat template from ``tokenizer_config.json`` and ``chat_template.jinja`` next to it;
     - a ``*.tiktoken`` file, or a folder with one (see ``bridge.tiktoken``);
     - a model's name on the Hugging Face hub.
 
     ``mask_token`` names the mask token where the tokenizer's own files do not: a token of the vocabulary, or an id in
-    digits, which may lie beyond it (some models keep their mask there). Code from the tokenizer's folder runs only with
-    ``trust_remote_code``. ValueError where nothing usable is found.
+    digits, which may be outside the vocabulary (as in some models). Code from the tokenizer's folder runs only with
+    ``trust_remote_code``. ValueError if no tokenizer is found.
     """
-    place, asked = _locate(path, trust_remote_code), _Asked(str(path), mask_token, trust_remote_code)
+    place, request = _locate(path, trust_remote_code), _LoadRequest(str(path), mask_token, trust_remote_code)
     if place.is_dir():
-        return _load_folder(place, asked)
+        return _load_folder(place, request)
     if place.suffix == ".json":
-        return _load_hugging_face(place.parent, asked)
+        return _load_hugging_face(place.parent, request)
     if place.suffix == ".tiktoken":
-        return _load_tiktoken(place, asked)
-    return _load_sentencepiece(place, asked)
+        return _load_tiktoken(place, request)
+    return _load_sentencepiece(place, request)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """The arguments of a ``load_tokenizer``. ``again()`` makes its result anew: how it travels to another process."""
+class _LoadRequest:
+    """The arguments of ``load_tokenizer``; ``again()`` loads the tokenizer again, in another process."""
 
     name: str
     mask_token: str | None
@@ -106,63 +106,61 @@ def _locate(path: str | Path, trust_remote_code: bool) -> Path:
     if place.exists():
         return place
     name = str(path)
-    # "runs/teacher" could be a hub name; where a folder "runs" stands here, the user means a folder.
+    # "runs/teacher" could be a hub name; if there is a folder "runs" here, the user means a folder.
     local = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix in _FILE_SUFFIXES
     if "/" in name and (local or place.parent.exists()):
         raise ValueError(f"{name}: no such tokenizer folder or file; check the path")
     patterns = [*TOKENIZER_FILES, "config.json", *(["*.py"] if trust_remote_code else [])]
-    return download(name, patterns, f"{name}: neither a tokenizer here nor reachable on the hub; check the name")
+    return download(name, patterns, f"{name}: no such local tokenizer, and not reachable on the hub; check the name")
 
 
-def _load_folder(folder: Path, asked: _Asked) -> TextTokenizer:
+def _load_folder(folder: Path, request: _LoadRequest) -> TextTokenizer:
     if (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
-        return _load_hugging_face(folder, asked)
+        return _load_hugging_face(folder, request)
     if (folder / _SENTENCEPIECE).exists():
-        return _load_sentencepiece(folder / _SENTENCEPIECE, asked)
+        return _load_sentencepiece(folder / _SENTENCEPIECE, request)
     ranks = sorted(folder.glob("*.tiktoken"))
     if len(ranks) == 1:
-        return _load_tiktoken(ranks[0], asked)
+        return _load_tiktoken(ranks[0], request)
     raise ValueError(
-        f"{asked.name}: holds no tokenizer.json, tokenizer.model or single *.tiktoken file; check the path"
+        f"{request.name}: no tokenizer.json, tokenizer.model or single *.tiktoken file in this folder; check the path"
     )
 
 
-def _load_hugging_face(folder: Path, asked: _Asked) -> TextTokenizer:
+def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    with _reading(asked.name), _quiet():
-        raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=asked.trust_remote_code)
+    with _reading(request.name), _quiet():
+        raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=request.trust_remote_code)
     if getattr(raw, "backend_tokenizer", None) is None:
-        raise ValueError(
-            f"{asked.name}: the tokenizer has no fast form; save its tokenizer.json with transformers first"
-        )
+        raise ValueError(f"{request.name}: no fast tokenizer; save its tokenizer.json with transformers first")
     kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
-    return _wrap_hugging_face(folder, tuple(dict.fromkeys(kept)), raw, asked)
+    return _wrap_hugging_face(folder, tuple(dict.fromkeys(kept)), raw, request)
 
 
-def _load_tiktoken(file: Path, asked: _Asked) -> TextTokenizer:
-    return _wrap_hugging_face(file, (), read_tiktoken(file), asked)
+def _load_tiktoken(file: Path, request: _LoadRequest) -> TextTokenizer:
+    return _wrap_hugging_face(file, (), read_tiktoken(file), request)
 
 
-def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, asked: _Asked) -> TextTokenizer:
+def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _LoadRequest) -> TextTokenizer:
     roles = {
         role.removesuffix("_token"): str(token)
         for role, token in raw.special_tokens_map.items()
         if role.endswith("_token") and token is not None
     }
-    _name_mask(asked, roles, raw.get_vocab())
-    with _reading(asked.name):
+    _name_mask(request, roles, raw.get_vocab())
+    with _reading(request.name):
         codec = FastCodec(raw.backend_tokenizer, roles.values())
     template = raw.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
     source = TokenizerSource(
-        name=asked.name, path=path, files=files, roles=roles, chat_template=template, again=asked.again, raw=raw
+        name=request.name, path=path, files=files, roles=roles, chat_template=template, again=request.again, raw=raw
     )
     return TextTokenizer(codec, source)
 
 
-def _load_sentencepiece(model: Path, asked: _Asked) -> TextTokenizer:
+def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     beside = [model.parent / _CONFIG, model.parent / _TEMPLATE] if model.name == _SENTENCEPIECE else []
     files = [model, *(file for file in beside if file.exists())]
     config = read_json(model.parent / _CONFIG, "restore the file") if model.parent / _CONFIG in files else {}
@@ -172,36 +170,36 @@ def _load_sentencepiece(model: Path, asked: _Asked) -> TextTokenizer:
         for role, token in config.items()
         if role.endswith("_token") and isinstance(token, str | Mapping)
     }
-    with _reading(asked.name):
+    with _reading(request.name):
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
-    # The model's own roles stand where the configuration says nothing.
+    # The model's own roles apply if the configuration does not define them.
     roles = sentencepiece_roles(processor) | roles
     pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
-    _name_mask(asked, roles, pieces | added.keys())
+    _name_mask(request, roles, pieces | added.keys())
     template = config.get("chat_template")
     if model.parent / _TEMPLATE in files:
         template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
     codec = SentencePieceCodec(processor, added, roles.values())
     source = TokenizerSource(
-        name=asked.name,
+        name=request.name,
         path=model if model.name != _SENTENCEPIECE else model.parent,
         files=tuple(files),
         roles=roles,
         chat_template=template,
-        again=asked.again,
+        again=request.again,
     )
     return TextTokenizer(codec, source)
 
 
-def _name_mask(asked: _Asked, roles: dict[str, str], vocabulary: Container[str]) -> None:
-    """Settle the mask token: what the user says, what the tokenizer says, or a usual string in the vocabulary."""
-    if asked.mask_token is not None:
-        # Digits are an id, never a token: vocabularies hold plain numbers, and none of those is a mask.
-        if not asked.mask_token.isdecimal() and asked.mask_token not in vocabulary:
+def _name_mask(request: _LoadRequest, roles: dict[str, str], vocabulary: Container[str]) -> None:
+    """Choose the mask token: the user's, the tokenizer's, or a common string in the vocabulary."""
+    if request.mask_token is not None:
+        # Digits mean an id, never a token: vocabularies contain plain numbers, and none of those is a mask.
+        if not request.mask_token.isdecimal() and request.mask_token not in vocabulary:
             raise ValueError(
-                f"{asked.name}: the vocabulary has no token {asked.mask_token!r} to use as the mask; name one it has"
+                f"{request.name}: the vocabulary has no token {request.mask_token!r} to use as the mask; choose another"
             )
-        roles["mask"] = asked.mask_token
+        roles["mask"] = request.mask_token
     for usual in DEFAULT_MASKS:
         if usual in vocabulary:
             roles.setdefault("mask", usual)

@@ -1,4 +1,4 @@
-"""Texts to measure a bridge on: the assistants' words in a data file, which is what distillation will align."""
+"""Texts to measure a bridge on: the assistant turns of a data file, which are what distillation aligns."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def read_samples(paths: Sequence[Path], limit: int | None = None) -> list[str]:
     """Texts of all files, at most ``limit`` of each (None: all). ValueError for a broken file or one without texts.
 
     ``*.jsonl`` and ``*.parquet``: contents of the assistant turns of each row's ``messages``, or the row's ``text``.
-    Any other file is one text. A folder stands for the data files in it.
+    Any other file is one text. A folder means the data files in it.
     """
     texts: list[str] = []
     for path in paths:
         files = sorted(file for file in path.glob("*") if file.suffix in _READERS) if path.is_dir() else [path]
         found = [text for file in files for text in islice(_texts(file), limit)]
         if not any(found):
-            raise ValueError(f"{path}: holds no assistant turn and no text to sample; check the path and the columns")
+            raise ValueError(f"{path}: no assistant turn and no text to sample; check the path and the columns")
         texts.extend(found)
     return texts
 
@@ -48,7 +48,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             rows = (row for batch in file.iter_batches(columns=names) for row in batch.to_pylist())
             yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
     except ArrowException as error:
-        raise ValueError(f"{path}: is not readable as Parquet ({error}); fetch the file again") from error
+        raise ValueError(f"{path}: not readable as Parquet ({error}); download the file again") from error
 
 
 _READERS = {".jsonl": read_rows, ".parquet": _parquet}

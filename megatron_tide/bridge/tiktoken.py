@@ -1,7 +1,7 @@
 """tiktoken-style files: one base64 token and its rank per line, read into a Hugging Face byte-level BPE.
 
-Such a file holds ranks alone. How text is normalised and split, and which tokens are added, is known here for Qwen's
-file (recognised by its content); any other needs a settings file beside it, ``NAME.tiktoken.json``:
+Such a file contains only ranks. Normalisation, splitting and added tokens are built in for Qwen's file (recognised by
+its content); any other needs a settings file next to it, ``NAME.tiktoken.json``:
 ``{"pattern": "...", "normalizer": "NFC" or null, "added_tokens": ["<|im_end|>", ...], "eos_token": "...", ...}``;
 ordinary text may become ``plain_added_tokens``.
 """
@@ -50,7 +50,7 @@ KNOWN_FILES = {"b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186
 
 
 def read_tiktoken(file: Path) -> Any:
-    """A transformers tokenizer for the file; ValueError for a broken line, a hole in the bytes, or unknown settings."""
+    """A transformers tokenizer for the file; ValueError for an invalid line, missing bytes, or unknown settings."""
     from transformers import PreTrainedTokenizerFast
 
     content = file.read_bytes()
@@ -78,13 +78,13 @@ def _read_ranks(content: bytes, file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise ValueError(
-                f"{file}: line {number} is not a base64 token and its rank; fetch the file again"
+                f"{file}: line {number} is not a base64 token with its rank; download the file again"
             ) from error
     if len(set(ranks.values())) < len(ranks):
-        raise ValueError(f"{file}: gives two tokens one rank, as a file cut off does; fetch the file again")
-    lacking = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if lacking:
-        raise ValueError(f"{file}: has no token for {len(lacking)} of the 256 bytes; fetch the file again")
+        raise ValueError(f"{file}: two tokens have the same rank (truncated file?); download the file again")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(f"{file}: has no token for {len(missing)} of the 256 bytes; download the file again")
     return ranks
 
 
@@ -96,15 +96,15 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{beside}: is not valid JSON ({error}); fix the settings") from error
         if not isinstance(settings, dict) or "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
-            raise ValueError(f"{beside}: must be an object with a pattern, and of {sorted(SETTINGS_KEYS)} only")
+            raise ValueError(
+                f"{beside}: must be an object with a pattern and no keys other than {sorted(SETTINGS_KEYS)}"
+            )
         if settings.get("normalizer") not in NORMALIZERS:
             raise ValueError(f"{beside}: normalizer must be one of {[*NORMALIZERS]}, not {settings['normalizer']!r}")
         return settings
     known = KNOWN_FILES.get(hashlib.sha256(content).hexdigest())
     if known is None:
-        raise ValueError(
-            f"{file}: is no tiktoken file known here and its split pattern cannot be guessed; give it in {beside.name}"
-        )
+        raise ValueError(f"{file}: unknown tiktoken file; define its split pattern in {beside.name}")
     return known
 
 
@@ -113,7 +113,9 @@ def _regex(pattern: str, file: Path) -> tokenizers.Regex:
         return tokenizers.Regex(pattern)
     except Exception as error:
         # tokenizers has no narrower type for it.
-        raise ValueError(f"{file}: the pattern of its settings is no regular expression ({error}); fix it") from error
+        raise ValueError(
+            f"{file}: the pattern in its settings is not a regular expression ({error}); fix it"
+        ) from error
 
 
 def _bpe(ranks: dict[bytes, int]) -> models.BPE:
@@ -127,5 +129,5 @@ def _bpe(ranks: dict[bytes, int]) -> models.BPE:
     merges.sort()
     vocabulary = {byte_level_string(token): rank for token, rank in ranks.items()}
     pairs = [(byte_level_string(left), byte_level_string(right)) for *_, left, right in merges]
-    # tiktoken takes a whole word that is a token as that token, before any merging.
+    # tiktoken encodes a complete word that is a token as that token, before any merging.
     return models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=True)

@@ -22,7 +22,7 @@ ROLES = ("mask", "eos", "pad")
 
 @dataclass(frozen=True)
 class Encoding:
-    """A text's tokens: ``ids`` int32 [n], ``lengths`` int64 [n] in bytes, ``data`` the bytes they spell together."""
+    """A text's tokens: ``ids`` int32 [n], ``lengths`` int64 [n] in bytes, ``data`` their concatenated bytes."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -34,7 +34,7 @@ _CHANGING = re.compile(r"\b(strftime_now|lipsum)\b|\|\s*random\b")  # of Jinja's
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSource:
-    """A tokenizer's origin and the files beside its vocabulary: enough to load, save or describe it again."""
+    """A tokenizer's origin and the files next to its vocabulary: enough to load, save or describe it again."""
 
     name: str
     path: Path
@@ -43,7 +43,7 @@ class TokenizerSource:
     """Role (mask, eos, pad, bos, ...) -> the token's string."""
     chat_template: str | None
     again: Callable[[], TextTokenizer]
-    """Loads the same tokenizer again; it pickles, and stands for the tokenizer on its way to another process."""
+    """Loads the same tokenizer again; it can be pickled and replaces the tokenizer on the way to another process."""
     raw: Any = None
 
 
@@ -111,7 +111,7 @@ class TextTokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids that ordinary text never becomes (the unknown token excepted: it stands for text)."""
+        """Ids that ordinary text never becomes (except the unknown token, which stands for text)."""
         return frozenset(self._codec.special.values())
 
     @property
@@ -151,7 +151,7 @@ class TextTokenizer:
         ids = np.array(self._codec.encode(_checked(text)), dtype=np.int32)
         if self._forbidden[ids].any():
             string = self._codec.strings[int(ids[self._forbidden[ids]][0])]
-            raise ValueError(f"{self.name}: the text's {string!r} became a special token; remove it from the text")
+            raise ValueError(f"{self.name}: {string!r} in the text became a special token; remove it from the text")
         return ids
 
     def encode_prompt(self, rendered: str) -> np.ndarray:
@@ -162,7 +162,7 @@ class TextTokenizer:
         """Text of ``ids``; bytes that are no UTF-8 become U+FFFD. Special tokens are omitted, or shown as their
         strings.
         """
-        # Ids past the vocabulary exist in models (padded embeddings) and spell nothing.
+        # Ids past the vocabulary exist in models (padded embeddings) and have no bytes.
         known = [int(index) for index in ids if 0 <= index < self.vocab_size]
         token_bytes = self.token_bytes(known)
         if not skip_special:
@@ -171,7 +171,7 @@ class TextTokenizer:
         return b"".join(token_bytes).decode("utf-8", errors="replace")
 
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
-        """The bytes each token spells in this sequence: joined, the text's bytes. Special tokens spell none.
+        """The bytes of each token in this sequence: joined, the text's bytes. Special tokens have none.
 
         A tokenizer that writes a space before every text (SentencePiece's dummy prefix) has it taken off the first
         token.
@@ -182,7 +182,7 @@ class TextTokenizer:
         return token_bytes
 
     def byte_lengths(self, ids: np.ndarray) -> np.ndarray:
-        """int32 [n] byte lengths of a whole encoded text's tokens, as ``token_bytes`` has them; no loop."""
+        """int32 [n] byte lengths of a complete encoded text's tokens, as ``token_bytes`` has them; no loop."""
         lengths = self._table.lengths(ids)
         if len(ids) and self._prefixes and self._starts_with_space(ids):
             lengths[0] -= 1
@@ -197,7 +197,7 @@ class TextTokenizer:
         return self._codec.strings[token] if 0 <= token < self.vocab_size else None
 
     def is_ordinary(self) -> np.ndarray:
-        """Bool [V]: ids of the model's own vocabulary that spell bytes (no added, special, unknown or missing ones)."""
+        """Bool [V]: ids of the model's own vocabulary that have bytes (no added, special, unknown or missing ones)."""
         ordinary = self._table.known.copy()
         ordinary[list(self._codec.added.values())] = False
         return ordinary
@@ -222,7 +222,7 @@ class TextTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self._source.chat_template is None:
-            raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja beside it")
+            raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja next to it")
         if self._changing is not None:
             raise ValueError(
                 f"{self.name}: the chat template writes today's date or a random choice ({self._changing[0]}), so "
@@ -237,7 +237,7 @@ class TextTokenizer:
                 **tokens,
             )
         except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self.name}: the chat template refuses the conversation: {error}") from error
+            raise ValueError(f"{self.name}: the chat template rejects the conversation: {error}") from error
         return rendered[0][0]
 
     def save(self, folder: str | Path) -> None:
@@ -261,7 +261,7 @@ class TextTokenizer:
     def _unused(self, index: int) -> int:
         if index < len(self._table) and self.is_ordinary()[index]:
             raise ValueError(
-                f"{self.name}: id {index} spells text, so it cannot be the mask; give another id or a token"
+                f"{self.name}: id {index} is a text token, so it cannot be the mask; give another id or a token"
             )
         return index
 
@@ -277,6 +277,6 @@ def _checked(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the text holds half a surrogate pair at character {error.start}, which has no bytes; repair the data"
+            f"the text has half a surrogate pair at character {error.start}, which cannot be encoded; fix the data"
         ) from error
     return text

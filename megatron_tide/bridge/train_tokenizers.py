@@ -22,7 +22,7 @@ MASK = "<|mask|>"
 END_OF_TEXT = "<|endoftext|>"
 RECEIPT = "training.json"
 BYTES = 256
-# Far above any training text: SentencePiece drops longer ones without a word.
+# Far above any training text: SentencePiece silently drops longer ones.
 LONGEST_TEXT = 1 << 24
 
 STUDENT_TEMPLATE = (
@@ -47,7 +47,7 @@ def train_byte_bpe(folder: str | Path, texts: Iterable[str], vocab_size: int, ma
 
     special = [END_OF_TEXT, "<|im_start|>", "<|im_end|>", mask]
     if vocab_size < BYTES + len(special):
-        raise ValueError(f"a byte-level vocabulary needs at least {BYTES + len(special)} tokens; raise {vocab_size}")
+        raise ValueError(f"a byte-level vocabulary needs at least {BYTES + len(special)} tokens, not {vocab_size}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), behavior="isolated", invert=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -74,7 +74,7 @@ def train_sentencepiece(
 
     ``tokenizer.model`` holds every token, the special ones as control pieces; ``tokenizer_config.json`` names them. The
     vocabulary is smaller where the texts do not fill it. Eos and pad ``<|endoftext|>``, as LLaDA2's are one. Without
-    ``dummy_prefix`` no space is put before a text: its first word is the same token as after a newline.
+    ``dummy_prefix`` no space is added before a text: its first word is the same token as after a newline.
     """
     folder, model = Path(folder), io.BytesIO()
     special = [mask, "<role>", "</role>", "<|role_end|>"]
@@ -127,8 +127,8 @@ class TokenizerTraining:
     library: str
 
     def run(self, texts: Sequence[str], data_sha256: str, fresh: bool) -> str:
-        """Train, or find the same training done; what happened, as one line. ValueError where other files are in the
-        way.
+        """Train, unless the same training is done; returns one line about it. ValueError if the folder contains other
+        files.
         """
         receipt = {
             "kind": self.train.__name__,
@@ -139,9 +139,13 @@ class TokenizerTraining:
         if self.folder.exists() and not fresh:
             if self._receipt() == receipt:
                 return f"{self.folder}: done, skipped"
-            raise ValueError(f"{self.folder}: holds something else than this training; pass --fresh or another folder")
+            raise ValueError(
+                f"{self.folder}: contains a tokenizer of other settings; pass --fresh or use another folder"
+            )
         if self.folder.exists() and self._receipt() is None and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder}: was not made by this tool: --fresh does not replace it; name another")
+            raise ValueError(
+                f"{self.folder}: not made by this tool, so --fresh does not replace it; use another folder"
+            )
         with AtomicFolder(self.folder) as draft:
             self.train(draft, texts, self.vocab_size)
             (draft / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
@@ -159,17 +163,17 @@ def read_messages(path: Path) -> list[str]:
     rows = (parse_messages(row.get("messages"), where) for where, row in read_rows(path))
     texts = [message["content"] for messages in rows for message in messages]
     if not texts:
-        raise ValueError(f"{path}: holds no messages to train on; check the path")
+        raise ValueError(f"{path}: no messages to train on; check the path")
     return texts
 
 
 def train_tokenizers(
     data: Path, student_out: Path, teacher_out: Path, student_vocab: int, teacher_vocab: int, fresh: bool
 ) -> Iterator[str]:
-    """Train both on a JSONL file of conversations, or find them done; one line about each.
+    """Train both on a JSONL file of conversations, unless that is done; returns one line about each.
 
     Raises:
-        ValueError: broken data, a vocabulary size that cannot be had, or a folder that holds something else.
+        ValueError: invalid data, an impossible vocabulary size, or a folder with other content.
     """
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     texts = read_messages(data)

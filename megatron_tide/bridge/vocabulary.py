@@ -1,4 +1,4 @@
-"""Two vocabularies side by side: where they are equal id by id, and which ids spell the same bytes."""
+"""Two vocabularies side by side: where they are equal id by id, and which ids have the same bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_tide.bridge.tokenizer import TextTokenizer
 def shared_prefix(student: TextTokenizer, teacher: TextTokenizer) -> tuple[int, bool]:
     """Number of leading ids that mean the same on both sides, and whether that takes in all of both own vocabularies.
 
-    An id means the same where both spell the same bytes, or where both are the same string that spells none. Added
+    An id means the same on both sides if both have the same bytes, or are the same string without bytes. Added
     tokens past the common part may differ, as they do between models of one family; the end-of-response token may not.
     """
     size = min(student.vocab_size, teacher.vocab_size)
@@ -27,14 +27,14 @@ def map_vocabularies(
     """Pairs (student_ids, teacher_ids), int64 [K] each, rising in student ids, no id twice on a side.
 
     ``shared``: the tokenizers are the same up to this id, so that every id there is its own partner. Otherwise the
-    ordinary tokens that spell the same bytes, and the end-of-response tokens. Of several ids with the same bytes, the
+    ordinary tokens with the same bytes, and the end-of-response tokens. Of several ids with the same bytes, the
     one that text becomes counts: a piece before a byte-fallback piece, then the lower id.
     """
     if shared is not None:
         ids = np.arange(shared, dtype=np.int64)
         return ids, ids.copy()
     theirs = _by_bytes(teacher)
-    pairs = {index: theirs[spelled] for spelled, index in _by_bytes(student).items() if spelled in theirs}
+    pairs = {index: theirs[data] for data, index in _by_bytes(student).items() if data in theirs}
     ends = (student.describe()["eos_id"], teacher.describe()["eos_id"])
     if None not in ends:
         pairs[ends[0]] = ends[1]
@@ -43,8 +43,8 @@ def map_vocabularies(
 
 
 def _meaning(tokenizer: TextTokenizer, index: int) -> tuple[bytes | None, str | None]:
-    spelled = tokenizer.id_to_bytes(index)
-    return spelled, tokenizer.id_to_token(index) if spelled is None else None
+    data = tokenizer.id_to_bytes(index)
+    return data, tokenizer.id_to_token(index) if data is None else None
 
 
 def _by_bytes(tokenizer: TextTokenizer) -> dict[bytes, int]:
@@ -52,7 +52,7 @@ def _by_bytes(tokenizer: TextTokenizer) -> dict[bytes, int]:
     ordinary = np.flatnonzero(tokenizer.is_ordinary()).tolist()
     fallback = {index: is_byte_piece(tokenizer.id_to_token(index) or "") for index in ordinary}
     for index in sorted(ordinary, key=lambda index: (fallback[index], index)):
-        spelled = tokenizer.id_to_bytes(index)
-        if spelled:
-            chosen.setdefault(spelled, index)
+        data = tokenizer.id_to_bytes(index)
+        if data:
+            chosen.setdefault(data, index)
     return chosen

@@ -1,9 +1,9 @@
-"""Build the bridge between two tokenizers, which cuts a text into chunks that both sides share.
+"""Build the bridge between two tokenizers, which aligns their tokens in chunks.
 
 Compares the vocabularies, aligns a sample of the data with both tokenizers, and writes manifest.json and
-vocab_map.safetensors. Stops when chunks cover too few of the sample's bytes: then the two tokenizers spell the same
-text differently, and distillation would learn from a part of it only. A finished bridge of the same tokenizers and
-sample is kept as it is.
+vocab_map.safetensors. Fails if chunks cover too few of the sample's bytes: then the two tokenizers change the text in
+different ways, and distillation would use only a part of it. A finished bridge of the same tokenizers and sample is
+kept.
 
 Examples:
   python -m megatron_tide bridge --student runs/quickstart/tokenizers/student \\
@@ -25,21 +25,23 @@ class Args:
     student: str = flag(..., f"Tokenizer of the student: {_TOKENIZER}", metavar="TOKENIZER")
     teacher: str = flag(..., "Tokenizer of the teacher, in the same forms", metavar="TOKENIZER")
     sample: tuple[Path, ...] = flag(
-        ..., "JSONL or Parquet with messages or text, plain text files, or folders of such files", metavar="DATA"
+        ...,
+        "Sample texts: JSONL or Parquet with messages or text, plain text files, or folders of such files",
+        metavar="DATA",
     )
     out: Path = flag(..., "Folder to write the bridge to", metavar="DIR")
     student_mask: str | None = flag(
-        None, "Mask token or id of the student, if its tokenizer names none", metavar="TOKEN"
+        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
     )
     teacher_mask: str | None = flag(
-        None, "Mask token or id of the teacher, if its tokenizer names none", metavar="TOKEN"
+        None, "Mask token or id of the teacher, if its tokenizer defines none", metavar="TOKEN"
     )
     sample_limit: int = flag(2000, "Maximum number of texts to align per file", low=1)
     coverage_floor: float = flag(
         0.98, "Minimum share of the sample's bytes that chunks must cover", low=0, high=1, metavar="SHARE"
     )
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
-    fresh: bool = flag(False, "Build again, replacing the bridge in --out")
+    fresh: bool = flag(False, "Build again, and replace the bridge in --out")
 
 
 def run(args: Args) -> None:

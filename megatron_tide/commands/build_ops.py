@@ -1,9 +1,9 @@
 """Compile the DeepSpeed ops that this machine needs, once, and show the progress.
 
-DeepSpeed compiles an op when it is first used, for minutes and without a word, and a build that was killed leaves a
-lock that the next one waits for forever. This command compiles before training: on a machine without a GPU the
-shared-memory communication op; with --offload the CPU Adam; with --disk asynchronous disk I/O, which needs the headers
-of libaio (apt-get install libaio-dev). An op that is built already is kept. Every recipe runs this command.
+DeepSpeed compiles an op on first use, for minutes and without output, and a killed build leaves a lock for which the
+next one waits forever. This command compiles before training: on a machine without a GPU the shared-memory
+communication op; with --offload the CPU Adam; with --disk asynchronous disk I/O, which needs the headers of libaio
+(apt-get install libaio-dev). An op that is already compiled is kept. Every recipe runs this command.
 
 Examples:
   python -m megatron_tide build-ops --offload --disk

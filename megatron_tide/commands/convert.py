@@ -1,9 +1,9 @@
-"""Convert a training checkpoint to a Hugging Face folder, and prove that it is the same model.
+"""Convert a training checkpoint to a Hugging Face folder, and verify that it is the same model.
 
 The folder holds safetensors, config, tokenizer, generation config, the modelling code for trust_remote_code, and a
-model card with the run's provenance. Before it appears, a new process loads it offline with transformers alone, and its
-logits and greedy tokens must equal those of the training weights exactly; otherwise nothing is left. Needs no GPU, and
-memory for about one copy of the model. Checkpoints of every ZeRO stage and every number of ranks are converted alike.
+model card with the run's provenance. Before it is published, a new process loads it offline with only transformers, and
+its logits and greedy tokens must equal those of the training weights exactly; otherwise no folder is written. Needs no
+GPU, and memory for about one copy of the model. Works for any ZeRO stage and number of ranks.
 
 Examples:
   python tools/convert_to_hf.py runs/quickstart/tide-cross runs/quickstart/hf
@@ -21,16 +21,18 @@ from megatron_tide.cli import flag, say
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    checkpoint: str = flag(..., "step-* folder of a run, or the run's folder: its newest step", kind="positional")
-    out: Path = flag(..., "Folder to write; must not exist, unless --overwrite", kind="positional")
+    checkpoint: str = flag(..., "step-* folder of a run, or a run folder (its newest step)", kind="positional")
+    out: Path = flag(..., "Folder to write; must not exist without --overwrite", kind="positional")
     dtype: str = flag("bfloat16", "Precision of the released weights", choices=("bfloat16", "float16", "float32"))
     max_shard_size: str = flag("5GB", "Maximum size of a weight file, e.g. 5GB or 500MiB", metavar="SIZE")
     overwrite: bool = flag(False, "Replace the release in OUT when the new one is complete")
-    base_model: str | None = flag(None, "Folder that the run started from, if it has moved since", metavar="DIR")
+    base_model: str | None = flag(
+        None, "Folder of the model that training started from, if it is no longer at its recorded path", metavar="DIR"
+    )
     name: str | None = flag(None, "Name of the model in its card", shown="the name of OUT")
-    license: str = flag("apache-2.0", "Licence named in the card")
-    push_to_hub: str | None = flag(None, "Then upload to the hub under this name, e.g. me/my-student", metavar="NAME")
-    private: bool = flag(False, "With --push-to-hub: make the repository private")
+    license: str = flag("apache-2.0", "Licence for the model card")
+    push_to_hub: str | None = flag(None, "Hub repository to upload the release to, e.g. me/my-student", metavar="NAME")
+    private: bool = flag(False, "Make the repository of --push-to-hub private")
 
 
 def run(args: Args) -> None:

@@ -1,4 +1,4 @@
-"""Write a corpus that every machine has: docstring -> code chats from Python's standard library.
+"""Write a corpus from Python's standard library: docstring -> code chats.
 
 Writes train, validation and test files of messages, split by source file, and a tenth of train. Needs no network. A
 finished corpus in --out is kept.
@@ -18,7 +18,7 @@ from megatron_tide.cli import flag, say
 @dataclass(frozen=True, kw_only=True)
 class Args:
     out: Path = flag(..., "Folder to write", metavar="DIR")
-    fresh: bool = flag(False, "Write the corpus again, even if it is there")
+    fresh: bool = flag(False, "Write the corpus again, even if it exists")
 
 
 def run(args: Args) -> None:

@@ -1,8 +1,8 @@
-"""Evaluate models: held-out likelihood, and benchmarks beside the published numbers.
+"""Evaluate models: held-out likelihood, and benchmarks next to the published numbers.
 
-MODEL is a folder in hub format, a hub name, or a training checkpoint (a run folder stands for its newest step), written
-PATH or NAME=PATH. Students and diffusion teachers decode block by block; any causal language model of transformers is
-an autoregressive baseline. Intervals are 95 % bootstrap.
+MODEL is a folder in hub format, a hub name, or a training checkpoint (for a run folder, its newest step), given as
+PATH or NAME=PATH. Students and diffusion teachers decode block by block; any causal language model of transformers can
+be an autoregressive baseline. Intervals are 95 % bootstrap.
 
 --tasks likelihood (the default) measures the diffusion bound on --data in bits per byte, with the same masks for every
 model: students are scored on the student's tokens of prepared data and teachers on the teacher's, so that all predict
@@ -46,7 +46,7 @@ class LikelihoodArgs:
         choices=ATTENTION_LAYOUTS,
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
-    mc_samples: int = flag(8, "Number of timesteps per sample, one in each of as many strata", low=1)
+    mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample (stratified)", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +55,36 @@ class BenchmarkArgs:
 
     preset: str = flag("paper", "Settings of each benchmark", choices=("paper",))
     limit: int = flag(0, "Maximum number of samples per task", shown="all", low=0)
-    max_new_tokens: int | None = flag(None, "Maximum number of tokens per answer", shown="256, or 3 for one letter")
+    max_new_tokens: int | None = flag(None, "Maximum number of tokens per answer", shown="256; 3 for multiple choice")
     steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token")
     few_shot: int | None = flag(None, "Number of examples in the prompt", shown="0; bbh 3", low=0)
     temperature: float | None = flag(None, "Sampling temperature; 0 takes the most probable token", shown="0")
-    chat_template: bool | None = flag(None, "Ask through the tokenizer's chat template", shown="on")
-    samples_per_problem: int = flag(1, "Answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1)
+    chat_template: bool | None = flag(None, "Render prompts with the tokenizer's chat template", shown="on")
+    samples_per_problem: int = flag(
+        1, "Number of answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1
+    )
     include_path: tuple[str, ...] = flag(
         (), "Folder of further lm-eval tasks; repeatable", metavar="DIR", kind="repeated"
     )
-    workers: int = flag(0, "Number of programs judged at a time", shown="one per core", low=0)
-    unsafe_programs: bool = flag(False, "Run programs of a model even where this machine cannot sandbox them")
+    workers: int = flag(0, "Number of programs tested in parallel", shown="one per core", low=0)
+    unsafe_programs: bool = flag(False, "Run programs written by a model even if this machine cannot sandbox them")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    model: tuple[str, ...] = flag((), "Models for every task", kind="positional", metavar="[NAME=]MODEL")
+    model: tuple[str, ...] = flag((), "Model to evaluate on all --tasks", kind="positional", metavar="[NAME=]MODEL")
     student: tuple[str, ...] = flag(
         (), "Model, scored as a student; repeatable", metavar="[NAME=]PATH", kind="repeated"
     )
     teacher: tuple[str, ...] = flag(
         (), "Model, scored as a teacher; repeatable", metavar="[NAME=]PATH", kind="repeated"
     )
-    tasks: tuple[str, ...] = flag((LIKELIHOOD,), "likelihood, benchmarks, tasks of lm-eval", metavar="TASK")
+    tasks: tuple[str, ...] = flag((LIKELIHOOD,), "Tasks: likelihood, benchmarks, or tasks of lm-eval", metavar="TASK")
     out: Path | None = flag(None, "Folder for cached answers and samples", metavar="DIR", shown="MODEL/evaluation")
     json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE")
     card: bool = flag(False, "Also write the scores of each release into its model card")
-    seed: int = flag(0, "Seed of masks, sampling and bootstrap")
-    batch_size: int = flag(8, "Number of samples at once; changes speed and memory only", low=1)
+    seed: int = flag(0, "Random seed for masks, sampling and bootstrap")
+    batch_size: int = flag(8, "Number of samples per batch; affects only speed and memory", low=1)
     dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP)
     likelihood: LikelihoodArgs = field(default_factory=LikelihoodArgs)
@@ -96,14 +98,14 @@ def run(args: Args) -> None:
     if not models:
         raise ValueError("give at least one model (see --help)")
     if twice:
-        raise ValueError(f"two models are called {twice[0]!r}; tell them apart with NAME=PATH")
+        raise ValueError(f"two models have the name {twice[0]!r}; set names with NAME=PATH")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")  # seconds between lines of progress in a log
     from megatron_tide.release import card_scores, has_card, write_scores
 
     cards = [path for _, path in models if args.card and has_card(path)]
     if args.card and not cards:
-        raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py makes one")
+        raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py creates one")
     tasks = list(dict.fromkeys(args.tasks))
     content = _likelihood(args) if LIKELIHOOD in tasks else {}
     benchmarks = [task for task in tasks if task != LIKELIHOOD]
@@ -122,9 +124,9 @@ def _named(text: str) -> tuple[str, str]:
 
 
 def _likelihood(args: Args) -> dict[str, Any]:
-    """Print the table of likelihoods; returns what it says, for programs."""
+    """Print the table of likelihoods; returns its content, for --json."""
     if not args.likelihood.data:
-        raise ValueError("likelihood is measured on held-out data: add --data, a prepared folder, or choose --tasks")
+        raise ValueError("likelihood needs held-out data: add --data with a prepared folder, or choose other --tasks")
     from megatron_tide.data import PreparedData
     from megatron_tide.evaluate import comparison
     from megatron_tide.models import DTYPES
@@ -151,7 +153,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
 
 
 def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Print the table of benchmarks; returns what it says, for programs."""
+    """Print the table of benchmarks; returns its content, for --json."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # minor bars of libraries, before they are imported
     from megatron_tide.evaluate.benchmark_presets import changed_preset
     from megatron_tide.evaluate.harness import EvalContext, benchmark_table, check_benchmarks, run_benchmark
@@ -187,9 +189,9 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
 
 
 def _results_folder(name: str, path: str, out: Path | None) -> Path:
-    """Where a model's answers are kept: below ``--out``, or in the model's own folder."""
+    """The folder for a model's answers: below ``--out``, or in the model's folder."""
     if out:
         return out / name
     if not Path(path).is_dir():
-        raise ValueError(f"{path}: no folder here to keep answers in; add --out FOLDER")
+        raise ValueError(f"{path}: not a local folder, so answers cannot be cached in it; add --out FOLDER")
     return Path(path) / "evaluation"

@@ -1,7 +1,7 @@
-"""Generate text: a chat, or answers to prompts of the command line, a file or prepared data.
+"""Generate text: a chat, or answers to prompts from the command line, a file or prepared data.
 
-MODEL is a release, an a2d-qwen3 or llada2_moe folder or hub name, or a training checkpoint (a run folder stands for
-its newest step). A chat shows the current block while its masks resolve.
+MODEL is a release, an a2d-qwen3 or llada2_moe folder or hub name, or a training checkpoint (for a run folder, its
+newest step). A chat shows the current block while its masks resolve.
 
 Examples:
   python -m megatron_tide generate runs/quickstart/hf --chat
@@ -30,28 +30,30 @@ class DecodingArgs:
 
     max_new_tokens: int = flag(256, "Maximum number of tokens per answer")
     tokens_per_step: int | None = flag(None, "Number of tokens decided per forward pass", shown="1")
-    steps: int | None = flag(None, "Number of forward passes for all --max-new-tokens, in place of --tokens-per-step")
+    steps: int | None = flag(None, "Number of forward passes for --max-new-tokens, instead of --tokens-per-step")
     threshold: float | None = flag(
-        None, "Also decide every token with a higher probability than this, e.g. 0.9: fewer passes"
+        None, "Probability above which tokens are decided immediately, e.g. 0.9: fewer passes"
     )
     least_confident_first: bool = flag(False, "Decide the least probable tokens first")
     temperature: float = flag(0.0, "Sampling temperature; 0 takes the most probable token")
-    seed: int = flag(0, "Seed of the sampling, for a --temperature above 0")
+    seed: int = flag(0, "Random seed for sampling with --temperature above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    model: str = flag(..., "Release, hub-format folder, hub name, run folder or step folder", kind="positional")
+    model: str = flag(..., "Model: release, hub-format folder, hub name, run folder or step folder", kind="positional")
     chat: bool = flag(False, "Chat in the terminal")
     prompt: tuple[str, ...] = flag((), "User message; repeat the flag for several", metavar="TEXT", kind="repeated")
-    file: Path | None = flag(None, 'JSONL, one {"prompt": TEXT} or {"messages": [...]} per line', metavar="FILE")
-    data: Path | None = flag(None, "Folder of prepared data: take its prompts, evenly over all of it", metavar="DIR")
+    file: Path | None = flag(
+        None, 'JSONL file of prompts, one {"prompt": TEXT} or {"messages": [...]} per line', metavar="FILE"
+    )
+    data: Path | None = flag(None, "Folder of prepared data to take prompts from, evenly spaced", metavar="DIR")
     system: str | None = flag(None, "System message before each --prompt, or of the chat", metavar="TEXT")
     infill: str | None = flag(
-        None, "Fill in the holes of this answer to --prompt; <mask:N> is a hole of N tokens", metavar="ANSWER"
+        None, "Answer to --prompt with gaps to fill in; <mask:N> is a gap of N tokens", metavar="ANSWER"
     )
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
-    batch_size: int = flag(8, "Number of prompts decoded together")
+    batch_size: int = flag(8, "Number of prompts per batch")
     dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP, metavar="DEVICE")
     json: Path | None = flag(None, "Also write the answers to this file, as JSONL", metavar="FILE")
@@ -87,9 +89,9 @@ def run(args: Args) -> None:
 def _check(args: Args) -> None:
     sources = {"--chat": args.chat, "--prompt": args.prompt, "--file": args.file, "--data": args.data}
     if sum(map(bool, sources.values())) != 1:
-        raise ValueError(f"give one of {', '.join(sources)}")
+        raise ValueError(f"use exactly one of {', '.join(sources)}")
     if args.decoding.steps is not None and args.decoding.tokens_per_step is not None:
-        raise ValueError("give --steps or --tokens-per-step, not both")
+        raise ValueError("use --steps or --tokens-per-step, not both")
     if args.infill and not args.prompt:
         raise ValueError("--infill fills in an answer to --prompt; add --prompt TEXT")
 

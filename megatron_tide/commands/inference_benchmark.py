@@ -1,6 +1,6 @@
-"""Measure memory and speed of student and teacher, one prompt at a time, in a fresh process each.
+"""Measure memory and speed of student and teacher, one prompt at a time, each in a fresh process.
 
-The report shows the result beside the published comparison ("22 times smaller, 5.2 times faster").
+The report shows the result next to the published comparison ("22 times smaller, 5.2 times faster").
 
 Examples:
   python -m megatron_tide inference-benchmark --student runs/quickstart/hf --teacher runs/quickstart/teacher \\
@@ -20,11 +20,15 @@ PROMPT = "Write a Python function that returns the sum of a list of numbers."
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    student: str = flag(..., "Release, hub-format folder, hub name or training checkpoint", metavar="MODEL")
-    teacher: str = flag(..., "The same for the teacher", metavar="MODEL")
+    student: str = flag(..., "Student: release, hub-format folder, hub name or training checkpoint", metavar="MODEL")
+    teacher: str = flag(..., "Teacher, in the same forms", metavar="MODEL")
     out: Path = flag(..., "JSON file to write; the report looks for RUN/inference_benchmark.json", metavar="FILE")
-    student_mask: str | None = flag(None, "The student's mask token or id, if its tokenizer has none", metavar="TOKEN")
-    teacher_mask: str | None = flag(None, "The teacher's mask token or id, if its tokenizer has none", metavar="TOKEN")
+    student_mask: str | None = flag(
+        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
+    )
+    teacher_mask: str | None = flag(
+        None, "Mask token or id of the teacher, if its tokenizer defines none", metavar="TOKEN"
+    )
     dtype: str = flag("bfloat16", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP)
     prompt: str = flag(PROMPT, "Prompt for both models", metavar="TEXT")
@@ -34,7 +38,7 @@ class Args:
 
 def run(args: Args) -> None:
     if not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
+        raise ValueError(f"--out {args.out}: no such folder {args.out.parent}")
     from megatron_tide.evaluate.inference_benchmark import compare
 
     names = ("dtype", "prompt", "new_tokens", "repeats")

@@ -1,7 +1,7 @@
-"""Make a model with random weights: a Hugging Face folder with its tokenizer in it.
+"""Create a model with random weights: a Hugging Face folder that includes its tokenizer.
 
 Shapes come from a config.json (model_type a2d-qwen3 or llada2_moe). The ids of the mask, end and padding tokens come
-from the tokenizer, and so does vocab_size where the config has none, rounded up to a multiple of 64. The same config,
+from the tokenizer, and so does vocab_size if the config has none, rounded up to a multiple of 64. The same config,
 tokenizer and seed give the same weights.
 
 Examples:
@@ -19,9 +19,9 @@ from megatron_tide.cli import flag, say
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    config: Path = flag(..., "Model shapes, as in a hub folder's config.json", metavar="JSON")
+    config: Path = flag(..., "Model configuration in the form of a hub folder's config.json", metavar="JSON")
     tokenizer: str = flag(..., "Tokenizer: folder or hub name", metavar="DIR")
-    seed: int = flag(..., "Seed of the random weights")
+    seed: int = flag(..., "Random seed for the weights")
     out: Path = flag(..., "Folder to write the model to", metavar="DIR")
     fresh: bool = flag(False, "Replace a model that is already in --out")
 

@@ -1,4 +1,4 @@
-"""Show in colour how the tokens of two tokenizers fall into chunks.
+"""Show in colour how the tokens of two tokenizers are aligned in chunks.
 
 For a text, or for the first texts of a file, prints the student's tokens, then the teacher's. A chunk has the same
 colour on both sides; a bar separates its tokens. Tokens outside every chunk are red. Without colour, chunks are in
@@ -20,17 +20,21 @@ from megatron_tide.cli import flag, say
 @dataclass(frozen=True, kw_only=True)
 class Args:
     text: str | None = flag(None, "Text to align; or give --data", kind="positional")
-    data: Path | None = flag(None, "JSONL or Parquet with messages or text, or a plain text file", metavar="FILE")
+    data: Path | None = flag(
+        None, "File of texts to align: JSONL or Parquet with messages or text, or plain text", metavar="FILE"
+    )
     student: str = flag(..., "Tokenizer of the student: folder, hub name, .model or .tiktoken", metavar="TOKENIZER")
     teacher: str = flag(..., "Tokenizer of the teacher, in the same forms", metavar="TOKENIZER")
     limit: int = flag(3, "Number of texts to show from --data", low=1)
-    no_color: bool = flag(False, "Mark chunks with brackets, not colours; NO_COLOR and a pipe do the same")
+    no_color: bool = flag(
+        False, "Mark chunks with brackets instead of colours (also if NO_COLOR is set or output is a pipe)"
+    )
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
 
 
 def run(args: Args) -> None:
     if (args.text is None) == (args.data is None):
-        raise ValueError("give either a text or --data, not both")
+        raise ValueError("use either a text or --data, not both")
     import os
     import sys
 

@@ -1,6 +1,6 @@
-"""Predict which teacher hostings fit a machine: memory on each GPU, host and disk.
+"""Predict which teacher hostings fit a machine: memory of each GPU, of the host and of the disk.
 
-Nothing is allocated. All flags of training can be given; those that change memory count. Hostings that fit come first,
+Nothing is allocated. Accepts all flags of training; those that change memory matter. Hostings that fit come first,
 the fastest (estimated) at the top. The trainer makes the same check before it starts. Exit status 1: nothing fits.
 
 Examples:
@@ -31,11 +31,11 @@ GIB, GB = 2**30, 10**9  # memory is sold in the first, disks in the second
 
 @dataclass(frozen=True, kw_only=True)
 class MachineArgs:
-    """Machine: what is not given is read from this one."""
+    """Machine (values not set are read from this machine)."""
 
-    gpus: int | None = flag(None, "GPUs per node; 0: none, one rank computes on the host", low=0)
+    gpus: int | None = flag(None, "Number of GPUs per node; 0: none, one rank computes on the CPU", low=0)
     gpu_mem: float | None = flag(None, "Memory of each GPU, in GiB", metavar="GIB", low=0)
-    host_mem: float | None = flag(None, "Memory per node, in GiB", metavar="GIB", low=0)
+    host_mem: float | None = flag(None, "Host memory per node, in GiB", metavar="GIB", low=0)
     nvme: float | None = flag(None, "Free space on the node's fast disk, in GB", metavar="GB", low=0)
     nodes: int = flag(1, "Number of equal nodes", low=1)
 
@@ -44,9 +44,9 @@ class MachineArgs:
 class Args:
     """Arguments of the plan command."""
 
-    student_length: int = flag(512, "Longest sample, in the student's tokens", metavar="TOKENS", low=1)
-    teacher_length: int = flag(1024, "Longest sample, in the teacher's tokens", metavar="TOKENS", low=1)
-    json: str = flag("", "Write all numbers to FILE as well", metavar="FILE")
+    student_length: int = flag(512, "Length of the longest sample, in the student's tokens", metavar="TOKENS", low=1)
+    teacher_length: int = flag(1024, "Length of the longest sample, in the teacher's tokens", metavar="TOKENS", low=1)
+    json: str = flag("", "Also write all numbers to FILE, as JSON", metavar="FILE")
     machine: MachineArgs = field(default_factory=MachineArgs)
     rates: Rates = field(default_factory=Rates)
     config: DistillConfig = field(default_factory=DistillConfig)
@@ -82,9 +82,11 @@ def _machine(given: MachineArgs, config: DistillConfig) -> Machine:
 
     here = local_machine(given.gpus or torch.cuda.device_count() or 1, nvme_folder({}, config.teacher.teacher_nvme))
     if given.gpus and not (given.gpu_mem or here.has_gpus):
-        raise ValueError("--gpus without --gpu-mem: this machine has no GPU to look at; give the memory of one, in GiB")
+        raise ValueError(
+            "--gpus without --gpu-mem: this machine has no GPU to read it from; set the memory of one GPU, in GiB"
+        )
     if given.gpu_mem and not (given.gpus or here.has_gpus):
-        raise ValueError("--gpu-mem without --gpus: this machine has no GPU to count; give the number per node")
+        raise ValueError("--gpu-mem without --gpus: this machine has no GPU to count; set the number per node")
     other = (given.gpus, given.gpu_mem, given.host_mem) != (None, None, None)
     disk = 0 if other else here.disk_bytes
     return Machine(
@@ -122,7 +124,7 @@ def _table(found: list[Plan]) -> list[str]:
     for item in found:
         gpu = f"{item.gpu.bytes / GIB:.1f} of {item.machine.gpu_bytes / GIB:.0f}" if item.gpu else "-"
         host = f"{item.host.bytes / GIB:.1f} of {item.machine.host_bytes / GIB:.0f}"
-        lacks = ", ".join(f"{place} lacks {size / GIB:.1f} GiB" for place, size in item.lacks.items())
+        lacks = ", ".join(f"{place} needs {size / GIB:.1f} GiB more" for place, size in item.lacks.items())
         disk = f"{sum(item.disk.values()) / GB:.1f}"
         rows.append((item.hosting.name, gpu, host, disk, f"{item.seconds:.2f}", f"no: {lacks}" if lacks else "fits"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -136,7 +138,7 @@ def _verdict(shape: RunShape, machine: Machine, rates: Rates, found: list[Plan])
     lines: list[str] = []
     if not found[0].fits:
         near = closest(found)
-        lines.append(f"nothing fits as it is; closest is {near.hosting.name}: {near.complaint()}")
+        lines.append(f"nothing fits with these flags; closest is {near.hosting.name}: {near.complaint()}")
     savings, found = with_savings(shape, machine, rates)
     best = found[0]
     if not best.fits:

@@ -1,7 +1,7 @@
 """Prepare data: tokenise conversations for student and teacher, align them, and store them.
 
-Run it again after an interruption: finished shards are kept, and the result is the same to the byte. Without --teacher
-and --bridge the data are for training the student alone.
+After an interruption, run the same command again: finished shards are kept, and the result is byte for byte the same.
+Without --teacher and --bridge the data are for training a student without a teacher.
 
 Examples:
   python -m megatron_tide prepare --data recipes/mixtures/paper.json --student DIR --teacher DIR --bridge DIR --out DIR
@@ -23,34 +23,36 @@ _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    data: tuple[str, ...] = flag(..., "Mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
+    data: tuple[str, ...] = flag(..., "Data: mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
     student: str = flag(..., "Tokenizer of the student: folder, hub name or file", metavar="TOKENIZER")
-    teacher: str | None = flag(None, "Tokenizer of the teacher; goes with --bridge", metavar="TOKENIZER")
-    bridge: Path | None = flag(None, "Folder made by the bridge command; goes with --teacher", metavar="DIR")
+    teacher: str | None = flag(None, "Tokenizer of the teacher; needs --bridge", metavar="TOKENIZER")
+    bridge: Path | None = flag(None, "Folder made by the bridge command; needs --teacher", metavar="DIR")
     out: Path = flag(..., "Folder to write", metavar="DIR")
-    student_length: int = flag(512, "Maximum length of the student's sequence; a longer response loses whole chunks")
-    teacher_length: int = flag(1024, "Maximum length of the teacher's sequence")
-    student_block: int = flag(32, "Block size of the student: responses are filled with EOS to a multiple of it")
-    teacher_block: int = flag(32, "Block size of the teacher, likewise")
+    student_length: int = flag(
+        512, "Maximum length of the student's sequence, in tokens; longer responses are cut at a chunk boundary"
+    )
+    teacher_length: int = flag(1024, "Maximum length of the teacher's sequence, in tokens")
+    student_block: int = flag(32, "Block size of the student; responses are padded with EOS to a multiple of it")
+    teacher_block: int = flag(32, "Block size of the teacher, in the same way")
     student_mask: str | None = flag(
-        None, "Mask token or id of the student, if its tokenizer names none", metavar="TOKEN"
+        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
     )
     teacher_mask: str | None = flag(
-        None, "Mask token or id of the teacher, if its tokenizer names none", metavar="TOKEN"
+        None, "Mask token or id of the teacher, if its tokenizer defines none", metavar="TOKEN"
     )
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
     workers: int = flag(_CORES, "Number of processes", low=1)
-    shard_rows: int = flag(1024, "Number of rows per shard: what an interruption can cost each worker", low=1)
-    limit: int | None = flag(None, "Number of rows to read, chosen evenly over the mixture", shown="all", low=1)
+    shard_rows: int = flag(1024, "Number of rows per shard; an interruption costs each worker at most one shard", low=1)
+    limit: int | None = flag(None, "Number of rows to read, evenly spaced over the mixture", shown="all", low=1)
     coverage_floor: float = flag(
         0.98, "Minimum share of the response bytes that chunks must cover", low=0, metavar="SHARE"
     )
-    fresh: bool = flag(False, "Start over, also where --out was prepared with other settings")
+    fresh: bool = flag(False, "Start over, even if --out was prepared with other settings")
 
 
 def run(args: Args) -> None:
     if (args.teacher is None) != (args.bridge is None):
-        raise ValueError("--teacher and --bridge go together; without both the data are for training the student alone")
+        raise ValueError("--teacher and --bridge need each other; set both, or neither to train without a teacher")
     import sys
 
     from megatron_tide.data.build import PrepareJob

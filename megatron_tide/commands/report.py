@@ -1,8 +1,8 @@
-"""Write one self-contained page about a run, or several beside each other.
+"""Write one self-contained HTML page about a run, or about several runs side by side.
 
 The page shows curves, scores, memory, speed and samples. RUN is a recipe's folder (runs/NAME) or the folder of one
-training run (with metrics.jsonl). The page names whatever a folder lacks, with the command that writes it. Nothing is
-measured or downloaded: scores come from the evaluate command, completions from generate, memory and speed from
+training run (with metrics.jsonl). The page lists what is missing in a folder, with the command that writes it. Nothing
+is measured or downloaded: scores come from the evaluate command, completions from generate, memory and speed from
 inference-benchmark.
 
 Examples:

@@ -1,7 +1,7 @@
 """Write a sample of a data set or mixture as one JSONL file, to measure a bridge on.
 
-The conversations are chosen evenly over all of it. The bridge command reads files only; this command makes a file of a
-hub name or a mixture. The same data give the same bytes.
+The conversations are evenly spaced over the data. The bridge command reads only files; this command writes a file from
+a hub data set or a mixture. The same data give the same bytes.
 
 Examples:
   python -m megatron_tide sample --data recipes/mixtures/paper.json --out runs/mine/sample.jsonl
@@ -17,9 +17,9 @@ from megatron_tide.cli import flag, say
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    data: tuple[str, ...] = flag(..., "Mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
+    data: tuple[str, ...] = flag(..., "Data: mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
     out: Path = flag(..., "JSONL file to write", metavar="FILE")
-    limit: int = flag(2000, "Number of conversations", low=1)
+    limit: int = flag(2000, "Number of conversations to write", low=1)
 
 
 def run(args: Args) -> None:

@@ -1,4 +1,4 @@
-"""Train a student's and a teacher's tokenizer, as different from each other as real ones are.
+"""Train a student's and a teacher's tokenizer that differ like those of real models.
 
 The student's is byte-level BPE (tokenizer.json) with Qwen's chat format; the teacher's is SentencePiece unigram with
 byte fallback (tokenizer.model) and LLaDA2's chat format. The same data and sizes give the same files, byte for byte.
@@ -18,12 +18,12 @@ from megatron_tide.cli import flag, say
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    data: Path = flag(..., 'JSONL of the train split, one {"messages": [...]} per line', metavar="FILE")
+    data: Path = flag(..., 'Training text: JSONL, one {"messages": [...]} per line', metavar="FILE")
     student_out: Path = flag(..., "Folder to write the student's tokenizer to", metavar="DIR")
     teacher_out: Path = flag(..., "Folder to write the teacher's tokenizer to", metavar="DIR")
     student_vocab: int = flag(2048, "Vocabulary size of the student's tokenizer, special tokens included", low=1)
     teacher_vocab: int = flag(4096, "Vocabulary size of the teacher's tokenizer, special tokens included", low=1)
-    fresh: bool = flag(False, "Train again, replacing tokenizers that this command made")
+    fresh: bool = flag(False, "Train again, and replace tokenizers that this command made")
 
 
 def run(args: Args) -> None:

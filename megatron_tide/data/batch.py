@@ -49,7 +49,7 @@ def collate(
     student_pad: int = 0,
     teacher_pad: int = 0,
 ) -> Batch:
-    """Pad samples (at least one) to the longest, rounded up to a whole number of blocks."""
+    """Pad samples (at least one) to the longest, rounded up to a full block."""
     teachers = [sample.teacher for sample in samples if sample.teacher is not None]
     assert len(teachers) in (0, len(samples)), "all samples of a batch have a teacher, or none has"
     return Batch(

@@ -1,7 +1,7 @@
-"""Building the missing shards of a prepared folder, in this process or in several.
+"""Build the missing shards of a prepared folder, in this process or in several.
 
-A shard is a pure function of the job and its number, so it does not matter who builds it, when, or how often. A worker
-ends when its parent is killed; a parent that loses a worker says so.
+A shard is a pure function of the job and its number, so any process can build it at any time, also twice. A worker
+exits when its parent is killed; the parent reports a lost worker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNREADABLE = "cannot be read"
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareJob:
-    """All that decides the shards: conversations, how to encode them, rows per shard; and the folder. ``settings``
+    """Everything that determines the shards: conversations, encoder, rows per shard; and the folder. ``settings``
     (JSON) describes the first three."""
 
     mixture: Mixture
@@ -99,10 +99,10 @@ def build_shard(job: PrepareJob, number: int) -> None:
 
 
 def _conversation(job: PrepareJob, position: int) -> list[Message] | str:
-    """The messages at a position of the mixture, or why they are left out before they are encoded."""
+    """The messages at a position of the mixture, or why they are dropped before encoding."""
     try:
         spec, messages = job.mixture.conversation(position)
-    except ValueError:  # one bad row does not stop a mixture of millions; prepare says which it was
+    except ValueError:  # one bad row does not stop a mixture of millions; prepare reports it
         return UNREADABLE
     if spec.max_chars is not None and sum(len(message["content"]) for message in messages) > spec.max_chars:
         return TOO_LONG
@@ -112,9 +112,9 @@ def _conversation(job: PrepareJob, position: int) -> list[Message] | str:
 def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None:
     """Build the shards ``missing`` with ``workers`` processes and show progress.
 
-    Whatever stops it, finished shards stay; OSError (a full disk, a killed worker) says how many there are.
+    After any error, finished shards stay; OSError (full disk, killed worker) gives their number.
     """
-    for number in missing:  # damaged ones, or another job's: what is there from now on is finished
+    for number in missing:  # corrupt shards, or those of another job: from now on every existing shard is finished
         job.path(number).unlink(missing_ok=True)
     done = len(job.mixture) - sum(len(job.rows(number)) for number in missing)
     progress = Progress(len(job.mixture), "preparing rows", done)

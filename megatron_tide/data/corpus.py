@@ -2,9 +2,9 @@
 
     files of the library -> functions and methods with a docstring and a body -> chat messages -> splits by file
 
-The user's message is the ``def`` lines and the docstring as they stand in the source, under one line of instruction;
+The user's message is the ``def`` lines and the docstring as in the source, after one line of instruction;
 the assistant's is the rest of the body, dedented. A file's pairs all go to one split, so that nothing of a test file
-was seen in training. Rows stand in the order of a hash of their id: any first part of a file is a fair sample of it.
+was seen in training. Rows are sorted by a hash of their id, so any prefix of a file is a random sample of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HELD_OUT = 0.05  # the share of all pairs that validation and test each get
 _OVERSHOOT = 1.1  # a file that would push a held-out split above this multiple of its share goes to train
 _SHORT = 80  # characters of code below which equal code is a common phrase rather than a copy
 _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
-_TESTS = frozenset({"test", "tests", "idle_test"})  # assertions, not code that does what a docstring says
+_TESTS = frozenset({"test", "tests", "idle_test"})  # assertions, not implementations of a docstring
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -50,9 +50,9 @@ class Pair:
 
 
 def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
-    """All pairs of the Python files under ``library``, and how many functions were left out for which reason.
+    """All pairs of the Python files under ``library``, and the number of skipped functions by reason.
 
-    The same code (aliases, copied modules) counts once, wherever it stands: it must not be in two splits. Short code,
+    The same code (aliases, copied modules) counts once, in any file: it must not be in two splits. Short code,
     which many functions share without being copies, counts once for every instruction.
     """
     pairs: list[Pair] = []
@@ -73,7 +73,7 @@ def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
 
 
 def split_by_file(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """Deal whole files to the splits in the order of a hash of their paths: test, then validation, then train."""
+    """Assign complete files to the splits in the order of a hash of their paths: test, then validation, then train."""
     sizes = Counter(pair.file for pair in pairs)
     share = _HELD_OUT * len(pairs)
     split_of: dict[str, str] = {}
@@ -90,9 +90,9 @@ def split_by_file(pairs: list[Pair]) -> dict[str, list[Pair]]:
 
 
 def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, Any]:
-    """Write the corpus of ``library`` to the folder ``out`` and return its manifest. A corpus that is there is kept.
+    """Write the corpus of ``library`` to the folder ``out`` and return its manifest. An existing corpus is kept.
 
-    ValueError when ``out`` holds the corpus of another interpreter, or one that was changed, unless ``fresh``.
+    ValueError when ``out`` contains the corpus of another interpreter, or a modified one, unless ``fresh``.
     """
     manifest_path = out / MANIFEST
     if manifest_path.exists() and not fresh:
@@ -119,17 +119,17 @@ def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, Any
 
 
 def _existing(path: Path) -> dict[str, Any]:
-    hint = "give --fresh to make it again, or another --out"
+    hint = "pass --fresh to write it again, or use another --out"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         python, files = manifest["python"], manifest["files"]
-        damaged = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
+        changed = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the manifest of a corpus; {hint}") from None
     if python != platform.python_version():
         raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {hint}")
-    if damaged:
-        raise ValueError(f"{path.with_name(damaged[0])}: missing or changed since it was written; {hint}")
+    if changed:
+        raise ValueError(f"{path.with_name(changed[0])}: missing or changed since it was written; {hint}")
     return dict(manifest)
 
 

@@ -28,7 +28,7 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """A side's tokenizer, the longest sequence in tokens, and the block size its response is filled up to."""
+    """A side's tokenizer, the maximum sequence length in tokens, and the block size to which responses are padded."""
 
     tokenizer: TextTokenizer
     length: int
@@ -37,12 +37,12 @@ class TokenizerSettings:
     def __post_init__(self) -> None:
         if self.block < 1 or self.length < self.block or self.length % self.block:
             raise ValueError(
-                f"length {self.length} is no multiple of block {self.block}: responses are filled up to whole blocks; "
-                f"take {max(1, self.length // max(1, self.block)) * max(1, self.block)}"
+                f"length {self.length} is not a multiple of block {self.block} (responses are padded to full blocks); "
+                f"use {max(1, self.length // max(1, self.block)) * max(1, self.block)}"
             )
 
     def describe(self) -> dict[str, Any]:
-        """The side as the manifest has it; ValueError when the tokenizer lacks a mask, EOS or chat template."""
+        """The manifest entry of this side; ValueError if the tokenizer has no mask, EOS or chat template."""
         tokenizer = self.tokenizer
         tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
         return {
@@ -60,7 +60,7 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample, whether its response was cut, and how many of the whole response's bytes chunks cover."""
+    """A sample, whether its response was cut, and how many of the complete response's bytes chunks cover."""
 
     sample: Sample
     truncated: bool
@@ -70,7 +70,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Why a row gives no sample; ``error``: what the tokenizer or template said that refused it."""
+    """Why a row is dropped; ``error``: the message of the tokenizer or template that rejected it."""
 
     reason: str
     error: str | None = None
@@ -125,7 +125,7 @@ class Encoder:
         ids = {"student": aligned.student_ids, "teacher": aligned.teacher_ids}
         chunk = {"student": aligned.student_chunk, "teacher": aligned.teacher_chunk}
         room = {name: settings[name].length - len(prompts[name]) for name in settings}
-        complete = all(len(ids[name]) < room[name] for name in settings)  # one place is the EOS's
+        complete = all(len(ids[name]) < room[name] for name in settings)  # one position is for the EOS
         if complete:
             end = aligned.n_chunks
             rest = {"student": UNALIGNED, "teacher": end}  # the teacher's later EOS are masked with the end chunk
@@ -150,7 +150,7 @@ class Encoder:
 
 
 def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
-    """The messages before the last assistant turn and that turn's text; or, as a string, why the row has none.
+    """The messages before the last assistant turn and that turn's text; or, as a string, why the row is dropped.
 
     What follows the last assistant turn is not used. Earlier assistant turns are part of the prompt.
     """
@@ -166,7 +166,7 @@ def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
 
 
 def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:
-    """One past the last token of every chunk, int64 [chunks], rising; uncovered tokens belong to none."""
+    """One past the last token of every chunk, int64 [chunks], increasing; unaligned tokens belong to none."""
     covered = np.flatnonzero(chunk >= 0)
     ends = np.zeros(chunks, np.int64)
     np.maximum.at(ends, chunk[covered], covered + 1)
@@ -197,7 +197,7 @@ def _bytes(side: TokenizerSettings, ids: Ids, kept: int) -> int:
 
 
 def _complete(side: TokenizerSettings, prompt: Ids, ids: Ids, chunk: Ids, first: int, rest: int) -> TokenizedSample:
-    """A whole response: EOS up to the next multiple of the block size, at least one, so that a block model can stop.
+    """A complete response: EOS up to the next multiple of the block size, at least one, so that a block model can stop.
 
     The first EOS is of chunk ``first``, the others of chunk ``rest``.
     """
@@ -214,7 +214,7 @@ def _complete(side: TokenizerSettings, prompt: Ids, ids: Ids, chunk: Ids, first:
 
 
 def _cut(prompt: Ids, ids: Ids, chunk: Ids) -> TokenizedSample:
-    """A response that goes on beyond the length: no EOS, for it is not over."""
+    """A response that exceeds the length: cut, without EOS."""
     return TokenizedSample(
         ids=np.concatenate([prompt, ids]),
         chunk=np.concatenate([np.full(len(prompt), PROMPT, np.int32), chunk]),

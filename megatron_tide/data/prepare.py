@@ -2,9 +2,9 @@
 
     mixture of sources -> positions -> shards of ``--shard-rows`` positions, built in parallel -> manifest
 
-``settings.json`` is written first and says what the folder is for; each shard appears whole or not at all and is a pure
-function of the settings; ``manifest.json`` is written last. So a killed run is run again, keeps every finished shard
-and ends with the same bytes as one that was never touched. No process group, no accelerator.
+``settings.json`` is written first and identifies the folder's content; each shard is written atomically and is a pure
+function of the settings; ``manifest.json`` is written last. A killed run, started again, keeps all finished shards and
+ends with the same bytes as an uninterrupted one. No process group, no accelerator.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ configs:
 
 Samples for block diffusion training with megatron_tide, made by `python -m megatron_tide prepare`: tokens of the
 student and, in data for distillation, of the teacher, with the chunk that each token belongs to.
-`datasets.load_dataset` reads this folder. `megatron_tide/data/shard.py` describes the columns; `manifest.json` holds
+`datasets.load_dataset` reads this folder. `megatron_tide/data/shard.py` describes the columns; `manifest.json` contains
 tokenizers, counts and hashes.
 """
-_CALLED = ("student.name", "teacher.name", ".path")  # what a tokenizer or file is called does not change what it holds
+_CALLED = ("student.name", "teacher.name", ".path")  # names and paths, which do not affect the content
 
 
 def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, fresh: bool = False) -> dict[str, Any]:
     """Build what is missing of a job's folder and return its manifest.
 
     ValueError when the folder was made with other settings, when no sample is left, or when less than
-    ``coverage_floor`` of the response bytes lies in chunks; OSError when the disk is full.
+    ``coverage_floor`` of the response bytes are in chunks; OSError when the disk is full.
     """
     job.out.mkdir(parents=True, exist_ok=True)
     with RunLock(job.out, _LOCK):
@@ -62,7 +62,7 @@ def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, f
 
 
 def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int | None) -> dict[str, Any]:
-    """All that decides a prepared folder's bytes, as JSON."""
+    """Everything that affects the bytes of a prepared folder, as JSON."""
     return {
         "format": FORMAT,
         "student": encoder.student.describe(),
@@ -75,14 +75,14 @@ def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int 
 
 
 def _claim(job: PrepareJob, fresh: bool) -> dict[str, Any]:
-    """Make sure that the folder is this job's: empty, or begun with the same settings, or emptied (``fresh``).
+    """Check that the folder belongs to this job: empty, or begun with the same settings, or emptied (``fresh``).
 
-    Returns the settings as the folder has them (they may call the same files by other names).
+    Returns the settings as recorded in the folder (file names in them may differ).
     """
     path = job.out / SETTINGS
     if not path.exists():
         if (job.out / MANIFEST).exists():
-            raise ValueError(f"{job.out}: holds something else than prepared data (manifest.json); take another --out")
+            raise ValueError(f"{job.out}: has a manifest.json that is not of prepared data; use another --out")
         write_json(path, job.settings)
         return job.settings
     if fresh:
@@ -90,13 +90,13 @@ def _claim(job: PrepareJob, fresh: bool) -> dict[str, Any]:
             old.unlink(missing_ok=True)
         write_json(path, job.settings)
         return job.settings
-    old_settings = read_json(path, "give --fresh to start over, or another --out")
+    old_settings = read_json(path, "pass --fresh to start over, or use another --out")
     difference = _difference(old_settings, job.settings, "")
     if difference:
         name, before, now = difference
         raise ValueError(
-            f"{job.out}: was prepared with {name} {_shown(before)}, now it is {_shown(now)}; "
-            "give --fresh to start over, or another --out"
+            f"{job.out}: was prepared with {name} = {_shown(before)}, now it is {_shown(now)}; "
+            "pass --fresh to start over, or use another --out"
         )
     return old_settings
 
@@ -154,17 +154,17 @@ def _check_outcome(job: PrepareJob, manifest: dict[str, Any], coverage_floor: fl
             raise ValueError(f'{where}: no row has an assistant turn; responses are messages of the role "assistant"')
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
         example = f" (the first: {manifest['refused_example']})" if manifest["refused_example"] else ""
-        raise ValueError(f"{where}: no row of {counts['read']} is left: {reasons}{example}")
+        raise ValueError(f"{where}: all {counts['read']} rows were dropped: {reasons}{example}")
     coverage = manifest["coverage"]
     if coverage is not None and coverage < coverage_floor:
         raise ValueError(
             f"{job.out}: the bridge covers {coverage:.4f} of the response bytes, less than --coverage-floor "
-            f"{coverage_floor}: the tokenizers spell different bytes; the inspect command shows where"
+            f"{coverage_floor}: the tokenizers produce different bytes; the inspect command shows where"
         )
 
 
 def summary(job: PrepareJob, manifest: dict[str, Any]) -> str:
-    """What became of the rows; the first unreadable ones, a line each."""
+    """Counts of prepared and dropped rows, and one line for each of the first unreadable rows."""
     counts = manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items())) or "none"
     coverage = "" if manifest["coverage"] is None else f", {manifest['coverage']:.4%} of the bytes in chunks"
@@ -172,5 +172,5 @@ def summary(job: PrepareJob, manifest: dict[str, Any]) -> str:
         f"prepared {counts['kept']:,} of {counts['read']:,} rows in {job.out} ({counts['truncated']:,} cut{coverage}; "
         f"dropped: {dropped})"
     ]
-    lines += [f"left out: {job.mixture.error(position)}" for position in manifest["unreadable"][:_SHOWN]]
+    lines += [f"skipped: {job.mixture.error(position)}" for position in manifest["unreadable"][:_SHOWN]]
     return "\n".join(lines)

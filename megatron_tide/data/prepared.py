@@ -2,7 +2,7 @@
 
 ``manifest.json`` names the shards with their sha256 and holds everything training must agree with: the fingerprints of
 tokenizers and bridge, mask / eos / pad ids, block sizes and lengths. Only four numbers per sample stay in memory
-(``Stats``); tokens are read from the page cache when a batch asks for them.
+(``Stats``); tokens are read through the page cache when a batch needs them.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class PreparedData:
             if verify and sha256_file(path) != entry["sha256"]:
                 raise ValueError(f"{path}: its bytes changed since it was written (sha256); {_AGAIN}")
             if len(shard) != entry["rows"]:
-                raise ValueError(f"{path}: {len(shard)} samples, the manifest says {entry['rows']}; {_AGAIN}")
+                raise ValueError(f"{path}: {len(shard)} samples, but {entry['rows']} in the manifest; {_AGAIN}")
             parts.append(_checked_stats(path, shard.arrays))
             if verify:
                 _check_tokens(path, shard.arrays, manifest)
         if not sum(map(len, parts)):
-            raise ValueError(f"{folder}: holds no sample; prepare it from other data or with longer lengths")
+            raise ValueError(f"{folder}: contains no sample; prepare it from other data or with longer lengths")
         stats = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Stats.__annotations__}
         return cls(folder, manifest, [len(part) for part in parts], Stats(**stats))
 
@@ -107,10 +107,10 @@ class PreparedData:
 
     def check(self, *, student: str, teacher: str | None = None, bridge: str | None = None) -> None:
         """ValueError unless the data were prepared with tokenizers and bridge of these fingerprints (None: none)."""
-        asked = {"student": student, "teacher": teacher}
+        expected = {"student": student, "teacher": teacher}
         found = {name: (self.manifest[name] or {}).get("fingerprint") for name in SIDES}
-        asked["bridge"], found["bridge"] = bridge, self.manifest["bridge"]
-        for name, value in asked.items():
+        expected["bridge"], found["bridge"] = bridge, self.manifest["bridge"]
+        for name, value in expected.items():
             if found[name] != value:
                 what = "bridge" if name == "bridge" else f"{name} tokenizer"
                 raise ValueError(
@@ -154,7 +154,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}; {_AGAIN}")
     stated = manifest.get("fingerprint")
     if stated != fingerprint({name: value for name, value in manifest.items() if name != "fingerprint"}):
-        raise ValueError(f"{path}: does not match its own fingerprint (edited or damaged); {_AGAIN}")
+        raise ValueError(f"{path}: does not match its own fingerprint (edited or corrupt); {_AGAIN}")
     return manifest
 
 
@@ -164,11 +164,11 @@ def _checked_stats(path: Path, arrays: Mapping[str, Array]) -> Stats:
         offsets = arrays[f"{side}_offsets"]
         length = np.diff(offsets)
         if offsets[0] != 0 or offsets[-1] != len(arrays[f"{side}_ids"]) or (length < 0).any():
-            raise ValueError(f"{path}: {side}_offsets do not rise from 0 to the number of tokens; {_AGAIN}")
+            raise ValueError(f"{path}: {side}_offsets do not increase from 0 to the number of tokens; {_AGAIN}")
         prompt, end = arrays[f"{side}_prompt"], arrays[f"{side}_content_end"]
         present = length > 0
         if ((prompt < 0) | (end < prompt) | (end >= length))[present].any():
-            raise ValueError(f"{path}: a {side} prompt or content end lies outside its sample; {_AGAIN}")
+            raise ValueError(f"{path}: a {side} prompt or content end is outside its sample; {_AGAIN}")
         lengths[side] = length.astype(np.int32)
     if ((arrays["chunks"] < 0) | (arrays["chunks"] > lengths["student"])).any():
         raise ValueError(f"{path}: a sample has more chunks than student tokens; {_AGAIN}")
@@ -192,4 +192,4 @@ def _check_tokens(path: Path, arrays: Mapping[str, Array], manifest: dict[str, A
         position = np.arange(len(ids)) - np.repeat(arrays[f"{side}_offsets"][:-1], lengths)
         in_prompt = position < np.repeat(arrays[f"{side}_prompt"], lengths)
         if ((chunk == PROMPT) != in_prompt).any():
-            raise ValueError(f"{path}: {side}_chunk marks other tokens as prompt than {side}_prompt says; {_AGAIN}")
+            raise ValueError(f"{path}: {side}_chunk does not mark the same tokens as prompt as {side}_prompt; {_AGAIN}")

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Show on stderr how far ``total`` units of work are, ``done`` of which were finished before.
+    """Progress on stderr: ``done`` of ``total`` units of work are already finished.
 
     A terminal has a bar; a log gets a line per minute, and none from work that is over sooner.
     """

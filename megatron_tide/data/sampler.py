@@ -2,7 +2,7 @@
 
 An epoch is a counter-based permutation of all samples. Groups of a few consecutive global batches are sorted by length
 and cut into global batches again, so that a batch holds samples of similar length, and the batches of the epoch are
-shuffled. None of that knows the world size or the micro-batch: those only decide how one global batch is dealt out.
+shuffled. This order does not depend on world size or micro-batch size, which only split each global batch over ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DistributedBatchSampler:
         if len(stats) < global_batch_size:
             raise ValueError(
                 f"--global-batch-size {global_batch_size} is more than the {len(stats)} prepared samples: "
-                f"prepare more data or take a global batch size of at most {len(stats)}"
+                f"prepare more data or use a global batch size of at most {len(stats)}"
             )
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -77,7 +77,7 @@ class DistributedBatchSampler:
 
 
 def _permutation(count: int, seed: int, epoch: int, stream: bytes) -> Indices:
-    """A permutation of ``count`` from raw Philox words: numpy's own shuffles may change with its version."""
+    """A permutation of ``count`` from raw Philox numbers: numpy's own shuffles may change between versions."""
     key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=16, person=stream).digest()
     philox = np.random.Philox(key=np.frombuffer(key, dtype="<u8").astype(np.uint64))
     return np.argsort(philox.random_raw(count), kind="stable")
@@ -93,7 +93,7 @@ def _check_division(global_batch_size: int, micro_batch_size: int, world: int) -
     if global_batch_size % unit == 0:
         return
     near = [size for size in (global_batch_size // unit * unit, (global_batch_size // unit + 1) * unit) if size]
-    advice = f"take a global batch size of {' or '.join(map(str, near))}"
+    advice = f"use a global batch size of {' or '.join(map(str, near))}"
     if global_batch_size % world == 0:
         share = global_batch_size // world
         advice += f", or a micro-batch size that divides {share}: {_divisors(share)}"

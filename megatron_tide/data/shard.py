@@ -1,25 +1,25 @@
-"""One shard of a prepared folder: an Arrow IPC stream of one record batch, which ``datasets`` reads as it is.
+"""One shard of a prepared folder: an Arrow IPC stream of one record batch, which ``datasets`` can read directly.
 
-    schema message (with a note: what the shard was made from, and a digest) | record batch message | end marker
+    schema message (with metadata: what the shard was made from, and a digest) | record batch message | end marker
 
 Columns of a shard of n samples:
 
 ====================  ===========  =======================================================================
 name                  type         meaning
 ====================  ===========  =======================================================================
-key                   int64        the sample's name for everything that is random
+key                   int64        the sample's key for random numbers
 student_ids           list<int32>  tokens
-student_chunk         list<int32>  chunk of each token; ``PROMPT`` or ``UNALIGNED`` where it has none
+student_chunk         list<int32>  chunk of each token; ``PROMPT`` or ``UNALIGNED`` if it has none
 student_prompt        int32        number of prompt tokens
 student_content_end   int32        the last scored position: the first EOS, or a cut response's last token
 teacher_...                        the same for the teacher; empty and 0 in student-only data
 chunks                int32        number of chunks, the end chunk included
-response_bytes        int32        UTF-8 bytes of the response that the student tokens spell
+response_bytes        int32        UTF-8 bytes of the response's student tokens
 ====================  ===========  =======================================================================
 
-A shard is written whole and read through a memory map. Lists are not compressed, so a column is one flat array of
-tokens and its offsets, and a sample is a slice. Against the safetensors files of format 1, on 20,000 samples of up to
-680 student and 800 teacher tokens (2 busy cores; batches of 8 random samples):
+A shard is written at once and read through a memory map. Lists are not compressed, so a column is one flat array of
+tokens and its offsets, and a sample is a slice. Compared with the safetensors files of format 1, on 20,000 samples of
+up to 680 student and 800 teacher tokens (2 busy cores; batches of 8 random samples):
 
     ====================================  ==============  ==============
     measured                              format 1        Arrow
@@ -31,8 +31,8 @@ tokens and its offsets, and a sample is a slice. Against the safetensors files o
     CPU time to prepare 1.6 M tokens      6.9 s           7.1 s
     ====================================  ==============  ==============
 
-``datasets`` itself gives 1,000 to 3,000 samples/s of them (``Dataset[i]``, numpy format). ``pyarrow`` checks the
-messages against the file; compressed ones are refused before it believes their sizes.
+``datasets`` reads 1,000 to 3,000 samples/s (``Dataset[i]``, numpy format). ``pyarrow`` checks the messages against the
+file; compressed ones are refused, because pyarrow would trust the sizes they declare.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _PER_TOKEN = ("ids", "chunk")
 _PER_SAMPLE = ("prompt", "content_end")
 _COMMON = ("chunks", "response_bytes")
 _NOTE = b"megatron_tide"
-# What reading a damaged file may raise, besides ArrowInvalid (a ValueError).
+# What reading a corrupt file can raise, besides ArrowInvalid (a ValueError).
 _BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _SCHEMA = pa.schema(
@@ -121,13 +121,13 @@ def _column(values: Any, dtype: type = np.int32) -> pa.Array:
 
 
 def write_shard(path: Path, samples: list[Sample], record: dict[str, Any]) -> None:
-    """Write a shard atomically. ``record`` (JSON) says what it was made from; equal input gives equal bytes."""
+    """Write a shard atomically. ``record`` (JSON) describes what it was made from; equal input gives equal bytes."""
     content = pack(samples).serialize().to_pybytes() + _END
     atomic_write(path, _head(record, content) + content)
 
 
 def _head(record: dict[str, Any], content: bytes | memoryview) -> bytes:
-    """The schema message, with what is written behind it as a digest."""
+    """The schema message, with a digest of the content that follows it."""
     note = canonical({"record": record, "sha256": hashlib.sha256(content).hexdigest()})
     return _SCHEMA.with_metadata({_NOTE: note}).serialize().to_pybytes()
 
@@ -149,14 +149,14 @@ class Shard:
         return len(self.arrays["key"])
 
     def intact(self) -> bool:
-        """Whether nothing differs from what was written (reads the whole file)."""
+        """Whether the content still matches its digest (reads the complete file)."""
         return self.head == _head(self.record, self.content)
 
 
 def read_shard(path: Path) -> Shard:
     """Map a shard and check its structure: every column there, of its type and length, no byte missing or too many.
 
-    Raises ValueError naming the file when it is missing, empty, truncated, or no shard.
+    Raises ValueError naming the file when it is missing, empty, truncated, or not a shard.
     """
     if not path.is_file():
         raise ValueError(f"{path}: the shard is missing; prepare the data again (finished shards are kept)")
@@ -177,21 +177,21 @@ def _parse(mapped: mmap.mmap) -> Shard:
     schema = pa.ipc.read_schema(_next(messages, "schema"))
     start = source.tell()
     if not schema.equals(_SCHEMA):
-        raise ValueError("other columns than a shard has")
+        raise ValueError("its columns are not those of a shard")
     message = _next(messages, "record batch")
     if _is_compressed(message.metadata.to_pybytes()):
-        raise ValueError("compressed")  # its sizes are believed by whoever unpacks it
+        raise ValueError("compressed")  # decompression would trust the sizes that it declares
     batch = pa.ipc.read_record_batch(message, _SCHEMA)
     batch.validate()
     if source.tell() + len(_END) != len(mapped):
-        raise ValueError(f"{len(mapped)} bytes, its messages are {source.tell() + len(_END)}")
+        raise ValueError(f"{len(mapped)} bytes, but its messages have {source.tell() + len(_END)}")
     record = dict(json.loads(schema.metadata[_NOTE])["record"])
     return Shard(record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
 
 
 def _next(messages: pa.ipc.MessageReader, kind: str) -> pa.ipc.Message:
     message = messages.read_next_message()
-    if message.type != kind:  # pyarrow itself reads any as what it is asked for, and crashes
+    if message.type != kind:  # pyarrow reads a message of another type as the requested one, and crashes
         raise ValueError(f"no {kind}")
     return message
 
@@ -200,7 +200,7 @@ def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     for name, column in zip(batch.schema.names, batch.columns):
         if column.null_count:
-            raise ValueError(f"column {name} lacks values")
+            raise ValueError(f"column {name} has missing values")
         if pa.types.is_list(column.type):
             arrays[f"{name}_offsets"] = np.from_dlpack(column.offsets)
             column = column.values
@@ -208,12 +208,12 @@ def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:
     for side in SIDES:
         offsets = arrays[f"{side}_offsets"] = arrays.pop(f"{side}_ids_offsets")
         if not np.array_equal(offsets, arrays.pop(f"{side}_chunk_offsets")):
-            raise ValueError(f"{side}_ids and {side}_chunk are not of the same lengths")
+            raise ValueError(f"{side}_ids and {side}_chunk have different lengths")
     return arrays
 
 
 def _is_compressed(metadata: bytes) -> bool:
-    """Whether a record batch message has a compression, read from its flatbuffer (pyarrow does not tell beforehand)."""
+    """Whether a record batch message has a compression, read from its flatbuffer (pyarrow does not expose it)."""
 
     def field(table: int, number: int) -> int:
         (back,) = struct.unpack_from("<i", metadata, table)

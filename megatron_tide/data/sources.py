@@ -1,7 +1,7 @@
-"""Where conversations come from: JSON lines, Parquet, folders and the hub, alone or as a weighted mixture.
+"""Sources of conversations: JSON Lines, Parquet, folders and the hub, single or as a weighted mixture.
 
-A mixture is a JSON file ``{"sources": [{...}, ...]}``; the fields of a source are those of ``SourceSpec``. Whatever it
-names becomes one list of positions (source, row), the same on every machine, which workers read at random.
+A mixture is a JSON file ``{"sources": [{...}, ...]}``; the fields of a source are those of ``SourceSpec``. All sources
+together become one list of positions (source, row), the same on every machine, which workers read in any order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_tide.files import atomic_write, fingerprint, read_json
 from megatron_tide.tables import Message, Table, open_table, parse_messages
 
-UNREADABLE_SHARE = 0.01  # of a mixture's rows: more of them is a mistake in the data or in how they are read
+UNREADABLE_SHARE = 0.01  # of a mixture's rows; a larger share means an error in the data or in the column settings
 _CONTAINS = "contains"
 
 
@@ -26,10 +26,10 @@ _CONTAINS = "contains"
 class SourceSpec:
     """One source of a mixture.
 
-    ``path``: a .jsonl or .parquet file, a folder, or a name on the hub; looked for beside the mixture file first.
+    ``path``: a .jsonl or .parquet file, a folder, or a name on the hub; searched next to the mixture file first.
     ``name``, ``split``, ``revision``: the data set's configuration, split and commit. ``weight``: copies of each row;
-    0.25 keeps a quarter of the rows, 2.5 gives every row twice and half of them a third time, chosen by a hash of the
-    row's number. ``messages_column``, or ``prompt_column`` and ``response_column`` for one question and one answer a
+    0.25 keeps a quarter of the rows, 2.5 takes each row twice and half of them a third time, chosen by a hash of the
+    row's number. ``messages_column``, or ``prompt_column`` and ``response_column`` for one prompt and one response per
     row. ``filter``: column -> a value, a list of values, or {"contains": text}; only matching rows count.
     ``max_chars``: longer conversations are dropped, and counted.
     """
@@ -62,7 +62,7 @@ class SourceSpec:
                 raise ValueError(f"{where}: {key} cannot be {value!r}")
         spec = cls(**entry)
         if not 0 < spec.weight < float("inf"):
-            raise ValueError(f"{where}: weight is {spec.weight}; it must be above 0 (leave the source out instead)")
+            raise ValueError(f"{where}: weight is {spec.weight}; it must be above 0 (to skip a source, remove it)")
         if (spec.prompt_column is None) != (spec.response_column is None):
             raise ValueError(f"{where}: prompt_column and response_column go together")
         for column, rule in spec.filter.items():
@@ -80,7 +80,7 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class DataSource:
-    """An opened source: the rows that pass its filter. ``description`` says, for manifests, what was read."""
+    """An opened source: the rows that pass its filter. ``description``: what was read, for manifests."""
 
     spec: SourceSpec
     rows: Table
@@ -105,10 +105,10 @@ class DataSource:
 
     def copies(self) -> NDArray[np.int64]:
         """Row numbers of the source as the mixture has them: ``weight`` copies of the selected ones."""
-        whole, part = divmod(self.spec.weight, 1.0)
+        full, part = divmod(self.spec.weight, 1.0)
         salt = int(fingerprint([self.rows.content, self.spec.name, self.spec.split])[:16], 16)
         extra = self.selected[_uniform(self.selected, salt) < part]
-        return np.concatenate([np.repeat(self.selected, int(whole)), extra])
+        return np.concatenate([np.repeat(self.selected, int(full)), extra])
 
     def conversation(self, row: int) -> list[Message]:
         """The messages of a row; ValueError naming file and row when it is malformed."""
@@ -127,7 +127,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Mixture:
-    """All positions of all sources: ``source`` and ``row`` say what stands there, ``key`` is its number for good."""
+    """All positions of all sources: ``source`` and ``row`` identify it, ``key`` is its permanent number."""
 
     sources: tuple[DataSource, ...]
     source: NDArray[np.int32]
@@ -161,7 +161,7 @@ class Mixture:
 def check_unreadable(mixture: Mixture, count: int, positions: Sequence[int]) -> None:
     """ValueError when more than ``UNREADABLE_SHARE`` of the rows, ``count`` of them, cannot be read.
 
-    ``positions``: where the first ones stand.
+    ``positions``: those of the first ones.
     """
     if count > UNREADABLE_SHARE * len(mixture):
         share = f"{count:,} of {len(mixture):,} rows cannot be read, more than {UNREADABLE_SHARE:.0%}"
@@ -179,7 +179,7 @@ def open_mixture(paths: Sequence[str]) -> Mixture:
     copies = [source.copies() for source in sources]
     sizes = [len(rows) for rows in copies]
     if not sum(sizes):
-        raise ValueError(f"{', '.join(paths)}: no row to read (empty, or the filters let none through)")
+        raise ValueError(f"{', '.join(paths)}: no row to read (empty, or no row passes the filters)")
     return Mixture(
         sources=tuple(sources),
         source=np.repeat(np.arange(len(sources), dtype=np.int32), sizes),
@@ -189,13 +189,13 @@ def open_mixture(paths: Sequence[str]) -> Mixture:
 
 
 def write_sample(data: Sequence[str], out: Path, limit: int) -> tuple[int, list[str]]:
-    """Write ``limit`` conversations, chosen evenly over ``data``, as JSON Lines; -> (how many, why others are not).
+    """Write ``limit`` conversations, chosen evenly over ``data``, as JSON Lines; -> (count, reasons for skipped rows).
 
     Raises:
-        ValueError: ``out`` is no .jsonl file, or holds something else.
+        ValueError: ``out`` is not a .jsonl file, or already exists with other content.
     """
     if out.suffix != ".jsonl":
-        raise ValueError(f"{out}: the file to write must end in .jsonl")
+        raise ValueError(f"{out}: the output file name must end in .jsonl")
     mixture = open_mixture(data).limited(limit)
     unreadable = [position for position in range(len(mixture)) if mixture.error(position)]
     check_unreadable(mixture, len(unreadable), unreadable)
@@ -203,7 +203,7 @@ def write_sample(data: Sequence[str], out: Path, limit: int) -> tuple[int, list[
     rows = [{"id": int(mixture.key[n]), "messages": mixture.conversation(n)[1]} for n in kept]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if out.exists() and out.read_bytes() != content:
-        raise ValueError(f"{out}: exists and holds something else; remove it, or take another --out")
+        raise ValueError(f"{out}: exists with other content; remove it, or use another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, content)
     return len(rows), [mixture.error(position) for position in unreadable]
@@ -229,7 +229,7 @@ def _select(spec: SourceSpec, rows: Table) -> NDArray[np.int64]:
         number
         for number, values in enumerate(rows.scan(columns))
         if values is None or all(_passes(value, rule) for value, rule in zip(values, rules))
-    )  # rows that cannot be read are let through, to be counted where they are missed
+    )  # unreadable rows pass here; they are counted when they are read
     return np.fromiter(passing, np.int64)
 
 

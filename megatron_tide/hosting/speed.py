@@ -1,4 +1,4 @@
-"""How long the teacher should take per optimizer step: an estimate, to order hostings by."""
+"""Estimated time of the teacher per optimizer step, to rank hostings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIGA, TERA = 1e9, 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Rates that the estimate of speed assumes."""
+    """Hardware rates assumed in the speed estimate."""
 
     gpu_tflops: float = flag(150.0, "TFLOP/s of a GPU in the teacher's matmuls", low=1e-6)
     cpu_tflops: float = flag(0.5, "TFLOP/s of a rank without GPU in the teacher's matmuls", low=1e-6)

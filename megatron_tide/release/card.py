@@ -56,7 +56,7 @@ def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_name(value: str) -> str:
-    """The last part of a local path; a hub name, or text that is no path, unchanged."""
+    """The last part of a local path; a hub name, or text that is not a path, unchanged."""
     if "/" not in value or any(character.isspace() for character in value):
         return value
     is_hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and not Path(value).exists()
@@ -131,7 +131,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
 | `temperature`, `seed` | 0 (default) takes the likeliest token; above it, tokens are drawn, reproducibly |
 
-Blocks hold {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}."""
+Blocks have {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}."""
 
 
 def _method(trained: TrainingCheckpoint) -> str:
@@ -219,7 +219,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     """
     card = Path(folder) / "README.md"
     if not has_card(folder):
-        raise ValueError(f"{folder}: has no model card to write scores into; the convert command makes one")
+        raise ValueError(f"{folder}: no model card to write scores into; the convert command creates one")
     text = card.read_text(encoding="utf-8")
     lines = _kept(text, {(score.task, score.metric) for score in scores})
     lines += [

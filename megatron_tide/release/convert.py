@@ -73,7 +73,8 @@ class Options:
 
 
 def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[str, Any]:
-    """Make the release ``out`` of ``checkpoint`` (a step folder, or a run folder: its newest step) -> parity record.
+    """Create the release ``out`` from ``checkpoint`` (a step folder, or a run folder: its newest step) -> parity
+    record.
 
     Raises:
         ValueError: a corrupt checkpoint, an ``out`` that exists or is being written, or a parity gate that fails.
@@ -85,7 +86,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     if out.exists() and any(out.iterdir()) and not options.overwrite:
         raise ValueError(f"{out}: already exists; choose another folder, or pass --overwrite to replace it")
     if out.exists() and options.overwrite and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(f"{out}: holds something that is not a model, which --overwrite will not remove")
+        raise ValueError(f"{out}: not a model folder, so --overwrite does not remove it; choose another")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
@@ -131,12 +132,12 @@ def export(
     _clean_tokenizer_config(out / "tokenizer_config.json")
     for name in files.code:
         shutil.copyfile(MODELS / name, out / name)
-    for file in out.glob("*.safetensors"):  # safetensors makes them readable by their owner alone
+    for file in out.glob("*.safetensors"):  # safetensors creates them readable by the owner only
         file.chmod((out / "config.json").stat().st_mode)
 
 
 def _clean_tokenizer_config(path: Path) -> None:
-    """Keep the keys on the list; transformers 5 writes a class name that 4 does not know, both know the older one."""
+    """Keep the keys on the list; transformers 5 writes a class name that 4 does not have; both accept the older one."""
     if not path.is_file():
         return
     config = read_json(path)
@@ -153,9 +154,7 @@ def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Ite
     stored, start = trained.names(), ShardedFolder(trained.base_model)
     unknown = sorted(stored - set(shapes))
     if unknown:
-        raise ValueError(
-            f"{trained.folder}: holds {unknown[0]}, which {trained.base_model}/config.json does not describe"
-        )
+        raise ValueError(f"{trained.folder}: contains {unknown[0]}, which is not in {trained.base_model}/config.json")
     held: tuple[str, torch.Tensor] | None = None  # a layer's stacked experts are read once for all their keys
     for key, slot in checkpoint_table(shapes, family_of(model)).items():
         if slot.name not in stored:
@@ -166,14 +165,14 @@ def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Ite
             if held[1].shape != shapes[slot.name].shape:
                 raise ValueError(
                     f"{trained.folder}: {slot.name} has shape {list(held[1].shape)}, {trained.base_model}/config.json "
-                    f"makes it {list(shapes[slot.name].shape)}; name the right folder with --base-model"
+                    f"gives {list(shapes[slot.name].shape)}; set the right folder with --base-model"
                 )
         yield key, slot.of({slot.name: held[1]})
 
 
 def _untrained(start: ShardedFolder, key: str, slot: Slot) -> torch.Tensor:
     if key not in start.keys:
-        raise ValueError(f"{start.folder}: lacks {key}, which the checkpoint does not hold either")
+        raise ValueError(f"{start.folder}: {key} is missing, also from the checkpoint")
     ((_, tensor),) = start.tensors([key])
     return tensor
 
@@ -182,7 +181,7 @@ def parse_size(text: str) -> int:
     """``"5GB"``, ``"500MiB"`` or a number of bytes -> bytes. ValueError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if found is None or found[2].upper() not in _UNITS or float(found[1]) <= 0:
-        raise ValueError(f"--max-shard-size {text}: give a size such as 5GB or 500MiB")
+        raise ValueError(f"--max-shard-size {text}: use a size such as 5GB or 500MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
@@ -195,7 +194,7 @@ class Hub:
     """A repository of the hub, checked before the conversion that will be uploaded to it.
 
     Raises:
-        ValueError: a name the hub does not take, no login, a repository that exists (unless ``overwrite``), or a public
+        ValueError: an invalid name, no login, a repository that exists (unless ``overwrite``), or a public
             one that should be ``private``.
     """
 

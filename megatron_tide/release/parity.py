@@ -56,7 +56,7 @@ def check_parity(
         ValueError: names the first difference, or the error of the fresh process.
     """
     theirs = _ask_release(release, files, ids, dtype)
-    ours = _ask_training(trained, tokenizer, ids, dtype)
+    ours = _run_training_weights(trained, tokenizer, ids, dtype)
     worst, rows, tokens = 0.0, 0, 0
     for name, expected in ours.items():
         found = theirs[name]
@@ -87,13 +87,13 @@ def _failed(what: str) -> ValueError:
     return ValueError(f"parity gate: {what}; nothing was released")
 
 
-def _ask_training(
+def _run_training_weights(
     trained: TrainingCheckpoint, tokenizer: TextTokenizer, ids: GenerationIds, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The training weights in the training module, by its own parameter names: no key table and no release code."""
     model = trained.model(dtype)
     prompts = [probe.encoder(tokenizer)(messages) for messages in CONVERSATIONS]
-    return probe.ask(model, prompts, block=ids.block_size, mask_id=ids.mask_token_id, **vars(ids))
+    return probe.run(model, prompts, block=ids.block_size, mask_id=ids.mask_token_id, **vars(ids))
 
 
 def _ask_release(release: Path, files: ReleaseFiles, ids: GenerationIds, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
-"""What the parity gate runs on a model, and the fresh process that runs it on a release.
+"""The computation that the parity gate compares, and the fresh process that runs it on a release.
 
-Run as a program by ``parity.py`` (``probe.py REQUEST ANSWERS``), copied to a folder of its own: the transformers loader
-must not need this project. REQUEST is JSON; ANSWERS a safetensors file of what ``ask`` returned.
+Run as a program by ``parity.py`` (``probe.py REQUEST ANSWERS``), copied to its own folder: the transformers loader
+must not need this project. REQUEST is JSON; ANSWERS is a safetensors file with the result of ``run``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PASSES_PER_BLOCK = 8
 
 
 @torch.no_grad()
-def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **settings: Any) -> dict[str, torch.Tensor]:
+def run(model: Any, prompts: list[list[int]], block: int, mask_id: int, **settings: Any) -> dict[str, torch.Tensor]:
     """For each prompt: its ids, the logits of it and of a block of masks after it, and a greedy answer of two blocks;
-    and an answer that no end of text cuts short, because a model that is hardly trained ends at once.
+    and an answer without an end-of-text token, because a barely trained model ends at once.
 
     ``settings`` go to ``generate`` (none for a release: its own files have them).
     """
@@ -34,10 +34,10 @@ def ask(model: Any, prompts: list[list[int]], block: int, mask_id: int, **settin
         attend = (of_block.unsqueeze(1) >= of_block)[None, None]
         logits = model(ids, attention_mask=attend, position_ids=torch.arange(length).unsqueeze(0)).logits[0]
         answers |= {f"ids.{number}": torch.tensor(prompt), f"logits.{number}": logits}
-        asked = torch.tensor([prompt])
+        input_ids = torch.tensor([prompt])
         settings = {**settings, "max_new_tokens": 2 * block, "tokens_per_step": max(1, block // PASSES_PER_BLOCK)}
-        answers[f"tokens.{number}"] = model.generate(asked, **settings)[0, len(prompt) :]
-        answers[f"tokens.{number}.endless"] = model.generate(asked, **settings, eos_token_ids=())[0, len(prompt) :]
+        answers[f"tokens.{number}"] = model.generate(input_ids, **settings)[0, len(prompt) :]
+        answers[f"tokens.{number}.endless"] = model.generate(input_ids, **settings, eos_token_ids=())[0, len(prompt) :]
     return {name: tensor.contiguous() for name, tensor in answers.items()}
 
 
@@ -48,7 +48,7 @@ def own_memory(model: torch.nn.Module) -> None:
 
 
 def load_with_transformers(folder: str, dtype: torch.dtype, auto_map: dict[str, str]) -> tuple[Any, Encode]:
-    """As a user does, with the project's code that travels in the folder. Only the classes of ``auto_map`` are loaded:
+    """Load as a user does, with the project's code in the folder. Only the classes of ``auto_map`` are loaded:
     nothing else in the folder is trusted.
     """
     from transformers import AutoTokenizer
@@ -72,7 +72,7 @@ def load_with_transformers(folder: str, dtype: torch.dtype, auto_map: dict[str, 
 
 
 def load_with_package(folder: str, dtype: torch.dtype) -> tuple[Any, Encode]:
-    """For formats with code that is published elsewhere."""
+    """Load formats that have their code elsewhere."""
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.models import load_model
 
@@ -98,7 +98,7 @@ def main() -> None:
     model, encode = load_with_transformers(folder, dtype, auto_map) if auto_map else load_with_package(folder, dtype)
     own_memory(model)
     prompts = [encode(messages) for messages in request["conversations"]]
-    save_file(ask(model, prompts, request["block"], request["mask_id"]), sys.argv[2])
+    save_file(run(model, prompts, request["block"], request["mask_id"]), sys.argv[2])
 
 
 if __name__ == "__main__":

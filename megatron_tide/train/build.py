@@ -1,4 +1,4 @@
-"""Build what a run works with from its checked inputs: models, engine, teacher backend, loader.
+"""Build the parts of a run from its checked inputs: models, engine, teacher backend, loader.
 
 Every error is raised before the first step, on all ranks.
 """
@@ -34,7 +34,7 @@ def build(
     """Load the student, start its engine and build the teacher backend (or use ``backend``, an existing one).
 
     Raises:
-        ValueError: among others for a run that does not fit on this machine, before anything is loaded.
+        ValueError: for example if the run does not fit on this machine, before anything is loaded.
     """
     if backend is None:
         check_plan(config, inputs.strategy, inputs.data.stats, world)
@@ -42,7 +42,7 @@ def build(
     block = inputs.data.manifest["student"]["block"]
     if model.config.block_size != block:
         raise ValueError(
-            f"{inputs.data.folder}: prepared for blocks of {block} tokens, {config.paths.student} has "
+            f"{inputs.data.folder}: prepared for blocks of {block} tokens, but {config.paths.student} has "
             f"{model.config.block_size}; prepare with --student-block {model.config.block_size}"
         )
     if config.train.activation_checkpointing:
@@ -83,7 +83,7 @@ def _warn_of_shift(teacher: str, world: DistContext) -> None:
     if family.shifts_by_one:
         world.print_rank0(
             f"warning: {teacher} is a {family.model_types[0]} model, which predicts the NEXT token at each position; "
-            "the distillation takes its predictions for the token AT each position"
+            "the distillation uses its predictions as for the token AT each position"
         )
 
 
@@ -150,7 +150,7 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
     out, resume = Path(config.paths.out), config.save.resume
     if resume == "never":
         if step_folders(out):
-            raise ValueError(f"--resume never: {out} already holds checkpoints; use another --out or --resume auto")
+            raise ValueError(f"--resume never: {out} already contains checkpoints; use another --out or --resume auto")
         return None
     if resume != "auto":
         verify(Path(resume))

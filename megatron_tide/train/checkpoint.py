@@ -53,12 +53,12 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
     if world.is_main and error is None:
         described = {"state": asdict(state), "run": run}
         error = _attempt(lambda: _seal(folder, described))
-    told = world.broadcast_object(None if error is None else str(error))
-    if told is not None:
+    failure = world.broadcast_object(None if error is None else str(error))
+    if failure is not None:
         if world.is_main:
             folder.discard()
         raise OSError(
-            f"could not save {final}: {told}; free disk space and run the same command again: "
+            f"could not save {final}: {failure}; free disk space and run the same command again: "
             "--resume auto continues from the newest complete checkpoint"
         )
     if world.is_main and (left := _attempt(lambda: _prune(run_folder, final, keep))):
@@ -78,9 +78,7 @@ def restore(folder: Path, engine: Any) -> TrainState:
     wanted = {name for name, _ in trained_parameters(engine)}
     if stored != wanted:
         odd = sorted(stored ^ wanted)[0]
-        raise ValueError(
-            f"{folder / WEIGHTS}: holds another model's parameters (first difference: {odd}); check --student"
-        )
+        raise ValueError(f"{folder / WEIGHTS}: parameters of another model (first difference: {odd}); check --student")
     stored_moments = {moment: _Lazy(folder / f"{moment}.safetensors") for moment in moments(engine)}
     restore_state(engine, _Lazy(folder / WEIGHTS), stored_moments, state.step)
     return state
@@ -106,9 +104,9 @@ def _gathered(engine: Any, world: DistContext) -> Iterator[tuple[str, dict[str, 
 def _collect(engine: Any, world: DistContext, gather: Any) -> dict[str, torch.Tensor]:
     kept = {}
     for name, parameter in trained_parameters(engine):
-        whole = gather(parameter)
+        full = gather(parameter)
         if world.is_main:
-            kept[name] = whole.detach().to("cpu", torch.float32).contiguous()
+            kept[name] = full.detach().to("cpu", torch.float32).contiguous()
     return kept
 
 
@@ -122,8 +120,8 @@ def _attempt(write: Any) -> OSError | None:
 
 def _seal(folder: AtomicFolder, description: dict[str, Any]) -> None:
     (folder.draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
-    sums = {path.name: sha256_file(path) for path in sorted(folder.draft.iterdir())}
-    (folder.draft / CHECKSUMS).write_text(json.dumps(sums, indent=1))
+    checksums = {path.name: sha256_file(path) for path in sorted(folder.draft.iterdir())}
+    (folder.draft / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
     folder.commit()
 
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: rank, device, and the few collectives that training needs besides DeepSpeed's.
+"""The ranks of a run: rank, device, and the few collectives that training needs in addition to DeepSpeed's.
 
 Numbers that are on the CPU already (counts, a stop request) use a gloo group, so they cost no device synchronisation.
 """
@@ -90,7 +90,7 @@ def launched_ranks() -> int:
     found = {name: os.environ.get(name, default) for name, default in LAUNCH.items()}
     for name, value in found.items():
         if not value.isdecimal():
-            raise ValueError(f"{name}={value!r} in the environment: a launcher sets it to a whole number; unset it")
+            raise ValueError(f"{name}={value!r} in the environment: it must be an integer set by a launcher; unset it")
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
     if rank >= size:
         raise ValueError(f"RANK={rank} and WORLD_SIZE={size} in the environment: ranks count from 0; unset both")

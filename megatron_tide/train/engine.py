@@ -1,7 +1,7 @@
 """The DeepSpeed engine of the student: ds_configs JSON + the run's flags -> engine; ZeRO state by parameter name.
 
 ds_configs set memory and communication. Batch sizes, learning rate and precision come from the run's flags and are
-filled in here, so that each is stated once.
+filled in here, so that each is defined once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def student_ds_config(path: str) -> dict[str, Any]:
     settings = read_ds_config(path, "--deepspeed")
     stage = section(settings, "zero_optimization", f"--deepspeed {path}").get("stage", 0)
     if stage not in (1, 2):
-        raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage}; the student takes 1 or 2")
+        raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage}; use 1 or 2 for the student")
     return settings
 
 
@@ -53,7 +53,7 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
 
 
 def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) -> Any:
-    """A DeepSpeed engine over ``model``, whose fp32 weights become the master weights as they are."""
+    """A DeepSpeed engine over ``model``; the fp32 weights become the master weights without rounding."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param
 
@@ -62,7 +62,7 @@ def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) ->
     groups, settings = optimizer.groups(model, config.train), engine_settings(config, world.size)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
-    for name, parameter in trained_parameters(engine):  # DeepSpeed made its masters from weights it had rounded
+    for name, parameter in trained_parameters(engine):  # DeepSpeed made its master weights from rounded weights
         safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
     _set_state(engine, optimizer.state)
     return engine
@@ -102,7 +102,7 @@ def full_moment(parameter: nn.Parameter, moment: str) -> torch.Tensor:
 
 
 def moments(engine: Any) -> list[str]:
-    """Names of the tensors of a parameter's shape that the optimizer keeps for each."""
+    """Names of the optimizer's state tensors that have the shape of the parameter."""
     states = engine.optimizer.optimizer.state.values()
     return list(dict.fromkeys(name for state in states for name in state if name != "step"))
 
@@ -127,9 +127,9 @@ def _step(old: Any, steps_taken: int) -> Any:
 
 
 def _set_state(engine: Any, state_of: Callable[[Any, torch.Tensor], dict[str, Any]]) -> None:
-    """Give each of the optimizer's flat parameters its state before the first step, and tell DeepSpeed whose it is.
+    """Create the state of each flat parameter of the optimizer before the first step, and link it in DeepSpeed.
 
-    Left alone, an optimizer makes it at its first step, and DeepSpeed links it to parameters after the first parameter
+    By default an optimizer creates it at its first step, and DeepSpeed links it to parameters after the first parameter
     group has stepped: the later groups' does not exist then and can never be read or set by parameter.
     """
     zero, optimizer = engine.optimizer, engine.optimizer.optimizer

@@ -32,7 +32,7 @@ class RunInputs:
 
 
 def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
-    """Open data, tokenizers and bridge, and check that they belong together.
+    """Open data, tokenizers and bridge, and check that they match.
 
     Raises:
         ValueError: one line: which artifact differs from which, and the fix.

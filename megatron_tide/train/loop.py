@@ -41,7 +41,7 @@ class StopRequest:
 
 
 class Loop:
-    """Runs from a state to the last step with the parts that ``build`` made."""
+    """Trains from a state to the last step, with the objects from ``build``."""
 
     def __init__(
         self, config: DistillConfig, context: TrainContext, loader: MicrobatchLoader, run: dict[str, Any]

@@ -25,7 +25,7 @@ class MetricAccumulator:
     def __init__(self) -> None:
         self.means: dict[str, Metric] = {}
         self.losses: dict[str, torch.Tensor] = {}
-        self.tokens = 0  # that the student is trained on, of this rank
+        self.tokens = 0  # student training tokens of this rank
         self.steps = 0
         self.forwards: list[torch.Tensor] = []  # the loss of each micro-batch, in order
 

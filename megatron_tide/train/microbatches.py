@@ -80,7 +80,7 @@ def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
             yield result  # type: ignore[misc]
     finally:
         stopped.set()
-        while worker.is_alive():  # room for a result that it is waiting to hand over
+        while worker.is_alive():  # make room for a result that the thread is waiting to put
             try:
                 results.get_nowait()
             except queue.Empty:

@@ -14,7 +14,7 @@ from megatron_tide.train.metrics import MetricAccumulator
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.training_checkpoint import TrainState
 
-PATIENCE = 10  # consecutive steps that may be skipped
+PATIENCE = 10  # number of consecutive steps that can be skipped
 SKIPPED = "skipped.jsonl"
 
 
@@ -46,7 +46,7 @@ class NonFiniteGuard:
         with (self._folder / SKIPPED).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         losses = [f"rank {rank}, samples {_listed(odd)}" for rank, odd in enumerate(found) if odd]
-        why = f"loss not finite on {'; '.join(losses)}" if losses else "gradient not finite, every loss finite"
+        why = f"loss not finite on {'; '.join(losses)}" if losses else "gradient not finite, all losses finite"
         self._world.print_rank0(f"step {state.step + 1}: skipped on all ranks, {why} ({self._folder / SKIPPED})")
 
     def refusal(self) -> ValueError:
@@ -54,7 +54,7 @@ class NonFiniteGuard:
         first, last = self._skipped[0], self._skipped[-1]
         return ValueError(
             f"steps {first} to {last} were not finite, {PATIENCE} in a row; the checkpoint of step {first - 1} is from "
-            f"before them; look at their samples ({self._folder / SKIPPED}) or lower --lr, and start again"
+            f"before them; check their samples ({self._folder / SKIPPED}) or lower --lr, and start again"
         )
 
     def _odd_samples(self, step: int, accumulator: MetricAccumulator) -> list[int]:

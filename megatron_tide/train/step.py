@@ -19,7 +19,7 @@ from megatron_tide.train.metrics import MetricAccumulator, denoise_metrics
 
 @dataclass(frozen=True)
 class TrainContext:
-    """What a step works with; built once."""
+    """The objects that a step uses; built once."""
 
     engine: Any  # DeepSpeed's
     backend: TeacherBackend
@@ -34,7 +34,7 @@ def train_step(
     """Take one optimizer step over this rank's micro-batches; returns sums and counts of all metrics, on the device.
 
     Losses are local sums over ``counts``, which are global: the ranks' gradients add up to that of the global batch
-    whatever the topology. DeepSpeed averages over ranks, so the loss is multiplied by their number.
+    for any topology. DeepSpeed averages over ranks, so the loss is multiplied by their number.
     """
     model, strategy, accumulator = context.engine.module, context.strategy, MetricAccumulator()
     with context.clock("teacher"):
@@ -60,7 +60,7 @@ def train_step(
 
 
 def global_counts(microbatches: Sequence[DistillBatch], world: DistContext, stop_asked: bool) -> tuple[Counts, bool]:
-    """The step's denominators over all ranks, and whether any rank was told to stop: one collective, on the CPU."""
+    """The step's denominators over all ranks, and whether any rank got a stop signal: one collective, on the CPU."""
     local = [
         sum(batch.maskable for batch in microbatches),
         sum(len(batch.chunk_level) for batch in microbatches),

@@ -27,9 +27,9 @@ def check_teacher(
     total, count = context.world.sum_over_ranks([gold.sum().item(), float(len(gold))])
     mean, uniform = total / max(count, 1.0), -math.log(vocab_size)
     if count and not mean > uniform:  # a NaN is not greater than anything
-        said = f"{mean:.2f} nats" if math.isfinite(mean) else "log-probs that are not finite"
+        found = f"{mean:.2f} nats" if math.isfinite(mean) else "not finite"
         raise ValueError(
-            f"{teacher}: gives the data's tokens {said} on average, a uniform guess {uniform:.2f}: "
+            f"{teacher}: mean log-prob of the data's tokens is {found}, a uniform guess gives {uniform:.2f}: "
             f"wrong weights, a wrong mask token (id {mask_id}), or another chat template; "
             "--skip-teacher-probe skips this check"
         )

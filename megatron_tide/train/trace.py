@@ -1,4 +1,4 @@
-"""What a rank did last, for diagnosing hangs: its step, the last collective it entered or left.
+"""The last activity of a rank, to diagnose hangs: its step, and the last collective it entered or left.
 
 torch.distributed records this for NCCL only. Its functions are wrapped once, before DeepSpeed imports
 them, so that DeepSpeed's collectives are recorded too.

@@ -6,7 +6,7 @@ Each rank publishes its activity and its time in the process group's store. A th
     hanging   a rank publishes that it makes no progress
 
 After --hang-timeout seconds of either, or at once when a collective fails and a rank is silent, the remaining ranks
-print that rank, its step and its last collective, and exit with status EXIT_LOST.
+report that rank, its step and its last collective, and exit with status EXIT_LOST.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_tide.train.distributed import DistContext
 
 EXIT_LOST = 3
 BEAT = 1.0
-PATIENCE = 10.0  # seconds in which a collective's error is explained
+PATIENCE = 10.0  # seconds to find the cause of a failed collective
 
 
 @dataclass
@@ -54,13 +54,13 @@ class HangWatchdog:
         self._world, self._stall = world, hang_timeout
         self._stopped = threading.Event()
         self._seen = [RankStatus(since=time.monotonic()) for _ in range(world.size)]
-        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
 
     def __enter__(self) -> HangWatchdog:
         if self._world.size > 1:
             self._store = self._connect()
             self._tell(0)
-            self._world.sum_over_ranks([0.0])  # every rank has told something
+            self._world.sum_over_ranks([0.0])  # every rank has published its status
             self._thread.start()
         return self
 
@@ -68,7 +68,7 @@ class HangWatchdog:
         if isinstance(error, RuntimeError) and self._thread.is_alive():
             lost = self._wait_for_silence()
             if lost is not None:
-                self._leave(lost, f"{self._named(lost)} is gone")
+                self._leave(lost, f"{self._named(lost)} has died")
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -81,8 +81,8 @@ class HangWatchdog:
 
     def _tell(self, beat: int) -> None:
         trace = self._world.trace
-        told = [beat, trace.age, trace.step, trace.collective, trace.inside]
-        self._store.set(f"watch/{self._world.rank}", json.dumps(told))
+        status = [beat, trace.age, trace.step, trace.collective, trace.inside]
+        self._store.set(f"watch/{self._world.rank}", json.dumps(status))
 
     def _run(self) -> None:
         beat = 0
@@ -90,12 +90,12 @@ class HangWatchdog:
             beat += 1
             try:
                 self._tell(beat)
-                told = self._store.multi_get([f"watch/{rank}" for rank in range(self._world.size)])
+                published = self._store.multi_get([f"watch/{rank}" for rank in range(self._world.size)])
             except RuntimeError:  # the store is on rank 0's node
                 if not self._stopped.wait(PATIENCE):
-                    self._leave(0, "rank 0 has left, or its node does not answer")
+                    self._leave(0, "rank 0 has exited, or its node does not respond")
                 return
-            for seen, text in zip(self._seen, told):
+            for seen, text in zip(self._seen, published):
                 number, *rest = json.loads(text)
                 if number != seen.beat:
                     seen.beat, seen.since = number, time.monotonic()
@@ -105,11 +105,11 @@ class HangWatchdog:
     def _judge(self) -> None:
         silent = max(range(self._world.size), key=lambda rank: self._seen[rank].silence)
         if self._seen[silent].silence > self._stall:
-            self._leave(silent, f"{self._named(silent)} does not answer for {self._seen[silent].silence:.0f} s")
+            self._leave(silent, f"{self._named(silent)} has not responded for {self._seen[silent].silence:.0f} s")
         if max(seen.age for seen in self._seen) > self._stall:
-            # Those that wait for it are in a collective; it is not, or it entered one first.
+            # The other ranks wait in a collective; this one is not in it, or entered one first.
             rank = max(range(self._world.size), key=lambda rank: (not self._seen[rank].inside, self._seen[rank].age))
-            self._leave(rank, f"{self._named(rank)} has not moved for {self._seen[rank].age:.0f} s")
+            self._leave(rank, f"{self._named(rank)} has made no progress for {self._seen[rank].age:.0f} s")
 
     def _wait_for_silence(self) -> int | None:
         """After a failed collective: the rank that fell silent while others still publish; None if none did."""

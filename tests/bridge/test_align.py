@@ -106,9 +106,9 @@ def test_different_bytes_are_refused_with_the_place() -> None:
     with pytest.raises(ValueError, match="4 bytes, the teacher's 5"):
         align_lengths(np.array([4]), np.array([2, 3]))
     # Sums that agree over all texts do not make up for a text whose own do not.
-    with pytest.raises(ValueError, match="spell 2 bytes, the teacher's 1"):
+    with pytest.raises(ValueError, match="have 2 bytes, the teacher's 1"):
         align_batch([np.array([3]), np.array([2])], [np.array([3]), np.array([1])])
-    with pytest.raises(ValueError, match="spell 2 bytes, the teacher's 1"):
+    with pytest.raises(ValueError, match="have 2 bytes, the teacher's 1"):
         align_batch([np.array([2]), np.array([1])], [np.array([1]), np.array([2])])
 
 

@@ -65,7 +65,7 @@ def test_build_then_skip_then_rebuild(capsys: Capture, build: list[object], tmp_
     assert "coverage: 1.0000 of bytes" in first
     written = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (tmp_path / "bridge").iterdir()}
     assert status("bridge", *build) == 0
-    assert "bridge: done, skipped" in capsys.readouterr().out
+    assert "bridge: already done, skipped" in capsys.readouterr().out
     for name, (time, content) in written.items():
         assert (tmp_path / "bridge" / name).stat().st_mtime_ns == time
         assert (tmp_path / "bridge" / name).read_bytes() == content
@@ -83,7 +83,7 @@ def test_a_differing_bridge_is_not_overwritten(
     others = [*build]
     others[3] = folders["prefixed"]
     assert status("bridge", *others) == 2
-    assert_refused(capsys, "holds a bridge of other tokenizers; pass --fresh")
+    assert_refused(capsys, "contains a bridge of other tokenizers; pass --fresh")
     assert status("bridge", *build, "--sample-limit", 3) == 2
     assert_refused(capsys, "another sample; pass --fresh")
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() == before
@@ -104,7 +104,7 @@ def test_coverage_floor_stops_and_writes_nothing(capsys: Capture, build: list[ob
     character_tokenizer(tmp_path / "characters", "abcdefghijklmnopqrstuvw")
     build[1] = tmp_path / "characters"
     assert status("bridge", *build) == 2
-    assert_refused(capsys, r"covers 0\.\d+ of the sample's bytes, the floor is 0.98")
+    assert_refused(capsys, r"covers 0\.\d+ of the sample's bytes, less than 0.98")
     assert not (tmp_path / "bridge").exists()
     assert status("bridge", *build, "--coverage-floor", 0) == 0
 
@@ -112,10 +112,10 @@ def test_coverage_floor_stops_and_writes_nothing(capsys: Capture, build: list[ob
 @pytest.mark.parametrize(
     ("place", "value", "reason"),
     [
-        (1, "absent/tokenizer", "absent/tokenizer: neither a tokenizer here nor reachable on the hub"),
+        (1, "absent/tokenizer", "absent/tokenizer: no such local tokenizer, and not reachable on the hub"),
         (1, "./absent", "no such tokenizer"),
         (5, "absent.jsonl", "absent.jsonl"),
-        ("--coverage-floor", 98, "--coverage-floor 98.0: must lie between 0 and 1"),
+        ("--coverage-floor", 98, "--coverage-floor 98.0: must be between 0 and 1"),
         ("--sample-limit", 0, "must be at least 1"),
         ("--student-mask", "<|hole|>", "no token '<|hole|>' to use as the mask"),
     ],
@@ -133,9 +133,9 @@ BROKEN_DATA = {
     "": "no assistant turn",
     '{"messages": [{"role": "user", "content": "x"}]}\n': "no assistant turn",
     '{"messages": []\n': ":1: not valid JSON",
-    '{"text": "x"}\n{"messages": [{"content": "y"}]}\n': ":2: message 0 needs a role and a content that are texts",
+    '{"text": "x"}\n{"messages": [{"content": "y"}]}\n': ":2: message 0: role and content must be text",
     '{"messages": [{"role": "assistant"}]}\n': "no assistant turn",
-    '{"messages": [{"role": "assistant", "content": ["x"]}]}\n': ":1: message 0 needs a role and a content",
+    '{"messages": [{"role": "assistant", "content": ["x"]}]}\n': ":1: message 0: role and content must be text",
     '{"messages": 3}\n': ":1: messages must be a list",
 }
 
@@ -157,7 +157,7 @@ def test_samples_of_all_kinds(tmp_path: Path) -> None:
     assert read_samples([tmp_path, tmp_path / "notes.md"]) == ["first", "second", "third", "fourth", "fifth"]
     assert read_samples([tmp_path / "a.parquet"], limit=1) == ["first"]
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: is not readable as Parquet"):
+    with pytest.raises(ValueError, match=r"a\.parquet: not readable as Parquet"):
         read_samples([tmp_path])
 
 
@@ -251,7 +251,7 @@ def test_training_is_deterministic_skips_and_refuses(capsys: Capture, train: lis
     assert (contents(tmp_path / "s"), contents(tmp_path / "t")) == before
     capsys.readouterr()
     assert status("train-tokenizers", *train, "--student-vocab", 310) == 2
-    assert_refused(capsys, "holds something else than this training; pass --fresh")
+    assert_refused(capsys, "contains a tokenizer of other settings; pass --fresh")
     assert contents(tmp_path / "s") == before[0]
 
 
@@ -259,7 +259,7 @@ def test_training_never_deletes_what_it_did_not_make(capsys: Capture, train: lis
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").write_text("years of work", encoding="utf-8")
     assert status("train-tokenizers", *train, "--fresh") == 2
-    assert_refused(capsys, "was not made by this tool")
+    assert_refused(capsys, ": not made by this tool")
     assert (tmp_path / "s" / "thesis.tex").read_text(encoding="utf-8") == "years of work"
 
 
@@ -280,7 +280,7 @@ def test_training_mistakes(
 
 
 def test_training_on_data_without_messages(capsys: Capture, train: list[object], data: Path) -> None:
-    for content, reason in (('{"text": "x"}\n', ":1: messages must be a list"), ("", "holds no messages")):
+    for content, reason in (('{"text": "x"}\n', ":1: messages must be a list"), ("", ": no messages to train on")):
         data.write_text(content, encoding="utf-8")
         assert status("train-tokenizers", *train) == 2
         assert_refused(capsys, reason)
@@ -296,5 +296,5 @@ def test_a_mask_may_be_an_id_beyond_the_vocabulary(tmp_path):
     assert beyond.mask_id == tokenizer.vocab_size + 3
     assert beyond.fingerprint == tokenizer.fingerprint
     ordinary = int(tokenizer.encode("return")[0])
-    with pytest.raises(ValueError, match="spells text"):
+    with pytest.raises(ValueError, match="is a text token"):
         load_tokenizer(folder, mask_token=str(ordinary))

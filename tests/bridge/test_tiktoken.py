@@ -41,7 +41,7 @@ def test_saved_form_is_the_same_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "settings", "reason"),
     [
-        (TOKENS, None, "split pattern cannot be guessed"),
+        (TOKENS, None, "unknown tiktoken file; define its split pattern"),
         (TOKENS[1:], SETTINGS, "no token for 1 of the 256 bytes"),
         (TOKENS, {"normalizer": "NFC"}, "must be an object with a pattern"),
         (TOKENS, {**SETTINGS, "patern": "x"}, "must be an object with a pattern"),
@@ -54,7 +54,7 @@ def test_broken_files(tmp_path: Path, tokens: list[bytes], settings: object, rea
         load_tokenizer(write(tmp_path, tokens, settings))
 
 
-@pytest.mark.parametrize(("cut", "reason"), [(3, "two tokens one rank"), (4, f"line {len(TOKENS)} is not")])
+@pytest.mark.parametrize(("cut", "reason"), [(3, "two tokens have the same rank"), (4, f"line {len(TOKENS)} is not")])
 def test_a_file_cut_off_is_noticed(tmp_path: Path, cut: int, reason: str) -> None:
     file = write(tmp_path, TOKENS)
     file.write_bytes(file.read_bytes()[:-cut])

@@ -84,7 +84,7 @@ def test_templates_differ_and_prompts_become_special_tokens(tokenizers: Mapping[
         ids = tokenizer.encode_prompt(rendered)
         assert sum(token in tokenizer.special_ids for token in ids.tolist()) == specials
         assert tokenizer.decode(ids, skip_special=False) == rendered
-    with pytest.raises(ValueError, match="refuses the conversation"):
+    with pytest.raises(ValueError, match="rejects the conversation"):
         teacher.render([{"role": "user"}, "no message"])  # type: ignore[list-item]
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=word_piece).save_pretrained(tmp_path / "words")
     for path, reason in [
         ("absent/tokenizer", "no such tokenizer"),
-        ("empty", "holds no tokenizer.json"),
+        ("empty", "no tokenizer.json"),
         ("broken", "broken"),
         ("noise.model", "cannot read the tokenizer"),
         ("words", "WordPiece"),

@@ -205,5 +205,5 @@ def test_mistakes_are_one_line(
 
 
 def test_two_evaluations_do_not_write_to_one_folder(lab: Lab, tmp_path: Path) -> None:
-    with RunLock(tmp_path / "s"), pytest.raises(ValueError, match="works in it"):
+    with RunLock(tmp_path / "s"), pytest.raises(ValueError, match="in use by"):
         evaluate([f"s={lab.student}", "--tasks", "humaneval", "--limit", "1", *SHORT, "--out", str(tmp_path)])

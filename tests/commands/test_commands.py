@@ -81,7 +81,7 @@ def test_launchers_start_the_trainer_as_a_module() -> None:
 def test_mistakes_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown argument --no-such-flag" in refusal(capsys, name, "--no-such-flag")
     for _, info, hint in cli.flags_of(command(name).Args):
-        flag, (kind, *_) = cli.spelled(info), cli.kind_of(hint)
+        flag, (kind, *_) = cli.flag_name(info), cli.kind_of(hint)
         if info.metadata["kind"] in ("positional", "hidden"):
             continue
         if kind in (int, float):

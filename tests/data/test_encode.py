@@ -227,5 +227,5 @@ def test_a_refused_row_leaves_its_group_as_it_is(pair: Pair, two_sided: bool) ->
 
 @pytest.mark.parametrize(("length", "block"), [(60, 32), (16, 32), (0, 32), (64, 0)])
 def test_lengths_that_are_no_multiple_of_the_block_are_refused(pair: Pair, length: int, block: int) -> None:
-    with pytest.raises(ValueError, match=f"length {length} is no multiple of block {block}"):
+    with pytest.raises(ValueError, match=f"length {length} is not a multiple of block {block}"):
         TokenizerSettings(tokenizer=pair.student, length=length, block=block)

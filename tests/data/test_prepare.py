@@ -82,8 +82,8 @@ def test_a_few_unreadable_rows_are_left_out_and_named(
     path.write_text("\n".join(lines))
     data = _prepare(pair, path, tmp_path / "out")
     said = capsys.readouterr().err
-    assert f"left out: {path}:101: not valid JSON" in said
-    assert f"left out: {path}:201: no column 'messages'" in said
+    assert f"skipped: {path}:101: not valid JSON" in said
+    assert f"skipped: {path}:201: no column 'messages'" in said
     assert data.manifest["counts"]["dropped"]["cannot be read"] == 2
     assert data.manifest["unreadable"] == [100, 200]
     assert set(range(250)) - set(data.stats.keys.tolist()) == {100, 200}
@@ -244,11 +244,11 @@ def test_the_same_files_under_other_names_are_the_same_data(pair: Pair, chats: C
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--student-length", "72"], "with student.length 64, now it is 72; give --fresh"),
-        (["--teacher-block", "32"], "with teacher.block 16, now it is 32"),
-        (["--limit", "10"], "with limit None, now it is 10"),
-        (["--shard-rows", "8"], "with shard_rows 16, now it is 8"),
-        (["--student-mask", "<|endoftext|>"], "with .*mask_id|is not the student tokenizer"),
+        (["--student-length", "72"], "with student.length = 64, now it is 72; pass --fresh"),
+        (["--teacher-block", "32"], "with teacher.block = 16, now it is 32"),
+        (["--limit", "10"], "with limit = None, now it is 10"),
+        (["--shard-rows", "8"], "with shard_rows = 16, now it is 8"),
+        (["--student-mask", "<|endoftext|>"], "with .*mask_id|not the student tokenizer that"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -321,7 +321,7 @@ def test_a_small_disk_ends_a_run_with_one_line(pair: Pair, chats: Chats, tiny_di
 def test_two_at_once_on_one_folder(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with RunLock(out, prepare._LOCK), pytest.raises(ValueError, match="works in it"):
+    with RunLock(out, prepare._LOCK), pytest.raises(ValueError, match="in use by"):
         main(_flags(pair, chats(5), out))
     _prepare(pair, chats(5), out)
 
@@ -329,7 +329,7 @@ def test_two_at_once_on_one_folder(pair: Pair, chats: Chats, tmp_path: Path) -> 
 def test_a_folder_of_something_else_is_left_alone(pair: Pair, chats: Chats) -> None:
     before = _content(pair.bridge_path)
     for more in ([], ["--fresh"]):
-        with pytest.raises(ValueError, match="holds something else than prepared data"):
+        with pytest.raises(ValueError, match=r"has a manifest\.json that is not of prepared data"):
             main(_flags(pair, chats(5), pair.bridge_path, *more))
     assert _content(pair.bridge_path) == before
 
@@ -349,16 +349,16 @@ def test_limit_takes_that_many_rows(pair: Pair, chats: Chats, tmp_path: Path) ->
 MISTAKES = [
     (["--data", "gone.jsonl"], r"gone\.jsonl: no such file or folder"),
     (["--data", "users.jsonl"], r"users\.jsonl: no row has an assistant turn"),
-    (["--data", "long.jsonl"], r"long\.jsonl: no row of 2 is left: 2 no response chunk fits"),
+    (["--data", "long.jsonl"], r"long\.jsonl: all 2 rows were dropped: 2 no response chunk fits"),
     (["--data", "broken.jsonl"], r"broken\.jsonl:2: not valid JSON"),
     (["--data", "empty.jsonl"], r"empty\.jsonl: no row to read"),
     (["--student", "gone/tokenizer"], r"gone/tokenizer: "),
-    (["--bridge", "gone"], r"gone: holds no bridge"),
-    (["--student-length", "60"], r"length 60 is no multiple of block 8.*take 56"),
+    (["--bridge", "gone"], r"gone: no bridge here"),
+    (["--student-length", "60"], r"length 60 is not a multiple of block 8.*use 56"),
     (["--student-mask", "<no such>"], r"<no such>"),
     (["--workers", "0"], r"--workers 0: must be at least 1"),
     (["--limit", "0"], r"--limit 0: must be at least 1"),
-    (["--swap"], r"is not the student tokenizer this bridge was built for"),
+    (["--swap"], r"not the student tokenizer that the bridge was built for"),
 ]
 
 
@@ -388,11 +388,11 @@ def test_the_command_exits_with_2_and_no_traceback(pair: Pair, tmp_path: Path, w
     command = [*RUN, *_flags(pair, path, tmp_path / "out", "--workers", workers)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    reason = "message 1 needs a role and a content that are texts; 1 of 41 rows cannot be read, more than 1%"
+    reason = "message 1: role and content must be text; 1 of 41 rows cannot be read, more than 1%"
     assert done.stderr == f"error: {path}:41: {reason}\n"
 
 
 def test_a_teacher_without_a_bridge_is_refused(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     flags = ["--data", str(chats(4)), "--student", str(pair.student_path), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="--teacher and --bridge go together"):
+    with pytest.raises(ValueError, match="--teacher and --bridge need each other"):
         main([*flags, "--teacher", str(pair.teacher_path)])

@@ -183,7 +183,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("shard-00001.arrow", _swap_rows, r"shard-00001\S*: its bytes changed"),
     ("manifest.json", Path.unlink, r"manifest\.json: no such file; .*not completely"),
     ("manifest.json", lambda path: path.write_text("{"), r"manifest\.json: not valid JSON"),
-    ("manifest.json", lambda path: path.write_text("[]"), r"manifest\.json: holds a JSON list"),
+    ("manifest.json", lambda path: path.write_text("[]"), r"manifest\.json: contains a JSON list"),
     ("manifest.json", lambda path: path.write_text("{}"), r"manifest\.json: format None"),
 ]
 
@@ -217,7 +217,7 @@ def test_without_verifying_lengths_are_still_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncated"):
         PreparedData.open(pristine, verify=False)
     shutil.copy(folder / shard_name(0), pristine / shard_name(1))
-    with pytest.raises(ValueError, match=r"shard-00001\S*: 4 samples, the manifest says 5"):
+    with pytest.raises(ValueError, match=r"shard-00001\S*: 4 samples, but 5 in the manifest"):
         PreparedData.open(pristine, verify=False)
 
 
@@ -234,9 +234,9 @@ def _wrong(sample: Sample, **changes: Any) -> Sample:
         (lambda side: {"ids": side.ids - 50}, "student_ids outside the vocabulary"),
         (lambda side: {"chunk": np.where(side.chunk >= 0, 9, side.chunk)}, "student_chunk outside the chunks"),
         (lambda side: {"chunk": np.where(side.chunk >= 0, -3, side.chunk)}, "student_chunk outside the chunks"),
-        (lambda side: {"chunk": np.full_like(side.chunk, PROMPT)}, "marks other tokens as prompt"),
-        (lambda side: {"content_end": len(side.ids)}, "content end lies outside"),
-        (lambda side: {"prompt": -1}, "prompt or content end lies outside"),
+        (lambda side: {"chunk": np.full_like(side.chunk, PROMPT)}, "does not mark the same tokens as prompt"),
+        (lambda side: {"content_end": len(side.ids)}, "content end is outside"),
+        (lambda side: {"prompt": -1}, "prompt or content end is outside"),
     ],
 )
 def test_content_that_cannot_be_is_refused(
@@ -256,10 +256,10 @@ def test_offsets_that_do_not_rise_are_refused(tmp_path: Path) -> None:
     other[1] = 10**6
     content = path.read_bytes()
     path.write_bytes(content.replace(offsets.tobytes(), other.tobytes()))
-    with pytest.raises(ValueError, match="student_offsets do not rise"):
+    with pytest.raises(ValueError, match="student_offsets do not increase"):
         PreparedData.open(folder, verify=False)
     path.write_bytes(content.replace(offsets.tobytes(), other.tobytes(), 1))
-    with pytest.raises(ValueError, match="student_ids and student_chunk are not of the same lengths"):
+    with pytest.raises(ValueError, match="student_ids and student_chunk have different lengths"):
         PreparedData.open(folder, verify=False)
 
 
@@ -327,7 +327,7 @@ def test_a_folder_of_an_older_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_samples_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no sample"):
+    with pytest.raises(ValueError, match="contains no sample"):
         PreparedData.open(_write(tmp_path / "data", [[]]))
     with pytest.raises(ValueError, match="no such folder"):
         PreparedData.open(tmp_path / "gone")

@@ -34,13 +34,13 @@ def test_rows_that_cannot_be_read_are_left_out(tmp_path: Path, capsys: pytest.Ca
     path.write_text(path.read_text() + "{oops\n")
     assert main(["--data", str(path), "--out", str(tmp_path / "out.jsonl"), "--limit", "1000"]) == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 200
-    assert f"left out: {path}:201: not valid JSON" in capsys.readouterr().err
+    assert f"skipped: {path}:201: not valid JSON" in capsys.readouterr().err
 
 
 def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": conversation(1)}])
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(ValueError, match="exists with other content"):
         main(["--data", str(path), "--out", str(path)])
     assert path.read_bytes() == before
 

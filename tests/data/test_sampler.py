@@ -90,7 +90,7 @@ def test_global_batches_hold_similar_lengths() -> None:
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ((9, 2, 2), r"not a multiple of --micro-batch-size 2 x 2 ranks = 4: take a global batch size of 8 or 12$"),
+        ((9, 2, 2), r"not a multiple of --micro-batch-size 2 x 2 ranks = 4: use a global batch size of 8 or 12$"),
         ((8, 3, 2), r"global batch size of 6 or 12, or a micro-batch size that divides 4: 1, 2, 4$"),
         ((2, 4, 1), r"global batch size of 4, or a micro-batch size that divides 2: 1, 2$"),
         ((64, 1, 1), r"more than the 41 prepared samples"),

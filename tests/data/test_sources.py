@@ -121,8 +121,8 @@ def test_a_filter_lets_rows_through_that_cannot_be_read(tmp_path: Path) -> None:
 BAD_ROWS = [
     ({"messages": "hello"}, r"rows\.jsonl:2: messages must be a list"),
     ({"messages": [{"role": "user"}, "x"]}, r"rows\.jsonl:2: messages must be a list"),
-    ({"messages": [{"content": "x"}]}, r"rows\.jsonl:2: message 0 needs a role"),
-    ({"messages": [{"role": "user", "content": 3}]}, r"rows\.jsonl:2: message 0 needs a role and a content"),
+    ({"messages": [{"content": "x"}]}, r"rows\.jsonl:2: message 0: role and content must be text"),
+    ({"messages": [{"role": "user", "content": 3}]}, r"rows\.jsonl:2: message 0: role and content must be text"),
     ({"text": "x"}, r"rows\.jsonl:2: no column 'messages'; it has text"),
     ([1], r"rows\.jsonl:2: a list, not an object"),
 ]
@@ -147,7 +147,7 @@ BAD_SOURCES = [
     ({"path": "rows.jsonl", "filter": {"lang": "cobol"}}, r"no row to read"),
     ({"path": "gone.jsonl"}, r"gone\.jsonl: no such file or folder"),
     ({"path": "./gone"}, r"gone: no such file or folder"),
-    ({"path": "rows.csv"}, r"rows\.csv: a file of an unknown kind"),
+    ({"path": "rows.csv"}, r"rows\.csv: unknown file type"),
     ({"path": "cut.parquet"}, r"cut\.parquet: cannot be read as a data set"),
     ({"path": "empty"}, r"empty: cannot be read as a data set"),
     ({"path": "nobody/nothing"}, r"nobody/nothing: cannot be read as a data set, split 'train'"),

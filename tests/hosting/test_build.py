@@ -44,8 +44,8 @@ CPU = {"stage": 3, "offload_param": {"device": "cpu"}}
     [
         (None, {"zero_optimization": {"stage": 2}}, "stage is 2; a sharded teacher takes 3"),
         (None, {}, "stage is None; a sharded teacher takes 3"),
-        (None, {"zero_optimization": 3}, "zero_optimization is 3; it is an object"),
-        (None, {"zero_optimization": {**CPU, "offload_param": "cpu"}}, "offload_param is 'cpu'; it is an object"),
+        (None, {"zero_optimization": 3}, "zero_optimization is 3; it must be an object"),
+        (None, {"zero_optimization": {**CPU, "offload_param": "cpu"}}, "offload_param is 'cpu'; it must be an object"),
         (
             None,
             {"zero_optimization": {**CPU, "offload_param": {"device": "disk"}}},
@@ -60,7 +60,7 @@ CPU = {"stage": 3, "offload_param": {"device": "cpu"}}
         (None, {"pipeline": {}}, "pipeline.stages is None; it is the number of ranks"),
         (None, {"pipeline": {"stages": 0}}, "pipeline.stages is 0; it is the number of ranks"),
         ("pipeline_2", {"pipeline": {"stages": "2"}}, "pipeline.stages is '2'; it is the number of ranks"),
-        (None, {"pipeline": 2}, "pipeline is 2; it is an object"),
+        (None, {"pipeline": 2}, "pipeline is 2; it must be an object"),
         (None, {"pipeline": {"stages": 1}, "zero_optimization": CPU}, "takes no ZeRO stage 2 or 3"),
         ("pipeline_2", {"zero_optimization": CPU}, "describes zero3_cpu, not --teacher-hosting pipeline_2: give one"),
         ("pipeline_2", {"pipeline": {"stages": 1}}, "describes pipeline_1, not --teacher-hosting pipeline_2: give one"),

@@ -133,12 +133,12 @@ REFUSED = [
     ({"strategy": "bd3lm", "tidal": "mix"}, None, "tidal has no effect on strategy 'bd3lm', which uses no teacher"),
     ({"strategy": "bd3lm", "tidal_midrange": True}, None, "tidal_midrange has no effect"),
     ({"strategy": "bd3lm", "compdemo": True}, None, "compdemo has no effect"),
-    ({"temperature": 0.0}, MAPPED, "--temperature 0.0: must lie between 0.001 and 1000"),
-    ({"temperature": float("nan")}, MAPPED, "--temperature nan: must lie between 0.001 and 1000"),
+    ({"temperature": 0.0}, MAPPED, "--temperature 0.0: must be between 0.001 and 1000"),
+    ({"temperature": float("nan")}, MAPPED, "--temperature nan: must be a finite number"),
     ({"distill_weight": -1.0}, MAPPED, "--distill-weight -1.0: must be at least 0"),
-    ({"tidal_peak": 1.2}, MAPPED, r"--tidal-peak 1.2: must lie between 0 and 1"),
-    ({"tidal_init": -0.1}, MAPPED, r"--tidal-init -0.1: must lie between 0 and 1"),
-    ({"compdemo": True, "compdemo_ratio": 1.5}, MAPPED, "--compdemo-ratio 1.5: must lie between 0 and 1"),
+    ({"tidal_peak": 1.2}, MAPPED, r"--tidal-peak 1.2: must be between 0 and 1"),
+    ({"tidal_init": -0.1}, MAPPED, r"--tidal-init -0.1: must be between 0 and 1"),
+    ({"compdemo": True, "compdemo_ratio": 1.5}, MAPPED, "--compdemo-ratio 1.5: must be between 0 and 1"),
 ]
 
 

@@ -81,7 +81,7 @@ def test_recipe_saves_and_stops(chain, tmp_path, ranks, number, to_all):
         recipe.kill()
     assert recipe.returncode == 130, printed[-3000:]
     assert printed.count("stopped on request, checkpoint saved") == 1
-    assert printed.splitlines()[-1] == ("stage train-tide-cross: stopped on request; run the same recipe again to continue")
+    assert printed.splitlines()[-1] == ("stage train-tide-cross: stopped on request; run the recipe again to continue")
     (saved,) = (run / "tide-cross").glob("step-*")
     assert json.loads((saved / "trainer.json").read_text())["state"]["step"] >= 1
     assert "== convert" not in printed
@@ -107,7 +107,7 @@ def asked(tmp_path, number, shell, program="bash"):
 
 
 LOOP = "for ((i = 0; i < 200; i++)); do sleep 0.1; done\n"
-STOPPED = "stage one: stopped on request; run the same recipe again to continue"
+STOPPED = "stage one: stopped on request; run the recipe again to continue"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

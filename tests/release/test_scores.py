@@ -50,10 +50,10 @@ def test_scores_stand_once_and_the_rest_stays(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no model card"):
+    with pytest.raises(ValueError, match="no model card to write scores into"):
         write_scores(tmp_path, [score("mbpp", 0.5)])
     (tmp_path / "README.md").write_text("# something else\n")
-    with pytest.raises(ValueError, match="has no model card"):
+    with pytest.raises(ValueError, match="no model card to write scores into"):
         write_scores(tmp_path, [score("mbpp", 0.5)])
 
 

@@ -155,7 +155,7 @@ def test_a_run_of_an_older_version_and_a_bridge_that_is_gone(own_copy, chain):
         described.write_text(described.read_text().replace(str(chain.root / "bridge"), "gone/bridge"))
     found = notes(build_page(read_runs([own_copy])))
     assert found[0] == "bridged: logged by a version without the chunk/teacher_probability bins"
-    assert found[1].startswith("tiny: gone/bridge: holds no bridge")
+    assert found[1].startswith("tiny: gone/bridge: no bridge here")
     shutil.copytree(
         chain.root / "bridge", own_copy / "bridge"
     )  # beside the run, as in a recipe's folder that was moved

@@ -123,7 +123,7 @@ def test_a_line_separator_in_an_answer_is_no_end_of_line(tmp_path):
     ("file", "content", "part", "said"),
     [
         ("scores.json", "{", "scores", "scores.json: not valid JSON"),
-        ("scores.json", "[]", "scores", "holds a JSON list, not an object"),
+        ("scores.json", "[]", "scores", "contains a JSON list, not an object"),
         ("scores.json", '{"models": [{"name": "a"}]}', "scores", "scores.json: not what python -m megatron_tide evalu"),
         ("scores.json", '{"pages": 3}', "scores", "scores.json: holds no score"),
         ("completions.jsonl", '{"prompt": "a"}\n', "completions", "megatron_tide generate --json writes (no 'answer')"),

@@ -23,7 +23,8 @@ def test_cancelled_it_saves(desk, stub, no_process_left):
     wait_for(lambda: "cancelled: " in job.text(), 20, "the last line")  # the job is cancelled before its script ends
     assert job.last_line.startswith("cancelled: saved; next: sbatch slurm/distill_16b_to_0.6b.sh --precision fp32 ")
     wait_for(lambda: job.status != 0, 20, "a status that is not 0")
-    assert [job.text(rank).splitlines()[-1] for rank in (0, 1)] == ["step 1/2: stopped on request, checkpoint saved"] * 2
+    said = "step 1/2: stopped on request, checkpoint saved"
+    assert [job.text(rank).splitlines()[-1] for rank in (0, 1)] == [said] * 2
     assert job.restarts == 0
 
 
@@ -72,7 +73,7 @@ def test_a_node_that_fails_ends_the_job(desk, no_process_left):
 @pytest.mark.parametrize(
     ("flags", "settings", "reason"),
     [
-        (("--lr", "-3"), {"ONLY": "train"}, "--lr -3.0: must lie between 0 and 1"),
+        (("--lr", "-3"), {"ONLY": "train"}, "--lr -3.0: must be between 0 and 1"),
         (LONG, {"DATA": "no-such.jsonl"}, "no-such.jsonl"),
     ],
     ids=["flag", "data"],

@@ -174,7 +174,7 @@ def test_whether_this_attempt_saved_is_read_from_a_log_of_any_length(tmp_path, l
         ("nothing\n", {}, "the recipe ended with status 9"),
         (
             "srun: error: n2: task 3: Out Of Memory\nerror: gone\nsrun: error: n1: task 0: Exited with exit code 1\n",
-            {0: "error: rank 3 is gone\n"},
+            {0: "error: rank 3 has died\n"},
             "rank 3 was killed (n2: task 3: Out Of Memory): by hand, or out of memory",
         ),
         (

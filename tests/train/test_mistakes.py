@@ -30,13 +30,13 @@ def out(tmp_path):
     [
         ({"strategy": "tide-crss"}, "invalid choice: 'tide-crss'"),
         ({"lr": "fast"}, "invalid float value: 'fast'"),
-        ({"temperature": 0.0}, "--temperature 0.0: must lie between 0.001 and 1000"),
-        ({"compdemo_ratio": 1.5}, "--compdemo-ratio 1.5: must lie between 0 and 1"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be between 0.001 and 1000"),
+        ({"compdemo_ratio": 1.5}, "--compdemo-ratio 1.5: must be between 0 and 1"),
         ({"global_batch_size": 7}, "--global-batch-size 7 is not a multiple of --micro-batch-size 4 x 1 ranks = 4"),
         ({"global_batch_size": 4096, "micro_batch_size": 4}, "more than the 48 prepared samples"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
         ({"data": "nowhere"}, "nowhere: no such folder of prepared data"),
-        ({"bridge": "nowhere"}, "nowhere: holds no bridge"),
+        ({"bridge": "nowhere"}, "nowhere: no bridge here"),
         ({"student": "/nowhere"}, "/nowhere"),
         ({"teacher": "/nowhere"}, "/nowhere"),
         ({"eval_every": 5}, "--eval-every needs --validation"),
@@ -59,8 +59,8 @@ def test_missing_folders_are_named_together(capsys):
     ("content", "said"),
     [
         ("{", "not valid JSON"),
-        ("[]", "holds a JSON list, not an object"),
-        ('{"zero_optimization": {"stage": 3}}', "stage is 3; the student takes 1 or 2"),
+        ("[]", "contains a JSON list, not an object"),
+        ('{"zero_optimization": {"stage": 3}}', "stage is 3; use 1 or 2 for the student"),
         ('{"zero_optimization": {"stage": 1}, "train_batch_size": 4}', "remove 'train_batch_size'"),
     ],
 )
@@ -87,7 +87,7 @@ def test_config_file(chain, out, capsys, tmp_path, content, said):
 def test_data_of_another_bridge(chain, out, capsys, tmp_path):
     """A bridge whose recorded student is another tokenizer is refused, and so are data that another bridge aligned."""
     swapped = refusal(capsys, *chain.flags(out, student=chain.root / "teacher"), "--dry-run")
-    assert "is not the student tokenizer this bridge was built for" in swapped
+    assert "not the student tokenizer that the bridge was built for" in swapped
     student_only = refusal(capsys, *chain.flags(out, data=chain.root / "student_only"), "--dry-run")
     assert "prepared with teacher tokenizer none" in student_only
 

@@ -122,7 +122,7 @@ def test_resume_never_refuses_a_used_folder(chain, untouched, tmp_path):
     out = start_from(untouched, tmp_path / "run", 3)
     refused = run_command(chain, out, resume="never")
     assert refused.returncode == 2
-    assert "already holds checkpoints" in refused.stderr
+    assert "already contains checkpoints" in refused.stderr
 
 
 def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, untouched, tmp_path):

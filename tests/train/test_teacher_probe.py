@@ -54,7 +54,7 @@ def test_weights_that_are_not_finite_are_named(chain, tmp_path):
     tensors["model.norm.weight"].fill_(math.nan)
     save_file(tensors, file, metadata={"format": "pt"})
     flags = chain.run(tmp_path / "run", max_steps=1, skip_teacher_probe=False, teacher=str(broken))
-    assert "log-probs that are not finite" in run_on_ranks(refused, 1, flags, timeout=200)[0]
+    assert "mean log-prob of the data's tokens is not finite" in run_on_ranks(refused, 1, flags, timeout=200)[0]
 
 
 def test_a_teacher_of_token_frequencies_passes(chain, tmp_path):

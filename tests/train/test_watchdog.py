@@ -35,7 +35,7 @@ def ended_within(process, seconds):
         pytest.fail(f"a rank still hangs after {seconds} s")
 
 
-@pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "does not answer for")])
+@pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not responded for")])
 def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, sent, said):
     out = tmp_path / "run"
     with ranks(["-m", "megatron_tide.distill", *chain.flags(out, **KNOBS)], 2, tmp_path) as processes:
@@ -58,7 +58,7 @@ def test_a_rank_that_stands_still(chain, tmp_path):
         ended_within(processes[1], 30)  # the store that ranks tell each other through went with rank 0
         assert [process.returncode for process in processes] == [EXIT_LOST] * 2
     (line,) = [line for line in (tmp_path / "rank0").read_text().splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: rank 1 \(step 3, last collective [a-z_]+\) has not moved for \d+ s", line)
+    assert re.match(r"error: rank 1 \(step 3, last collective [a-z_]+\) has made no progress for \d+ s", line)
 
 
 def test_rank_0s_own_death_is_told_by_another(chain, tmp_path):

@@ -49,7 +49,7 @@ def test_a_mistake_on_two_ranks_is_one_status_two(chain, tmp_path):
         *line, "megatron_tide.distill", *chain.flags(tmp_path / "run", global_batch_size=12, micro_batch_size=4)
     )
     assert finished.returncode != 0
-    assert "error: global_batch_size 12 is no multiple of micro_batch_size 4 x 2 ranks = 8" in finished.stderr
+    assert "error: --global-batch-size 12 is not a multiple of --micro-batch-size 4 x 2 ranks = 8" in finished.stderr
     assert not (tmp_path / "run").exists()
 
 
