@@ -1,4 +1,4 @@
-"""The Hugging Face hub: downloads, and what goes wrong with them in one line."""
+"""Downloads from the Hugging Face hub, with one-line errors."""
 
 from __future__ import annotations
 

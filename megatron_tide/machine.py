@@ -1,4 +1,4 @@
-"""What a measurement ran on: machine, matmul rate, package versions, memory of this process."""
+"""The environment of a measurement: machine, matmul rate, package versions, memory of this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 CGROUPS, PROC = Path("/sys/fs/cgroup"), Path("/proc")
-MATMUL = 2048  # of the square matrices whose product is timed
+MATMUL = 2048  # size of the square matrices in the timed product
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
 
 
@@ -60,12 +60,12 @@ def rss_bytes(field: str = "VmRSS") -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this node still has, or the container or job on it, if that has less."""
+    """Free memory in bytes of this node, or of the container or job, if that is less."""
     return min([_field(PROC / "meminfo", "MemAvailable"), *_free_in_cgroups()])
 
 
 def _free_in_cgroups() -> Iterator[int]:
-    """What each control group around this process has left; nothing from one that sets no limit."""
+    """Free bytes in each control group of this process that sets a limit."""
     for line in (PROC / "self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         root, names = CGROUPS, ("memory.max", "memory.current", "file")  # version 2
@@ -110,7 +110,7 @@ def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no GPU; omit the flag, or install torch's CUDA build")
+        raise ValueError(f"--device {name}: torch finds no GPU; remove the flag, or install torch's CUDA build")
     return name
 
 

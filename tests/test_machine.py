@@ -13,5 +13,5 @@ def test_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [device_of(name) for name in ("auto", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert [device_of(name) for name in ("auto", "cpu")] == ["cpu", "cpu"]
-    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU; omit the flag"):
+    with pytest.raises(ValueError, match="--device cuda: torch finds no GPU; remove the flag"):
         device_of("cuda")

@@ -1,6 +1,6 @@
-"""Clean -> noised: what is masked, what each model is shown, and which rows are scored.
+"""Clean -> noised: masks, model inputs, and scored positions.
 
-In order: ``masking`` draws noise and masks (both sides agree chunk by chunk) as its ``noise_schedule`` says,
+In order: ``masking`` samples noise and masks (both sides agree chunk by chunk) as its ``noise_schedule`` says,
 ``compdemo`` splits the masked part into two halves for the teacher's two passes, ``layouts`` arranges tokens as model
 inputs with their ``attention`` mask, and ``inputs`` turns a batch into one ``DistillBatch``. All of it runs on the CPU,
 in the loader, on complete batches: the training step receives row indices and never waits for the device to learn a

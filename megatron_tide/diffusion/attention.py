@@ -15,9 +15,9 @@ class BlockDiffusionMask(TensorDataclass):
     """Attention of a batch of N sequences of length L.
 
     block int32 [N, L]: the block of each position. noised bool [N, L]: True in the xt copy of [xt ; x0], False in x0
-    and wherever there is one copy only. valid bool [N, L]: False for padding. A noised query sees its own noised block
+    and in layouts with one copy. valid bool [N, L]: False for padding. A noised query sees its own noised block
     and the clean blocks before it; a clean query sees the clean blocks up to its own. Padding is visible to
-    no position but itself, so that no softmax is empty.
+    only itself, so that no softmax is empty.
     """
 
     block: torch.Tensor
@@ -44,8 +44,8 @@ class BlockDiffusionMask(TensorDataclass):
     def _codes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rule in two comparisons: q attends to k where own_q == own_k or clean_k <= reach_q; int32 [N, L] each.
 
-        own: the block of a noised position, a unique number for all others (which always see themselves); clean: the
-        block of a clean position; reach: the last clean block a position sees.
+        own: the block of a noised position, a unique number for all others (which always attend to themselves); clean:
+        the block of a clean position; reach: the last clean block a position sees.
         """
         itself = -1 - torch.arange(self.block.shape[1], dtype=torch.int32, device=self.block.device)
         block = self.block.int()
@@ -62,7 +62,7 @@ def staircase_mask(length: int, block_size: int) -> torch.Tensor:
     Raises ValueError for a negative length or a block size below 1.
     """
     if length < 0 or block_size < 1:
-        raise ValueError(f"staircase of length {length} in blocks of {block_size}: give a length >= 0, blocks >= 1")
+        raise ValueError(f"staircase of length {length} in blocks of {block_size}: length must be >= 0, blocks >= 1")
     block = (torch.arange(length) // block_size).repeat(2)[None]
     noised = torch.arange(2 * length)[None] < length
     return BlockDiffusionMask(block, noised, torch.ones_like(noised)).dense()[0, 0]

@@ -20,7 +20,7 @@ _STREAM = b"compdemo"
 class CompDemo:
     """Split the masked part M of each sample into A and B; each half is scored with the other one revealed.
 
-    ratio: share of A. exact: |A| = round(ratio * |M|), ties to even, instead of one coin flip per unit (as published).
+    ratio: share of A. exact: |A| = round(ratio * |M|), ties to even, instead of one coin flip per unit (published).
     by_token: the units are teacher tokens instead of chunks (where both tokenizers are the same, or halves may cut
     through chunks). Raises ValueError for a ratio outside [0, 1].
     """
@@ -31,13 +31,14 @@ class CompDemo:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio <= 1:
-            raise ValueError(f"compdemo ratio = {self.ratio}: the share of the first half must lie in [0, 1]")
+            raise ValueError(f"compdemo ratio = {self.ratio}: the share of the first half must be in [0, 1]")
 
     def split(self, batch: Batch, noise: Noise, seed: int, epoch: int) -> torch.Tensor:
         """bool [B, T]: the teacher's tokens in A; those of B are the other masked tokens that belong to a chunk.
 
         Tokens of no chunk are in neither half: they are never scored and never revealed. The EOS that fill up the last
-        block go with the first one also by token: revealed alone, they would show where the response ends.
+        block belong to the same unit as the first one, also by token: revealed separately, they would show where the
+        response ends.
         """
         teacher = batch.teacher
         assert teacher is not None
@@ -54,7 +55,7 @@ class CompDemo:
         return split_BU.gather(1, index_BT)
 
     def _units(self, batch: Batch) -> torch.Tensor:
-        """int64 [B, T]: what each teacher token is drawn with (its chunk, or its place in the response)."""
+        """int64 [B, T]: the unit of each teacher token (its chunk, or its position in the response)."""
         teacher = batch.teacher
         assert teacher is not None
         if not self.by_token:
@@ -65,6 +66,6 @@ class CompDemo:
     def _first(self, draws_BU: torch.Tensor, masked_BU: torch.Tensor) -> torch.Tensor:
         if not self.exact:
             return draws_BU < self.ratio
-        # A is the units with the smallest draws; argsort twice is each unit's rank among the masked ones.
+        # A is the units with the smallest random numbers; argsort twice is each unit's rank among the masked ones.
         rank_BU = draws_BU.where(masked_BU, torch.inf).argsort(1).argsort(1)
         return rank_BU < (self.ratio * masked_BU.sum(1, keepdim=True).double()).round()

@@ -69,7 +69,7 @@ def build_inputs(
     Raises ValueError for a teacher and data that was prepared without one.
     """
     if teacher is not None and batch.teacher is None:
-        raise ValueError("this data holds no teacher tokens: prepare it with a bridge, or train without a teacher")
+        raise ValueError("this data has no teacher tokens; prepare it with a bridge, or train without a teacher")
     active_BC = noise.chunk_masked if teacher is not None else torch.zeros_like(noise.chunk_masked)
     chunk_level_K = noise.chunk_level[active_BC]
     chunk_id_BC = torch.where(active_BC, active_BC.flatten().cumsum(0).view_as(active_BC) - 1, -1)
@@ -103,7 +103,7 @@ def build_inputs(
 def _teacher_input(
     batch: Batch, noise: Noise, chunk_id_BC: torch.Tensor, teacher: TeacherLayout | None
 ) -> tuple[ModelInput | None, torch.Tensor, torch.Tensor]:
-    """The teacher's input, the gold tokens [R] of its rows and their active chunks [R]."""
+    """The teacher's input, the target tokens [R] of its rows and their active chunks [R]."""
     if teacher is None:
         return None, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     tokens, masked = batch.teacher, noise.teacher_masked
@@ -143,7 +143,7 @@ def _pairs(
 
 
 def _single(chunk_of_row: torch.Tensor, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [K], whether a chunk has exactly one row; int64 [K], that row (any of them where there are more)."""
+    """bool [K], whether a chunk has exactly one row; int64 [K], that row (any of them if there are more)."""
     row = (chunk_of_row >= 0).nonzero()[:, 0]
     chunk = chunk_of_row[row]
     return torch.bincount(chunk, minlength=chunks) == 1, torch.zeros(chunks, dtype=torch.int64).scatter(0, chunk, row)

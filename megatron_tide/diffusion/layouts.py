@@ -1,4 +1,4 @@
-"""Attention layouts: which part of a sample a model sees, and the model input for it.
+"""Attention layouts: what a model attends to in a sample, and the model input for it.
 
 Shapes: N sequences (the batch, or twice the batch under CompDemo), S positions of the tokens, L positions of the input,
 M scored rows.
@@ -24,7 +24,7 @@ class ModelInput(TensorDataclass):
     """One forward: input_ids and position_ids int64 [N, L], the attention mask, and rows int64 [M].
 
     rows: indices into the flattened N * L positions whose predictions are scored, in order. There is no
-    right shift: the output at a row predicts that row's token. Padding holds some token of the vocabulary.
+    right shift: the output at a row predicts that row's token. Padding positions contain an arbitrary token id.
     """
 
     input_ids: Tensor
@@ -48,14 +48,14 @@ class AttentionLayout(Protocol):
 
 
 def full(tokens: Tokens, masked: Tensor, sample: Tensor, position: Tensor, *, block: int, mask_id: int) -> ModelInput:
-    """One noised copy, every position sees every other (as published, for the teacher), whatever ``block``."""
+    """One noised copy, each position attends to all others (published, for the teacher); ``block`` has no effect."""
     return block_causal(tokens, masked, sample, position, block=tokens.ids.shape[1], mask_id=mask_id)
 
 
 def block_causal(
     tokens: Tokens, masked: Tensor, sample: Tensor, position: Tensor, *, block: int, mask_id: int
 ) -> ModelInput:
-    """One noised copy, a block sees itself and the (noised) blocks before it."""
+    """One noised copy, a block attends to itself and the (noised) blocks before it."""
     samples, length = tokens.ids.shape
     position_NL = torch.arange(length).expand(samples, length).contiguous()
     valid_NL = position_NL < tokens.length[:, None]
@@ -66,16 +66,16 @@ def block_causal(
 def staircase(
     tokens: Tokens, masked: Tensor, sample: Tensor, position: Tensor, *, block: int, mask_id: int
 ) -> ModelInput:
-    """Two copies [xt ; x0]: a noised block sees itself and the clean blocks before it.
+    """Two copies [xt ; x0]: a noised block attends to itself and the clean blocks before it.
 
     Each sample is packed to what its rows depend on: of xt the blocks from the first one that holds a response token,
-    of x0 all blocks but the last, which no xt block sees. Rows lie in xt.
+    of x0 all blocks except the last, to which no xt block attends. Rows are in xt.
     """
     start_N = tokens.prompt // block * block
     noised_N = tokens.length - start_N
     clean_N = (tokens.length - 1) // block * block
     total_N = noised_N + clean_N
-    longest = -(-int(total_N.max()) // block) * block  # whole blocks: fewer different shapes
+    longest = -(-int(total_N.max()) // block) * block  # full blocks: fewer different shapes
     place_L = torch.arange(longest)
     valid_NL = place_L < total_N[:, None]
     noised_NL = place_L < noised_N[:, None]

@@ -22,14 +22,14 @@ _STREAM = b"noise"
 
 @dataclass(frozen=True)
 class Noise:
-    """What is masked in one batch, and how strongly.
+    """The masks of one batch, and their noise levels.
 
-    A level is one draw of the time; N of them, float64: ``rate`` [N] in (0, 1], the probability that a token is masked,
+    A level is one sampled timestep; N of them, float64: ``rate`` [N] in (0, 1], the probability that a token is masked,
     and ``inverse_weight`` [N], which the loss of a masked token is divided by. student_level int64 [B, S] and
-    chunk_level int64 [B, C]: the level of each token and chunk. Today a sample has one level, so N = B and a token's
-    level is its sample; whatever reads the noise asks the level, never the sample. student_masked bool [B, S],
-    teacher_masked bool [B, T] (None for student-only data), chunk_masked bool [B, C]. ``seed`` and ``epoch`` are those
-    of the draws: the CompDemo split belongs to the same ones.
+    chunk_level int64 [B, C]: the level of each token and chunk. Currently a sample has one level, so N = B and a
+    token's level is its sample; code that reads the noise must use the level, not the sample. student_masked bool [B,
+    S], teacher_masked bool [B, T] (None for student-only data), chunk_masked bool [B, C]. ``seed`` and ``epoch`` are
+    those of the random numbers; the CompDemo split uses the same ones.
     """
 
     rate: torch.Tensor
@@ -44,7 +44,7 @@ class Noise:
 
 
 class Masking(Protocol):
-    """Which chunks are masked, from which of their student tokens were drawn."""
+    """Which chunks are masked, given the sampled student tokens."""
 
     def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
         """bool [B, C] from bool [B, S].
@@ -57,13 +57,13 @@ class Masking(Protocol):
 
 @dataclass(frozen=True)
 class TokenExpandedMasking:
-    """As published: tokens are drawn, and one drawn token masks its whole chunk on both sides.
+    """As published: tokens are sampled, and a sampled token masks its complete chunk on both sides.
 
     A token's true masking rate is therefore 1 - (1 - rate)^n in a chunk of n student tokens, above the rate for n > 1.
     """
 
     def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
-        """Masked as soon as one of the chunk's tokens is drawn."""
+        """Masked if at least one of the chunk's tokens is sampled."""
         samples, chunks = first_BC.shape
         count = torch.zeros(samples, chunks + 1, dtype=torch.int32).scatter_add_(1, index_BS, drawn_BS.int())
         return count[:, :chunks] > 0
@@ -71,10 +71,10 @@ class TokenExpandedMasking:
 
 @dataclass(frozen=True)
 class ChunkMasking:
-    """Chunks are drawn: every token's rate is exactly the noise's, so the denoising loss is unbiased."""
+    """Chunks are sampled: each token's masking rate is exactly the noise rate, so the denoising loss is unbiased."""
 
     def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
-        """The draw of the chunk's first token stands for the chunk; the others are ignored."""
+        """The random number of the chunk's first token decides for the chunk; the others are ignored."""
         return _at_first(drawn_BS, first_BC)
 
 
@@ -90,11 +90,11 @@ def noise(
     schedule: NoiseSchedule = LINEAR,
     t: torch.Tensor | np.ndarray | None = None,
 ) -> Noise:
-    """Draw the noise of a batch: a pure function of (seed, epoch, sample key), independent of the other samples in the
-    batch.
+    """Sample the noise of a batch: a pure function of (seed, epoch, sample key), independent of the other samples in
+    the batch.
 
-    The schedule draws one time per sample, unless ``t`` is given ([B], in (0, 1]; the same draws of tokens are then
-    compared with its rates). Units of masking on the student's side: chunks, and each response token that no chunk
+    The schedule samples one timestep per sample, unless ``t`` is given ([B], in (0, 1]; the same random numbers are
+    then compared with its rates). Units of masking on the student's side: chunks, and each response token that no chunk
     covers. On the teacher's side chunks follow the student, and response tokens that no chunk covers are always masked:
     the student has no counterpart of them. A sample may end with nothing masked.
 
@@ -107,7 +107,7 @@ def noise(
     rate_N, samples, length = schedule.rate(t_N), *student.ids.shape
     level_BS = torch.arange(samples)[:, None].expand(samples, length)
 
-    # The draw after the timestep's belongs to the first response token, and so on: prompts cost none.
+    # The first random number is for the timestep, the next ones for the response tokens; prompts need none.
     place_BS = 1 + torch.arange(length) - student.prompt[:, None]
     token_draws_BS = draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1))
     drawn_BS = response_BS & (token_draws_BS < rate_N[level_BS])
@@ -139,14 +139,14 @@ def response(tokens: Tokens) -> torch.Tensor:
 def _given(t: torch.Tensor | np.ndarray, samples: int) -> torch.Tensor:
     t_B = torch.as_tensor(t, dtype=torch.float64)
     if t_B.shape != (samples,):
-        raise ValueError(f"timesteps of shape {list(t_B.shape)} for a batch of {samples}: give one per sample")
+        raise ValueError(f"timesteps of shape {list(t_B.shape)} for a batch of {samples}; pass one per sample")
     if not bool(((t_B > 0) & (t_B <= 1)).all()):
-        raise ValueError("timesteps must lie in (0, 1]: 0 masks nothing and has an infinite loss weight")
+        raise ValueError("timesteps must be in (0, 1]: 0 masks nothing and has an infinite loss weight")
     return t_B
 
 
 def _follow(teacher: Tokens, with_none_BC1: torch.Tensor) -> torch.Tensor:
-    """The teacher's mask: each chunk as on the student's side; response tokens of no chunk always."""
+    """The teacher's mask: chunks as on the student's side; response tokens outside chunks are always masked."""
     in_chunk_BT = teacher.chunk >= 0
     none = with_none_BC1.shape[1] - 1
     follows_BT = with_none_BC1.gather(1, torch.where(in_chunk_BT, teacher.chunk, none).long())

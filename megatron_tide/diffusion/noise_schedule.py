@@ -25,10 +25,10 @@ class NoiseSchedule(ABC):
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps < 1:
-            raise ValueError(f"eps = {self.eps}: the smallest timestep must lie in [0, 1)")
+            raise ValueError(f"eps = {self.eps}: the smallest timestep must be in [0, 1)")
 
     def draw(self, uniform: Tensor) -> Tensor:
-        """Times from uniform draws in (0, 1): uniform in (eps, 1)."""
+        """Timesteps from uniform random numbers in (0, 1): uniform in (eps, 1)."""
         return self.eps + (1 - self.eps) * uniform
 
     @abstractmethod
@@ -39,7 +39,7 @@ class NoiseSchedule(ABC):
     def inverse_weight(self, t: Tensor) -> Tensor:
         """(1 - alpha(t)) / -alpha'(t): the bound on -log p is E_t of the masked tokens' -log p over this (MDLM eq. 10).
 
-        The inverse, because losses divide by it: 1 / t of the linear schedule then has no rounding of its own.
+        The inverse, because losses divide by it: 1 / t of the linear schedule then has no additional rounding.
         """
 
 

@@ -17,7 +17,7 @@ class TensorDataclass:
     """
 
     def to(self: Self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """A copy whose tensors are on ``device``; ``non_blocking`` helps only after ``pin_memory``."""
+        """A copy with its tensors on ``device``; ``non_blocking`` helps only after ``pin_memory``."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self: Self) -> Self:

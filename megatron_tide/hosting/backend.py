@@ -1,7 +1,7 @@
-"""The teacher as the training step sees it: an object that scores the micro-batches of one optimizer step.
+"""The interface of a teacher for the training step: an object that scores the micro-batches of one optimizer step.
 
-Where its weights are (a copy on every rank, shards, host memory, disk, pipeline stages) is its own business: every
-backend returns the same numbers.
+Where its weights are (a copy on every rank, shards, host memory, disk, pipeline stages) is internal to the backend: all
+backends return the same numbers.
 
 Shapes: R target positions of a micro-batch, P one-to-one chunks ("pairs"), H the teacher's hidden size.
 """
@@ -53,14 +53,14 @@ class TeacherBackend(ABC):
 
 
 class NoTeacher(TeacherBackend):
-    """The denoising-only baseline: outputs without a field."""
+    """The denoising-only baseline: empty outputs."""
 
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         return [TeacherOutputs() for _ in microbatches]
 
 
 class ReplicatedTeacher(TeacherBackend):
-    """A whole copy on every rank, one forward per micro-batch: the reference for the tests of every other backend."""
+    """A full copy on each rank, one forward per micro-batch: the reference for the tests of every other backend."""
 
     def __init__(self, model: Any, strategy: Strategy) -> None:
         self.model = model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""From the flags to a teacher: the hosting they name, its DeepSpeed JSON (checked), and the backend built from it.
+"""Build a teacher from the flags: the hosting they name, its DeepSpeed JSON (checked), and its backend.
 
 Importing this file imports no model code, so that a dry run can check a hosting quickly.
 """
@@ -65,19 +65,19 @@ def hosting_of(teacher: TeacherConfig, ranks: int) -> Hosting:
         where, settings = f"--teacher-hosting {name}", named_hosting(name).settings
         found = _described(settings, where) if settings else name
     if name not in (None, found):
-        raise ValueError(f"{where} describes {found}, not --teacher-hosting {name}: give one of the two flags")
+        raise ValueError(f"{where} describes {found}, not --teacher-hosting {name}; use one of the two flags")
     offload = offload_of(settings)
     if offload.get("device") == "nvme":
         offload["nvme_path"] = folder = nvme or offload.get("nvme_path")
         if not folder or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"{where}: {folder} is not a writable folder; give --teacher-nvme, one on a fast disk")
+            raise ValueError(f"{where}: {folder} is not a writable folder; set --teacher-nvme to one on a fast disk")
     elif nvme:
-        raise ValueError(f"--teacher-nvme {nvme}: {where} puts nothing on disk; take --teacher-hosting zero3_nvme")
+        raise ValueError(f"--teacher-nvme {nvme}: {where} does not use a disk; use --teacher-hosting zero3_nvme")
     stages = settings.get("pipeline", {}).get("stages", 1)
     if ranks % stages:
         raise ValueError(
             f"{where}: {ranks} rank(s) cannot be split into pipelines of {stages} stages; start a multiple of {stages} "
-            f"ranks, or take another hosting"
+            f"ranks, or use another hosting"
         )
     return Hosting(name=found, settings=settings)
 
@@ -88,20 +88,20 @@ def _described(settings: dict[str, Any], where: str) -> str:
     if "pipeline" in settings:
         stages = section(settings, "pipeline", where).get("stages")
         if not isinstance(stages, int) or stages < 1:
-            raise ValueError(f"{where}: pipeline.stages is {stages!r}; it is the number of ranks of a pipeline")
+            raise ValueError(f"{where}: pipeline.stages is {stages!r}; it must be the number of ranks per pipeline")
         if stage not in (None, 0, 1):
-            raise ValueError(f"{where}: a pipeline takes no ZeRO stage 2 or 3; remove zero_optimization")
+            raise ValueError(f"{where}: a pipeline cannot use ZeRO stage 2 or 3; remove zero_optimization")
         return f"pipeline_{stages}"
     if stage != 3:
-        raise ValueError(f"{where}: zero_optimization.stage is {stage}; a sharded teacher takes 3")
+        raise ValueError(f"{where}: zero_optimization.stage is {stage}; a sharded teacher needs 3")
     device = section(settings["zero_optimization"], "offload_param", where).get("device", "none")
     if device not in OFFLOADS:
-        raise ValueError(f"{where}: offload_param.device is {device!r}; it is one of {', '.join(OFFLOADS)}")
+        raise ValueError(f"{where}: offload_param.device is {device!r}; use one of {', '.join(OFFLOADS)}")
     return "zero3" if device == "none" else f"zero3_{device}"
 
 
 def build_teacher(folder: str, teacher: TeacherConfig, strategy: Strategy, ranks: Ranks) -> TeacherBackend:
-    """The teacher of a folder, hosted as the flags say; a collective call of all ranks."""
+    """The teacher of a folder, in the hosting that the flags select; a collective call of all ranks."""
     if not strategy.needs_teacher:
         return NoTeacher()
     hosting = hosting_of(teacher, ranks.size)

@@ -2,10 +2,9 @@
 
     embedding -> layer 0 -> layer 1 -> ... -> head          each is fetched once per step, and serves every micro-batch
 
-The weights of a layer lie in ONE flat tensor: one gather, one file on disk, one buffer. Sharding, streaming and
-pipelining need to know nothing of what is in it. Whatever the accumulation, and with or without CompDemo, each layer is
-called exactly once per sweep: the traffic of a sharded or offloaded teacher is its own bytes, and the number of
-collectives is fixed.
+The weights of a layer are in ONE flat tensor: one gather, one file on disk, one buffer. Sharding, streaming and
+pipelining do not depend on its content. For any accumulation, with or without CompDemo, each layer is called exactly
+once per sweep: a sharded or offloaded teacher transfers each weight once, and the number of collectives is fixed.
 
 Shapes: N sequences (both CompDemo halves together), L positions, R target positions, P one-to-one chunks ("pairs"), H
 hidden size, V vocabulary.
@@ -32,13 +31,13 @@ from megatron_tide.models.load import check_keys, check_shapes
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import Strategy, TeacherOutputs
 
-ALIGNMENT = 128  # bytes: every tensor starts where the fastest kernels want it
+ALIGNMENT = 128  # bytes: every tensor is aligned for the fastest kernels
 TOKENS_AT_ONCE = 4096  # through a layer's experts: enough rows for each, and bounded memory
 
 
 @dataclass(frozen=True)
 class TeacherInputs:
-    """What a teacher is given of one micro-batch: model input, target token of each row [R], rows of the pairs [P]."""
+    """The teacher's inputs of one micro-batch: model input, target token of each row [R], rows of the pairs [P]."""
 
     input: ModelInput
     targets: Tensor
@@ -82,7 +81,7 @@ class ForwardState:
 class FlatLayer(nn.Module):
     """One layer (or several parts in a row) in a flat parameter ``flat`` [n], which is empty until :meth:`fill`.
 
-    Tensors that keep the precision they are stored in (a router's bias) lie beside it, in ``exact``: small, never
+    Tensors that keep their stored precision (a router's bias) are separate, in ``exact``: small, never
     sharded, and not cast with the module.
     """
 
@@ -104,13 +103,13 @@ class FlatLayer(nn.Module):
         self.flat_bytes = size * dtype.itemsize
 
     def tensors(self, part: LayerSpec) -> dict[str, Tensor]:
-        """A part's tensors by its own names: views of ``flat``, wherever that is now."""
+        """A part's tensors by its own names: views of ``flat``, on its current device."""
         found = {}
-        for name, whole in part.names.items():
-            if whole in self.exact:
-                found[name] = self.exact[whole]
+        for name, full_name in part.names.items():
+            if full_name in self.exact:
+                found[name] = self.exact[full_name]
             else:
-                start, shape = self._start[whole], self._shapes[whole].shape
+                start, shape = self._start[full_name], self._shapes[full_name].shape
                 found[name] = self.flat[start : start + shape.numel()].view(shape)
         return found
 
@@ -161,7 +160,9 @@ class FlatDecoderLayer(FlatLayer):
 
 
 def _groups(states: Sequence[ForwardState]) -> list[list[ForwardState]]:
-    """Micro-batches that run through a layer together: at most :data:`TOKENS_AT_ONCE`, unless one alone has more."""
+    """Micro-batches that run through a layer together: at most :data:`TOKENS_AT_ONCE` tokens, unless a single one has
+    more.
+    """
     groups: list[list[ForwardState]] = []
     tokens = 0
     for state in states:
@@ -236,8 +237,8 @@ def make_flat_layers(
 class LayerwiseTeacher(TeacherBackend):
     """What backends that run layer by layer share: the empty ``flat_layers``, and outputs from finished states.
 
-    ``head_weight`` [V, H] is whole on every rank if the strategy needs hidden states: a distribution objective computes
-    the teacher's logits from them, a few rows at a time, beside the student's.
+    ``head_weight`` [V, H] is complete on every rank if the strategy needs hidden states: a distribution objective
+    computes the teacher's logits from them, a few rows at a time, together with the student's.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a run holds on each GPU, in host memory and on disk, part by part, computed before anything is allocated.
+"""Memory of a run on each GPU, in host memory and on disk, part by part, computed before anything is allocated.
 
 P parameters, w ranks, b bytes per number (2 in bf16, 4 in fp32):
 
@@ -11,7 +11,7 @@ P parameters, w ranks, b bytes per number (2 in bf16, 4 in fp32):
     process   libraries and caches; on a GPU the CUDA context and NCCL communicators
 
 The student's rows were measured part by part on CPU with DeepSpeed 0.19. Persistent parts stay from some phase on;
-transient parts exist in certain phases, and :data:`MARGIN` is added to them for what is not listed. Predicted over
+transient parts exist in certain phases, and :data:`MARGIN` is added to them for unlisted ones. Predicted over
 measured peak on CPU: 1.03 at full size (0.6 B from 16 B), 1.06 to 1.46 in nine runs of a 20 M student. No GPU's peak
 has been measured yet.
 """
@@ -54,8 +54,8 @@ LOAD_STUDENT, LOAD_TEACHER, FORWARD, BACKWARD, REDUCE, UPDATE, CHECKPOINT = PHAS
 # on CPU: 0.15 in the full-size step (benchmarks/results/fullsize_cpu.json), more in some runs of a 20 M student.
 # Assumed to be the same on GPUs.
 MARGIN = 0.25
-# Process on a CPU beside its tensors, by precision: 0.47 GB of imports (torch, DeepSpeed, transformers), the rest what
-# glibc keeps of freed memory and, in bf16, matmul kernels that oneDNN compiles. Measured in runs of a 20 M student.
+# Memory of a CPU process without its tensors, by precision: 0.47 GB of imports (torch, DeepSpeed, transformers); freed
+# memory that glibc keeps; in bf16, matmul kernels that oneDNN compiles. Measured in runs of a 20 M student.
 PROCESS = {torch.float32: 0.85e9, torch.bfloat16: 1.15e9}
 # Process with the CUDA build: host memory, and the CUDA context on its GPU. Usual figures, not measured here.
 CUDA_PROCESS, CUDA_CONTEXT = 3.0e9, 0.8e9
@@ -69,7 +69,7 @@ BUCKET = 500_000_000  # numbers that DeepSpeed reduces at once by default, and a
 # Numbers per number that a layer's matmuls produce: kept for the backward pass (norms and rotations included), and
 # alive at the peak of a forward pass. Counted in Qwen3's and LLaDA2's layers: 2.7 to 3.1 and 1.8.
 SAVED, WORKING = 3, 2
-# Slices of logits at once where whole distributions are compared: both models', scaled, their log-probs, autograd's.
+# Slices of logits at once if full distributions are compared: both models', scaled, their log-probs, autograd's.
 # Measured in the backward pass at a vocabulary of 150,000.
 COMPARED_SLICES = 8
 
@@ -270,7 +270,7 @@ def _add_student(estimate: MemoryEstimate, run: RunShape) -> None:
     estimate.persistent("student weights", size * count)
     estimate.persistent("student master weights", FP32 * share, host=offload)
     estimate.persistent("student moments", optimizer.state_bytes * share, host=offload)
-    if offload:  # a flat copy of the weights, the gradients once more, room for the largest tensor on both sides
+    if offload:  # a flat copy of the weights, the gradients again, buffers for the largest tensor on both sides
         largest = size * run.student.largest_tensor
         estimate.persistent("student buffers", (size + FP32) * share + largest, host=True)
         estimate.persistent("student buffers", largest)

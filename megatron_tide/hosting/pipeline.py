@@ -1,6 +1,6 @@
 """The teacher in a pipeline: DeepSpeed's PipelineModule, a run of consecutive layers on each rank.
 
-The ranks of a pipeline ("members") are also data-parallel ranks, each with micro-batches of its own. All of them flow
+The ranks of a pipeline ("members") are also data-parallel ranks, each with its own micro-batches. All of them flow
 through together:
 
     inputs of every member -> first stage -> ... -> last stage -> outputs of every member
@@ -167,7 +167,7 @@ class PipelineTeacher(LayerwiseTeacher):
         return self._outputs(states)
 
     def metrics(self) -> dict[str, float]:
-        """The bubble: the share of its sweeps' time in which this stage had nothing to do."""
+        """The bubble: the share of the sweep time in which this stage was idle."""
         seconds = self.clock.read()
         return {"teacher/pipeline_bubble": 1.0 - seconds["busy"] / seconds["sweep"]} if seconds else {}
 
@@ -216,7 +216,7 @@ def balanced(flat_layers: Sequence[FlatLayer], stages: int) -> list[int]:
     if stages > len(flat_layers):
         raise ValueError(
             f"--teacher-hosting: a pipeline of {stages} stages, but this teacher has {len(flat_layers)} parts "
-            f"(embedding, layers, head); take at most {len(flat_layers)} stages"
+            f"(embedding, layers, head); use at most {len(flat_layers)} stages"
         )
     upto = [0, *itertools.accumulate(layer.flat_bytes for layer in flat_layers)]
 
@@ -256,7 +256,7 @@ def _engine(settings: dict[str, Any], stage: PipelineStage) -> Any:
     stages = settings["pipeline"]["stages"]
     topology = ProcessTopology(axes=["data", "pipe"], dims=[dist.get_world_size() // stages, stages])
     # DeepSpeed builds on each rank the one stage that is its own, so every place may hold this rank's.
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its whole topology
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its complete topology
         module = PipelineModule([stage] * stages, topology=topology, partition_method="uniform", dynamic_shape=True)
     engine, *_ = deepspeed.initialize(model=module, config={**settings, "train_micro_batch_size_per_gpu": 1})
     groups.mpu = None  # left behind, it would make the student's engine believe in pipeline groups

@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def lacks(self) -> dict[str, int]:
-        """Bytes by which places are too small."""
+        """Missing bytes of each place that is too small."""
         return {place: peak.bytes - has for place, (peak, has) in self.places.items() if peak.bytes > has}
 
     @property
@@ -78,8 +78,8 @@ class Plan:
             peak, has = self.places[place]
             part, size = max(peak.parts.items(), key=lambda item: item[1])
             lines.append(
-                f"{place}: needs {peak.bytes / GIB:.1f} GiB and has {has / GIB:.1f}, {lack / GIB:.1f} too little "
-                f"(in the {peak.phase}; most of it {part}, {size / GIB:.1f})"
+                f"{place}: needs {peak.bytes / GIB:.1f} GiB, has {has / GIB:.1f}, {lack / GIB:.1f} too little "
+                f"(in the {peak.phase}; largest part: {part}, {size / GIB:.1f})"
             )
         return " and ".join(lines)
 
@@ -110,7 +110,7 @@ def plans(run: RunShape, machine: Machine, rates: Rates = RATES) -> list[Plan]:
 
 
 def closest(found: Sequence[Plan]) -> Plan:
-    """Of plans that do not fit, the one that lacks least in its worst place."""
+    """The plan that does not fit but has the least missing memory in its worst place."""
     return min(found, key=lambda item: max(item.lacks.values()))
 
 
@@ -136,7 +136,7 @@ def with_savings(run: RunShape, machine: Machine, rates: Rates = RATES) -> tuple
 
 
 def teacher_needs(flags: StrategyConfig, shared: bool, student_tokens: int, teacher_tokens: int) -> TeacherNeeds:
-    """What a strategy needs, as far as its flags say without a bridge; ``shared``: the vocabularies are the same."""
+    """What a strategy needs from the teacher, by its flags, without a bridge; ``shared``: equal vocabularies."""
     spec = STRATEGIES[flags.strategy]
     if spec.where_vocabularies_differ is not None and not shared:
         spec = spec.where_vocabularies_differ
@@ -174,14 +174,14 @@ def model_config(path: str) -> Path:
     found = Path(path)
     if found.exists():
         return found / "config.json" if found.is_dir() else found
-    what = f"{path}: no such folder, and the hub does not give its config.json"
+    what = f"{path}: no such folder, and its config.json is not found on the hub"
     return download(path, ["config.json"], what) / "config.json"
 
 
 def check_plan(config: DistillConfig, strategy: Strategy, stats: Stats, world: Ranks) -> None:
-    """Refuse a run that cannot fit on the first rank's machine, on every rank alike; nothing is allocated.
+    """Refuse, on all ranks, a run that cannot fit on the first rank's machine; nothing is allocated.
 
-    ``stats``: of the prepared samples; the longest one decides.
+    ``stats``: of the prepared samples; the longest one determines the memory.
 
     Raises:
         ValueError: one line: what is too small, by how much, and the flags with which the run would fit.
@@ -218,18 +218,18 @@ def _refusal(config: DistillConfig, needs: TeacherNeeds, ranks: int) -> str:
         near, after = closest(found), f" with {' '.join(savings)}" if savings else ""
         hint = f"nothing would fit here; closest is {near.hosting.name}{after}: {near.complaint()}"
     what = f"--teacher-hosting {own.hosting.name}" if run.teacher else "this run"
-    return f"{what} does not fit: {own.complaint()}; {hint} (--skip-plan goes on regardless)"
+    return f"{what} does not fit: {own.complaint()}; {hint} (--skip-plan skips this check)"
 
 
 def nvme_folder(settings: dict[str, Any], given: str) -> Path | None:
-    """The folder on disk that a teacher would use: a hosting's own, the one given, or what the ds_configs file says."""
+    """The folder on disk for the teacher: from the hosting's JSON, from the flag, or from the ds_configs file."""
     offloads = [offload_of(item) for item in (settings, *(hosting.settings for hosting in every_hosting()))]
     named = [given, *(offload["nvme_path"] for offload in offloads if "nvme_path" in offload)]
     return next((Path(folder) for folder in named if folder and Path(folder).is_dir()), None)
 
 
 def local_machine(ranks: int, disk: Path | None) -> Machine:
-    """This node and its like, for ``ranks`` ranks in all, as the launcher's environment describes it.
+    """The machine of this run (equal nodes), for ``ranks`` ranks in total, as the launcher's environment describes it.
 
     What this process and its GPU's context hold by now counts as free: it is part of a plan. ``disk``: a folder for
     the teacher.

@@ -3,7 +3,7 @@
     checkpoint -> rank 0 reads a layer -> broadcast -> every rank keeps its share          (loading, a layer at a time)
     gather layer k+1 | run layer k over all micro-batches -> release                       (a sweep, once per step)
 
-Where the shares lie is up to the DeepSpeed JSON (``offload_param``); sizes that follow from the teacher are filled in
+The DeepSpeed JSON defines where the shares are (``offload_param``); sizes that follow from the teacher are filled in
 here. All ranks make the same sweeps, each of the same gathers: nothing depends on data.
 """
 
@@ -39,7 +39,7 @@ class Zero3Teacher(LayerwiseTeacher):
     """A frozen teacher in a DeepSpeed engine of ZeRO stage 3; one sweep per call."""
 
     def _load(self, source: ShardedFolder, settings: dict[str, Any]) -> None:
-        """One layer after another is loaded and partitioned: no more than one is ever whole in memory."""
+        """One layer after another is loaded and partitioned: at most one is complete in memory at any time."""
         import deepspeed
 
         settings = engine_settings(settings, self.flat_layers, self.dtype, self.ranks.size)
@@ -80,7 +80,7 @@ def engine_settings(
 
 
 def own_folder(disk: Path, name: str) -> Path:
-    """A folder of this run's own on the disk that holds the teacher, removed when the run ends.
+    """A private folder of this run on the teacher's disk, removed when the run ends.
 
     Each rank of the run holds a lock in it. Two runs on a node do not share one, and what a killed run has left (no
     lock in it is held) is removed.

@@ -1,4 +1,4 @@
-"""The student: a Qwen3 decoder that attends wherever its mask lets it, with a masked-token head.
+"""The student: a Qwen3 decoder with arbitrary attention masks and a masked-token head.
 
 Used for training and, with ``generation_a2d.py`` and ``decoding_a2d.py``, shipped inside releases
 (``trust_remote_code=True``), so it may import torch and transformers only, and must run under transformers 4.57 as well
@@ -21,7 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from .decoding_a2d import BlockCache  # named here too: of a release, transformers 4 takes what this file itself imports
+from .decoding_a2d import (
+    BlockCache,
+)  # imported here too: in a release, transformers 4 copies only direct imports of this file
 from .generation_a2d import BlockGenerationMixin
 
 ATTENTION = "a2d_qwen3"
@@ -42,19 +44,19 @@ def attention_mask_for(mask: Mask | None, dtype: torch.dtype) -> Mask | None:
     if mask.dim() == 4 and mask.dtype == torch.bool:
         if mask.device.type != "cpu":
             return mask
-        # The CPU kernel would make this of it, in every layer anew, and keep each for the backward pass.
+        # Otherwise the CPU kernel converts the mask in every layer, and keeps each copy for the backward pass.
         return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
     if mask.dim() == 4 and mask.is_floating_point():
         return mask.to(dtype)
     raise ValueError(
-        f"attention_mask has shape {list(mask.shape)} and type {mask.dtype}: give a [B, L] padding mask, "
+        f"attention_mask has shape {list(mask.shape)} and type {mask.dtype}: use a [B, L] padding mask, "
         "or [B, 1, Q, K] of bool (True = attend) or of floats to add"
     )
 
 
 @functools.cache
 def _flex(device_type: str) -> Any:
-    # Uncompiled, flex_attention builds the whole [Q, K] score matrix: worth having on CPU for checks only.
+    # Uncompiled, flex_attention builds the full [Q, K] score matrix; use it on CPU only for checks.
     return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
 
 
@@ -104,14 +106,14 @@ class A2DQwen3Config(Qwen3Config):
 
 
 class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):  # type: ignore[misc]
-    """Qwen3 with attention as its mask says, and logits for the token AT each position (no shift).
+    """Qwen3 with the given attention mask, and logits for the token AT each position (no shift).
 
     ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [B, L, V]. Training never calls that: it
     takes hidden states from :meth:`backbone` and scores the rows it needs against :attr:`head_weight`.
     """
 
     config_class = A2DQwen3Config
-    # What transformers wants here is a list in version 4 and a dict in version 5; its own model of the same shape has
+    # transformers expects a list here in version 4 and a dict in version 5; its own model of the same shape has
     # it right.
     _tied_weights_keys = Qwen3ForCausalLM._tied_weights_keys
 
@@ -123,7 +125,7 @@ class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):  # type: 
             )
         config._attn_implementation = ATTENTION
         self.model = Qwen3Model(config)
-        # Padding shares its id with end-of-text, which is trained like any other token.
+        # Padding has the same id as end-of-text, which is trained like any other token.
         self.model.embed_tokens.padding_idx = None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

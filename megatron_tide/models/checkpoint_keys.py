@@ -1,7 +1,7 @@
 """Checkpoint keys: a family's table of them, used in both directions.
 
 A table names, for every key of a public checkpoint, the tensor of our module that holds it and the slice of it.
-Reading and writing walk the same table, so what comes in goes out bit for bit.
+Reading and writing walk the same table, so reading and writing are exact inverses, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def checkpoint_table(tensors: dict[str, Tensor], family: Family) -> dict[str, Sl
 
 
 def tied_aliases(module: nn.Module) -> dict[str, str]:
-    """Names that share another name's tensor -> that name: keys a checkpoint may carry as well, as equal copies."""
+    """Tied names -> the name that owns the tensor: keys that a checkpoint may also contain, as equal copies."""
     kept = {id(tensor): name for name, tensor in module_tensors(module).items()}
     state = module.state_dict(keep_vars=True)
     return {name: kept[id(tensor)] for name, tensor in state.items() if kept[id(tensor)] != name}

@@ -1,21 +1,22 @@
 """Block decoding for block diffusion language models: the sampler of the package and of every release.
 
-This file travels into release folders beside the modelling file, so it needs torch only and imports nothing of this
+This file is copied into releases next to the modelling file, so it needs only torch and imports nothing of this
 project.
 
-How a text is made (batch rows B, of which A still go on; slots L, block size b, undecided positions R, vocabulary V)::
+How text is generated (batch rows B, of which A are unfinished; slots L, block size b, undecided positions R, vocabulary
+V)::
 
     slots      | pad block | prompt block | p p p m m m | m m m m m m |   m = mask, decided block by block
-    pass 1       [ every prompt block, and the first block with masks ]      <- encodes the prompt and decides at once
+    pass 1       [ every prompt block, and the first block with masks ]      <- encodes the prompt, decides first tokens
     pass 2..       [ the same block, a few masks fewer ]
     next block     [ that block, finished | the next one, all masks ]        <- caches one, decides in the other
 
-Blocks sit at multiples of the block size of each row's own positions, as in training; the first decoded block may hold
-the end of the prompt. Rows with shorter prompts are moved right by WHOLE blocks, so that the batch decodes in step. A
-block attends to itself and to everything before it; the keys and values of finished blocks never change, which is
-what makes the cache exact. The head runs on undecided positions only. A row whose answer has ended leaves the batch.
+Blocks sit at multiples of the block size of each row's own positions, as in training; the first decoded block can
+contain the end of the prompt. Rows with shorter prompts are shifted right by full blocks, so that the batch decodes in
+step. A block attends to itself and to everything before it; the keys and values of finished blocks never change, which
+is what makes the cache exact. The head runs on undecided positions only. A row whose answer has ended leaves the batch.
 
-A prompt may hold mask tokens: they are filled in, in their turn, seeing everything up to the end of their own block.
+A prompt can contain mask tokens: they are filled in block by block, and see everything up to the end of their block.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class DecodingRule:
     Every pass predicts all undecided positions and keeps the ``tokens_per_step`` most confident tokens; the others are
     masked again. With a ``threshold`` (LLaDA2's rule, published with 0.95) tokens with a higher probability are kept
     too. ``least_confident_first`` keeps the least confident ones instead (for experiments). ``temperature`` 0 takes the
-    most likely token; above 0, a token is drawn from softmax(logits / temperature). Confidence is the chosen token's
+    most likely token; above 0, a token is sampled from softmax(logits / temperature). Confidence is the chosen token's
     probability without temperature. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the masks of
     the prompt.
     """
@@ -55,19 +56,20 @@ class DecodingRule:
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"generate: {name} is {getattr(self, name)}; give {least} or more")
+                raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"generate: threshold is {self.threshold}; it is a probability, give 0 to 1")
+            raise ValueError(f"generate: threshold is {self.threshold}; use a probability from 0 to 1")
         if self.temperature < 0.0 or not math.isfinite(self.temperature):
-            raise ValueError(f"generate: temperature is {self.temperature}; give 0 (greedy) or more")
+            raise ValueError(f"generate: temperature is {self.temperature}; use 0 (greedy) or more")
 
 
 class BlockCache:
-    """Keys and values per layer in one buffer of fixed capacity; what transformers' attention calls ``update`` on.
+    """Keys and values per layer in one buffer of fixed capacity; with the ``update`` that transformers' attention
+    calls.
 
-    A pass writes its keys behind the committed part and sees committed + own; writing again overwrites. So a pass over
-    an unfinished block leaves nothing behind, and ``commit`` keeps what the last pass wrote. Nothing is copied, but for
-    rows that move up when others leave the batch (``keep``).
+    A pass writes its keys after the committed part and attends to both; the next pass overwrites them, unless
+    ``commit`` keeps what the last pass wrote. Nothing is copied, except rows that move up when others leave the batch
+    (``keep``).
     """
 
     def __init__(self, capacity: int) -> None:
@@ -91,7 +93,7 @@ class BlockCache:
         return keys[:, :, :end], values[:, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Committed slots; transformers asks for it."""
+        """Number of committed slots (transformers calls this)."""
         return self.length
 
     def commit(self, count: int) -> None:
@@ -99,7 +101,7 @@ class BlockCache:
         self.length += count
 
     def keep(self, places: Sequence[int]) -> None:
-        """Of the rows there are, keep those at ``places`` (ascending), in place."""
+        """Keep the rows at ``places`` (ascending), in place."""
         for tensor in (*self._keys, *self._values):
             for new, old in enumerate(places):
                 if new != old:
@@ -111,7 +113,7 @@ def choose_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token and confidence for each undecided position: (int64 [R], fp32 [R]).
 
-    ``rows_R`` says which batch row a position belongs to; each row draws from its own generator, so a row's text does
+    ``rows_R`` is the batch row of each position; each row samples from its own generator, so a row's text does
     not depend on which rows it was batched with.
     """
     logits_RV = logits_RV.float()
@@ -124,7 +126,7 @@ def choose_tokens(
             mine = (rows_R == row).nonzero().squeeze(-1)
             draws = torch.empty(len(mine), logits_RV.shape[1]).exponential_(generator=generators[row])
             noise_RV[mine] = draws.log().neg().to(logits_RV.device)
-        tokens_R = (logits_RV / rule.temperature + noise_RV).argmax(-1)  # Gumbel-max: a draw from the softmax
+        tokens_R = (logits_RV / rule.temperature + noise_RV).argmax(-1)  # Gumbel-max: a sample from the softmax
     chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
     return tokens_R, (chosen_R - logits_RV.logsumexp(-1)).exp()
 
@@ -155,9 +157,9 @@ class BlockDecoder:
 
     def __init__(self, model: Any, prompts: Sequence[torch.Tensor], rule: DecodingRule, seeds: Sequence[int]) -> None:
         if not prompts:
-            raise ValueError("generate: no prompt; give at least one")
+            raise ValueError("generate: no prompt; pass at least one")
         if len(seeds) != len(prompts):
-            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; give one per prompt")
+            raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; pass one per prompt")
         self.model, self.rule, self.passes, self.end = model, rule, 0, 0
         self.device = model.head_weight.device
         block, count = rule.block_size, len(prompts)
@@ -165,7 +167,7 @@ class BlockDecoder:
         holes = [prompt == rule.mask_token_id for prompt in prompts]
         self.fills = any(bool(hole.any()) for hole in holes)
         if rule.max_new_tokens == 0 and not all(bool(hole.any()) for hole in holes):
-            raise ValueError("generate: max_new_tokens is 0, and a prompt holds no mask to fill in; give 1 or more")
+            raise ValueError("generate: max_new_tokens is 0, and a prompt has no mask to fill in; use 1 or more")
         self.prompt_B = torch.tensor([len(prompt) for prompt in prompts])
         opens = [int(hole.nonzero()[0, 0]) if hole.any() else len(hole) for hole in holes]
         first_B = torch.tensor(opens) // block  # the block where a row's decoding begins
@@ -195,7 +197,7 @@ class BlockDecoder:
     def run(self) -> Iterator[bool]:
         """Decode block after block; after every pass, yields whether it has finished its block.
 
-        By then ``tokens_BL`` and ``undecided_BL`` have moved on.
+        After that ``tokens_BL`` and ``undecided_BL`` change again.
         """
         for number in range(int(self.blocks_B.max())):
             start = (self.first + number) * self.rule.block_size
@@ -219,7 +221,7 @@ class BlockDecoder:
         at_R, places_R = open_Ab.nonzero(as_tuple=True)
         rows_R = self.rows_A[at_R]
         logits_RV = hidden_AQH[at_R, places_R] @ self.model.head_weight.to(hidden_AQH.dtype).T
-        if self.fills:  # a text goes on behind what is filled in, so it can't end there
+        if self.fills:  # text follows the filled-in tokens, so the answer cannot end there
             inside_R = start + places_R < self.answer_dev_B[rows_R]
             logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(inside_R.unsqueeze(1), float("-inf"))
         tokens_R, confidence_R = choose_tokens(logits_RV, self.rule, self.generators, rows_R)
@@ -253,7 +255,7 @@ class BlockDecoder:
         key_K = torch.arange(end, device=self.device)
         seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
         real_AK = key_K >= shift_A1
-        own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot sees itself: softmax over nothing is NaN
+        own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot attends to itself: an empty softmax is NaN
         return ((seen_QK & real_AK.unsqueeze(1)) | own_QK).unsqueeze(1)
 
     def _ends(self, start: int, end: int) -> torch.Tensor:
@@ -266,7 +268,7 @@ class BlockDecoder:
     def _open(self, start: int, end: int) -> torch.Tensor:
         """Undecided positions of the rows whose answer can still change in these slots, bool [A, end - start].
 
-        What lies behind an end of text, or behind ``max_new_tokens``, is cut off in the end, and what is decided stays:
+        Tokens after an end of text, or after ``max_new_tokens``, are cut off at the end, and decided tokens are final:
         a row needs no further pass once everything before that point is decided.
         """
         slots = torch.arange(start, end, device=self.device)

@@ -49,7 +49,7 @@ class Router(nn.Module):
         return allowed_TE.topk(self.chosen, dim=-1).indices
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # The bias decides ties between experts: it keeps the precision its checkpoint has, whatever the model is cast
+        # The bias decides ties between experts: it keeps the precision of the checkpoint when the model is cast
         # to.
         exact = self.expert_bias
         super()._apply(fn, recurse)

@@ -1,7 +1,7 @@
 """The registry of model families: the one place that knows what a ``config.json``'s ``model_type`` means.
 
 A family is one row of :data:`FAMILIES` and its module. To add one, write its module (a ``PreTrainedModel`` with
-``backbone`` and ``head_weight``) and its row; nothing else in the project asks which family a model belongs to.
+``backbone`` and ``head_weight``) and its row; no other code depends on the family of a model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HubConfig:
     """``config.json`` of a transformers model: its class, the keys it must have, and those that it may have.
 
     Only these keys are read (others, such as ``attn_implementation``, make transformers run code from the hub) and
-    written, whatever the installed transformers would add. RoPE is written as ``rope_theta`` and ``rope_scaling``,
+    written, without those that the installed transformers adds. RoPE is written as ``rope_theta`` and ``rope_scaling``,
     which transformers 4 and 5 both read.
     """
 
@@ -43,9 +43,9 @@ class HubConfig:
         """The config object. ValueError names the keys that are missing."""
         missing = [key for key in self.required if values.get(key) is None]
         if missing:
-            raise ValueError(f"lacks {', '.join(missing)}")
+            raise ValueError(f"missing {', '.join(missing)}")
         if values.get("rope_theta") is None and "rope_theta" not in (values.get("rope_parameters") or {}):
-            raise ValueError("lacks rope_theta")
+            raise ValueError("missing rope_theta")
         known = (*self.required, *self.optional, *_ROPE, "layer_types")
         return self.config_class(**{key: values[key] for key in known if key in values})
 
@@ -81,10 +81,10 @@ class LayerLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleaseFiles:
-    """What a release carries beside weights, config and tokenizer.
+    """What a release contains in addition to weights, config and tokenizer.
 
     ``code``: files of this folder that are copied. ``auto_map``: the entry of ``config.json`` that makes transformers
-    use them. Empty for a format whose code is published elsewhere: such a release loads with this package.
+    use them. Empty for a format that has its code elsewhere: such a release loads with this package.
     """
 
     code: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ class Family:
     release: ReleaseFiles = ReleaseFiles()
 
     def keeps_precision(self, name: str) -> bool:
-        """Whether a tensor is stored and held in the precision it came in, whatever the rest is cast to."""
+        """Whether a tensor keeps its stored precision when the other tensors are cast."""
         return name.endswith(self.stored_precision)
 
 
@@ -235,7 +235,7 @@ def generation_of(source: ConfigSource) -> Literal["block_diffusion", "autoregre
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "autoregressive"
     raise ValueError(
-        f"{where}: model_type {model_type!r} is neither a block diffusion model nor a causal one of transformers"
+        f"{where}: model_type {model_type!r} is neither a block diffusion model nor a causal model of transformers"
     )
 
 

@@ -1,6 +1,6 @@
-"""``model.generate`` for block diffusion language models, with transformers' words for its arguments.
+"""``model.generate`` for block diffusion language models, with transformers' argument names.
 
-Travels into release folders with ``decoding_a2d.py``; needs torch and transformers only.
+This file is copied into releases with ``decoding_a2d.py``; it needs only torch and transformers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         Args:
             input_ids: [B, P] prompts, padded on either side (``attention_mask`` 0 marks padding); mask tokens in them
                 are filled in. ``inputs`` is the same under transformers' name.
-            seed: one number (row r draws from seed + r), or one per row; used when ``temperature`` > 0.
+            seed: one number (row r uses seed + r), or one per row; used when ``temperature`` > 0.
             streamer: transformers' TextStreamer or the like, for one prompt: gets the prompt, then block after block.
             options: fields of ``DecodingRule`` (``max_new_tokens``, ``tokens_per_step``, ``threshold``,
                 ``temperature``, ``block_size``, ``mask_token_id``, ``pad_token_id``), ``eos_token_id``, ``do_sample``,
@@ -42,9 +42,9 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         """
         ids_BP = input_ids if input_ids is not None else inputs
         if ids_BP is None or ids_BP.dim() != 2:
-            raise ValueError("generate: give input_ids as a [batch, length] tensor")
+            raise ValueError("generate: pass input_ids as a [batch, length] tensor")
         if streamer is not None and len(ids_BP) > 1:
-            raise ValueError(f"generate: a streamer follows one prompt, and there are {len(ids_BP)}")
+            raise ValueError(f"generate: a streamer supports one prompt, not {len(ids_BP)}")
         rule = decoding_rule(self, generation_config or getattr(self, "generation_config", None), options)
         keep_BP = torch.ones_like(ids_BP) if attention_mask is None else attention_mask
         prompts = [ids[keep.bool()] for ids, keep in zip(ids_BP, keep_BP)]
@@ -62,7 +62,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
 
 def _stream(decoder: BlockDecoder, streamer: Any) -> None:
-    """Run to the end; hand the prompt and each finished block's new tokens to ``streamer`` (None: nowhere)."""
+    """Run to the end; pass the prompt and each finished block's new tokens to ``streamer`` (None: to none)."""
     sent = 0
     if streamer is not None:
         streamer.put(decoder.prompts()[0].cpu())
@@ -81,7 +81,7 @@ def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> Decodin
     known = set(DecodingRule.__dataclass_fields__) | {"eos_token_id", "do_sample", "steps"}
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"generate: unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise ValueError(f"generate: unknown argument {', '.join(unknown)}; use {', '.join(sorted(known))}")
 
     def find(name: str) -> Any:
         for source in (options.get(name), getattr(defaults, name, None), getattr(model.config, name, None)):
@@ -111,7 +111,7 @@ def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> Decodin
 def _tokens_per_step(options: dict[str, Any], max_new_tokens: int) -> int:
     """How many tokens each pass decides so that the answer takes about ``steps`` passes."""
     if options.get("tokens_per_step") is not None:
-        raise ValueError("generate: steps and tokens_per_step say the same in two ways; give one of them")
+        raise ValueError("generate: steps and tokens_per_step exclude each other; use one of them")
     if options["steps"] < 1:
-        raise ValueError(f"generate: steps is {options['steps']}; give 1 or more")
+        raise ValueError(f"generate: steps is {options['steps']}; use 1 or more")
     return max(1, -(-max_new_tokens // options["steps"]))

@@ -1,6 +1,6 @@
 """The output head on the scored positions, one slice of logits at a time.
 
-A loss over a vocabulary V needs few numbers per row: the gold token's log-probability, a divergence. So logits exist
+A loss over a vocabulary V needs few numbers per row: the target's log-probability, a divergence. So logits exist
 for one slice only, in fp32, in the forward pass without a graph, and again in the backward pass, where each slice's
 gradient is computed and used at once. No [B, S, V] tensor exists, and memory does not grow with the number of rows.
 
@@ -119,7 +119,7 @@ class _TargetLogprobs(torch.autograd.Function):
     """Hand-written: a slice turns in place from logits to gradient, without another buffer.
 
     The forward pass leaves the last slice's exponentials where they are, and the backward pass begins with them: one
-    slice is not computed again, and where the whole vocabulary is one slice, none is.
+    slice is not computed again, and if the full vocabulary is one slice, none is.
     """
 
     @staticmethod
@@ -127,19 +127,19 @@ class _TargetLogprobs(torch.autograd.Function):
         ctx.slices = slices
         ctx.logits_of = _Logits(len(hidden_MH), slices[0].stop, weight_VH)
         exact = ctx.logits_of.exact
-        gold_logit_M, total_M = exact.new_zeros(len(hidden_MH)), exact.new_zeros(len(hidden_MH))
+        target_logit_M, total_M = exact.new_zeros(len(hidden_MH)), exact.new_zeros(len(hidden_MH))
         top_M = torch.full_like(total_M, -torch.inf)
         for columns in slices:
             logits_Mv = ctx.logits_of(hidden_MH, weight_VH[columns])
             inside_M, place_M = _within(targets_M, columns)
-            gold_logit_M = torch.where(inside_M, logits_Mv.gather(1, place_M[:, None])[:, 0], gold_logit_M)
+            target_logit_M = torch.where(inside_M, logits_Mv.gather(1, place_M[:, None])[:, 0], target_logit_M)
             top_M, before_M = torch.maximum(top_M, logits_Mv.amax(1)), top_M
             exponential_Mv = logits_Mv.sub_(top_M[:, None]).exp_()
             total_M = total_M * (before_M - top_M).exp() + exponential_Mv.sum(1)
         lse_M = top_M + total_M.log()
         ctx.save_for_backward(hidden_MH, weight_VH, targets_M, lse_M)
         ctx.kept = exponential_Mv, (top_M - lse_M).exp()
-        return gold_logit_M - lse_M
+        return target_logit_M - lse_M
 
     @staticmethod
     @once_differentiable
@@ -167,14 +167,14 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _within(targets_M: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether each target lies in a slice of the vocabulary, and its index there (any index where it does not)."""
+    """Whether each target is in a slice of the vocabulary, and its index there (any index if it is not)."""
     place_M = targets_M - columns.start
     size = columns.stop - columns.start
     return (place_M >= 0) & (place_M < size), place_M.clamp(0, size - 1)
 
 
 class _ScoreRows(torch.autograd.Function):
-    """The general case: the gradient of the logits is autograd's own, through ``fn`` alone, one slice at a time."""
+    """The general case: autograd computes the gradient of the logits through ``fn``, one slice at a time."""
 
     @staticmethod
     def forward(

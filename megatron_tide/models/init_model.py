@@ -18,7 +18,9 @@ def complete_config(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[st
     needed = tokenizer.vocab_size
     size = config.get("vocab_size", -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
     if size < needed:
-        raise ValueError(f"the config's vocab_size {size} is smaller than the tokenizer's {needed}: leave it out")
+        raise ValueError(
+            f"the config's vocab_size {size} is smaller than the tokenizer's {needed}; remove it from the config"
+        )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return {**config, **ids, "vocab_size": size}
 
@@ -31,9 +33,9 @@ def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool) 
     """
     if out.exists() and any(out.iterdir()):
         if not (out / "config.json").exists():
-            raise ValueError(f"{out}: exists and holds something else than a model; choose another --out")
+            raise ValueError(f"{out}: exists and is not a model folder; use another --out")
         if not fresh:
-            raise ValueError(f"{out}: already holds a model; pass --fresh to replace it")
+            raise ValueError(f"{out}: already contains a model; pass --fresh to replace it")
     loaded = load_tokenizer(tokenizer)
     model = fresh_model(complete_config(read_json(config), loaded), seed)
     with AtomicFolder(out) as draft:

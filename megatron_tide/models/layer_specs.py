@@ -1,7 +1,7 @@
-"""A model as its parts (embedding, layers, norm, output), each of which can be held, moved and called on its own.
+"""A model as its parts (embedding, layers, norm, output), each of which can be stored, moved and called separately.
 
-What hosting needs of a teacher that is never complete in one place: which tensors a part consists of, and how to run it
-from given tensors. The modules are on torch's meta device: shapes and arithmetic without memory.
+Hosting needs this for a teacher that is never complete in one place: which tensors a part consists of, and how to run
+it from given tensors. The modules are on torch's meta device: shapes and arithmetic without memory.
 
 Shapes: N sequences, L length, H hidden size, M scored rows.
 """
@@ -26,7 +26,7 @@ Flow = tuple[Tensor, Tensor, Tensor, Mask | None]  # hidden [N, L, H], cos, sin,
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One part of a model: its ``tensors`` (own name -> meta tensor) and their ``names`` in the whole model."""
+    """One part of a model: its ``tensors`` (own name -> meta tensor) and their ``names`` in the complete model."""
 
     title: str
     tensors: dict[str, Tensor]

@@ -27,7 +27,7 @@ from megatron_tide.models.generation_a2d import BlockGenerationMixin
 
 Rotations = tuple[Tensor, Tensor]  # cos, sin [N or 1, L, R]
 
-# Keys that would change what is computed, and the only value that is implemented: any other is refused.
+# Keys that change the computation, with the only implemented value; other values are refused.
 _FIXED = {
     "use_bias": False,
     "use_qkv_bias": False,
@@ -63,8 +63,8 @@ _ALSO_WRITTEN = (
 class LLaDA2Config(PretrainedConfig):
     """Shapes and ids of a LLaDA2 model; ``extra`` holds the file's keys that are written back as they were.
 
-    The public configuration class's defaults are placeholders of another model, so what decides a shape has no default
-    here: :meth:`read` refuses a file that lacks it.
+    The public configuration class's defaults are placeholders of another model, so keys that define shapes have no
+    default here: :meth:`read` refuses a file without them.
     """
 
     model_type = "llada2_moe"
@@ -106,7 +106,7 @@ class LLaDA2Config(PretrainedConfig):
         experts, groups, kept, chosen = self.num_experts, self.n_group, self.topk_group, self.num_experts_per_tok
         yield groups < 1 or experts % groups != 0, f"n_group {groups} must divide num_experts {experts}"
         inside = experts // groups
-        yield inside < 2, f"a group's score needs two experts and n_group {groups} leaves {inside}: lower it"
+        yield inside < 2, f"a group needs at least two experts, n_group {groups} gives {inside}; lower it"
         yield not 0 < kept <= groups, f"topk_group {kept} must be from 1 to n_group {groups}"
         reach = kept * inside
         yield not 0 < chosen <= reach, f"num_experts_per_tok {chosen} exceeds the {reach} experts of the kept groups"
@@ -118,12 +118,12 @@ class LLaDA2Config(PretrainedConfig):
             f"rotary size {size} must be even, within head_dim {self.head_dim}",
         )
         for name in ("hidden_size", "moe_intermediate_size"):
-            # Grouped matmul wants rows that start on 16 bytes: 8 numbers of bf16.
+            # Grouped matmul needs rows aligned to 16 bytes: 8 numbers of bf16.
             yield getattr(self, name) % 8 != 0, f"{name} {getattr(self, name)} must be a multiple of 8"
 
     @property
     def rotary_size(self) -> int:
-        """How many of a head's dimensions are rotated."""
+        """Number of rotated dimensions per head."""
         return self.rotary_dim or int(self.head_dim * self.partial_rotary_factor)
 
     @classmethod
@@ -136,10 +136,10 @@ class LLaDA2Config(PretrainedConfig):
             values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
         for key, only in _FIXED.items():
             if values.get(key, only) != only:
-                raise ValueError(f"llada2_moe config: {key} = {values[key]!r} is not implemented (only {only!r} is)")
+                raise ValueError(f"llada2_moe config: {key} = {values[key]!r} is not supported (only {only!r})")
         missing = [name for name in _REQUIRED if values.get(name) is None]
         if missing:
-            raise ValueError(f"llada2_moe config lacks {', '.join(missing)}")
+            raise ValueError(f"llada2_moe config: missing {', '.join(missing)}")
         own = {name: value for name, value in values.items() if name in _OWN}
         return cls(**own, extra={key: values[key] for key in _ALSO_WRITTEN if key in values})
 

@@ -28,13 +28,13 @@ _FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """A local folder as it is; a hub name ("organisation/model") downloaded, or found in the hub's cache."""
+    """A local folder, unchanged; a hub name ("organisation/model") downloaded, or found in the hub's cache."""
     if Path(path).is_dir():
         return Path(path)
     name = str(path)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{path}: no such folder")
-    return download(name, _FROM_HUB, f"{name}: no such folder, and the hub does not give it")
+    return download(name, _FROM_HUB, f"{name}: no such folder, and not found on the hub")
 
 
 def load_model(
@@ -47,10 +47,10 @@ def load_model(
     """The model of a hub-format folder or hub name, of any family in :mod:`megatron_tide.models.families`.
 
     -> a module in ``eval`` mode with ``model(input_ids, attention_mask=None, position_ids=None).logits`` [B, L, V],
-    ``.backbone(...)`` [B, L, H], ``.head_weight`` [V, H] and ``.config``; weights in ``dtype``, but a router's bias
-    in the precision it is stored in. ``as_student``: as the block diffusion model that training makes of it. One shard
-    is open at a time, and tensors go straight to ``device``. ValueError, one line, for a folder that is missing, of
-    another type, or has tensors that are missing, unexpected, misshapen or unreadable.
+    ``.backbone(...)`` [B, L, H], ``.head_weight`` [V, H] and ``.config``; weights in ``dtype``, but a router's bias in
+    the precision it is stored in. ``as_student``: as the block diffusion model that training makes from it. One shard
+    is open at a time, and tensors go straight to ``device``. ValueError, one line, for a missing folder, an unknown
+    type, or tensors that are missing, unexpected, of the wrong shape or unreadable.
     """
     folder = resolve_folder(path)
     model = meta_model(folder, as_student=as_student)
@@ -66,12 +66,12 @@ def write_folder(
 ) -> None:
     """Write a model as a folder in hub format, ``config.json`` last: what :func:`load_model` reads.
 
-    ``dtype`` None keeps the model's own; a router's bias is never cast. Other files in ``out`` (a tokenizer's) are left
-    alone. ValueError where ``out`` already holds a model, or cannot be written.
+    ``dtype`` None keeps the model's own; a router's bias is never cast. Other files in ``out`` (a tokenizer's) are not
+    changed. ValueError if ``out`` already contains a model, or cannot be written.
     """
     out = Path(out)
     if (out / "config.json").exists() or any(out.glob("*.safetensors")):
-        raise ValueError(f"{out}: already holds a model; choose another folder, or remove it first")
+        raise ValueError(f"{out}: already contains a model; use another folder, or remove it first")
     out.mkdir(parents=True, exist_ok=True)
     tensors, family = module_tensors(model), family_of(model)
 
@@ -94,7 +94,7 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
     for key, stored in source.tensors(table):
         slot = table[key]
         if slot.index is None:
-            # Copied even where nothing changes: a mapped file must not stand behind weights that train.
+            # Always copied: trainable weights must not be backed by a memory-mapped file.
             kept = stored.dtype if family.keeps_precision(slot.name) else dtype
             ready[slot.name] = stored.to(device, kept, copy=True)
             continue
@@ -105,16 +105,16 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
     _adopt(model, ready, aliases)
 
 
-def check_keys(source: ShardedFolder, wanted: set[str], allowed: set[str]) -> None:
-    """ValueError unless a folder has exactly the ``wanted`` keys, and no others but the ``allowed``."""
+def check_keys(source: ShardedFolder, required: set[str], allowed: set[str]) -> None:
+    """ValueError unless a folder has all ``required`` keys, and no others except ``allowed`` ones."""
     problems = []
-    for word, keys in (("lacks", wanted - source.keys), ("has unexpected", source.keys - wanted - allowed)):
+    for word, keys in (("lacks", required - source.keys), ("has unexpected", source.keys - required - allowed)):
         if keys:
             some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
             problems.append(f"{word} {len(keys)} tensor(s) ({some})")
     if problems:
         found = " and ".join(problems)
-        raise ValueError(f"{source.folder}: the checkpoint {found}: not the model that its config.json describes")
+        raise ValueError(f"{source.folder}: the checkpoint {found}: it does not match its config.json")
 
 
 def check_shapes(source: ShardedFolder, table: dict[str, Slot], tensors: dict[str, Tensor]) -> None:
@@ -122,14 +122,14 @@ def check_shapes(source: ShardedFolder, table: dict[str, Slot], tensors: dict[st
     for key, shape in source.shapes(table):
         expected = list(table[key].of(tensors).shape)
         if shape != expected:
-            raise ValueError(f"{source.folder}: {key} has shape {shape}, config.json makes it {expected}")
+            raise ValueError(f"{source.folder}: {key} has shape {shape}, config.json gives {expected}")
 
 
 def _check_copies(source: ShardedFolder, aliases: dict[str, str], ready: dict[str, Tensor], dtype: torch.dtype) -> None:
     for key, copy in source.tensors(key for key in aliases if key in source.keys):
         original = ready[aliases[key]]
         if not torch.equal(copy.to(original.device, dtype), original):
-            raise ValueError(f"{source.folder}: {key} differs from {aliases[key]}, though config.json ties them")
+            raise ValueError(f"{source.folder}: {key} differs from {aliases[key]}, but config.json ties them")
 
 
 def _adopt(model: nn.Module, ready: dict[str, Tensor], aliases: dict[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Folders of safetensors shards, read and written one shard at a time.
 
-Nothing is unpickled: a folder with only ``.bin`` weights is refused. Writing is to a name beside and a rename, index
-last, so an interrupted write leaves no folder that looks complete.
+Nothing is unpickled: a folder with only ``.bin`` weights is refused. Files are written under a temporary name and
+renamed, the index last, so an interrupted write leaves no folder that looks complete.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class ShardedFolder:
         by_file: dict[str, list[str]] = {}
         for key in keys:
             by_file.setdefault(self._file_of[key], []).append(key)
-        for name, wanted in sorted(by_file.items()):
+        for name, names in sorted(by_file.items()):
             path = self.folder / name
             try:
                 with safe_open(path, framework="pt") as shard:
-                    for key in wanted:
+                    for key in names:
                         yield key, read(shard, key)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
@@ -88,7 +88,7 @@ class ShardedFolder:
         pickles = sorted(path.name for path in self.folder.glob("*.bin"))
         if pickles:
             raise ValueError(
-                f"{self.folder}: only pickled weights ({pickles[0]}), which are not read: convert to safetensors"
+                f"{self.folder}: only pickled weights ({pickles[0]}), not supported; convert them to safetensors"
             )
         raise ValueError(f"{self.folder}: no weights ({SINGLE} or {INDEX})")
 
@@ -98,9 +98,9 @@ class ShardedFolder:
             raise ValueError(f"{index}: has no weight_map")
         for name in sorted(set(file_of.values())):
             if Path(name).name != name:
-                raise ValueError(f"{index}: names {name!r}, which is not a file of its own folder")
+                raise ValueError(f"{index}: names {name!r}, which is not a file in the same folder")
             if not (self.folder / name).exists():
-                raise ValueError(f"{self.folder / name}: missing, though {INDEX} names it; download it again")
+                raise ValueError(f"{self.folder / name}: missing, but listed in {INDEX}; download it again")
         return file_of
 
 
@@ -120,8 +120,8 @@ def _add_shard(digest: Any, path: Path) -> None:
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
     """Write (key, tensor) pairs as shards of at most ``max_shard_bytes``; -> bytes of tensors.
 
-    Pairs are taken one at a time and one shard is held at a time; a larger tensor gets a shard of its own. A shard is
-    first written under a temporary name, since how many there will be is only known at the end.
+    Pairs are read one at a time and only one shard is in memory; a larger tensor gets its own shard. Shards are first
+    written under temporary names, because their number is known only at the end.
     """
     parts: list[Path] = []
     key_part: dict[str, int] = {}
@@ -138,7 +138,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
     for key, tensor in tensors:
         if shard and held + tensor.nbytes > max_shard_bytes:
             flush()
-        # A copy: an expert's slice shares its storage with the whole stack, and safetensors would refuse it.
+        # A copy: an expert's slice shares storage with the full stack, which safetensors refuses.
         shard[key] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         key_part[key] = len(parts)
         held += tensor.nbytes

@@ -1,7 +1,7 @@
 """Log-probs -> loss: denoising, chunk objectives, distribution objectives, TIDAL, and the strategies made of them.
 
-``chunk`` compares one number per chunk, whatever the tokenizers; ``distribution`` compares whole rows where both
-sides spell a chunk with one token; ``tidal`` gives the strength; ``table`` combines them by name; a training step
+``chunk`` compares one number per chunk, for any tokenizers; ``distribution`` compares full distributions where a chunk
+is one token on both sides; ``tidal`` gives the strength; ``table`` combines them by name; a training step
 calls ``strategy``. To add an objective: write ``term(student, target)`` in ``chunk`` (or ``rows`` in
 ``distribution``) and its line in ``choices``.
 """

@@ -1,6 +1,6 @@
 """Chunk objectives: one Bernoulli per chunk, for teachers with another tokenizer (TIDE, CALM and Reverse CALM).
 
-A chunk's log-prob is the sum over its gold tokens; p = exp(LP / T) is a model's probability of the complete chunk.
+A chunk's log-prob is the sum over its target tokens; p = exp(LP / T) is a model's probability of the complete chunk.
 Everything is done in log space, in fp32 or wider: a chunk is one event among very many, its p is often far below what
 1 - p can resolve.
 
@@ -22,7 +22,7 @@ from megatron_tide.choices import CHUNK_OBJECTIVES, named
 from megatron_tide.objectives.common import at_least_fp32
 
 LOG_FLOOR = math.log(1e-7)
-"""Where the target's log p and log(1-p) end (published): one chunk can ask at most 16.1 nats of the student."""
+"""Lower bound of the target's log p and log(1-p) (published): one chunk contributes at most 16.1 nats."""
 
 
 class Bernoulli(NamedTuple):
@@ -34,7 +34,7 @@ class Bernoulli(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkObjective:
-    """``term(student, target)`` -> loss per chunk [...]. ``reversed``: the student's p weighs the target's logs."""
+    """``term(student, target)`` -> loss per chunk [...]. ``reversed``: the student's p weights the target's logs."""
 
     name: str
     term: Callable[[Bernoulli, Bernoulli], Tensor]
@@ -45,7 +45,7 @@ def log1mexp(log_p: Tensor) -> Tensor:
     """log(1 - exp(log_p)) for log_p <= 0, accurate at both ends; its gradient is finite below 0."""
     near_zero = log_p > -math.log(2)
     # Near 0 the other branch would be log1p(-1), with an infinite slope; the gradient of a branch that is not taken is
-    # multiplied by 0, not left out, and 0 x inf is nan. So that branch is given a harmless input there.
+    # multiplied by 0, and 0 x inf is nan. So that branch gets a harmless input there.
     far = torch.where(near_zero, -1.0, log_p)
     return torch.where(near_zero, torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(far)))
 
@@ -54,8 +54,8 @@ def below_certainty(log_p: Tensor) -> Tensor:
     """log_p, at most -eps of its dtype; the gradient passes unchanged.
 
     log(1-p) and its slope are infinite at p = 1, and a log-prob that rounds to 0 means "1 within eps". The value stops
-    there; the slope stays that of the last representable p instead of 0, so a student certain of a chunk its teacher
-    rejects is still pushed.
+    there; the slope stays that of the last representable p instead of 0, so a student that is certain of a chunk
+    that the teacher rejects still gets a gradient.
     """
     ceiling = -torch.finfo(log_p.dtype).eps
     return torch.where(log_p > ceiling, log_p + (ceiling - log_p).detach(), log_p)
@@ -87,8 +87,8 @@ def calm(student: Bernoulli, target: Bernoulli) -> Tensor:
 def reverse_calm(student: Bernoulli, target: Bernoulli) -> Tensor:
     """Reverse CALM: -[p_s log p_t + (1-p_s) log(1-p_t)].
 
-    Linear in p_s with slope -log(p_t/(1-p_t)), which only the frozen teacher decides: a chunk whose teacher log-prob
-    lies below -T ln 2 is pushed DOWN, and one the student finds impossible gets no gradient.
+    Linear in p_s with slope -log(p_t/(1-p_t)), which depends only on the frozen teacher: if the teacher's log-prob
+    of a chunk is below -T ln 2, the student's p is lowered; a chunk with student p = 0 gets no gradient.
     """
     return -(student.log_p.exp() * target.log_p - torch.expm1(student.log_p) * target.log_q)
 
@@ -112,10 +112,9 @@ def chunk_loss(
 ) -> Tensor:
     """Mean of a chunk objective over the active chunks.
 
-    ``student_logp``, ``teacher_logp`` [B, C]: chunk log-probs (sums over the chunk's gold tokens, natural log; not yet
-    divided by T). ``active`` bool [B, C]: chunks that are masked and complete on both sides; the
-    others are ignored. ``kind``: calm, reverse_calm or bernoulli_kl. Returns a scalar, 0 with a graph where no chunk is
-    active.
+    ``student_logp``, ``teacher_logp`` [B, C]: chunk log-probs (sums over the chunk's target tokens, natural log; not
+    yet divided by T). ``active`` bool [B, C]: chunks that are masked and complete on both sides; the others are
+    ignored. ``kind``: calm, reverse_calm or bernoulli_kl. Returns a scalar, 0 with a graph where no chunk is active.
     """
     objective: ChunkObjective = named(CHUNK_OBJECTIVES, kind, "chunk objective")
     # An inactive entry may be nan: keep it out of both value and gradient.

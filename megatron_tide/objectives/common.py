@@ -28,7 +28,7 @@ def means_by_bin(name: str, place_N: Tensor, value_N: Tensor) -> Metrics:
 
 
 def shares_by_bin(name: str, place_N: Tensor) -> Metrics:
-    """The share of ``place_N``, numbers in [0, 1], that lies in each bin: ``name/0.0`` .. ``name/0.9``."""
+    """The share of ``place_N``, numbers in [0, 1], in each bin: ``name/0.0`` .. ``name/0.9``."""
     _, counts = _binned(place_N, place_N)
     total = counts.sum()
     return {f"{name}/{i / BINS:.1f}": (counts[i], total) for i in range(BINS)}

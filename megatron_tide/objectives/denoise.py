@@ -1,4 +1,4 @@
-"""The diffusion loss: what the student learns from the data alone."""
+"""The diffusion loss: the student's loss on the data, without a teacher."""
 
 from __future__ import annotations
 

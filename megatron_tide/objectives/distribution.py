@@ -1,6 +1,6 @@
-"""Distribution objectives: a whole distribution per row, where student and teacher both spell a chunk with one token.
+"""Distribution objectives: a full distribution per row, where a chunk is one token of both student and teacher.
 
-Rows are compared in "categories": the strings both vocabularies can spell (``VocabMap``) and, where the tokenizers
+Rows are compared in "categories": the strings in both vocabularies (``VocabMap``) and, where the tokenizers
 differ, one bucket for the rest of each side's mass. A category's score is a logit at temperature T, so the objectives
 below are plain softmax divergences and do not know whether two tokenizers are equal.
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DistributionObjective:
-    """``rows(student_logp [m, D], target_logp [m, D])`` -> [m]. ``reversed``: the student's mass weighs the logs."""
+    """``rows(student_logp [m, D], target_logp [m, D])`` -> [m]. ``reversed``: the student's mass weights the logs."""
 
     name: str
     rows: Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ REVERSE_KL = DistributionObjective("reverse_kl", reverse_kl, reversed=True)
 
 
 class _Columns(NamedTuple):
-    """Where one side's mapped ids and the rest of its vocabulary stand; a slice where the ids are 0, 1, 2, ..."""
+    """Columns of one side's mapped ids and of the rest of its vocabulary; a slice if the ids are 0, 1, 2, ..."""
 
     mapped: slice | Tensor
     rest: slice | Tensor
@@ -50,10 +50,10 @@ class _Columns(NamedTuple):
 class _Side:
     """One side of a vocabulary map: ids [K] int64, and their columns per device and vocabulary width, made once."""
 
-    def __init__(self, ids_K: Tensor, whose: str) -> None:
-        assert ids_K.unique().numel() == ids_K.numel(), f"the vocabulary map names one of the {whose}'s ids twice"
+    def __init__(self, ids_K: Tensor, name: str) -> None:
+        assert ids_K.unique().numel() == ids_K.numel(), f"the vocabulary map has one of the {name}'s ids twice"
         self._ids = ids_K
-        self._whose = whose
+        self._name = name
         self._top = int(ids_K.max())
         self._is_prefix = self._top + 1 == ids_K.numel() and bool((ids_K.diff() > 0).all())
         self._columns: dict[tuple[torch.device, int], _Columns] = {}
@@ -67,8 +67,8 @@ class _Side:
     def _place(self, device: torch.device, width: int) -> _Columns:
         if self._top >= width:
             raise ValueError(
-                f"the {self._whose}'s head has {width} outputs and the bridge names its token {self._top}; "
-                f"use the tokenizer the {self._whose} was trained with and build the bridge from it"
+                f"the {self._name}'s head has {width} outputs, but the bridge has its token {self._top}; "
+                f"use the tokenizer that the {self._name} was trained with, and build the bridge from it"
             )
         if self._is_prefix:
             return _Columns(slice(0, self._top + 1), slice(self._top + 1, width))
@@ -77,7 +77,7 @@ class _Side:
 
 
 class VocabMap:
-    """Which student id and which teacher id spell the same bytes, and what a row's distribution is compared over.
+    """Pairs of student and teacher ids with the same bytes, which define the compared categories.
 
     ``student_ids``, ``teacher_ids`` int64 [K]: pairs, no id twice on a side. ``bucket``: add one category for the mass
     of all the ids that are not mapped; without it both sides are renormalised over the mapped ids.
@@ -104,9 +104,9 @@ class VocabMap:
     ) -> tuple[Tensor, Tensor]:
         """Both sides' logits [m, D] over the compared categories, divided by T; D in the same order on both.
 
-        The bucket's logit is logsumexp of the logits / T it stands for: softmax over the D categories then gives
-        every mapped id the probability it has among all V, and the bucket exactly the rest, however small. A side
-        whose ids are all mapped has no rest: then there is no bucket on either.
+        The bucket's logit is the logsumexp of its logits / T: softmax over the D categories then gives
+        every mapped id the probability it has among all V, and the bucket exactly the rest, however small. If all
+        ids of a side are mapped, it has no rest, and there is no bucket on either side.
         """
         student, teacher = self._student.columns(student_logits_mV), self._teacher.columns(teacher_logits_mV)
         has_rest = self.strings < min(student_logits_mV.shape[-1], teacher_logits_mV.shape[-1])
@@ -127,5 +127,5 @@ def _over_categories(logits_mV: Tensor, columns: _Columns, temperature: float, w
 
 def _take(logits_mV: Tensor, columns: slice | Tensor) -> Tensor:
     if isinstance(columns, slice):
-        return logits_mV[:, columns]  # a view: a shared vocabulary pays for no gather
+        return logits_mV[:, columns]  # a view: a shared vocabulary needs no gather
     return logits_mV.index_select(1, columns)

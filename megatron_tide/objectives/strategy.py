@@ -2,8 +2,8 @@
 (``table.build_strategy``).
 
 A training step uses three methods, in order: ``strength`` (TIDAL's lambda per noise level), ``score`` (the student's
-head on its masked rows: one number per row, never [B, S, V]) and ``loss`` (a local sum over global counts). None of
-them synchronises with the device.
+head on its masked positions: one number per position, never [B, S, V]) and ``loss`` (a local sum over global counts).
+None of them synchronises with the device.
 
 Shapes: N noise levels (see ``diffusion.masking.Noise``), M masked student rows, R scored teacher tokens, K active
 chunks, P pairs (one-to-one chunks), V vocabulary, H hidden.
@@ -46,7 +46,7 @@ class TidalCurve:
 
 @dataclass(frozen=True)
 class ChunkTerm:
-    """A chunk objective at temperature T, with what TIDAL does to it."""
+    """A chunk objective at temperature T, with its use of TIDAL."""
 
     objective: ChunkObjective
     tidal: TidalUse
@@ -61,7 +61,7 @@ class ChunkTerm:
 
 @dataclass(frozen=True)
 class DistributionTerm:
-    """A distribution objective at temperature T over a vocabulary map, with what TIDAL does to it."""
+    """A distribution objective at temperature T over a vocabulary map, with its use of TIDAL."""
 
     objective: DistributionObjective
     tidal: TidalUse
@@ -79,8 +79,8 @@ class DistributionTerm:
 class Strategy:
     """A distillation loss with its settings.
 
-    ``chunk`` scores chunks by their gold tokens, ``rows`` compares whole distributions on pairs. With both, each
-    active chunk is counted once: pairs take the rows' term, the others the chunk term.
+    ``chunk`` scores chunks by their target tokens, ``rows`` compares full distributions on pairs. With both, each
+    active chunk is counted once: pairs use the distribution term, the others the chunk term.
     """
 
     name: str
@@ -95,12 +95,12 @@ class Strategy:
 
     @property
     def needs_target_logprobs(self) -> bool:
-        """Whether the teacher's gold log-probs [R] are needed."""
+        """Whether the teacher's target log-probs [R] are needed."""
         return self.chunk is not None
 
     @property
     def needs_hidden(self) -> bool:
-        """Whether the teacher's hidden rows at pairs [P, H_t] are needed."""
+        """Whether the teacher's hidden states at pairs [P, H_t] are needed."""
         return self.rows is not None
 
     @property
@@ -126,7 +126,7 @@ class Strategy:
     ) -> StudentScores:
         """Run the student's head once over its masked rows; pairs get their divergence in the same pass.
 
-        ``slice_rows``: number of rows whose logits exist at once; None: the head decides.
+        ``slice_rows``: number of rows of logits at once; None: chosen by the head.
         """
         if self.rows is None:
             return StudentScores(target_logprobs(hidden_MH, head_weight_VH, batch.student_targets, slice_rows), None)
@@ -190,7 +190,7 @@ class Strategy:
             "chunk/student_prob": _summed(student_p_K),
             "chunk/teacher_prob": _summed(teacher_p_K),
             "chunk/below_break_even": _summed((teacher_lp_K < break_even).to(term_K.dtype)),
-            # Where the teacher's probabilities lie, and what the student gives the chunks of each bin.
+            # Distribution of the teacher's probabilities, and the student's mean probability in each bin.
             **shares_by_bin("chunk/teacher_probability", teacher_p_K),
             **means_by_bin("chunk/student_probability", teacher_p_K, student_p_K),
         }

@@ -1,4 +1,4 @@
-"""``build_strategy``: the name of a strategy (``choices.STRATEGIES``) with its switches -> ``Strategy``."""
+"""``build_strategy``: the name of a strategy (``choices.STRATEGIES``) with its flags -> ``Strategy``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
-    """The strategy that ``config`` names, with its switches applied.
+    """The strategy that ``config`` names, with its flags applied.
 
-    ``bridge`` may be None where the shared vocabulary does not matter: for bd3lm and chunk objectives. ValueError (one
-    line) for an unknown word, a number out of range, or parts that do not go together. Warns, once, where TIDAL mixes
-    the target of a reversed objective, and where CompDemo would split chunks that are scored whole.
+    ``bridge`` may be None if the shared vocabulary does not matter: for bd3lm and chunk objectives. ValueError (one
+    line) for an unknown name, a number out of range, or incompatible parts. Warns if TIDAL mixes the target of a
+    reversed objective, and if CompDemo would split chunks that are scored as a unit.
     """
     cli.check(config)
     spec = _spec(config, bridge)
@@ -81,31 +81,31 @@ def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
         return spec
     if bridge is None:
         raise ValueError(
-            f"strategy {config.strategy!r} depends on whether the two tokenizers are the same; give it their bridge"
+            f"strategy {config.strategy!r} depends on whether the two tokenizers are the same; pass their bridge"
         )
     return spec if bridge.shared else spec.where_vocabularies_differ
 
 
 def _check_nothing_distilled(config: StrategyConfig) -> None:
-    """Without an objective, a switch that would change one is a mistake, and so is a strategy that lost all of its
-    own."""
+    """Without an objective, a flag that would change one is a mistake, and so is a strategy with all its objectives
+    removed."""
     spec = STRATEGIES[config.strategy]
     if (spec.chunk, spec.distribution) != ("none", "none"):
-        raise ValueError(f"strategy {config.strategy!r} is left without an objective; use strategy bd3lm for none")
+        raise ValueError(f"strategy {config.strategy!r} has no objective left; use strategy bd3lm for none")
     idle = {"tidal": config.tidal not in (None, "off"), "tidal_midrange": config.tidal_midrange}
     for switch, is_on in (idle | {"compdemo": bool(config.compdemo)}).items():
         if is_on:
             raise ValueError(
                 f"{switch} has no effect on strategy {config.strategy!r}, which uses no teacher; "
-                "name an objective or drop it"
+                "set an objective or remove the flag"
             )
 
 
 def _vocabulary(config: StrategyConfig, bridge: Bridge | None) -> VocabMap:
     if bridge is None:
         raise ValueError(
-            f"strategy {config.strategy!r} compares distributions and must know which tokens both vocabularies "
-            "hold; give it the bridge, or use a chunk objective alone"
+            f"strategy {config.strategy!r} compares distributions and needs the tokens that both vocabularies "
+            "have; pass the bridge, or use only a chunk objective"
         )
     if bridge.shared:
         return VocabMap.shared_prefix(bridge.shared_prefix)
@@ -119,13 +119,13 @@ def _warn(
         if term is not None and term.tidal.mixes and term.objective.reversed:
             warnings.warn(
                 f"TIDAL mixes the target of {term.objective.name}, a reversed objective: the student's share of its "
-                "own target works against it late in training; tidal 'weight' changes the strength alone",
+                "own target works against it late in training; tidal 'weight' changes only the strength",
                 stacklevel=3,
             )
     if chunk is not None and split is not None and split.by_token and bridge is not None and not bridge.shared:
         warnings.warn(
             "compdemo_unit 'token' reveals half of a chunk to the pass that scores the other half, and these "
-            "tokenizers differ: chunks of several tokens will look too easy; 'chunk' keeps them whole",
+            "tokenizers differ: chunks of several tokens will look too easy; 'chunk' does not split them",
             stacklevel=3,
         )
 

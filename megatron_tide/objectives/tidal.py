@@ -1,10 +1,10 @@
 """TIDAL: strength of the teacher's signal over training progress and timestep (TIDE, TIDAL section).
 
-Early in training the student cannot follow the teacher's tail, and at high t the teacher, too, guesses. Both axes
-give one number per sample, lambda in [0, 1]. It either MIXES the target (the student's own, detached, prediction
-takes the share 1 - lambda) or WEIGHS the loss. Mixing is the paper's; with a reversed objective it works against
-itself (late in training the student's share of its own target suppresses the self-selection that the objective lives
-from), and the weight, ours, changes the strength and nothing else.
+Early in training the student cannot follow the teacher's tail, and at high t the teacher guesses too. Both axes give
+one number per sample, lambda in [0, 1]. It either MIXES the target (the student's own, detached prediction has the
+share 1 - lambda) or WEIGHTS the loss. Mixing is the paper's method; with a reversed objective it works against itself
+(late in training the student's share of its own target suppresses the self-selection that the objective relies on).
+Weighting, ours, changes only the strength.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def linear_ramp(progress: float) -> float:
     return progress
 
 
-def both_axes(trained: float, peak: float, rate: Tensor) -> Tensor:
+def both_axes(ramped: float, peak: float, rate: Tensor) -> Tensor:
     """lambda = lambda_train * (1 - rate)."""
-    return trained * (1 - rate)
+    return ramped * (1 - rate)
 
 
-def training_axis(trained: float, peak: float, rate: Tensor) -> Tensor:
+def training_axis(ramped: float, peak: float, rate: Tensor) -> Tensor:
     """lambda = lambda_train."""
-    return torch.full_like(rate, trained)
+    return torch.full_like(rate, ramped)
 
 
-def timestep_axis(trained: float, peak: float, rate: Tensor) -> Tensor:
+def timestep_axis(ramped: float, peak: float, rate: Tensor) -> Tensor:
     """lambda = peak * (1 - rate)."""
     return peak * (1 - rate)
 
@@ -56,13 +56,13 @@ def tidal_strength(
     """lambda, of the shape of ``t``: lambda_train(p) * (1 - t) with lambda_train(p) = init + (peak - init) * g(p).
 
     ``progress``: step / total, in [0, 1]. ``t``: timesteps in (0, 1]. ``ramp``: cosine, (1 - cos(pi p)) / 2, or
-    linear. ``axes``: both | training (no 1 - t) | timestep (peak * (1 - t)). ValueError for another word or a
+    linear. ``axes``: both | training (no 1 - t) | timestep (peak * (1 - t)). ValueError for another name or a
     progress outside [0, 1].
     """
     if not 0 <= progress <= 1:
-        raise ValueError(f"progress {progress} is outside [0, 1]; give step / total steps")
-    trained = init + (peak - init) * named(TIDAL_RAMPS, ramp, "TIDAL ramp")(progress)
-    return named(TIDAL_AXES, axes, "TIDAL axes")(trained, peak, torch.as_tensor(t))
+        raise ValueError(f"progress {progress} is outside [0, 1]; pass step / total steps")
+    ramped = init + (peak - init) * named(TIDAL_RAMPS, ramp, "TIDAL ramp")(progress)
+    return named(TIDAL_AXES, axes, "TIDAL axes")(ramped, peak, torch.as_tensor(t))
 
 
 def midrange_weight(t: Tensor) -> Tensor:
@@ -95,13 +95,13 @@ def mixed_chunks(student: Bernoulli, teacher: Bernoulli, strength: Tensor) -> Be
 
 
 def teacher_rows(student_mD: Tensor, teacher_mD: Tensor, strength_m: Tensor) -> Tensor:
-    """The teacher alone: its log-probs [m, D] over the categories, detached."""
+    """Only the teacher: its log-probs [m, D] over the categories, detached."""
     with torch.no_grad():
         return torch.log_softmax(teacher_mD, dim=-1)
 
 
 def teacher_chunks(student: Bernoulli, teacher: Bernoulli, strength: Tensor) -> Bernoulli:
-    """The teacher alone."""
+    """Only the teacher."""
     return teacher
 
 

@@ -153,7 +153,7 @@ def test_without_a_teacher(student_only: bool) -> None:
     assert [len(each) for each in empty] == [0] * 5
     if student_only:
         teacher = TeacherLayout(ATTENTION_LAYOUTS["full"], 8, samples.TEACHER_MASK)
-        with pytest.raises(ValueError, match="holds no teacher tokens"):
+        with pytest.raises(ValueError, match="has no teacher tokens"):
             build_inputs(batch, noised, student_block=4, student_mask_id=samples.STUDENT_MASK, teacher=teacher)
 
 

@@ -276,7 +276,7 @@ def test_cache_forgets_what_was_not_committed() -> None:
         ({"num_beams": 2}, "num_beams"),
         ({"seed": [1, 2, 3]}, "seeds"),
         ({"steps": 0}, "steps is 0"),
-        ({"steps": 4, "tokens_per_step": 2}, "give one of them"),
+        ({"steps": 4, "tokens_per_step": 2}, "use one of them"),
     ],
 )
 def test_wrong_knobs_are_named(model: Any, options: dict[str, Any], word: str) -> None:

@@ -52,7 +52,7 @@ def test_trainer_refuses_in_one_line(chain, tmp_path, small_machine):
     assert "\n" not in line
     assert line.startswith("--teacher-hosting replicated does not fit: host memory: needs 0.")
     assert "nothing would fit here; closest is " in line
-    assert line.endswith("(--skip-plan goes on regardless)")
+    assert line.endswith("(--skip-plan skips this check)")
     with pytest.raises(ValueError, match="as the first rank says"):
         build.build(config, inputs, Second())
 

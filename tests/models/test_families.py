@@ -78,7 +78,7 @@ def test_its_row_names_the_keys_of_its_checkpoint(toy: Any) -> None:
     stored = load_file(folder / "model.safetensors")
     assert torch.equal(stored[f"{prefix}layers.1.mlp.up_proj.weight"], model.model.layers[1].mlp.up_proj.weight)
     assert "lm_head.weight" in stored
-    with pytest.raises(ValueError, match="lacks num_hidden_layers"):
+    with pytest.raises(ValueError, match="missing num_hidden_layers"):
         load_model(edited(folder, num_hidden_layers=None))
 
 

@@ -69,7 +69,7 @@ def test_nothing_is_overwritten_unasked(given: list[str], tmp_path: Path, capsys
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("keep")
-    with pytest.raises(ValueError, match="holds something else than a model"):
+    with pytest.raises(ValueError, match="exists and is not a model folder"):
         init_model([*given, "--seed", "3", "--out", str(tmp_path / "mine"), "--fresh"])
 
 

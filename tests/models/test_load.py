@@ -136,9 +136,9 @@ BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: no such file"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "other model": (edit_config(model_type="llama"), "model_type 'llama' is not one of a2d-qwen3, llada2_moe"),
-    "lacking key": (edit_config(num_experts="-", rope_theta="-"), "lacks num_experts, rope_theta"),
+    "lacking key": (edit_config(num_experts="-", rope_theta="-"), "missing num_experts, rope_theta"),
     "groups": (edit_config(n_group=3), "n_group 3 must divide num_experts 16"),
-    "biases": (edit_config(use_bias=True), "use_bias = True is not implemented"),
+    "biases": (edit_config(use_bias=True), "use_bias = True is not supported"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
     "pickles": (only_pickle, r"only pickled weights \(pytorch_model\.bin\)"),
     "truncated": (truncate, r"model\.safetensors: cannot be read"),
@@ -183,7 +183,7 @@ def test_bad_indices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: missing"):
         load_model(folder)
     index.write_text(good.replace("model-00002-of-00002.safetensors", "../secret.safetensors"))
-    with pytest.raises(ValueError, match="not a file of its own folder"):
+    with pytest.raises(ValueError, match="not a file in the same folder"):
         load_model(folder)
     index.write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
@@ -203,7 +203,7 @@ def test_a_key_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_holds_a_model_is_not_overwritten(tmp_path: Path) -> None:
     source = write_hub_folder(tmp_path / "in", tiny_student_config())
     before = (source / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="already holds a model"):
+    with pytest.raises(ValueError, match="already contains a model"):
         write_folder(load_model(source), source)
     assert (source / "model.safetensors").read_bytes() == before
 
@@ -217,7 +217,7 @@ def test_names_that_are_no_folder_are_refused_without_asking_the_hub(tmp_path: P
 def test_a_hub_name_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match="nobody/nothing: no such folder, and the hub does not give it") as caught:
+    with pytest.raises(ValueError, match="nobody/nothing: no such folder, and not found on the hub") as caught:
         resolve_folder("nobody/nothing")
     assert "\n" not in str(caught.value)
 

@@ -107,7 +107,7 @@ def test_a_divergence_is_never_negative_and_zero_on_equal_sides(seed, temperatur
 def test_a_head_narrower_than_the_bridge_is_one_clear_line():
     student, teacher = random_rows(1, 7, 11)
     vocabulary = VocabMap(torch.tensor(STUDENT_IDS), torch.tensor(TEACHER_IDS), bucket=True)
-    with pytest.raises(ValueError, match="the student's head has 7 outputs and the bridge names its token 7"):
+    with pytest.raises(ValueError, match="the student's head has 7 outputs, but the bridge has its token 7"):
         vocabulary.categories(student, teacher, 1.0)
 
 
