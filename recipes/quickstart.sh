@@ -29,7 +29,7 @@ STRATEGY=tide-cross
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 [[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
-(($# == 0)) || fail "unknown argument '$1': recipes/quickstart.sh takes only --fresh (settings are at the top of the file)"
+(($# == 0)) || fail "unknown argument '$1': recipes/quickstart.sh takes only --fresh (settings: top of the file)"
 setup_environment requirements.txt
 
 common=(--precision fp32 --global-batch-size 8 --micro-batch-size 8 --beta2 0.98 --seed "$SEED" --save-every 200 --keep-last 1 --log-every 20)

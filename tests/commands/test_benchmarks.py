@@ -169,7 +169,7 @@ def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["STUDENT"], "add --data, a prepared folder"),
+        (["STUDENT"], "add --data with a prepared folder"),
         (
             ["STUDENT", "--tasks", "humaneval", "gsm8k", "--samples-per-problem", "2", "--temperature", "1"],
             "gsm8k: several",
@@ -180,7 +180,7 @@ def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> N
         (["./nowhere", "--tasks", "humaneval", "--out", "OUT"], "nowhere: no such folder"),
         (["BASELINE", "--data", "DATA"], "has no diffusion bound"),
         (["STUDENT", "--data", "TEACHERS"], "prepared for models with other tokenizers"),
-        (["a=STUDENT", "a=BASELINE", "--tasks", "humaneval"], "two models are called 'a'"),
+        (["a=STUDENT", "a=BASELINE", "--tasks", "humaneval"], "two models have the name 'a'"),
     ],
 )
 def test_mistakes_are_one_line(

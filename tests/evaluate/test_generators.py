@@ -301,7 +301,7 @@ def test_mistakes(lab: Lab, baseline: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match="model_type 'clip' is neither a block diffusion model nor a causal one"):
+    with pytest.raises(ValueError, match="model_type 'clip' is neither a block diffusion model nor a causal model"):
         opened(other)
     broken = tmp_path / "broken"
     shutil.copytree(baseline, broken)

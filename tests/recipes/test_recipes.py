@@ -117,7 +117,7 @@ def test_srun_starts_the_ranks_when_it_is_asked_for():
     assert launch == ["srun", *flags, "bash", "slurm/rank.sh", sys.executable]
     refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", LAUNCHER="mpirun")
     assert refused.returncode == 2
-    assert refused.stderr.strip() == "error: LAUNCHER=mpirun: take torchrun or srun"
+    assert refused.stderr.strip() == "error: LAUNCHER=mpirun: use torchrun or srun"
 
 
 @pytest.mark.parametrize(("word", "trusted"), [("1", True), ("true", True), ("0", False), ("false", False)])
@@ -159,7 +159,7 @@ def test_quickstart_refuses_an_unknown_argument():
     refused = run("quickstart.sh", "--frsh")
     assert refused.returncode == 2
     assert refused.stderr.strip() == (
-        "error: recipes/quickstart.sh takes --fresh or nothing, not '--frsh' (settings are at its top)"
+        "error: unknown argument '--frsh': recipes/quickstart.sh takes only --fresh (settings: top of the file)"
     )
 
 
