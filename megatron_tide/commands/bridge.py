@@ -62,4 +62,4 @@ def run(args: Args) -> None:
         fresh=args.fresh,
     )
     say(summary(bridge))
-    say(f"{args.out}: {'built' if built else 'done, skipped'}")
+    say(f"{args.out}: {'built' if built else 'already done, skipped'}")

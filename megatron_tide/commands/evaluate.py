@@ -42,7 +42,7 @@ class LikelihoodArgs:
     data: Path | None = flag(None, "Folder of prepared data that no model was trained on", metavar="DIR")
     teacher_context: str = flag(
         "staircase",
-        "What teachers attend to; staircase: the same as students",
+        "Attention mask of teachers; staircase: same as students",
         choices=ATTENTION_LAYOUTS,
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)

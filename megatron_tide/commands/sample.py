@@ -27,7 +27,7 @@ def run(args: Args) -> None:
 
     from megatron_tide.data.sources import write_sample
 
-    count, left_out = write_sample(args.data, args.out, args.limit)
+    count, skipped = write_sample(args.data, args.out, args.limit)
     say(f"wrote {count:,} conversations to {args.out}", file=sys.stderr)
-    for reason in left_out[:5]:
-        say(f"left out: {reason}", file=sys.stderr)
+    for reason in skipped[:5]:
+        say(f"skipped: {reason}", file=sys.stderr)

@@ -21,7 +21,7 @@ class Rates:
     gpu_tflops: float = flag(150.0, "TFLOP/s of a GPU in the teacher's matmuls", low=1e-6)
     cpu_tflops: float = flag(0.5, "TFLOP/s of a rank without GPU in the teacher's matmuls", low=1e-6)
     gather_gbs: float = flag(
-        20.0, "GB/s that a rank receives when layers are gathered (PCIe; NVLink: 10 times more)", low=1e-6
+        20.0, "GB/s that a rank receives when layers are gathered (default for PCIe; NVLink: 10 times more)", low=1e-6
     )
     pcie_gbs: float = flag(20.0, "GB/s from host memory to a GPU", low=1e-6)
     disk_gbs: float = flag(3.0, "GB/s that a node reads from its disk", low=1e-6)
