@@ -4,9 +4,9 @@
 #
 # A stage is one command, run once (recipes/stage.py): it is skipped when the same command has finished before, no stage
 # before it ran since, and the files it read are as they were. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
-# DRY_RUN=1 prints the commands instead. ONLY="sample bridge data" runs those stages and leaves the others out ("train"
-# stands for every train-*). LAUNCHER=srun starts the ranks with Slurm (slurm/job.sh sets it), in place of torchrun.
-# Ctrl-C, TERM and USR1 reach the stage under way, which saves what it has; the recipe then ends with status 130.
+# DRY_RUN=1 prints the commands instead. ONLY="sample bridge data" runs those stages and skips the others ("train"
+# means every train-*). LAUNCHER=srun starts the ranks with Slurm (slurm/job.sh sets it) instead of torchrun.
+# Ctrl-C, TERM and USR1 are forwarded to the running stage, which saves its state; the recipe then exits with status 130.
 
 set -euo pipefail
 unset CDPATH # CDPATH makes cd search other folders and print the result
