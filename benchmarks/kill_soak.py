@@ -1,9 +1,9 @@
-"""A small run that is killed again and again, and goes on each time as if nothing had been.
+"""A small run that is killed many times and must resume each time as if it had not been interrupted.
 
 One rank trains a tiny student with TIDE-Cross in fp32, a checkpoint every step. It is killed with SIGKILL at random
 moments: some anywhere in its life, some after it has taken a step, some while a checkpoint is being written. Started
-again with --resume auto, it must begin at the newest whole checkpoint, and its last weights must be those of a run that
-nobody touched, bit for bit. Each life is a process of its own, forked from one that has imported everything.
+again with --resume auto, it must begin at the newest complete checkpoint, and its final weights must equal those of an
+uninterrupted run, bit for bit. Each start is a separate process, forked from one that has imported everything.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The paper's eight benchmarks: settings of each, and the numbers it published.
 
 Settings are those of TIDE's evaluation (arXiv 2604.26951): blocks of 32, greedy decoding, one token per pass, no
-examples in the prompt but three for BBH. The paper names two tasks that only its own copy of lm-eval has; ``note`` says
-what stands in their place, and what else the paper leaves open.
+examples in the prompt but three for BBH. The paper names two tasks that only its own copy of lm-eval has; ``note``
+gives their replacement, and other points that the paper does not specify.
 """
 
 from __future__ import annotations

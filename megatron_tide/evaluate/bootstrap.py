@@ -1,4 +1,6 @@
-"""Confidence intervals of ratios by resampling samples: how far another draw of the same data could move a number."""
+"""Confidence intervals of ratios by resampling samples: how much a number would vary with another sample of the same
+data.
+"""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class AutoregressiveGenerator(Generator, HFLM):
 
 
 def _seed(*request: Any) -> int:
-    """A drawn answer's seed: a function of what is asked, and not of its place among the requests."""
+    """Random seed of an answer: depends on the request's content, not on its position in the list."""
     return int(hash_args("seed", request)[:8], 16)
 
 

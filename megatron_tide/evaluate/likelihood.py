@@ -281,7 +281,7 @@ def evaluate_likelihood(
 
 
 def _by_timestep(sums: LikelihoodSums, seed: int) -> list[dict[str, float]]:
-    """Bits per masked token and accuracy, with intervals, in ``BINS`` equal bins of t; an empty bin is left out."""
+    """Bits per masked token and accuracy, with intervals, in ``BINS`` equal bins of t; empty bins are omitted."""
     bin_nK = np.clip((sums.t * BINS).astype(int), 0, BINS - 1)
     rows = []
     for number in range(BINS):

@@ -56,7 +56,7 @@ def from_text(tokenizer: TextTokenizer, text: str, system: str | None = None) ->
 
 
 def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
-    """``prompt`` followed by a partial answer: in ``answer``, ``<mask:N>`` stands for N tokens to fill in.
+    """``prompt`` followed by a partial answer: in ``answer``, ``<mask:N>`` marks N tokens to fill in.
 
     A hole sees the text before it and the rest of its own block, like all text of a block model.
 

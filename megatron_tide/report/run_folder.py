@@ -1,4 +1,4 @@
-"""What a run folder holds. A file that is missing or damaged is named in ``notes``; it does not stop the rest.
+"""Read a run folder. Missing or corrupt files are listed in ``notes``; they do not stop the rest.
 
 A recipe's folder (``runs/NAME``) holds one subfolder per training run (metrics.jsonl, run.json) and, beside them,
 scores.json, completions.jsonl, the inference benchmark, a bridge, and the stamps of its stages. The folder of one
@@ -176,7 +176,7 @@ def read_run(folder: Path, label: str, alone: bool = True) -> Run:
 
 
 class _Reader:
-    """Reads the parts of one folder and keeps notes of what is missing or damaged."""
+    """Reads the parts of one folder and notes missing or corrupt files."""
 
     def __init__(self, folder: Path, label: str, alone: bool) -> None:
         self.folder, self.label = folder, label

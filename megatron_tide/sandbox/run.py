@@ -92,9 +92,9 @@ def run_programs(
 
 @contextlib.contextmanager
 def _worker(order: int, folder: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A sandbox worker and the read end of its result pipe; the worker is killed at the end, whatever happens."""
+    """A sandbox worker and the read end of its result pipe; the worker is always killed at the end."""
     result, writing = os.pipe()
-    # Shared libraries may lie where only this variable says; a fixed hash seed gives sets of strings one order.
+    # Shared libraries may be found only through this variable; a fixed hash seed gives sets of strings one order.
     kept = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
     environment = {**kept, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
     try:

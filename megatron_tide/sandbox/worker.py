@@ -198,7 +198,7 @@ def _filter(column: int, arch: int, me: int) -> list[bytes]:
         (OPENAT, [argument(2), one(_AND, WRITING), *among((0,))]),
         (IOCTL, [argument(1), *among(IOCTLS)]),
         (FCNTL, [argument(1), *among(FCNTLS)]),
-        # Asking for a limit has no new one; a null pointer is two halves of nought.
+        # A query of a limit passes no new one: a null pointer, two zero halves.
         (PRLIMIT, [argument(2), one(_EQUAL, 0, 1, 0), one(_RETURN, _REFUSE), argument(2, high=True), *among((0,))]),
         *((call, [argument(0), *among((me,))]) for call in (KILL, TKILL, TGKILL)),
     ]
