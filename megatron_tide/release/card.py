@@ -21,6 +21,35 @@ DENOISING_ONLY = "bd3lm"
 TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
 HEADING = "## Scores"
 PLACE = "## Parity"  # the section after the scores
+# What of a recorded run is published.
+_RUN_KEYS: tuple[str, ...] = (
+    "version",
+    "config",
+    "fingerprint",
+    "affects_loss",
+    "strategy",
+    "bridge_fingerprint",
+    "data_fingerprint",
+)
+_RUN_KEYS += ("model_folder", "total_steps")
+_DATA_KEYS: tuple[str, ...] = (
+    "format",
+    "student",
+    "teacher",
+    "bridge",
+    "sources",
+    "limit",
+    "shard_rows",
+    "counts",
+    "tokens",
+    "coverage",
+)
+_DATA_KEYS += ("fingerprint",)
+_LOCAL_KEYS = {"out", "resume", "teacher_nvme", "refused_example", "unreadable", "shards"}
+_HUB_KEYS = {"student", "teacher", "model_folder", "name", "path", "data", "validation"}  # may hold names of the hub
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", flags=re.A)
+_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken")
+_ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\"\\`<>]+")
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
 
@@ -34,14 +63,17 @@ def model_card(
     license_id: str,
 ) -> str:
     """README.md of a release called ``name``."""
+    name = name if _HUB_NAME.fullmatch(name) else public_name(name)
+    public = public_run(trained.run)
+    metrics = {key: value for key, value in trained.metrics.items() if isinstance(value, int | float)}
     sections = [
         _front_matter(trained, license_id),
         f"# {name}\n\n{_summary(trained, ids)}",
         _usage(name, family, ids),
         _method(trained),
-        _table("Settings of the run", _flat_settings(trained.run["config"])),
-        _data(trained),
-        _table("Metrics at the last logged step", trained.metrics or {"none": "this run kept no metrics.jsonl"}),
+        _table("Settings of the run", _flat_settings(public["config"])),
+        _table("Data", {key: value for key, value in public["data"].items() if value is not None}),
+        _table("Metrics at the last logged step", metrics or {"none": "this run kept no metrics.jsonl"}),
         f"{HEADING}\n\nNot measured yet: `python -m megatron_tide evaluate --card` writes scores here.",
         _table("Parity with the training weights", parity),
         _limits(license_id),
@@ -49,35 +81,44 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
+def check_card_text(**texts: str) -> None:
+    """ValueError for a name or licence that would break the card's front matter or its example."""
+    for what, text in texts.items():
+        if not _ONE_LINE.fullmatch(text):
+            raise ValueError(f"--{what} {text!r}: must be one line without quotes, backslashes and angle brackets")
+
+
 def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded run without local paths and without the list of its data shards."""
-    data = {key: value for key, value in run["data"].items() if key != "shards"}
-    return {key: _public(value) for key, value in {**run, "data": data}.items()}
+    """The recorded run by a list of its keys: without local paths, text of rows and the list of its data shards."""
+    kept = {key: run[key] for key in _RUN_KEYS if key in run}
+    return _public(kept | {"data": {key: run["data"][key] for key in _DATA_KEYS if key in run["data"]}})
 
 
-def public_name(value: str) -> str:
-    """The last part of a local path; a hub name, or text that is not a path, unchanged."""
-    if "/" not in value or any(character.isspace() for character in value):
+def public_name(value: str, may_be_on_hub: bool = True) -> str:
+    """The last part of a local path; a hub name, or text that is not a path, unchanged. One line."""
+    value = " ".join("".join(c if c.isprintable() else " " for c in value).split())
+    is_hub_name = _HUB_NAME.fullmatch(value) and not Path(value).exists() and not Path(value).parent.exists()
+    if may_be_on_hub and is_hub_name and not value.endswith(_FILES):
         return value
-    is_hub_name = value.count("/") == 1 and not value.startswith((".", "/", "~")) and not Path(value).exists()
-    return value if is_hub_name else Path(value).name
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
-def _public(value: Any) -> Any:
+def _public(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
-        return {key: _public(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_public(item) for item in value]
-    return public_name(value) if isinstance(value, str) else value
+        items = {str(name): item for name, item in value.items() if name not in _LOCAL_KEYS}
+        return {public_name(name, False): _public(item, name) for name, item in items.items()}
+    if isinstance(value, list | tuple):
+        return [_public(item, key) for item in value]
+    return public_name(value, key in _HUB_KEYS) if isinstance(value, str) else value
 
 
 def _front_matter(trained: TrainingCheckpoint, license_id: str) -> str:
     paths = trained.run["config"]["paths"]
-    bases = [name for key in ("student", "teacher") if "/" in (name := public_name(paths.get(key) or ""))]
+    bases = [name for key in ("student", "teacher") if _HUB_NAME.fullmatch(name := public_name(paths.get(key) or ""))]
     lines = ["---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation"]
     if bases:
         lines += ["base_model:", *(f"- {name}" for name in bases)]
-    strategy = trained.run["config"]["strategy"]["strategy"]
+    strategy = public_name(trained.run["config"]["strategy"]["strategy"], False)
     tags = [*TAGS, *(["distillation"] if strategy != DENOISING_ONLY else []), strategy]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join([*lines, "---"])
@@ -135,7 +176,7 @@ Blocks have {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of
 
 
 def _method(trained: TrainingCheckpoint) -> str:
-    run = trained.run
+    run = public_run(trained.run)
     rows = {
         **run["strategy"],
         "bridge fingerprint": run["bridge_fingerprint"] or "none (no teacher)",
@@ -144,11 +185,6 @@ def _method(trained: TrainingCheckpoint) -> str:
         "trained with": f"megatron_tide {run.get('version', megatron_tide.__version__)}",
     }
     return _table("How it was trained", rows)
-
-
-def _data(trained: TrainingCheckpoint) -> str:
-    manifest = public_run(trained.run)["data"]
-    return _table("Data", {key: value for key, value in manifest.items() if value is not None})
 
 
 def _flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +206,8 @@ def _cell(value: Any) -> str:
         return "; ".join(f"{key}: {_cell(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value) or "none"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return line.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _limits(license_id: str) -> str:
@@ -221,9 +258,10 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     if not has_card(folder):
         raise ValueError(f"{folder}: no model card to write scores into; the convert command creates one")
     text = card.read_text(encoding="utf-8")
-    lines = _kept(text, {(score.task, score.metric) for score in scores})
+    lines = _kept(text, {(_cell(score.task), _cell(score.metric)) for score in scores})
     lines += [
-        f"| {s.task} | {s.metric} | {s.value:.4g} | {s.low:.4g} to {s.high:.4g} | {s.count} | {_cell(s.how)} |"
+        f"| {_cell(s.task)} | {_cell(s.metric)} | {s.value:.4g} "
+        f"| {s.low:.4g} to {s.high:.4g} | {s.count} | {_cell(s.how)} |"
         for s in scores
     ]
     head = ["| task | metric | score | 95 % interval | samples | settings |", "|---|---|---|---|---|---|"]

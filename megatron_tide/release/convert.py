@@ -25,7 +25,7 @@ from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
 from megatron_tide.models.families import config_dict, family_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.release.card import model_card, public_run
+from megatron_tide.release.card import check_card_text, model_card, public_run
 from megatron_tide.release.parity import check_parity
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
 
@@ -81,6 +81,8 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
         OSError: the disk. In every case ``out`` is as it was.
     """
     out = Path(out)
+    name = options.name or out.resolve().name
+    check_card_text(name=name, license=options.license_id)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ValueError(f"{out}: exists and is not a folder; choose another name")
     if out.exists() and any(out.iterdir()) and not options.overwrite:
@@ -91,7 +93,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
     with RunLock(out.parent, f".{out.name}.lock"), AtomicFolder(out) as draft:
-        return _fill(draft, trained, options, options.name or out.name)
+        return _fill(draft, trained, options, name)
 
 
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:

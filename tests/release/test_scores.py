@@ -49,6 +49,15 @@ def test_scores_stand_once_and_the_rest_stays(tmp_path: Path) -> None:
     assert text.endswith(after)
 
 
+def test_a_score_is_one_row_whatever_its_task_is_called(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    for value in (0.25, 0.75):
+        write_scores(tmp_path, [score("my|task\n\n## Limits\r<img src=x>", value)])
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("my\\|task ## Limits &lt;img src=x>") == 1
+    assert text.count("\n## Limits\n") == 1
+
+
 def test_a_folder_without_a_card_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model card to write scores into"):
         write_scores(tmp_path, [score("mbpp", 0.5)])

@@ -1,0 +1,108 @@
+"""What of a run is published: no local path, no text of rows, one line per fact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tide.files import sha256_file
+from megatron_tide.release import Options, convert
+from megatron_tide.release.card import public_name
+from tests.support.lab import Lab, write_checkpoint
+
+convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])
+
+
+@pytest.fixture(autouse=True)
+def no_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "check_parity", lambda *_: {"logit_rows": 0, "greedy_tokens": 0})
+
+
+def change_run(checkpoint: Path, change: Any) -> None:
+    content = json.loads((checkpoint / "trainer.json").read_text())
+    change(content["run"])
+    (checkpoint / "trainer.json").write_text(json.dumps(content))
+    sums = json.loads((checkpoint / "checksums.json").read_text())
+    sums["trainer.json"] = sha256_file(checkpoint / "trainer.json")
+    (checkpoint / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_paths_and_rows_are_not_published(lab: Lab, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data, distilled=True)
+
+    def change(run: dict[str, Any]) -> None:
+        teacher, data = run["config"]["teacher"], run["data"]
+        teacher["teacher_nvme"] = "/mnt/private disk/secret-nvme"
+        teacher["teacher_deepspeed"] = "private/zero3.json"
+        run["config"]["save"]["resume"] = "/home/secret-user/step-00000001"
+        run["config"]["paths"]["data"] = "/home/secret user/my data"
+        run["affects_loss"]["student"] = "~/secret-user/student"
+        run["strategy"]["note"] = "first\n\n## Injected\r\nsecond\u2028third"
+        data["refused_example"] = "sources.jsonl, line 3: secret-row text"
+        data["sources"][0]["path"] = "C:\\Users\\secret-user\\rows.jsonl"
+        data["student"]["name"] = "/home/secret-user/a b/student"
+        data["counts"]["dropped"] = {"/home/secret-user/rows.jsonl\n# x": 3}
+        data["secret-key"] = run["secret-key"] = "secret-value"
+
+    change_run(checkpoint, change)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 3, "note": "secret-row", "loss/total": 1.5}) + "\n")
+    convert(checkpoint, tmp_path / "out", Options(dtype="float32"))
+    card, provenance = ((tmp_path / "out" / name).read_text() for name in ("README.md", "provenance.json"))
+    for word in ("secret", "private", "/home", "/mnt", str(tmp_path), "nvme"):
+        assert word not in card.lower(), word
+        assert word not in provenance.lower(), word
+    assert "\n## Injected" not in card
+    assert "first ## Injected second third" in card
+    assert "rows.jsonl" in provenance
+    assert "| loss/total | 1.5 |" in card
+    assert {line for line in card.splitlines() if line.startswith("#")} == {
+        "# out",
+        *(f"## {title}" for title in ("How to generate", "How it was trained", "Settings of the run", "Data")),
+        *(f"## {title}" for title in ("Metrics at the last logged step", "Scores", "Limits", "Licence", "Citation")),
+        "## Parity with the training weights",
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "x\n\n# y"},
+        {"name": 'x"); import os; ("'},
+        {"name": "x\\"},
+        {"name": "<script>"},
+        {"license_id": "mit\nbase_model: evil/model"},
+        {"license_id": ""},
+    ],
+)
+def test_a_name_or_licence_is_one_plain_line(lab: Lab, tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"--(name|license) ") as caught:
+        convert(tmp_path / "nowhere", tmp_path / "out", Options(**options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_given_as_a_path_is_its_last_part(lab: Lab, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    for name, shown in {"/home/me/models/my-model": "my-model", "me/my-model": "me/my-model"}.items():
+        convert(checkpoint, tmp_path / "out", Options(name=name, overwrite=True))
+        assert f"\n# {shown}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    expected = {
+        "org/model-1": "org/model-1",
+        "runs/model-1": "model-1",
+        "/home/me/my models/model 1/": "model 1",
+        "~/model": "model",
+        "../model": "model",
+        "a\nb": "a b",
+        "C:\\me\\model": "model",
+        "": "",
+    }
+    assert {name: public_name(name) for name in expected} == expected
+    assert public_name("org/model-1", may_be_on_hub=False) == "model-1"
