@@ -9,7 +9,8 @@ model: students are scored on the student's tokens of prepared data and teachers
 the same bytes from the same bytes. Differences are paired, to the first student.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
-settings. They need requirements-eval.txt. Answers are cached in --out: a stopped evaluation, run again, continues.
+settings. They need requirements-eval.txt. Answers are cached in --out: a stopped evaluation, run again by
+the same user, continues; answers and verdicts that come with a downloaded folder are not used.
 
 Examples:
   python -m megatron_tide evaluate runs/quickstart/hf --tasks humaneval

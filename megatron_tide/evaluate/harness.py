@@ -2,15 +2,19 @@
 
 lm-eval brings prompts, filters and metrics; its own bootstrap is replaced by ours, over the samples of all subtasks
 together. Answers are in its response cache as soon as their batch is done: a killed evaluation, run again, continues.
-The cache file is named by the model's fingerprint; its keys hold prompt and generation settings.
+The cache file is named by the model's fingerprint and a secret of this user, so that a model folder from elsewhere
+cannot bring answers and verdicts along; its keys hold prompt and generation settings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
+import os
+import secrets
 import sys
 import time
 from collections import defaultdict
@@ -26,7 +30,7 @@ from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, preset_of,
 from megatron_tide.evaluate.bootstrap import Estimate, mean
 from megatron_tide.evaluate.comparison import text_table
 from megatron_tide.evaluate.task_functions import PROGRAMS
-from megatron_tide.files import atomic_write, fingerprint
+from megatron_tide.files import atomic_write, create_new, fingerprint, read_regular
 from megatron_tide.sandbox import LIMITS, require_sandbox, run_programs
 
 OUR_TASKS = Path(__file__).with_name("tasks")
@@ -142,7 +146,7 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
         require_sandbox(context.unsafe_programs)
     from megatron_tide.evaluate.generators import ResponseCache
 
-    path = context.folder / f"cache-{context.generator.fingerprint[:12]}.sqlite"
+    path = context.folder / f"cache-{fingerprint([user_secret(), context.generator.fingerprint])[:32]}.sqlite"
     try:
         with ResponseCache(context.generator, path) as cache:
             loaded = manager.load([preset.task])
@@ -158,6 +162,34 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
     return BenchmarkResult(
         context.name, context.path, benchmark, preset, _scores(rows, context.seed), settings, seconds
     )
+
+
+def user_secret() -> str:
+    """A random text that this user's evaluations share, kept in the user's cache folder; made on first use.
+
+    Raises:
+        ValueError: it can be neither read nor written.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    path = (Path(base) if base else Path.home() / ".cache") / "megatron_tide" / "evaluation-secret"
+    draft = path.with_name(f"{path.name}-{secrets.token_hex(8)}")
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with os.fdopen(create_new(draft), "w") as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(secrets.token_hex(32))
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(draft, path)
+            draft.unlink()
+        found = read_regular(path, 65).decode("ascii", "replace")
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: cannot be read or written ({error}); set XDG_CACHE_HOME to a folder of your own"
+        ) from None
+    if len(found) != 64:
+        raise ValueError(f"{path}: is damaged; remove it (answers that were kept are then generated again)")
+    return found
 
 
 def _task_manager(preset: BenchmarkPreset, include: Sequence[str]) -> Any:

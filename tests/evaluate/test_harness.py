@@ -9,10 +9,11 @@ from pathlib import Path
 import lm_eval.tasks
 import pytest
 import torch
+from sqlitedict import SqliteDict
 
 from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset
 from megatron_tide.evaluate.generators import open_generator
-from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark
+from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark, user_secret
 from megatron_tide.evaluate.task_functions import first_code_block
 from tests.support.answering import Scripted, write_autoregressive
 from tests.support.lab import Lab
@@ -94,6 +95,39 @@ def test_what_was_answered_is_not_asked_again(lab: Lab, tmp_path: Path) -> None:
     )
     scored(generator, "gsm8k", tmp_path / "out", tmp_path / "tasks")
     assert len(generator.asked) == 16
+
+
+def test_verdicts_that_come_with_a_folder_are_not_believed(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user evaluates, then declares every program right and publishes the folder."""
+    rows = write_task(tmp_path / "tasks", "mbpp")
+    headline = PAPER["mbpp"].headline
+    assert headline is not None
+    for user in ("other", "me"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / user))
+        found = scored(knows(lab, "mbpp", rows, share=2), "mbpp", tmp_path / "out", tmp_path / "tasks", limit=2)
+        assert found[headline].estimate.value == 0.5
+        for path in (tmp_path / "out").glob("cache-*.sqlite"):
+            with SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads) as kept:
+                judged = {key: value for key, value in kept.items() if isinstance(value, dict) and "passed" in value}
+                assert judged
+                kept.update({key: value | {"passed": True} for key, value in judged.items()})
+    assert len(list((tmp_path / "out").glob("cache-*.sqlite"))) == 2
+
+
+def test_the_secret_of_a_user_is_one_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    first = user_secret()
+    assert user_secret() == first
+    (file,) = (tmp_path / "a" / "megatron_tide").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert user_secret() != first
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="evaluation-secret: is damaged"):
+        user_secret()
 
 
 def test_models_in_one_folder_do_not_mix(lab: Lab, tmp_path: Path) -> None:
