@@ -101,10 +101,11 @@ def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0) 
     """Prompts of prepared data's student half, evenly spaced; the recorded response is the reference.
 
     Raises:
-        ValueError: when the data was prepared with another tokenizer.
+        ValueError: when the data was prepared with another tokenizer or chat template.
     """
     if data.manifest["student"]["fingerprint"] != tokenizer.fingerprint:
         raise ValueError(f"{data.folder}: prepared with another tokenizer than {tokenizer.name}; use that one's model")
+    data.check_template("student", tokenizer.template_fingerprint)
     count = min(limit, len(data)) if limit > 0 else len(data)
     prompts = []
     for index in np.arange(count) * len(data) // count:

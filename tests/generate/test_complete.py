@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_a_chat_ends_with_its_input(model: Any, tokenizer: TextTokenizer) -> Non
     assert chat(model, tokenizer, ask=ask, out=io.StringIO()) == (0, 0.0)
 
 
-def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer) -> None:
+def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     data = PreparedData.open(lab.data)
     for prompt in from_prepared(data, tokenizer, limit=5):
         number = int(prompt.reference.split()[0].removeprefix("value_"))
@@ -149,6 +150,10 @@ def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: Te
         assert response(number).startswith(prompt.reference)
     with pytest.raises(ValueError, match="another tokenizer"):
         from_prepared(data, load_tokenizer(lab.teacher))
+    shutil.copytree(lab.student, tmp_path / "reworded")
+    (tmp_path / "reworded" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="prompts rendered with student chat template"):
+        from_prepared(data, load_tokenizer(tmp_path / "reworded"))
 
 
 def test_jsonl(tmp_path: Path, tokenizer: TextTokenizer) -> None:
