@@ -253,7 +253,7 @@ def test_an_existing_folder_is_kept_unless_told(checkpoint: Path, tmp_path: Path
 @pytest.mark.usefixtures("no_gate")
 def test_two_conversions_to_one_folder_do_not_mix(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "hf"
-    with RunLock(tmp_path, ".hf.lock"), pytest.raises(ValueError, match="works in it"):
+    with RunLock(tmp_path, ".hf.lock"), pytest.raises(ValueError, match="in use by"):
         convert(checkpoint, out, Options())
     assert list(tmp_path.iterdir()) == []
     convert(checkpoint, out, Options())
