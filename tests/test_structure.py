@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "megatron_tide"
 # Each may import what stands before it, and itself.
 ORDER = [
+    "bounds",
     "files",
     "hub",
     "tables",

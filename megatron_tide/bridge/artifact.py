@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from megatron_tide.bounds import MOST_IDS
 from megatron_tide.bridge.align import TEXTS_AT_ONCE, align_batch, align_ends, common_prefix
 from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
@@ -129,6 +130,9 @@ class Bridge:
             raise ValueError(f"{folder}: no bridge here ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the bridge is corrupt ({type(error).__name__}: {error}); {hint}") from error
+        sizes = [manifest["shared_prefix"], *(manifest[side]["vocab_size"] for side in _SIDES)]
+        if not all(type(size) is int and 0 <= size <= MOST_IDS for size in sizes) or sizes[0] > min(sizes):
+            raise ValueError(f"{folder}: shared_prefix {sizes[0]} of vocabularies of {sizes[1:]} ids cannot be; {hint}")
         if not intact:
             raise ValueError(f"{folder}: the bridge's checksums do not match its content; {hint}")
         return cls(manifest, student_ids, teacher_ids)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import sentencepiece
 import tokenizers
 
+from megatron_tide.bounds import check_id
 from megatron_tide.bridge.byte_table import METASPACE, byte_level_bytes, metaspace_bytes
 
 # <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
@@ -59,6 +60,8 @@ class FastCodec:
         self._prompt.no_padding()
         spec = json.loads(self._prompt.to_str())
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        for token, index in vocabulary.items():
+            check_id("its vocabulary", token, index)
         self.strings: list[str | None] = [None] * (max(vocabulary.values(), default=-1) + 1)
         for token, index in vocabulary.items():
             self.strings[index] = token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_tide.bounds import check_id
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
@@ -130,12 +132,33 @@ def _load_folder(folder: Path, request: _LoadRequest) -> TextTokenizer:
 def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
     from transformers import AutoTokenizer
 
+    _check_ids(folder, request.name)
     with _reading(request.name), _quiet():
         raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=request.trust_remote_code)
     if getattr(raw, "backend_tokenizer", None) is None:
         raise ValueError(f"{request.name}: no fast tokenizer; save its tokenizer.json with transformers first")
     kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
     return _wrap_hugging_face(folder, tuple(dict.fromkeys(kept)), raw, request)
+
+
+def _check_ids(folder: Path, name: str) -> None:
+    """Refuse an id that no vocabulary has: the libraries take memory for all ids below it, and only then answer."""
+    for file in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+        try:
+            content = json.loads((folder / file).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue  # missing, or for the libraries to refuse
+        if file == "tokenizer.json":
+            model = content.get("model") if isinstance(content, dict) else None
+            found = model.get("vocab") if isinstance(model, dict) else None
+            ids = dict(found) if isinstance(found, dict) else {}
+            added = content.get("added_tokens") if isinstance(content, dict) else None
+            listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+            pairs = [*ids.items(), *((str(token.get("content")), token.get("id")) for token in listed)]
+        else:
+            pairs = [*content.items()] if isinstance(content, dict) else []
+        for token, index in pairs:
+            check_id(name, token, index)
 
 
 def _load_tiktoken(file: Path, request: _LoadRequest) -> TextTokenizer:
@@ -165,6 +188,8 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     files = [model, *(file for file in beside if file.exists())]
     config = read_json(model.parent / _CONFIG, "restore the file") if model.parent / _CONFIG in files else {}
     added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
+    for token, index in added.items():
+        check_id(request.name, token, index)
     roles = {
         role.removesuffix("_token"): token["content"] if isinstance(token, Mapping) else token
         for role, token in config.items()

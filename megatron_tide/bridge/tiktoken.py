@@ -18,6 +18,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from megatron_tide.bounds import TOKEN_BYTES, check_id
 from megatron_tide.bridge.byte_table import byte_level_string
 
 SETTINGS_SUFFIX = ".json"
@@ -80,6 +81,10 @@ def _read_ranks(content: bytes, file: Path) -> dict[bytes, int]:
             raise ValueError(
                 f"{file}: line {number} is not a base64 token with its rank; download the file again"
             ) from error
+    for token, index in ranks.items():
+        check_id(str(file), repr(token[:20]), index)
+        if len(token) > TOKEN_BYTES:
+            raise ValueError(f"{file}: a token of {len(token)} bytes, more than {TOKEN_BYTES}; fetch the file again")
     if len(set(ranks.values())) < len(ranks):
         raise ValueError(f"{file}: two tokens have the same rank (truncated file?); download the file again")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]

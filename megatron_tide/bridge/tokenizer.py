@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tide.bounds import check_id
 from megatron_tide.bridge.byte_table import ByteTable
 from megatron_tide.bridge.codecs import Codec
 
@@ -259,6 +260,7 @@ class TextTokenizer:
         return (self._table.of(int(ids[0])) or b"")[:1] == b" "
 
     def _unused(self, index: int) -> int:
+        check_id(self.name, "of the mask", index)
         if index < len(self._table) and self.is_ordinary()[index]:
             raise ValueError(
                 f"{self.name}: id {index} is a text token, so it cannot be the mask; give another id or a token"

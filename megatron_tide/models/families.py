@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from megatron_tide.bounds import check_config
 from megatron_tide.files import read_json
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
 from megatron_tide.models.causal import Qwen3ForCausalLM
@@ -217,6 +218,7 @@ def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Fami
     if as_student and family.trains_as:
         family = FAMILIES[family.trains_as]
     try:
+        check_config(values)
         return family, family.read_config(values)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
