@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ use_own_ninja()
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE = tempfile.mkdtemp(prefix="tide-tests-")  # nothing of a test's goes to the user's own ~/.cache
+os.environ["XDG_CACHE_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 EXTENSIONS = Path(__file__).resolve().parents[1] / ".venv" / "torch_extensions"
 if EXTENSIONS.is_dir():  # where set-up compiled DeepSpeed's ops
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
