@@ -147,6 +147,7 @@ def test_a_second_training_run_is_refused(chain, tmp_path):
         )
         assert finished.returncode == cli.EXIT_USER_ERROR
         assert "in use by another run" in finished.stderr.splitlines()[-1]
+        assert "; stop that run or wait for it" in finished.stderr.splitlines()[-1]
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
     finally:
         process.kill()

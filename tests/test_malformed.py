@@ -176,7 +176,7 @@ CASES = {
     "checkpoint: state of another kind": (
         CONVERT,
         checkpoint_file(STATE, b'{"state": {}}'),
-        f"{STATE}: is not a checkpoint",
+        f"{STATE}: not a checkpoint description",
     ),
     # models and tokenizers
     "model: config is no JSON": (

@@ -62,9 +62,9 @@ CPU = {"stage": 3, "offload_param": {"device": "cpu"}}
         ("pipeline_2", {"pipeline": {"stages": "2"}}, "pipeline.stages is '2'; it must be the number of ranks"),
         (None, {"pipeline": 2}, "pipeline is 2; it must be an object"),
         (None, {"pipeline": {"stages": 1}, "zero_optimization": CPU}, "cannot use ZeRO stage 2 or 3"),
-        ("pipeline_2", {"zero_optimization": CPU}, "describes zero3_cpu, not --teacher-hosting pipeline_2: give one"),
-        ("pipeline_2", {"pipeline": {"stages": 1}}, "describes pipeline_1, not --teacher-hosting pipeline_2: give one"),
-        ("replicated", {"zero_optimization": CPU}, "describes zero3_cpu, not --teacher-hosting replicated: give one"),
+        ("pipeline_2", {"zero_optimization": CPU}, "describes zero3_cpu, not --teacher-hosting pipeline_2; use one"),
+        ("pipeline_2", {"pipeline": {"stages": 1}}, "describes pipeline_1, not --teacher-hosting pipeline_2; use one"),
+        ("replicated", {"zero_optimization": CPU}, "describes zero3_cpu, not --teacher-hosting replicated; use one"),
     ],
 )
 def test_deepspeed_json_of_the_teacher(chain, capsys, tmp_path, hosting, content, said):
