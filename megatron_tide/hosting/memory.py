@@ -38,8 +38,8 @@ from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
 from megatron_tide.models.head import LOGIT_BYTES
 from megatron_tide.models.layer_specs import layer_specs_of
+from megatron_tide.optimizer import FP32
 
-FP32 = 4  # bytes
 LOAD_STUDENT, LOAD_TEACHER, FORWARD, BACKWARD, REDUCE, UPDATE, CHECKPOINT = PHASES = (
     "student loading",
     "teacher loading",

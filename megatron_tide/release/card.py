@@ -94,9 +94,14 @@ def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
     return _public(kept | {"data": {key: run["data"][key] for key in _DATA_KEYS if key in run["data"]}})
 
 
+def _one_line(text: str) -> str:
+    """``text`` with a single space for each run of spaces, line ends and other characters that do not print."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def public_name(value: str, may_be_on_hub: bool = True) -> str:
     """The last part of a local path; a hub name, or text that is not a path, unchanged. One line."""
-    value = " ".join("".join(c if c.isprintable() else " " for c in value).split())
+    value = _one_line(value)
     is_hub_name = _HUB_NAME.fullmatch(value) and not Path(value).exists() and not Path(value).parent.exists()
     if may_be_on_hub and is_hub_name and not value.endswith(_FILES):
         return value
@@ -206,8 +211,7 @@ def _cell(value: Any) -> str:
         return "; ".join(f"{key}: {_cell(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value) or "none"
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    return line.replace("|", "\\|").replace("<", "&lt;")
+    return _one_line(str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _limits(license_id: str) -> str:
