@@ -55,6 +55,13 @@ def named(table: Mapping[str, Value], name: str, what: str) -> Value:
     return table[name]
 
 
+CORPUS_SPLITS = Table(
+    {
+        "function": Choice("equal and near-equal bodies stay together", "data.corpus:by_function"),
+        "file": Choice("the functions of a file stay together", "data.corpus:by_file"),
+    }
+)
+
 NOISE_SCHEDULES = Table(
     {"linear": Choice("mask each token with probability t (published)", "diffusion.noise_schedule:LINEAR")}
 )

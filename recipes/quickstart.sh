@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The complete pipeline on this machine's CPU, on real data, from scratch: about 15 minutes on 2 cores, under 6 GiB.
 #
-#   corpus      docstring -> code pairs of this machine's own Python standard library, split by file
+#   corpus      docstring -> code pairs of this machine's own Python standard library, split by function
 #   tokenizers  SentencePiece unigram for the teacher, byte-level BPE for the student, trained on the train split
 #   models      a small llada2_moe teacher pretrained on all of the train split, a small BD3LM student on a tenth of it
 #   chain       bridge -> aligned data -> distillation with TIDE-Cross -> Hugging Face folder   (as in the large recipes)

@@ -1,10 +1,15 @@
 """A corpus that every machine has: docstring -> code pairs of the running interpreter's own standard library.
 
-    files of the library -> functions and methods with a docstring and a body -> chat messages -> splits by file
+    files of the library -> functions and methods with a docstring and a body -> chat messages -> splits
 
 The user's message is the ``def`` lines and the docstring as in the source, after one line of instruction;
-the assistant's is the rest of the body, dedented. A file's pairs all go to one split, so that nothing of a test file
-was seen in training. Rows are sorted by a hash of their id, so any prefix of a file is a random sample of it.
+the assistant's is the rest of the body, dedented. Rows are sorted by a hash of their id, so any prefix of a file is a
+random sample of it.
+
+The splits are by function, because the teacher knows the library and a student of a tenth does not: that difference is
+what distillation can pass on. Equal and near-equal bodies (``near_duplicates``) are in one split, and more than
+``_LARGEST_GROUP`` of them in train, so that no phrase makes up a held-out split. By file, nothing of a test file was
+seen in training, and the teacher knows hardly more of it than the student.
 """
 
 from __future__ import annotations
@@ -16,18 +21,21 @@ import platform
 import textwrap
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.choices import CORPUS_SPLITS
+from megatron_tide.data import near_duplicates
 from megatron_tide.files import atomic_write, sha256_file, write_json
 
 SPLITS = ("train", "validation", "test")
 TENTH = "train_tenth"
 MANIFEST = "manifest.json"
 _HELD_OUT = 0.05  # the share of all pairs that validation and test each get
-_OVERSHOOT = 1.1  # a file that would push a held-out split above this multiple of its share goes to train
+_OVERSHOOT = 1.1  # a group that would push a held-out split above this multiple of its share goes to train
+_LARGEST_GROUP = 4
 _SHORT = 80  # characters of code below which equal code is a common phrase rather than a copy
 _FOREIGN = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _TESTS = frozenset({"test", "tests", "idle_test"})  # assertions, not implementations of a docstring
@@ -72,35 +80,70 @@ def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
     return pairs, left_out
 
 
-def split_by_file(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    """Assign complete files to the splits in the order of a hash of their paths: test, then validation, then train."""
-    sizes = Counter(pair.file for pair in pairs)
+@dataclass(frozen=True)
+class Groups:
+    """``of``: for each pair the name of its group; a group is in one split. ``about``: for the manifest."""
+
+    of: list[str]
+    about: dict[str, Any]
+
+
+def by_file(pairs: Sequence[Pair]) -> Groups:
+    """A group is a file's pairs."""
+    return Groups([pair.file for pair in pairs], {"why": "nothing of a test file was seen in training"})
+
+
+def by_function(pairs: Sequence[Pair]) -> Groups:
+    """A group is a function with those of near-equal bodies; large groups have no name, which keeps them in train."""
+    places = sorted(range(len(pairs)), key=lambda place: pairs[place].id)
+    found = near_duplicates.near_duplicates([pairs[place].body for place in places])
+    sizes, groups = Counter(found), [""] * len(pairs)
+    for place, first in zip(places, found):
+        groups[place] = pairs[places[first]].id if sizes[first] <= _LARGEST_GROUP else ""
+    about = {
+        "why": "the teacher knows the library and a student trained on a tenth does not, so there is something to pass "
+        "on; equal and near-equal bodies are in one split",
+        "similar": near_duplicates.SIMILAR,
+        "shingle_tokens": near_duplicates.SHINGLE,
+        "renamed_from_tokens": near_duplicates.RENAMED,
+        "largest_held_out_group": _LARGEST_GROUP,
+        "groups": len(sizes),
+        "pairs_in_train_for_their_group": groups.count(""),
+    }
+    return Groups(groups, about)
+
+
+def split(pairs: list[Pair], groups: Groups) -> dict[str, list[Pair]]:
+    """Assign whole groups to the splits in the order of a hash of their names: test, then validation, then train."""
+    sizes = Counter(groups.of)
     share = _HELD_OUT * len(pairs)
-    split_of: dict[str, str] = {}
+    split_of: dict[str, str] = {"": "train"}
     filled = dict.fromkeys(SPLITS, 0)
-    for file in sorted(sizes, key=_hash):
+    for group in sorted(sizes.keys() - {""}, key=_hash):
         fits = (name for name in ("test", "validation") if filled[name] < share)
-        name = next((name for name in fits if filled[name] + sizes[file] <= _OVERSHOOT * share), "train")
-        split_of[file] = name
-        filled[name] += sizes[file]
+        name = next((name for name in fits if filled[name] + sizes[group] <= _OVERSHOOT * share), "train")
+        split_of[group] = name
+        filled[name] += sizes[group]
     splits: dict[str, list[Pair]] = {name: [] for name in SPLITS}
-    for pair in sorted(pairs, key=lambda pair: _hash(pair.id)):
-        splits[split_of[pair.file]].append(pair)
+    for group, pair in sorted(zip(groups.of, pairs), key=lambda both: _hash(both[1].id)):
+        splits[split_of[group]].append(pair)
     return splits
 
 
-def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, Any]:
+def write_corpus(out: Path, library: Path, by: str = "function", fresh: bool = False) -> dict[str, Any]:
     """Write the corpus of ``library`` to the folder ``out`` and return its manifest. An existing corpus is kept.
 
-    ValueError when ``out`` contains the corpus of another interpreter, or a modified one, unless ``fresh``.
+    ``by``: what a split keeps together, a name of ``CORPUS_SPLITS``. ValueError when ``out`` contains the corpus of
+    another interpreter or split otherwise, or a modified one, unless ``fresh``.
     """
     manifest_path = out / MANIFEST
     if manifest_path.exists() and not fresh:
-        return _existing(manifest_path)
+        return _existing(manifest_path, by)
     pairs, left_out = collect(library)
     if not pairs:
         raise ValueError(f"{library}: no function with a docstring found; this Python has no standard library sources")
-    splits = split_by_file(pairs)
+    groups = CORPUS_SPLITS[by](pairs)
+    splits = split(pairs, groups)
     splits[TENTH] = splits["train"][: -(-len(splits["train"]) // 10)]
     out.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -113,21 +156,29 @@ def write_corpus(out: Path, library: Path, fresh: bool = False) -> dict[str, Any
             "body_bytes": sum(len(pair.body.encode()) for pair in members),
             "sha256": sha256_file(path),
         }
-    manifest = {"python": platform.python_version(), "pairs": len(pairs), "left_out": left_out, "files": files}
+    manifest = {
+        "python": platform.python_version(),
+        "split": {"by": by, **groups.about},
+        "pairs": len(pairs),
+        "left_out": left_out,
+        "files": files,
+    }
     write_json(manifest_path, manifest)
     return manifest
 
 
-def _existing(path: Path) -> dict[str, Any]:
+def _existing(path: Path, by: str) -> dict[str, Any]:
     hint = "pass --fresh to write it again, or use another --out"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        python, files = manifest["python"], manifest["files"]
+        python, files, was = manifest["python"], manifest["files"], manifest.get("split", {"by": "file"})["by"]
         changed = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the manifest of a corpus; {hint}") from None
     if python != platform.python_version():
         raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {hint}")
+    if was != by:
+        raise ValueError(f"{path}: a corpus split by {was}, not by {by}; {hint}")
     if changed:
         raise ValueError(f"{path.with_name(changed[0])}: missing or changed since it was written; {hint}")
     return dict(manifest)

@@ -25,6 +25,7 @@ from megatron_tide.tables import read_rows
 METRICS, STAMPS = "metrics.jsonl", ".stages"
 DISTILL, EVALUATE, GENERATE = (f"{PROGRAM} {command}" for command in ("distill", "evaluate", "generate --json"))
 INFERENCE, INFERENCE_COMMAND = "inference_benchmark.json", f"{PROGRAM} inference-benchmark"
+CORPUS, CORPUS_COMMAND = "corpus/manifest.json", f"{PROGRAM} corpus"
 ENDS = 0.2  # the start and the end of a run: this share of its log lines
 BITS = "bits_per_masked_token"
 LARGEST = 1e300  # beyond it nothing can be drawn
@@ -119,13 +120,18 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A folder given to the report. ``prefix``: for names beside other runs. ``notes``: what is missing, by section."""
+    """A folder given to the report.
+
+    ``prefix``: for names beside other runs. ``split``: how its corpus was split and why, or empty. ``notes``: what is
+    missing, by section.
+    """
 
     folder: Path
     label: str
     prefix: str
     trainings: list[TrainingRun]
     scores: Scores | None
+    split: str
     completions: list[dict[str, Any]]
     inference: dict[str, Any] | None
     stages: pd.DataFrame
@@ -162,6 +168,7 @@ def read_run(folder: Path, label: str, alone: bool = True) -> Run:
         prefix=reader.prefix,
         trainings=reader.trainings(),
         scores=reader.part("scores", "scores.json", EVALUATE, reader.scores),
+        split=reader.split(),
         completions=reader.part("completions", "completions.jsonl", GENERATE, reader.completions) or [],
         inference=reader.part("inference", INFERENCE, INFERENCE_COMMAND, _inference),
         stages=reader.stages(),
@@ -251,6 +258,11 @@ class _Reader:
             for row in self.rows("completions", path)
         ]
 
+    def split(self) -> str:
+        if not (self.folder / CORPUS).is_file():  # another recipe's data
+            return ""
+        return self.part("scores", CORPUS, CORPUS_COMMAND, _split) or ""
+
     def scores(self, path: Path) -> Scores:
         content = read_json(path)
         models, benchmarks = content.get("models", []), content.get("benchmarks", [])
@@ -308,6 +320,11 @@ def _description(run: dict[str, Any]) -> dict[str, Any]:
         "base_model": str(run.get("model_folder", "")),
         "data": str(run.get("data_fingerprint", "")),
     }
+
+
+def _split(path: Path) -> str:
+    split = read_json(path)["split"]
+    return textwrap.shorten(visible(f"split by {split['by']}: {split['why']}"), 300)
 
 
 def _timesteps(bins: list[dict[str, float]]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The docstring -> code corpus: large enough, exact, split by file, the same every time."""
+"""The docstring -> code corpus: large enough, exact, split by function or by file, the same every time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import json
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from megatron_tide.data.corpus import Pair, collect, split_by_file, write_corpus
+from megatron_tide.data.corpus import Pair, by_file, by_function, collect, split, write_corpus
+from megatron_tide.data.near_duplicates import SIMILAR, code_tokens, shingles
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 MODULE = '''\
@@ -45,6 +47,11 @@ def pairs() -> list[Pair]:
     return collect(LIBRARY)[0]
 
 
+@pytest.fixture(scope="module")
+def splits(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    return split(pairs, by_function(pairs))
+
+
 def test_the_library_gives_over_5000_pairs_that_are_code(pairs: list[Pair]) -> None:
     assert len(pairs) > 5000
     assert len({pair.id for pair in pairs}) == len(pairs)
@@ -53,25 +60,33 @@ def test_the_library_gives_over_5000_pairs_that_are_code(pairs: list[Pair]) -> N
         assert '"' in pair.instruction or "'" in pair.instruction  # the docstring stands in it
 
 
-def test_no_file_is_in_two_splits_and_the_held_out_ones_have_their_share(pairs: list[Pair]) -> None:
-    splits = split_by_file(pairs)
-    files = {name: {pair.file for pair in members} for name, members in splits.items()}
-    assert not files["train"] & files["validation"]
-    assert not files["train"] & files["test"]
-    assert not files["validation"] & files["test"]
+@pytest.mark.parametrize("by", [by_file, by_function])
+def test_held_out_splits_have_their_share_and_do_not_depend_on_the_order_of_the_pairs(pairs: list[Pair], by) -> None:
+    splits = split(pairs, by(pairs))
     assert sum(map(len, splits.values())) == len(pairs)
     for name in ("validation", "test"):
         assert 0.045 < len(splits[name]) / len(pairs) < 0.06
+    assert split(pairs[::-1], by(pairs[::-1])) == splits
 
 
-def test_long_code_is_in_one_split_only(pairs: list[Pair]) -> None:
-    splits = split_by_file(pairs)
-    code = {name: {pair.body for pair in members if len(pair.body) >= 80} for name, members in splits.items()}
-    assert not code["train"] & (code["test"] | code["validation"])
+def test_by_file_no_file_is_in_two_splits(pairs: list[Pair]) -> None:
+    files = {name: {pair.file for pair in members} for name, members in split(pairs, by_file(pairs)).items()}
+    assert not files["train"] & files["validation"]
+    assert not files["train"] & files["test"]
+    assert not files["validation"] & files["test"]
 
 
-def test_splits_do_not_depend_on_the_order_of_the_pairs(pairs: list[Pair]) -> None:
-    assert split_by_file(pairs[::-1]) == split_by_file(pairs)
+def test_by_function_no_body_is_equal_or_nearly_one_of_another_split(splits: dict[str, list[Pair]]) -> None:
+    """Pair by pair, where the split itself looks near-equal ones up in an index."""
+    seen: dict[str, str] = {}
+    for name, members in splits.items():
+        for pair in members:
+            assert seen.setdefault(" ".join(pair.body.split()), name) == name, pair.id
+    found = {name: [shingles(code_tokens(pair.body)) for pair in members] for name, members in splits.items()}
+    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        for mine in found[one]:
+            near = (theirs for theirs in found[other] if SIMILAR * len(mine) <= len(theirs) <= len(mine) / SIMILAR)
+            assert all(len(mine & theirs) < SIMILAR * len(mine | theirs) for theirs in near)
 
 
 def test_source_is_taken_exactly_and_dedented(tmp_path: Path) -> None:
@@ -102,9 +117,61 @@ def test_copied_code_counts_once_and_short_code_once_an_instruction(tmp_path: Pa
     assert left_out["duplicate"] == 2
 
 
-def _library(folder: Path) -> Path:
+LONG = """\
+total = {start}
+for {item} in self.{source}:
+    if {item}.size > limit:  # {remark}
+        total += {item}.size * {factor}
+return total
+"""
+PLANTED = {
+    "equal": LONG.format(start=0, item="item", source="items", factor=2, remark="large"),
+    "another layout": LONG.format(start=0, item="item", source="items", factor=2, remark="big").replace("    ", "  "),
+    "other literals": LONG.format(start=1.5, item="item", source="items", factor=300, remark="large"),
+    "other names": LONG.format(start=0, item="entry", source="entries", factor=2, remark="large"),
+    "a statement more": "check(self)\n" + LONG.format(start=0, item="item", source="items", factor=2, remark="large"),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_an_equal_and_a_near_equal_body_are_in_one_split(tmp_path: Path, what: str) -> None:
+    """Whatever the name of the function, which decides its split: with each of many names, the copy is beside it."""
+    library = _library(tmp_path)
+    template = 'def {}(self, limit):\n    """Sum {}."""\n{}\n'
+    found = set()
     for number in range(60):
-        body = "".join(f'def f{n}(x):\n    """Add {n}."""\n    return x + {n} + {number}\n' for n in range(5))
+        bodies = (PLANTED["equal"], PLANTED[what])
+        copies = [template.format(f"sum_{number}", n, textwrap.indent(body, "    ")) for n, body in enumerate(bodies)]
+        (library / "planted_a.py").write_text(copies[0])
+        (library / "planted_b.py").write_text(copies[1])
+        pairs = collect(library)[0]
+        splits = split(pairs, by_function(pairs))
+        where = [name for name, members in splits.items() for pair in members if pair.file.startswith("planted")]
+        assert len(where) == (1 if what == "equal" else 2)  # an equal long body counts once
+        assert len(set(where)) == 1
+        found |= set(where)
+    assert found == {"train", "validation", "test"}
+
+
+def test_short_equal_bodies_are_in_one_split_and_a_common_phrase_in_train(tmp_path: Path) -> None:
+    library = _library(tmp_path)
+    for copies, where in ((2, {"train", "validation", "test"}), (9, {"train"})):
+        found = set()
+        for number in range(60):
+            functions = (f'def f_{number}(a{n}):\n    """Nothing."""\n    pass\n' for n in range(copies))
+            (library / "planted.py").write_text("".join(functions))
+            pairs = collect(library)[0]
+            splits = split(pairs, by_function(pairs))
+            names = {name for name, members in splits.items() for pair in members if pair.file == "planted.py"}
+            assert len(names) == 1
+            found |= names
+        assert found == where
+
+
+def _library(folder: Path) -> Path:
+    for number in range(20):
+        names = [f"sum_{number}_{n}" for n in range(5)]
+        body = "".join(f'def f(x):\n    """Add {n}."""\n    {n} = x + 1\n    return {n}\n' for n in names)
         (folder / f"module_{number}.py").write_text(body)
     return folder
 
@@ -131,10 +198,16 @@ def test_a_finished_corpus_is_kept_and_a_damaged_one_refused(tmp_path: Path) -> 
     manifest = write_corpus(out, library)
     (library / "module_0.py").unlink()
     assert write_corpus(out, library) == manifest
+    with pytest.raises(ValueError, match=r"split by function, not by file; pass --fresh"):
+        write_corpus(out, library, by="file")
     assert write_corpus(out, library, fresh=True) != manifest
     with (out / "train.jsonl").open("a") as file:
         file.write("\n")
     with pytest.raises(ValueError, match=r"train\.jsonl: missing or changed.*--fresh"):
+        write_corpus(out, library)
+    old = {key: value for key, value in write_corpus(out, library, fresh=True).items() if key != "split"}
+    (out / "manifest.json").write_text(json.dumps(old))
+    with pytest.raises(ValueError, match=r"split by file, not by function; pass --fresh"):
         write_corpus(out, library)
     (out / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="not the manifest of a corpus"):
