@@ -152,11 +152,14 @@ TEACHER_HOSTINGS = Table(
 class StrategySpec:
     """The parts of one strategy, by name; flags of the run override single parts.
 
-    ``chunk_tidal`` and ``distribution_tidal``: what TIDAL does to each objective (``--tidal`` replaces both).
+    ``denoise`` and ``next_token``: the student's own losses (``diffusion.StudentLayout``). ``chunk_tidal`` and
+    ``distribution_tidal``: what TIDAL does to each objective (``--tidal`` replaces both).
     ``where_vocabularies_differ``: the spec used instead if the two tokenizers differ.
     """
 
     meaning: str
+    denoise: bool = True
+    next_token: bool = False
     chunk: str = "none"
     distribution: str = "none"
     chunk_tidal: str = "off"
@@ -164,9 +167,18 @@ class StrategySpec:
     compdemo: bool = False
     where_vocabularies_differ: StrategySpec | None = None
 
+    @property
+    def distils(self) -> bool:
+        """Whether it has an objective that needs a teacher."""
+        return (self.chunk, self.distribution) != ("none", "none")
+
 
 STRATEGIES: dict[str, StrategySpec] = {
     "bd3lm": StrategySpec(meaning="denoising only, no teacher: the baseline"),
+    "ar": StrategySpec(meaning="next token only, causal attention, no teacher", denoise=False, next_token=True),
+    "joint": StrategySpec(
+        meaning="denoising of [xt ; x0] with a causal x0 that also predicts the next token, no teacher", next_token=True
+    ),
     "calm": StrategySpec(meaning="CALM: forward likelihood matching of chunks", chunk="calm"),
     "tide-cross": StrategySpec(meaning="the paper's TIDE-Cross: Reverse CALM", chunk="reverse_calm"),
     "tide-shared": StrategySpec(

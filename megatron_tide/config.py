@@ -52,12 +52,12 @@ class PathsConfig:
     student: str = flag("", "Model to train: folder in hub format, or hub name", metavar="DIR")
     teacher: str = flag(
         "",
-        "Frozen teacher: folder in hub format, or hub name; not needed for --strategy bd3lm",
+        "Frozen teacher: folder in hub format, or hub name; only for strategies that distil",
         metavar="DIR",
         affects_loss=False,
     )
     bridge: str = flag(
-        "", "Folder made by the bridge command; not needed for --strategy bd3lm", metavar="DIR", affects_loss=False
+        "", "Folder made by the bridge command; only for strategies that distil", metavar="DIR", affects_loss=False
     )
     data: str = flag("", "Training data: folder made by the prepare command", metavar="DIR", affects_loss=False)
     validation: str = flag(
@@ -119,6 +119,19 @@ class StrategyConfig:
     )
     noise_schedule: str = flag(
         "linear", f"Masking rate as a function of the timestep t. {NOISE_SCHEDULES}", choices=NOISE_SCHEDULES
+    )
+    pretraining: str = flag(
+        "",
+        "Strategies without a teacher to train with first, each for a share of the steps, e.g. ar:0.4,joint:0.4; "
+        "--strategy is for the rest",
+        metavar="NAME:SHARE,...",
+    )
+    score_prompt: bool = flag(False, "Score the tokens of prompts too in the next-token loss (strategies ar and joint)")
+    block_growth: str = flag(
+        "",
+        "Block sizes of the student to train with first, each for a share of the steps, e.g. 8:0.5,16:0.25; that of "
+        "the data is for the rest",
+        metavar="SIZE:SHARE,...",
     )
     masking: str = flag(
         "expand",
@@ -259,7 +272,8 @@ class DistillConfig:
         Raises:
             ValueError: one line naming the flags.
         """
-        needed = ["student", "data", "out"] + ([] if self.strategy.strategy == "bd3lm" else ["teacher", "bridge"])
+        distils = STRATEGIES[self.strategy.strategy].distils
+        needed = ["student", "data", "out", *(["teacher", "bridge"] if distils else [])]
         missing = [name for name in needed if not getattr(self.paths, name)]
         if missing:
             raise ValueError(

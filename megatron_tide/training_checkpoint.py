@@ -168,6 +168,7 @@ class TrainingCheckpoint:
             ValueError: when the base model describes other parameters.
         """
         model = models.load_model(self.base_model, dtype, device=device, as_student=True)
+        model.config.block_size = self.run["data"]["student"]["block"]
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name in sorted(self.names()):

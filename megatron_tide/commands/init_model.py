@@ -21,6 +21,9 @@ from megatron_tide.cli import flag, say
 class Args:
     config: Path = flag(..., "Model configuration in the form of a hub folder's config.json", metavar="JSON")
     tokenizer: str = flag(..., "Tokenizer: folder or hub name", metavar="DIR")
+    block_size: int | None = flag(
+        None, "Number of tokens denoised together", shown="that of --config, else the model type's", low=1
+    )
     seed: int = flag(..., "Random seed for the weights")
     out: Path = flag(..., "Folder to write the model to", metavar="DIR")
     fresh: bool = flag(False, "Replace a model that is already in --out")
@@ -29,5 +32,5 @@ class Args:
 def run(args: Args) -> None:
     from megatron_tide.models.init_model import init_model
 
-    count = init_model(args.config, args.tokenizer, args.seed, args.out, args.fresh)
+    count = init_model(args.config, args.tokenizer, args.seed, args.out, args.fresh, args.block_size)
     say(f"{args.out}: {count / 1e6:.3f} M parameters, seed {args.seed}")

@@ -20,6 +20,8 @@ from megatron_tide.cli import flag, say
 # On a cluster a job may use fewer cores than the machine has.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+BLOCK = 32  # published
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -32,8 +34,13 @@ class Args:
         512, "Maximum length of the student's sequence, in tokens; longer responses are cut at a chunk boundary"
     )
     teacher_length: int = flag(1024, "Maximum length of the teacher's sequence, in tokens")
-    student_block: int = flag(32, "Block size of the student; responses are padded with EOS to a multiple of it")
-    teacher_block: int = flag(32, "Block size of the teacher, in the same way")
+    student_block: int | None = flag(
+        None,
+        "Block size that the student is trained with; responses are padded with EOS to a multiple of it",
+        shown=f"that of --student's config.json, else {BLOCK}",
+        low=1,
+    )
+    teacher_block: int = flag(BLOCK, "Block size of the teacher, in the same way", low=1)
     student_mask: str | None = flag(
         None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
     )
@@ -74,10 +81,12 @@ def run(args: Args) -> None:
 def _encoder(args: Args) -> Any:
     from megatron_tide.bridge import Bridge, load_tokenizer
     from megatron_tide.data.encode import Encoder, TokenizerSettings
+    from megatron_tide.hub import stated_block_size
 
     trust = args.trust_remote_code
     student = load_tokenizer(args.student, mask_token=args.student_mask, trust_remote_code=trust)
-    side = TokenizerSettings(tokenizer=student, length=args.student_length, block=args.student_block)
+    block = args.student_block or stated_block_size(args.student) or BLOCK
+    side = TokenizerSettings(tokenizer=student, length=args.student_length, block=block)
     if args.teacher is None or args.bridge is None:
         return Encoder(student=side)
     teacher = load_tokenizer(args.teacher, mask_token=args.teacher_mask, trust_remote_code=trust)

@@ -11,7 +11,7 @@ from megatron_tide.choices import ATTENTION_LAYOUTS, MASKINGS, NOISE_SCHEDULES
 from megatron_tide.diffusion.attention import BlockDiffusionMask, staircase_mask
 from megatron_tide.diffusion.compdemo import CompDemo
 from megatron_tide.diffusion.inputs import DistillBatch, TeacherLayout, build_inputs
-from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput
+from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput, StudentLayout
 from megatron_tide.diffusion.masking import ChunkMasking, Masking, Noise, TokenExpandedMasking, noise
 from megatron_tide.diffusion.noise_schedule import NoiseSchedule
 
@@ -28,6 +28,7 @@ __all__ = [
     "ModelInput",
     "Noise",
     "NoiseSchedule",
+    "StudentLayout",
     "TeacherLayout",
     "TokenExpandedMasking",
     "build_inputs",

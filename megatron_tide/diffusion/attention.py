@@ -14,10 +14,10 @@ from megatron_tide.diffusion.tensor_dataclass import TensorDataclass
 class BlockDiffusionMask(TensorDataclass):
     """Attention of a batch of N sequences of length L.
 
-    block int32 [N, L]: the block of each position. noised bool [N, L]: True in the xt copy of [xt ; x0], False in x0
-    and in layouts with one copy. valid bool [N, L]: False for padding. A noised query sees its own noised block
-    and the clean blocks before it; a clean query sees the clean blocks up to its own. Padding is visible to
-    only itself, so that no softmax is empty.
+    block int32 [N, L]: the block of each position, as any number that grows along the text; positions of a causal copy
+    are blocks of one token. noised bool [N, L]: True in the xt copy of [xt ; x0], False in x0 and in layouts with one
+    copy. valid bool [N, L]: False for padding. A noised query sees its own noised block and the clean blocks before it;
+    a clean query sees the clean blocks up to its own. Padding is visible to only itself, so that no softmax is empty.
     """
 
     block: torch.Tensor

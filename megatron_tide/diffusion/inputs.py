@@ -1,7 +1,7 @@
 """A noised batch in the form the training step needs: two model inputs, and indices of the scored positions.
 
-Shapes: B samples, S / T positions of student / teacher, M student rows, R teacher rows, K active chunks, P pairs, N
-noise levels.
+Shapes: B samples, S / T positions of student / teacher, M masked student rows, Q next-token rows, R teacher rows, K
+active chunks, P pairs, N noise levels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_tide.diffusion.compdemo import CompDemo
-from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput, staircase
+from megatron_tide.diffusion.layouts import BLOCKS, AttentionLayout, ModelInput, StudentLayout
 from megatron_tide.diffusion.masking import Noise, response
 from megatron_tide.diffusion.tensor_dataclass import TensorDataclass
 
@@ -34,14 +34,16 @@ class TeacherLayout:
 class DistillBatch(TensorDataclass):
     """One noised micro-batch, ready for both models; every index is int64 and was computed on the CPU.
 
-    rate, inverse_weight float32 [N]: of each noise level (see ``Noise``). student: the staircase input whose rows are
-    all masked student tokens, in (sample, position) order; student_targets [M] their tokens, student_level [M] their
-    noise, student_chunk [M] the active chunk each belongs to, or -1.
+    rate, inverse_weight float32 [N]: of each noise level (see ``Noise``). student: the input whose first rows are all
+    masked student tokens, in (sample, position) order; student_targets [M] their tokens, student_level [M] their
+    noise, student_chunk [M] the active chunk each belongs to, or -1. Its other rows, next_targets [Q], are those of the
+    next-token loss (``StudentLayout``).
     teacher (None without one): its rows are the scored tokens of the active chunks, in (sample, position) order;
     teacher_targets [R], teacher_chunk [R]. An active chunk is masked completely on both sides; chunk_level [K]: its
     noise. Pairs are the active chunks of exactly one scored token on each side: pair_student_index [P] into M,
     pair_teacher_index [P] into R, pair_chunk [P] into K. maskable: number of maskable student tokens of the
-    micro-batch; tokens: number of all its student tokens, without padding. Without a teacher K = R = P = 0.
+    micro-batch, 0 if nothing is denoised; tokens: number of all its student tokens, without padding. Without a teacher
+    K = R = P = 0.
     """
 
     rate: torch.Tensor
@@ -50,6 +52,7 @@ class DistillBatch(TensorDataclass):
     student_targets: torch.Tensor
     student_level: torch.Tensor
     student_chunk: torch.Tensor
+    next_targets: torch.Tensor
     teacher: ModelInput | None
     teacher_targets: torch.Tensor
     teacher_chunk: torch.Tensor
@@ -62,9 +65,15 @@ class DistillBatch(TensorDataclass):
 
 
 def build_inputs(
-    batch: Batch, noise: Noise, *, student_block: int, student_mask_id: int, teacher: TeacherLayout | None
+    batch: Batch,
+    noise: Noise,
+    *,
+    student_block: int,
+    student_mask_id: int,
+    teacher: TeacherLayout | None,
+    student: StudentLayout = BLOCKS,
 ) -> DistillBatch:
-    """Lay out ``batch`` under ``noise`` for the student (always the staircase) and, if given, for the teacher.
+    """Lay out ``batch`` under ``noise`` for the student and, if given, for the teacher.
 
     Raises ValueError for a teacher and data that was prepared without one.
     """
@@ -74,9 +83,16 @@ def build_inputs(
     chunk_level_K = noise.chunk_level[active_BC]
     chunk_id_BC = torch.where(active_BC, active_BC.flatten().cumsum(0).view_as(active_BC) - 1, -1)
 
-    sample_M, position_M = noise.student_masked.nonzero(as_tuple=True)
-    student = staircase(
-        batch.student, noise.student_masked, sample_M, position_M, block=student_block, mask_id=student_mask_id
+    masked_BS = student.masked(noise.student_masked)
+    sample_M, position_M = masked_BS.nonzero(as_tuple=True)
+    sample_Q, position_Q = student.next_tokens(batch.student).nonzero(as_tuple=True)
+    student_input = student.input(
+        batch.student,
+        masked_BS,
+        (sample_M, position_M),
+        (sample_Q, position_Q),
+        block=student_block,
+        mask_id=student_mask_id,
     )
     student_chunk_M = _active(batch.student, chunk_id_BC)[sample_M, position_M]
     teacher_input, targets_R, teacher_chunk_R = _teacher_input(batch, noise, chunk_id_BC, teacher)
@@ -84,10 +100,11 @@ def build_inputs(
     return DistillBatch(
         rate=noise.rate.float(),
         inverse_weight=noise.inverse_weight.float(),
-        student=student,
+        student=student_input,
         student_targets=batch.student.ids[sample_M, position_M],
         student_level=noise.student_level[sample_M, position_M],
         student_chunk=student_chunk_M,
+        next_targets=batch.student.ids[sample_Q, position_Q],
         teacher=teacher_input,
         teacher_targets=targets_R,
         teacher_chunk=teacher_chunk_R,
@@ -95,7 +112,7 @@ def build_inputs(
         pair_student_index=pair_student_P,
         pair_teacher_index=pair_teacher_P,
         pair_chunk=pair_chunk_P,
-        maskable=int(response(batch.student).sum()),
+        maskable=int(response(batch.student).sum()) * student.denoise,
         tokens=int(batch.student.length.sum()),
     )
 

@@ -24,7 +24,8 @@ class ModelInput(TensorDataclass):
     """One forward: input_ids and position_ids int64 [N, L], the attention mask, and rows int64 [M].
 
     rows: indices into the flattened N * L positions whose predictions are scored, in order. There is no
-    right shift: the output at a row predicts that row's token. Padding positions contain an arbitrary token id.
+    right shift: the output at a row predicts that row's token, except for the next-token rows of ``StudentLayout``.
+    Padding positions contain an arbitrary token id.
     """
 
     input_ids: Tensor
@@ -66,20 +67,75 @@ def block_causal(
 def staircase(
     tokens: Tokens, masked: Tensor, sample: Tensor, position: Tensor, *, block: int, mask_id: int
 ) -> ModelInput:
-    """Two copies [xt ; x0]: a noised block attends to itself and the clean blocks before it.
+    """Two copies [xt ; x0]: a noised block attends to itself and the clean blocks before it. Rows are in xt."""
+    none = sample[:0]
+    return BLOCKS.input(tokens, masked, (sample, position), (none, none), block=block, mask_id=mask_id)
 
-    Each sample is packed to what its rows depend on: of xt the blocks from the first one that holds a response token,
-    of x0 all blocks except the last, to which no xt block attends. Rows are in xt.
+
+@dataclass(frozen=True, kw_only=True)
+class StudentLayout:
+    """The student's input [xt ; x0]: what of it there is, and what is scored.
+
+    ``denoise``: the noised copy xt, whose masked tokens are scored at their own rows. ``next_token``: x0 attends token
+    by token instead of by block, and its rows are scored on the next token; xt blocks then read these causal states of
+    the blocks before them. Without ``denoise`` it is a plain causal language model. ``score_prompt``: whether tokens
+    of the prompt are scored as next tokens.
     """
-    start_N = tokens.prompt // block * block
-    noised_N = tokens.length - start_N
-    clean_N = (tokens.length - 1) // block * block
-    total_N = noised_N + clean_N
-    longest = -(-int(total_N.max()) // block) * block  # full blocks: fewer different shapes
-    place_L = torch.arange(longest)
-    valid_NL = place_L < total_N[:, None]
-    noised_NL = place_L < noised_N[:, None]
-    source_NL = torch.where(noised_NL, place_L + start_N[:, None], place_L - noised_N[:, None]).where(valid_NL, 0)
-    ids_NL = tokens.ids.gather(1, source_NL).masked_fill(noised_NL & masked.gather(1, source_NL), mask_id)
-    attention = BlockDiffusionMask((source_NL // block).int(), noised_NL, valid_NL)
-    return ModelInput(ids_NL, source_NL, attention, sample * longest + position - start_N[sample])
+
+    denoise: bool = True
+    next_token: bool = False
+    score_prompt: bool = False
+
+    def masked(self, masked_NS: Tensor) -> Tensor:
+        """bool [N, S]: the masks that the input has: none without xt."""
+        return masked_NS & self.denoise
+
+    def next_tokens(self, tokens: Tokens) -> Tensor:
+        """bool [N, S]: the tokens to predict from those before them: the response's and its first end of text.
+
+        The EOS after the first only fill the last block: a causal model never gets to see them.
+        """
+        position_S = torch.arange(tokens.ids.shape[1])
+        first_N = torch.zeros_like(tokens.prompt) if self.score_prompt else tokens.prompt
+        inside_NS = (position_S >= first_N.clamp(min=1)[:, None]) & (position_S <= tokens.content_end[:, None])
+        return inside_NS & self.next_token
+
+    def input(
+        self,
+        tokens: Tokens,
+        masked: Tensor,
+        denoised: tuple[Tensor, Tensor],
+        predicted: tuple[Tensor, Tensor],
+        *,
+        block: int,
+        mask_id: int,
+    ) -> ModelInput:
+        """Rows are the tokens ``denoised``, in xt, then those ``predicted``, each at the position before it in x0.
+
+        Both are given by (sample, position), int64 [M] and [Q]. Each sample is packed to what its rows depend on: of xt
+        the blocks from the first one that holds a response token, of x0 all blocks except the last, to which no xt
+        block attends, or up to the last token that a next one is predicted from.
+        """
+        start_N = tokens.prompt // block * block
+        noised_N = (tokens.length - start_N) * self.denoise
+        clean_N = (tokens.length - 1) // block * block * self.denoise
+        if self.next_token:
+            clean_N = clean_N.maximum(tokens.content_end)
+        total_N = noised_N + clean_N
+        longest = -(-int(total_N.max()) // block) * block  # full blocks: fewer different shapes
+        place_L = torch.arange(longest)
+        valid_NL = place_L < total_N[:, None]
+        noised_NL = place_L < noised_N[:, None]
+        source_NL = torch.where(noised_NL, place_L + start_N[:, None], place_L - noised_N[:, None]).where(valid_NL, 0)
+        ids_NL = tokens.ids.gather(1, source_NL).masked_fill(noised_NL & masked.gather(1, source_NL), mask_id)
+        block_NL = source_NL // block * block  # by its first token, so that a causal x0 counts in the same unit
+        if self.next_token:
+            block_NL = torch.where(noised_NL, block_NL, source_NL)
+        (sample_M, position_M), (sample_Q, position_Q) = denoised, predicted
+        row_M = sample_M * longest + position_M - start_N[sample_M]
+        row_Q = sample_Q * longest + noised_N[sample_Q] + position_Q - 1
+        attention = BlockDiffusionMask(block_NL.int(), noised_NL, valid_NL)
+        return ModelInput(ids_NL, source_NL, attention, torch.cat([row_M, row_Q]))
+
+
+BLOCKS = StudentLayout()  # published

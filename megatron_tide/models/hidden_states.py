@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def masked_hidden_states(model: Any, inputs: ModelInput) -> Tensor:
-    """The rows ``inputs.rows`` of the model's normed hidden states: [M, H], in their order; differentiable.
+    """The rows ``inputs.rows`` of the model's normed hidden states, one each, in their order; differentiable.
 
     ``inputs``: ids and positions [N, L], an attention mask, and flat indices into N * L. Attention is a bool
     mask on CPU (whose flex_attention has no backward pass) and a FlexAttention block mask on CUDA.

@@ -25,8 +25,9 @@ def complete_config(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[st
     return {**config, **ids, "vocab_size": size}
 
 
-def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool) -> int:
-    """Write the folder ``out``, complete or not at all; -> the number of parameters.
+def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool, block_size: int | None = None) -> int:
+    """Write the folder ``out``, complete or not at all; -> the number of parameters. ``block_size``: replaces the
+    config's.
 
     Raises:
         ValueError: ``out`` holds something else, or the config is no model's.
@@ -37,7 +38,8 @@ def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool) 
         if not fresh:
             raise ValueError(f"{out}: already contains a model; pass --fresh to replace it")
     loaded = load_tokenizer(tokenizer)
-    model = fresh_model(complete_config(read_json(config), loaded), seed)
+    block = {} if block_size is None else {"block_size": block_size}
+    model = fresh_model(complete_config(read_json(config), loaded) | block, seed)
     with AtomicFolder(out) as draft:
         write_folder(model, draft)
         loaded.save(draft)

@@ -1,4 +1,4 @@
-"""Log-probs -> loss: denoising, chunk objectives, distribution objectives, TIDAL, and the strategies made of them.
+"""Log-probs -> loss: denoising, next token, chunks, distributions, TIDAL, and the strategies made of them.
 
 ``chunk`` compares one number per chunk, for any tokenizers; ``distribution`` compares full distributions where a chunk
 is one token on both sides; ``tidal`` gives the strength; ``table`` combines them by name; a training step
@@ -10,6 +10,7 @@ from megatron_tide.choices import CHUNK_OBJECTIVES, DISTRIBUTION_OBJECTIVES, STR
 from megatron_tide.objectives.chunk import chunk_loss
 from megatron_tide.objectives.denoise import denoise_loss
 from megatron_tide.objectives.distribution import VocabMap
+from megatron_tide.objectives.next_token import next_token_loss
 from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
 from megatron_tide.objectives.strategy import Strategy
 from megatron_tide.objectives.table import build_strategy
@@ -28,6 +29,7 @@ __all__ = [
     "build_strategy",
     "chunk_loss",
     "denoise_loss",
+    "next_token_loss",
     "tidal_kl",
     "tidal_strength",
 ]

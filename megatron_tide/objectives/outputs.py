@@ -1,7 +1,7 @@
 """Inputs of an objective: the teacher's outputs, the student's scores, and the counts that means divide by.
 
-Shape legend: M masked student rows, R scored teacher tokens, K active chunks, P one-to-one chunks ("pairs"), V
-vocabulary, H hidden.
+Shape legend: M masked student rows, Q next-token rows, R scored teacher tokens, K active chunks, P one-to-one chunks
+("pairs"), V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ class TeacherOutputs:
 
 @dataclass(frozen=True)
 class StudentScores:
-    """``target_logprobs`` [M] of the student's masked tokens; ``divergence`` [P] per pair (T^2 included) or None."""
+    """``target_logprobs`` [M] of the student's masked tokens; ``next_logprobs`` [Q] of the next tokens; ``divergence``
+    [P] per pair (T^2 included) or None.
+    """
 
     target_logprobs: Tensor
+    next_logprobs: Tensor
     divergence: Tensor | None
 
 
@@ -41,9 +44,10 @@ class Counts:
     A loss is a local sum over a global count: the curve does not depend on how a batch is spread over ranks.
 
     ``maskable``: response tokens that could have been masked. ``chunks``: active chunks. ``pairs``: active one-to-one
-    chunks.
+    chunks. ``next_tokens``: tokens scored as next tokens.
     """
 
     maskable: float
     chunks: float
     pairs: float
+    next_tokens: float = 0.0

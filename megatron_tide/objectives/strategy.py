@@ -2,11 +2,11 @@
 (``table.build_strategy``).
 
 A training step uses three methods, in order: ``strength`` (TIDAL's lambda per noise level), ``score`` (the student's
-head on its masked positions: one number per position, never [B, S, V]) and ``loss`` (a local sum over global counts).
+head on its scored positions: one number per position, never [B, S, V]) and ``loss`` (a local sum over global counts).
 None of them synchronises with the device.
 
-Shapes: N noise levels (see ``diffusion.masking.Noise``), M masked student rows, R scored teacher tokens, K active
-chunks, P pairs (one-to-one chunks), V vocabulary, H hidden.
+Shapes: N noise levels (see ``diffusion.masking.Noise``), M masked student rows, Q next-token rows, R scored teacher
+tokens, K active chunks, P pairs (one-to-one chunks), V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSchedule
+from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSchedule, StudentLayout
 from megatron_tide.models.head import score_rows, target_logprobs
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
 from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
@@ -77,13 +77,14 @@ class DistributionTerm:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """A distillation loss with its settings.
+    """A distillation loss with its settings, and the student's own losses (``student``).
 
     ``chunk`` scores chunks by their target tokens, ``rows`` compares full distributions on pairs. With both, each
     active chunk is counted once: pairs use the distribution term, the others the chunk term.
     """
 
     name: str
+    student: StudentLayout
     chunk: ChunkTerm | None
     rows: DistributionTerm | None
     curve: TidalCurve
@@ -107,6 +108,12 @@ class Strategy:
     def needs_teacher(self) -> bool:
         return self.needs_target_logprobs or self.needs_hidden
 
+    @property
+    def losses(self) -> list[str]:
+        """Names of the losses to log: the total and its parts, without those of the student's own that it has not."""
+        own = {"denoise": self.student.denoise, "next_token": self.student.next_token}
+        return ["total", *(name for name, computed in own.items() if computed), "distill"]
+
     def describe(self) -> dict[str, Any]:
         """What was built, in plain values: for run.json and the model card."""
         return dict(self.provenance)
@@ -117,30 +124,31 @@ class Strategy:
 
     def score(
         self,
-        hidden_MH: Tensor,
+        hidden_LH: Tensor,
         head_weight_VH: Tensor,
         batch: DistillBatch,
         teacher: TeacherOutputs,
         strength_N: Tensor,
         slice_rows: int | None = None,
     ) -> StudentScores:
-        """Run the student's head once over its masked rows; pairs get their divergence in the same pass.
+        """Run the student's head once over its L = M + Q rows; pairs get their divergence in the same pass.
 
         ``slice_rows``: number of rows of logits at once; None: chosen by the head.
         """
+        targets_L = torch.cat([batch.student_targets, batch.next_targets])
         if self.rows is None:
-            return StudentScores(target_logprobs(hidden_MH, head_weight_VH, batch.student_targets, slice_rows), None)
-        pairs_P, others_Q = batch.pair_student_index, _complement(batch.pair_student_index, hidden_MH.shape[0])
-        assert teacher.hidden is not None
-        pair_args = (batch.student_targets[pairs_P], teacher.hidden, strength_N[batch.chunk_level[batch.pair_chunk]])
-        pair_fn = _PairScores(self.rows, teacher)
-        pair_logprobs_P, divergence_P = score_rows(pair_fn, hidden_MH[pairs_P], head_weight_VH, pair_args, slice_rows)
-        other_logprobs_Q = target_logprobs(
-            hidden_MH[others_Q], head_weight_VH, batch.student_targets[others_Q], slice_rows
-        )
-        order_M = torch.cat([pairs_P, others_Q])
-        targets_M = torch.cat([pair_logprobs_P, other_logprobs_Q])
-        return StudentScores(torch.zeros_like(targets_M).index_copy(0, order_M, targets_M), divergence_P)
+            logprobs_L, divergence_P = target_logprobs(hidden_LH, head_weight_VH, targets_L, slice_rows), None
+        else:
+            pairs_P, others_O = batch.pair_student_index, _complement(batch.pair_student_index, hidden_LH.shape[0])
+            assert teacher.hidden is not None
+            pair_args = targets_L[pairs_P], teacher.hidden, strength_N[batch.chunk_level[batch.pair_chunk]]
+            pair_fn = _PairScores(self.rows, teacher)
+            of_pairs_P, divergence_P = score_rows(pair_fn, hidden_LH[pairs_P], head_weight_VH, pair_args, slice_rows)
+            of_others_O = target_logprobs(hidden_LH[others_O], head_weight_VH, targets_L[others_O], slice_rows)
+            logprobs_L = torch.cat([of_pairs_P, of_others_O])
+            logprobs_L = torch.zeros_like(logprobs_L).index_copy(0, torch.cat([pairs_P, others_O]), logprobs_L)
+        logprobs_M, next_logprobs_Q = logprobs_L.split([len(batch.student_targets), len(batch.next_targets)])
+        return StudentScores(logprobs_M, next_logprobs_Q, divergence_P)
 
     def loss(
         self, scores: StudentScores, teacher: TeacherOutputs, batch: DistillBatch, strength_N: Tensor, counts: Counts

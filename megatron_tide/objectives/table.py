@@ -21,7 +21,7 @@ from megatron_tide.choices import (
     or_none,
 )
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import CompDemo
+from megatron_tide.diffusion import CompDemo, StudentLayout
 from megatron_tide.objectives.distribution import VocabMap
 from megatron_tide.objectives.strategy import ChunkTerm, DistributionTerm, Strategy, TidalCurve
 
@@ -46,6 +46,10 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     if chunk is None and rows is None:
         _check_nothing_distilled(config)
         compdemo = False
+    elif not spec.denoise:
+        raise ValueError(
+            f"strategy {config.strategy!r} masks nothing, so there is nothing to distil; remove the objective"
+        )
     split = CompDemo(
         ratio=config.compdemo_ratio,
         exact=COMPDEMO_SPLITS[config.compdemo_split],
@@ -58,6 +62,9 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     _warn(chunk_term, row_term, split if compdemo else None, bridge)
     return Strategy(
         name=config.strategy,
+        student=StudentLayout(
+            denoise=spec.denoise, next_token=spec.next_token, score_prompt=spec.next_token and config.score_prompt
+        ),
         chunk=chunk_term,
         rows=row_term,
         curve=TidalCurve(
@@ -90,7 +97,7 @@ def _check_nothing_distilled(config: StrategyConfig) -> None:
     """Without an objective, a flag that would change one is a mistake, and so is a strategy with all its objectives
     removed."""
     spec = STRATEGIES[config.strategy]
-    if (spec.chunk, spec.distribution) != ("none", "none"):
+    if spec.distils:
         raise ValueError(f"strategy {config.strategy!r} has no objective left; use strategy bd3lm for none")
     idle = {"tidal": config.tidal not in (None, "off"), "tidal_midrange": config.tidal_midrange}
     for switch, is_on in (idle | {"compdemo": bool(config.compdemo)}).items():

@@ -17,7 +17,6 @@ from megatron_tide.models.families import Family
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
 
 PAPER = "https://arxiv.org/abs/2604.26951"
-DENOISING_ONLY = "bd3lm"
 TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
 HEADING = "## Scores"
 PLACE = "## Parity"  # the section after the scores
@@ -28,6 +27,7 @@ _RUN_KEYS: tuple[str, ...] = (
     "fingerprint",
     "affects_loss",
     "strategy",
+    "phases",
     "bridge_fingerprint",
     "data_fingerprint",
 )
@@ -124,9 +124,14 @@ def _front_matter(trained: TrainingCheckpoint, license_id: str) -> str:
     if bases:
         lines += ["base_model:", *(f"- {name}" for name in bases)]
     strategy = public_name(trained.run["config"]["strategy"]["strategy"], False)
-    tags = [*TAGS, *(["distillation"] if strategy != DENOISING_ONLY else []), strategy]
+    tags = [*TAGS, *(["distillation"] if _distils(trained) else []), strategy]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join([*lines, "---"])
+
+
+def _distils(trained: TrainingCheckpoint) -> bool:
+    built = trained.run["strategy"]
+    return {built["chunk_objective"], built["distribution_objective"]} != {"none"}
 
 
 def _summary(trained: TrainingCheckpoint, ids: GenerationIds) -> str:
@@ -137,7 +142,7 @@ def _summary(trained: TrainingCheckpoint, ids: GenerationIds) -> str:
         f"several tokens of a block at a time, the most confident ones first.\n\n"
         f"- Base model (student): `{student}`\n"
     )
-    if strategy != DENOISING_ONLY:
+    if _distils(trained):
         text += f"- Teacher: `{teacher}`\n- Method: distillation with `{strategy}` ([TIDE]({PAPER}))\n"
     else:
         text += "- Method: masked denoising on data, without a teacher\n"

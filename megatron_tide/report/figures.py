@@ -21,6 +21,7 @@ Looks = Mapping[str, Mapping[str, Any]]
 LOSSES = {  # name in the logs -> (title, unit)
     "loss/total": ("total loss", "nats per maskable token"),
     "loss/denoise": ("denoising", "nats per maskable token"),
+    "loss/next_token": ("next token", "nats per token"),
     "loss/distill": ("distillation", "nats per chunk, weighted"),
     "distill/chunk": ("chunk objective, unweighted", "nats per chunk"),
     "distill/kl": ("distribution objective, unweighted", "nats per pair, times T²"),

@@ -16,6 +16,7 @@ from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher
 from megatron_tide.hosting.plan import check_plan
+from megatron_tide.hub import stated_block_size
 from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.train import checkpoint
@@ -39,12 +40,10 @@ def build(
     if backend is None:
         check_plan(config, inputs.strategy, inputs.data.stats, world)
     model = load_model(config.paths.student, as_student=True).train()
-    block = inputs.data.manifest["student"]["block"]
-    if model.config.block_size != block:
-        raise ValueError(
-            f"{inputs.data.folder}: prepared for blocks of {block} tokens, but {config.paths.student} has "
-            f"{model.config.block_size}; prepare with --student-block {model.config.block_size}"
-        )
+    block, stated = inputs.data.manifest["student"]["block"], stated_block_size(config.paths.student)
+    model.config.block_size = block
+    if stated not in (None, block):
+        world.print_rank0(f"blocks of {block} tokens, as {inputs.data.folder} has; {config.paths.student} had {stated}")
     if config.train.activation_checkpointing:
         recompute_layers(model)
     engine = build_engine(model, config, world)
@@ -69,6 +68,7 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
     return MicrobatchLoader(
         data=inputs.data,
         sampler=inputs.sampler,
+        phases=inputs.phases,
         noise_schedule=strategy.noise_schedule,
         masking=strategy.masking,
         teacher=layout,
@@ -94,7 +94,9 @@ def probe(
     if state.step or config.teacher.skip_teacher_probe or not inputs.strategy.needs_teacher:
         return
     side = inputs.data.manifest["teacher"]
-    mean = check_teacher(context, loader(0), side["vocab_size"], config.paths.teacher, side["mask_id"])
+    mean = check_teacher(
+        context, loader(inputs.phases.last.start), side["vocab_size"], config.paths.teacher, side["mask_id"]
+    )
     uniform = -math.log(side["vocab_size"])
     context.world.print_rank0(
         f"teacher: {mean:.2f} nats per target token in the first step's data; a uniform guess gives {uniform:.2f}"
@@ -167,10 +169,11 @@ def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
     theirs = read_description(folder)["run"]
     if not isinstance(theirs.get("affects_loss"), dict):
         raise ValueError(f"{folder}: the run of another version, which cannot be resumed; use another --out")
+    flags = DistillConfig().loss_flags() | theirs["affects_loss"]  # one that is newer than the run had its default
     for flag, mine in run["affects_loss"].items():
-        if theirs["affects_loss"].get(flag) != mine:
+        if flags.get(flag) != mine:
             raise ValueError(
-                f"{folder} was trained with {flag} = {theirs['affects_loss'].get(flag)!r}, this run has {mine!r}: "
+                f"{folder} was trained with {flag} = {flags.get(flag)!r}, this run has {mine!r}: "
                 f"use that value or another --out, or remove the folder"
             )
     for what in ("data_fingerprint", "bridge_fingerprint", "teacher_fingerprint", "student_fingerprint", "total_steps"):

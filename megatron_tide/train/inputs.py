@@ -17,15 +17,17 @@ from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.hosting.build import hosting_of
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
+from megatron_tide.train.phases import Phases, build_phases
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """A run's inputs, checked against each other; no weights are loaded yet."""
+    """A run's inputs, checked against each other; no weights are loaded yet. ``strategy``: that of the last phase."""
 
     data: PreparedData
     validation: PreparedData | None
     strategy: Strategy
+    phases: Phases
     sampler: DistributedBatchSampler
     total_steps: int
     run: dict[str, Any]
@@ -56,19 +58,29 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         data.stats, config.train.global_batch_size, config.train.micro_batch_size, world_size, config.train.seed
     )
     total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
+    phases = build_phases(config.strategy, strategy, total, data.manifest["student"]["block"])
     run = {
         "version": __version__,
         "config": config.to_dict(),
         "fingerprint": config.fingerprint,
         "affects_loss": config.loss_flags(),
         "strategy": strategy.describe(),
+        "phases": phases.describe(),
         "bridge_fingerprint": bridge.fingerprint if bridge else None,
         "data_fingerprint": data.fingerprint,
         "data": data.manifest,
         "model_folder": str(Path(paths.student).resolve()) if Path(paths.student).exists() else paths.student,
         "total_steps": total,
     }
-    return RunInputs(data=data, validation=validation, strategy=strategy, sampler=sampler, total_steps=total, run=run)
+    return RunInputs(
+        data=data,
+        validation=validation,
+        strategy=strategy,
+        phases=phases,
+        sampler=sampler,
+        total_steps=total,
+        run=run,
+    )
 
 
 def _bridge_and_teacher(config: DistillConfig, student: TextTokenizer) -> tuple[Bridge, TextTokenizer]:

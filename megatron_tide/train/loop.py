@@ -65,7 +65,8 @@ class Loop:
                 break
             lr = self._learning_rate(state)
             set_learning_rate(context.engine, lr)
-            step_sums = train_step(context, to_device(microbatches, context.world.device), counts, state.step / total)
+            phase, inputs = self.loader.phases.at(state.step), to_device(microbatches, context.world.device)
+            step_sums = train_step(context.with_strategy(phase.strategy), inputs, counts, phase.progress(state.step))
             if skipped(context.engine):
                 nonfinite.skipped(state, step_sums)
             else:
@@ -109,8 +110,10 @@ class Loop:
         values["time/step_s"] = (now - since) / accumulator.steps
         values["speed/tokens_per_s"] = values.pop("tokens") / (now - since)
         values |= self.context.world.mean_over_ranks(self.context.backend.metrics())
+        values |= (phases := self.loader.phases).metrics(state.step - 1)
         norm = self.context.engine.get_global_grad_norm()
         values |= {"train/lr": lr, "train/grad_norm": float(norm or 0.0), **peak_memory(self.context.world.device)}
         logger.write(state.step, values)
-        logger.print_rank0(state.step, values)
+        phase = phases.at(state.step - 1).strategy.name if len(phases.phases) > 1 else ""
+        logger.print_rank0(state.step, values, phase)
         return now

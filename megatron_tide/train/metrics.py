@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,11 +21,12 @@ Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
 
 
 class MetricAccumulator:
-    """Named (sum, count) pairs; and losses, local sums over global counts, averaged over ``steps``."""
+    """Named (sum, count) pairs; and losses, local sums over global counts, averaged over the steps that have them."""
 
     def __init__(self) -> None:
         self.means: dict[str, Metric] = {}
         self.losses: dict[str, torch.Tensor] = {}
+        self.loss_steps: Counter[str] = Counter()
         self.tokens = 0  # student training tokens of this rank
         self.steps = 0
         self.forwards: list[torch.Tensor] = []  # the loss of each micro-batch, in order
@@ -34,22 +36,23 @@ class MetricAccumulator:
             old = self.means.get(name)
             self.means[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
-    def add_loss(self, name: str, loss: torch.Tensor) -> None:
-        old = self.losses.get(name)
-        self.losses[name] = loss.detach().double() if old is None else old + loss.detach()
+    def add_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
+        for name, loss in losses.items():
+            old = self.losses.get(name)
+            self.losses[name] = loss.detach().double() if old is None else old + loss.detach()
 
     def add_step(self, step: MetricAccumulator, tokens: int) -> None:
         """Add one step; ``tokens``: number of student tokens of this rank in it."""
         self.add(step.means)
-        for name, loss in step.losses.items():
-            self.add_loss(name, loss)
+        self.add_losses(step.losses)
+        self.loss_steps.update(step.losses.keys())
         self.tokens += tokens
         self.steps += 1
 
     def reduce(self, world: DistContext) -> dict[str, float]:
         """Global values: one collective, one synchronisation. Means with count 0 are omitted."""
         names, losses = sorted(self.means), sorted(self.losses)
-        context = [*(self.losses[n] / self.steps for n in losses), *(x for n in names for x in self.means[n])]
+        context = [*(self.losses[n] / self.loss_steps[n] for n in losses), *(x for n in names for x in self.means[n])]
         flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in context])
         tokens = torch.tensor([self.tokens], dtype=torch.float64, device=world.device)
         values = world.sum_tensor_(torch.cat([tokens, flat])).tolist()
@@ -105,15 +108,17 @@ class MetricLogger:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def print_rank0(self, step: int, values: dict[str, float]) -> None:
-        """Print the progress line: step, losses, speed, time left."""
+    def print_rank0(self, step: int, values: dict[str, float], phase: str = "") -> None:
+        """Print the progress line: step, its phase, losses, speed, time left."""
         if not self._main:
             return
         done = max(1, step - self._first)
         left = (time.monotonic() - self._started) / done * (self._total - step)
+        parts = {"denoise": "denoise", "next_token": "next token", "distill": "distill"}
+        losses = [f"  {said} {values[f'loss/{name}']:.4f}" for name, said in parts.items() if f"loss/{name}" in values]
         text = (
-            f"step {step:>{len(str(self._total))}}/{self._total}  loss {values['loss/total']:.4f}"
-            f"  denoise {values['loss/denoise']:.4f}  distill {values['loss/distill']:.4f}  lr {values['train/lr']:.2e}"
+            f"step {step:>{len(str(self._total))}}/{self._total}{phase and '  ' + phase}"
+            f"  loss {values['loss/total']:.4f}{''.join(losses)}  lr {values['train/lr']:.2e}"
             f"  {values['speed/tokens_per_s']:,.0f} tok/s  teacher {values['time/teacher_share']:.0%}"
             f"  left {clock_text(left)}"
         )

@@ -16,6 +16,7 @@ from typing import TypeVar
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import DistillBatch, Masking, NoiseSchedule, TeacherLayout, build_inputs, noise
+from megatron_tide.train.phases import Phases
 
 AHEAD = 2  # steps prepared before they are needed
 T = TypeVar("T")
@@ -23,10 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MicrobatchLoader:
-    """``loader(step)`` gives this rank's micro-batches of that optimizer step."""
+    """``loader(step)`` gives this rank's micro-batches of that optimizer step, as its phase needs them."""
 
     data: PreparedData
     sampler: DistributedBatchSampler
+    phases: Phases
     noise_schedule: NoiseSchedule
     masking: Masking
     teacher: TeacherLayout | None
@@ -35,15 +37,18 @@ class MicrobatchLoader:
     pin_memory: bool
 
     def __call__(self, step: int) -> list[DistillBatch]:
-        epoch = self.sampler.epoch(step)
-        return [self._build(indices, epoch) for indices in self.sampler.microbatches(step, self.rank)]
+        return [self._build(indices, step) for indices in self.sampler.microbatches(step, self.rank)]
 
-    def _build(self, indices: Iterable[int], epoch: int) -> DistillBatch:
-        batch = read_batch(self.data, indices)
+    def _build(self, indices: Iterable[int], step: int) -> DistillBatch:
+        batch, epoch, strategy = read_batch(self.data, indices), self.sampler.epoch(step), self.phases.at(step).strategy
         drawn = noise(batch, seed=self.seed, epoch=epoch, masking=self.masking, schedule=self.noise_schedule)
-        student = self.data.manifest["student"]
         inputs = build_inputs(
-            batch, drawn, student_block=student["block"], student_mask_id=student["mask_id"], teacher=self.teacher
+            batch,
+            drawn,
+            student=strategy.student,
+            student_block=self.phases.block(step),
+            student_mask_id=self.data.manifest["student"]["mask_id"],
+            teacher=self.teacher if strategy.needs_teacher else None,
         )
         return inputs.pin_memory() if self.pin_memory else inputs
 

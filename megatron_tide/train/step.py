@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from megatron_tide.clock import Clock
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.hosting.backend import TeacherBackend
+from megatron_tide.hosting.backend import NoTeacher, TeacherBackend
 from megatron_tide.models import masked_hidden_states
-from megatron_tide.objectives import Counts, Strategy, denoise_loss
+from megatron_tide.objectives import Counts, Strategy, denoise_loss, next_token_loss
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metrics import MetricAccumulator, denoise_metrics
 
@@ -26,6 +26,10 @@ class TrainContext:
     strategy: Strategy
     world: DistContext
     clock: Clock
+
+    def with_strategy(self, strategy: Strategy) -> TrainContext:
+        """For a phase with this strategy: one that does not distil leaves the teacher out."""
+        return replace(self, strategy=strategy, backend=self.backend if strategy.needs_teacher else NoTeacher())
 
 
 def train_step(
@@ -43,17 +47,17 @@ def train_step(
         for batch, outputs in zip(microbatches, teacher_outputs):
             context.world.trace.heartbeat()
             strength_N = strategy.strength(progress, batch.rate)
-            hidden_MH = masked_hidden_states(model, batch.student)
-            scores = strategy.score(hidden_MH, model.head_weight, batch, outputs, strength_N)
+            hidden_LH = masked_hidden_states(model, batch.student)
+            scores = strategy.score(hidden_LH, model.head_weight, batch, outputs, strength_N)
             denoise = denoise_loss(scores.target_logprobs, batch.inverse_weight[batch.student_level], counts.maskable)
+            next_token = next_token_loss(scores.next_logprobs, counts.next_tokens)
             distill, metrics = strategy.loss(scores, outputs, batch, strength_N, counts)
-            loss = denoise + strategy.distill_weight * distill
+            loss = denoise + next_token + strategy.distill_weight * distill
             context.engine.backward(loss * context.world.size, scale_wrt_gas=False)
             context.engine.step()
             accumulator.forwards.append(loss.detach())
-            accumulator.add_loss("loss/total", loss)
-            accumulator.add_loss("loss/denoise", denoise)
-            accumulator.add_loss("loss/distill", distill)
+            losses = {"total": loss, "denoise": denoise, "next_token": next_token, "distill": distill}
+            accumulator.add_losses({f"loss/{name}": losses[name] for name in strategy.losses})
             accumulator.add(metrics)
             accumulator.add(denoise_metrics(scores.target_logprobs.detach(), batch.rate[batch.student_level]))
     return accumulator
@@ -65,10 +69,11 @@ def global_counts(microbatches: Sequence[DistillBatch], world: DistContext, stop
         sum(batch.maskable for batch in microbatches),
         sum(len(batch.chunk_level) for batch in microbatches),
         sum(len(batch.pair_chunk) for batch in microbatches),
+        sum(len(batch.next_targets) for batch in microbatches),
         float(stop_asked),
     ]
-    maskable, chunks, pairs, stops = world.sum_over_ranks(local)
-    return Counts(maskable=maskable, chunks=chunks, pairs=pairs), stops > 0
+    maskable, chunks, pairs, next_tokens, stops = world.sum_over_ranks(local)
+    return Counts(maskable=maskable, chunks=chunks, pairs=pairs, next_tokens=next_tokens), stops > 0
 
 
 def to_device(microbatches: Sequence[DistillBatch], device: torch.device) -> list[DistillBatch]:

@@ -103,6 +103,7 @@ def micro_batch(samples: Sequence[Sample]) -> MicroBatch:
         student_targets=index["gold"],
         student_level=index["sample"],
         student_chunk=index["chunk"],
+        next_targets=index["gold"][:0],
         teacher=None,
         teacher_targets=index["t_gold"],
         teacher_chunk=index["t_chunk"],
