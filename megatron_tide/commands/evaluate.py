@@ -6,7 +6,9 @@ be an autoregressive baseline. Intervals are 95 % bootstrap.
 
 --tasks likelihood (the default) measures the diffusion bound on --data in bits per byte, with the same masks for every
 model: students are scored on the student's tokens of prepared data and teachers on the teacher's, so that all predict
-the same bytes from the same bytes. Differences are paired, to the first student.
+the same bytes from the same bytes. Differences are paired, to each --baseline. --completions N also completes N of the
+prompts, greedily and one token per pass, and counts those that parse as Python and say something: 40 characters or
+more, no line three times. No completion is run.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
 settings. They need requirements-eval.txt. Answers are cached in --out: a stopped evaluation, run again by
@@ -17,7 +19,8 @@ Examples:
   python -m megatron_tide evaluate student=runs/x/hf teacher=inclusionAI/LLaDA2.0-mini ar=Qwen/Qwen3-0.6B \\
       --out runs/scores --tasks gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp --dtype bfloat16
   python -m megatron_tide evaluate --data runs/quickstart/test-data --teacher runs/quickstart/teacher \\
-      --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --json scores.json
+      --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --completions 50 \\
+      --json scores.json
 """
 
 from __future__ import annotations
@@ -48,6 +51,15 @@ class LikelihoodArgs:
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
     mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample (stratified)", low=1)
+    baseline: tuple[str, ...] = flag(
+        (),
+        "Name of a model to compare the others with; repeatable",
+        shown="the first student",
+        metavar="NAME",
+        kind="repeated",
+    )
+    completions: int = flag(0, "Number of prompts of --data to complete and judge as code", low=0)
+    completion_tokens: int = flag(96, "Maximum number of tokens per completion", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +114,9 @@ def run(args: Args) -> None:
         raise ValueError(f"two models have the name {twice[0]!r}; set names with NAME=PATH")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "15")  # seconds between lines of progress in a log
+    unknown = [name for name in args.likelihood.baseline if name not in names]
+    if unknown:
+        raise ValueError(f"--baseline {unknown[0]}: no model has this name; choose of {', '.join(names)}")
     from megatron_tide.release import card_scores, has_card, write_scores
 
     cards = [path for _, path in models if args.card and has_card(path)]
@@ -141,6 +156,9 @@ def _likelihood(args: Args) -> dict[str, Any]:
         batch_size=args.batch_size,
         dtype=DTYPES[args.dtype],
         device=device_of(args.device),
+        baselines=args.likelihood.baseline,
+        completions=args.likelihood.completions,
+        completion_tokens=args.likelihood.completion_tokens,
     )
     for text in args.model:
         comparison.check_has_bound(_named(text)[1])
@@ -148,8 +166,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
     models = [(*_named(text), role or None) for role, texts in roles for text in texts]
     rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
     record = comparison.likelihood_record(rows, how)
-    cells = comparison.likelihood_cells(record["models"])
-    say(comparison.text_table(comparison.LIKELIHOOD_HEAD, cells))
+    say(comparison.text_table(*comparison.score_table([comparison.score_cells(one) for one in record["models"]])))
     return record
 
 

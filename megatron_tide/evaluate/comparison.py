@@ -1,4 +1,4 @@
-"""Held-out likelihood of several models as one table: the same masks for every row, paired with the first student."""
+"""Held-out scores of several models as one table: the same masks for every row, differences paired to chosen rows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.bootstrap import Estimate
+from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
 from megatron_tide.training_checkpoint import generation_of, open_model
 
@@ -33,12 +34,17 @@ class Row:
     name: str
     path: str
     report: LikelihoodReport
+    completions: Completions | None
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodSettings:
-    """What every model is measured on, and how. ``teacher_context``: the attention layout of teachers."""
+    """What every model is measured on, and how.
+
+    ``teacher_context``: the attention layout of teachers. ``baselines``: names of the rows that each row is compared
+    with; none: the first student. ``completions``: the number of prompts to answer, with ``completion_tokens`` each.
+    """
 
     data: PreparedData
     teacher_context: str
@@ -48,6 +54,9 @@ class LikelihoodSettings:
     batch_size: int
     dtype: torch.dtype
     device: str
+    baselines: tuple[str, ...] = ()
+    completions: int = 0
+    completion_tokens: int = 96
 
 
 def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings) -> Row:
@@ -57,9 +66,9 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
         ValueError: the data was prepared for other tokenizers than the model's.
     """
     opened = open_model(path, how.dtype, how.device)
-    mine = load_tokenizer(opened.folder).fingerprint
+    tokenizer = load_tokenizer(opened.folder)
     roles = ("student",) if how.data.student_only else ("student", "teacher")
-    fitting = [one for one in roles if how.data.manifest[one]["fingerprint"] == mine]
+    fitting = [one for one in roles if how.data.manifest[one]["fingerprint"] == tokenizer.fingerprint]
     if not (role or fitting):
         raise ValueError(f"{path}: {how.data.folder} was prepared for models with other tokenizers")
     role = role or fitting[0]
@@ -77,24 +86,38 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
         batch_size=how.batch_size,
         label=name,
     )
-    return Row(name, path, report, time.perf_counter() - started)
+    answers = None
+    if how.completions:
+        how_many = {"count": how.completions, "new_tokens": how.completion_tokens, "batch_size": how.batch_size}
+        answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many)
+    return Row(name, path, report, answers, time.perf_counter() - started)
 
 
-def first_student(rows: list[Row]) -> Row | None:
-    return next((row for row in rows if row.report.side == "student"), None)
+def baselines_of(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows called ``names``, in that order; without names, the first student if there is one."""
+    if names:
+        by_name = {row.name: row for row in rows}
+        return [by_name[name] for name in dict.fromkeys(names)]
+    return [row for row in rows if row.report.side == "student"][:1]
 
 
-LIKELIHOOD_HEAD = ("model", "side", "bits per byte", "minus the first student", "masked-token accuracy")
+def score_cells(model: Mapping[str, Any]) -> dict[str, str]:
+    """One of the "models" of a record as text: column -> cell, with 95 % intervals."""
+    cells = {"model": model["name"], "side": model["side"], "bits per byte": str(Estimate(**model["bits_per_byte"]))}
+    for name, difference in model.get("minus", {}).items():
+        cells[f"minus {name}"] = f"{Estimate(**difference):+}"
+    cells["masked-token accuracy"] = str(Estimate(**model["masked_token_accuracy"]))
+    if found := model.get("completions"):
+        cells["parse + say something"] = f"{found['both']}/{found['count']}"
+        cells["parse"] = f"{found['parse']}/{found['count']}"
+        cells["mean characters"] = f"{found['mean_characters']:.0f}"
+    return cells
 
 
-def likelihood_cells(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The "models" of a likelihood record as text, one row of ``LIKELIHOOD_HEAD`` per model, with 95 % intervals."""
-    rows = []
-    for model in models:
-        bits, accuracy = (str(Estimate(**model[name])) for name in ("bits_per_byte", "masked_token_accuracy"))
-        difference = model["minus_first_student"]
-        rows.append([model["name"], model["side"], bits, f"{Estimate(**difference):+}" if difference else "", accuracy])
-    return rows
+def score_table(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of ``score_cells``: every column that a row has; empty where another lacks it."""
+    head = list(dict.fromkeys(column for row in rows for column in row))
+    return head, [[row.get(column, "") for column in head] for row in rows]
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -107,8 +130,8 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any]:
     """For programs: settings, and every model with its numbers."""
-    base = first_student(rows)
-    return {
+    bases = baselines_of(rows, how.baselines)
+    content: dict[str, Any] = {
         "data": {"folder": str(how.data.folder), "fingerprint": how.data.fingerprint},
         "settings": {
             "samples": rows[0].report.samples,
@@ -116,15 +139,21 @@ def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any
             "seed": how.seed,
             "teacher_context": how.teacher_context,
             "dtype": str(how.dtype).removeprefix("torch."),
+            "baselines": [base.name for base in bases],
         },
         "models": [
             {
                 "name": row.name,
                 "path": row.path,
                 **row.report.to_dict(),
-                "minus_first_student": row.report.minus(base.report).to_dict() if base else None,
+                "minus": {base.name: row.report.minus(base.report).to_dict() for base in bases},
+                **({"completions": row.completions.to_dict(how.seed)} if row.completions else {}),
                 "seconds": row.seconds,
             }
             for row in rows
         ],
     }
+    if asked := rows[0].completions:
+        content["completions"] = {"prompts": asked.prompts, "references": asked.references}
+        content["settings"]["completion_tokens"] = how.completion_tokens
+    return content

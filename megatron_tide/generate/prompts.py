@@ -97,19 +97,19 @@ def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prom
         raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 
 
-def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
-    """Prompts of prepared data's student half, evenly spaced; the recorded response is the reference.
+def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0, role: str = "student") -> list[Prompt]:
+    """Prompts of prepared data's ``role`` half (student or teacher), evenly spaced; recorded responses are references.
 
     Raises:
         ValueError: when the data was prepared with another tokenizer or chat template.
     """
-    if data.manifest["student"]["fingerprint"] != tokenizer.fingerprint:
+    if data.manifest[role]["fingerprint"] != tokenizer.fingerprint:
         raise ValueError(f"{data.folder}: prepared with another tokenizer than {tokenizer.name}; use that one's model")
-    data.check_template("student", tokenizer.template_fingerprint)
+    data.check_template(role, tokenizer.template_fingerprint)
     count = min(limit, len(data)) if limit > 0 else len(data)
     prompts = []
     for index in np.arange(count) * len(data) // count:
-        side = data.sample(int(index)).student
+        side = getattr(data.sample(int(index)), role)
         ids, response = side.ids[: side.prompt], side.ids[side.prompt : side.content_end + 1]
         prompts.append(Prompt(np.array(ids), tokenizer.decode(ids), tokenizer.decode(response)))
     return prompts

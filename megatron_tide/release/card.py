@@ -294,6 +294,13 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
             scores.append(
                 Score(task=task, metric=metric.replace("_", " "), count=model["samples"], how=how, **estimate)
             )
+        if answers := model.get("completions"):
+            share = {name: 100 * value for name, value in answers["both_share"].items()}
+            task = f"completions ({Path(content['data']['folder']).name})"
+            how = f"greedy, {settings['completion_tokens']} tokens, one per pass; mean {answers['mean_characters']:.0f}"
+            how += " characters"
+            metric = "parse as Python and say something, %"
+            scores.append(Score(task=task, metric=metric, count=answers["count"], how=how, **share))
     for benchmark in content.get("benchmarks", ()):
         if benchmark["path"] != path:
             continue

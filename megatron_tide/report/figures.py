@@ -205,19 +205,19 @@ def stages(table: pd.DataFrame) -> Figure:
 
 @styled
 def scores(models: pd.DataFrame) -> Figure:
-    """Bits per byte with intervals, and the paired difference to the first student (rows of ``Scores.models``)."""
+    """Bits per byte with intervals, and the paired difference to the first baseline (rows of ``Scores.models``)."""
     figure = new_figure(0.36 * len(models) + 1.1)
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(models))[::-1]
     colours = np.where(models["side"] == "student", "#0072B2", "#D55E00")
-    for ax, name in ((left, "bits_per_byte"), (right, "minus_first_student")):
+    for ax, name in ((left, "bits_per_byte"), (right, "minus")):
         ax.hlines(places, models[f"{name}.low"], models[f"{name}.high"], colors=colours, linewidth=2)
         ax.scatter(models[f"{name}.value"], places, 36, color=colours)
     right.axvline(0, color=MUTED, linewidth=1)
     left.set_yticks(places, models["name"])
     left.set(title="held-out bits per byte, 95 %", xlabel="bits per byte (lower is better)")
     left.set_ylim(-0.6, len(models) - 0.4)
-    right.set(title="minus the first student, paired, 95 %", xlabel="difference in bits per byte")
+    right.set(title="minus the first baseline, paired, 95 %", xlabel="difference in bits per byte")
     return figure
 
 

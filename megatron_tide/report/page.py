@@ -18,12 +18,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_tide import __version__
-from megatron_tide.evaluate.comparison import LIKELIHOOD_HEAD
+from megatron_tide.evaluate.comparison import score_table
 from megatron_tide.files import atomic_write
 from megatron_tide.release.card import public_name
 from megatron_tide.report import figures
 from megatron_tide.report.alignment import aligned_samples
-from megatron_tide.report.run_folder import Run, Scores, Table, TrainingRun, at_end, reason, visible
+from megatron_tide.report.inference import Table
+from megatron_tide.report.run_folder import Run, Scores, TrainingRun, at_end, reason, visible
 from megatron_tide.report.style import NARROW, looks, png
 
 INDEX = "index.html"
@@ -136,13 +137,13 @@ def _trained(trainings: Sequence[TrainingRun]) -> Table:
 
 def _scores(scores: Sequence[Scores]) -> dict[str, Any]:
     """What the page shows of likelihoods and benchmarks."""
-    scored = [one for one in scores if one.likelihoods]
+    scored = [one for one in scores if one.cells]
     return {
         "likelihoods": pd.concat([one.models for one in scored]) if scored else None,
         "samples": ", ".join(str(one.settings.get("samples", "?")) for one in scored),
         "comparable": all(one.settings == scored[0].settings for one in scored),
         "by_timestep": [pair for one in scored for pair in zip(one.models["name"], one.by_timestep)],
-        "likelihood_table": Table(LIKELIHOOD_HEAD, [row for one in scored for row in one.likelihoods]),
+        "likelihood_table": Table(*score_table([row for one in scored for row in one.cells])),
         "benchmarks": [row for one in scores for row in one.benchmarks],
     }
 

@@ -12,17 +12,17 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from megatron_tide.cli import PROGRAM
-from megatron_tide.evaluate.comparison import likelihood_cells
-from megatron_tide.evaluate.inference_benchmark import Measured, read_inference_benchmark
+from megatron_tide.evaluate.comparison import score_cells
 from megatron_tide.files import read_json
+from megatron_tide.report.inference import inference
 from megatron_tide.tables import read_rows
 
-METRICS, STAMPS = "metrics.jsonl", ".stages"
+METRICS, STAMPS, ANSWERS = "metrics.jsonl", ".stages", "completions.jsonl"
 DISTILL, EVALUATE, GENERATE = (f"{PROGRAM} {command}" for command in ("distill", "evaluate", "generate --json"))
 INFERENCE, INFERENCE_COMMAND = "inference_benchmark.json", f"{PROGRAM} inference-benchmark"
 CORPUS, CORPUS_COMMAND = "corpus/manifest.json", f"{PROGRAM} corpus"
@@ -52,13 +52,6 @@ def at_start(curve: pd.Series) -> float:
 def at_end(curve: pd.Series) -> float:
     """The mean over a run's last log lines (``ENDS`` of them); NaN where nothing was logged."""
     return float(curve.dropna().tail(max(1, round(ENDS * curve.count()))).mean())
-
-
-class Table(NamedTuple):
-    """Text for people. The last cell of a row that is shorter than the head is a remark."""
-
-    head: Sequence[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,14 +99,17 @@ class TrainingRun:
 class Scores:
     """scores.json. Numbers for figures, text for tables.
 
-    ``models``: one row per model: name, side, bits_per_byte.value, .low and .high, likewise minus_first_student (NaN
-    where it was not measured). ``by_timestep``, per model: columns low and high (of t), ``BITS``, and its interval,
-    ``BITS``_low and ``BITS``_high. ``settings``: likelihoods under equal settings can be compared.
+    ``models``: one row per model: name, side, bits_per_byte.value, .low and .high, likewise ``minus``, the difference
+    to the first baseline (NaN where it was not measured). ``by_timestep``, per model: columns low and high (of t),
+    ``BITS``, and its interval, ``BITS``_low and ``BITS``_high. ``cells``: per model, the row of the table by column.
+    ``completions``: per prompt, the prompt, its reference and the answers by model. ``settings``: likelihoods under
+    equal settings can be compared.
     """
 
     models: pd.DataFrame
     by_timestep: list[pd.DataFrame]
-    likelihoods: list[list[str]]
+    cells: list[dict[str, str]]
+    completions: list[dict[str, Any]]
     benchmarks: list[list[str]]
     settings: dict[str, Any]
 
@@ -162,15 +158,16 @@ def read_run(folder: Path, label: str, alone: bool = True) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a recipe's folder (runs/NAME) or a training run's")
     reader = _Reader(folder, visible(label), alone)
+    scores = reader.part("scores", "scores.json", EVALUATE, reader.scores)
     run = Run(
         folder=folder,
         label=reader.label,
         prefix=reader.prefix,
         trainings=reader.trainings(),
-        scores=reader.part("scores", "scores.json", EVALUATE, reader.scores),
+        scores=scores,
         split=reader.split(),
-        completions=reader.part("completions", "completions.jsonl", GENERATE, reader.completions) or [],
-        inference=reader.part("inference", INFERENCE, INFERENCE_COMMAND, _inference),
+        completions=reader.completions(instead=bool(scores and scores.completions)),
+        inference=reader.part("inference", INFERENCE, INFERENCE_COMMAND, inference),
         stages=reader.stages(),
         notes=reader.notes,
     )
@@ -247,7 +244,13 @@ class _Reader:
             raise ValueError(f"{path}: holds no number that can be read")
         return pd.DataFrame(rows).set_index("step").sort_index(kind="stable")
 
-    def completions(self, path: Path) -> list[dict[str, Any]]:
+    def completions(self, instead: bool) -> list[dict[str, Any]]:
+        """Those of completions.jsonl; it may be missing where scores.json holds others ``instead``."""
+        if instead and not (self.folder / ANSWERS).exists():
+            return []
+        return self.part("completions", ANSWERS, GENERATE, self._completions) or []
+
+    def _completions(self, path: Path) -> list[dict[str, Any]]:
         return [
             {
                 "prompt": str(row["prompt"]).strip(),
@@ -268,15 +271,16 @@ class _Reader:
         models, benchmarks = content.get("models", []), content.get("benchmarks", [])
         if not (models or benchmarks):
             raise ValueError(f"{path}: holds no score; {EVALUATE} writes some")
-        numbers = [
-            f"{name}.{end}" for name in ("bits_per_byte", "minus_first_student") for end in ("value", "low", "high")
-        ]
-        frame = pd.json_normalize(models).reindex(columns=["name", "side", *numbers])
-        names = pd.Series([f"{self.prefix}{visible(name)}" for name in frame["name"]], dtype=str)
+        numbers = [f"{name}.{end}" for name in ("bits_per_byte", "minus") for end in ("value", "low", "high")]
+        first = [{**model, "minus": next(iter((model.get("minus") or {}).values()), {})} for model in models]
+        frame = pd.json_normalize(first).reindex(columns=["name", "side", *numbers])
+        names = [f"{self.prefix}{visible(name)}" for name in frame["name"]]
+        series = pd.Series(names, dtype=str, name="name")
         return Scores(
-            models=pd.concat([names.rename("name"), frame["side"], _finite(frame[numbers].astype(float))], axis=1),
+            models=pd.concat([series, frame["side"], _finite(frame[numbers].astype(float))], axis=1),
             by_timestep=[_timesteps(model["by_timestep"]) for model in models],
-            likelihoods=[[f"{self.prefix}{row[0]}", *row[1:]] for row in likelihood_cells(models)],
+            cells=[score_cells(model) | {"model": name} for name, model in zip(names, models)],
+            completions=_answers(content, names) if "completions" in content else [],
             benchmarks=[_benchmark(self.prefix, one, score) for one in benchmarks for score in one["scores"]],
             settings={**content["settings"], "data": content["data"]["fingerprint"]} if models else {},
         )
@@ -327,6 +331,24 @@ def _split(path: Path) -> str:
     return textwrap.shorten(visible(f"split by {split['by']}: {split['why']}"), 300)
 
 
+def _answers(content: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    """``Scores.completions``; an answer: the model's name with the verdicts, and the text."""
+    asked, judged = content["completions"], [model["completions"]["texts"] for model in content["models"]]
+    return [
+        {
+            "prompt": str(prompt).strip(),
+            "reference": str(reference).rstrip(),
+            "answers": [(f"{name} ({_verdict(one)})", str(one["text"]).rstrip()) for name, one in zip(names, answers)],
+        }
+        for prompt, reference, *answers in zip(asked["prompts"], asked["references"], *judged)
+    ]
+
+
+def _verdict(judged: dict[str, Any]) -> str:
+    parses = "parses" if judged["parses"] else "does not parse"
+    return f"{parses}, {'says something' if judged['says_something'] else 'says little'}"
+
+
 def _timesteps(bins: list[dict[str, float]]) -> pd.DataFrame:
     """``Scores.by_timestep`` of one model. An older version wrote no intervals: there they are the number itself."""
     table = pd.DataFrame(bins, columns=["low", "high", BITS, f"{BITS}_low", f"{BITS}_high"], dtype=float)
@@ -338,45 +360,3 @@ def _benchmark(prefix: str, benchmark: dict[str, Any], score: dict[str, Any]) ->
     value, low, high = (float(score[end]) for end in ("value", "low", "high"))
     interval = f"{value:.3f} [{low:.3f}, {high:.3f}]"
     return [f"{prefix}{benchmark['model']}", str(benchmark["benchmark"]), metric, str(score["n"]), interval]
-
-
-def _inference(path: Path) -> dict[str, Any]:
-    """conditions, table and memory: text about the two models of the inference benchmark."""
-    found = read_inference_benchmark(path)
-    sides = {"student": found.student, "teacher": found.teacher}
-    settings, machine = found.settings, found.machine
-    gpu = machine["accelerators"] and settings["device"] != "cpu"
-    ratios = {"parameters": found.teacher.parameters / found.student.parameters, **found.ratios()}
-    rows = [_inference_row(side, measured) for side, measured in sides.items()]
-    rows.append(["teacher / student", *(f"{value:.1f} times" for value in ratios.values()), *[""] * (len(ratios) // 2)])
-    working = {side: measured for side, measured in sides.items() if not measured.cannot}
-    peaks = " and ".join(f"{size(measured.process_bytes)} ({side})" for side, measured in working.items())
-    memory_of = next((measured.memory_of for measured in working.values()), "")
-    return {
-        "conditions": f"{settings['new_tokens']} new tokens after one prompt, batch 1, one token per pass, "
-        f"{settings['dtype']} on {settings['device']} ({machine['accelerators'][0] if gpu else machine['cpu']}, "
-        f"{machine['cores']} cores), median of {settings['repeats']} answers, each model in a fresh process, "
-        f"{found.date}. No answer ends before its last token.",
-        "table": Table(
-            ("model", "parameters", "weights", "memory while answering", "seconds", "tokens/s", "passes"), rows
-        ),
-        "memory": f"Memory: {memory_of}. Peak of the whole process, libraries included: {peaks}."
-        if working
-        else "Neither model answers here.",
-    }
-
-
-def _inference_row(side: str, measured: Measured) -> list[str]:
-    row = [f"{side}, {measured.model_type}", f"{measured.parameters:,}", size(measured.weights_bytes)]
-    if measured.cannot:
-        return [*row, f"not measured: {measured.cannot}"]
-    speed = [f"{measured.median_seconds:.2f}", f"{measured.tokens_per_s:.1f}", str(measured.passes)]
-    return [*row, size(measured.memory_bytes), *speed]
-
-
-def size(count: float) -> str:
-    """Bytes as text, in powers of a thousand as in the published table."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"

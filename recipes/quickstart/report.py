@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.evaluate.comparison import LIKELIHOOD_HEAD, likelihood_cells, text_table
+from megatron_tide.evaluate.comparison import score_cells, score_table, text_table
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, versions
 from megatron_tide.report.run_folder import read_stages
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     print(
         f"\nheld-out text, {scores['settings']['samples']} test samples, 95 % intervals, the same masks for every model"
     )
-    cli.say(text_table(LIKELIHOOD_HEAD, likelihood_cells(scores["models"])))
+    cli.say(text_table(*score_table([score_cells(model) for model in scores["models"]])))
     print(f"\n{minutes:.1f} minutes in all stages, largest process {gibibytes:.2f} GiB")
     cli.say(f"numbers: {run}/report.json   page: {run}/report/index.html   release: {run}/hf")
     return 0

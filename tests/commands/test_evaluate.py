@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_tide import cli
+from megatron_tide.bridge import load_tokenizer
 from megatron_tide.choices import ATTENTION_LAYOUTS, Choice
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
+from megatron_tide.generate import complete, from_prepared
 from megatron_tide.models import load_model
 from tests.support.commands import command
-from tests.support.lab import Lab, write_checkpoint
+from tests.support.lab import TEACHER_BLOCK, Lab, write_checkpoint
 
 evaluate = command("evaluate")
 
@@ -42,12 +45,42 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     teacher = evaluate_likelihood(load_model(lab.teacher), data, scoring_inputs(data, "teacher"), mc_samples=2, seed=3)
     assert found["start"]["bits_per_byte"] == start.bits_per_byte.to_dict()
     assert found["teacher"]["masked_token_accuracy"] == teacher.accuracy.to_dict()
-    assert found["teacher"]["minus_first_student"] == teacher.minus(start).to_dict()
-    assert found["moved"]["minus_first_student"]["value"] != 0.0
+    assert found["teacher"]["minus"]["start"] == teacher.minus(start).to_dict()
+    assert found["moved"]["minus"]["start"]["value"] != 0.0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["model", "-" * len(lines[1]), "start", "moved", "teacher"]
     assert f"{start.bits_per_byte}" in lines[2]
     assert f"{teacher.minus(start):+}" in lines[4]
+
+
+def test_completions_and_baselines_stand_in_the_same_table(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
+    release = shutil.copytree(lab.student, tmp_path / "hf")
+    (release / "README.md").write_text("# hf\n\n## Scores\n\n## Parity\n")
+    models = ["--student", f"start={lab.student}", "--student", f"moved={tmp_path / 'run'}", "--student", str(release)]
+    flags = ["--mc-samples", "1", "--samples", "4", "--completions", "5", "--completion-tokens", "12", "--card"]
+    flags += ["--baseline", "moved", "--baseline", "start", "--json", str(tmp_path / "scores.json")]
+    evaluate(["--data", str(lab.data), *models, "--teacher", str(lab.teacher), *flags])
+    record = json.loads((tmp_path / "scores.json").read_text())
+    found = {row["name"]: row for row in record["models"]}
+    assert found["moved"]["minus"]["moved"]["value"] == 0.0
+    assert found["start"]["minus"]["moved"]["value"] == -found["moved"]["minus"]["start"]["value"] != 0.0
+    tokenizer, data = load_tokenizer(lab.teacher), PreparedData.open(lab.data)
+    prompts = from_prepared(data, tokenizer, 5, "teacher")
+    ids = [prompt.ids for prompt in prompts]
+    options = {"max_new_tokens": 12, "block_size": TEACHER_BLOCK, "tokens_per_step": 1}
+    alone = [complete(load_model(lab.teacher), tokenizer, [one], **options)[0].text for one in ids]
+    assert [one["text"] for one in found["teacher"]["completions"]["texts"]] == alone
+    assert found["hf"]["completions"] == found["start"]["completions"]
+    assert len(record["completions"]["prompts"]) == len(record["completions"]["references"]) == 5
+    lines = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", lines[0])[3:5] == ["minus moved", "minus start"]
+    for name, line in zip(found, lines[2:]):
+        answers = found[name]["completions"]
+        assert re.split(r"  +", line)[-3:-1] == [f"{answers['both']}/5", f"{answers['parse']}/5"]
+    assert "| completions (data) | parse as Python and say something, % | " in (release / "README.md").read_text()
 
 
 def test_scores_reach_the_model_card(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +114,10 @@ def test_a_model_on_the_wrong_side_is_refused(
         (["--data", "DATA", "--student", "a=x", "--student", "a=y"], "NAME=PATH"),
         (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be at least 1"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
+        (
+            ["--data", "DATA", "--student", "a=x", "--baseline", "b"],
+            "--baseline b: no model has this name; choose of a",
+        ),
     ],
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:

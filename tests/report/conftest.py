@@ -33,6 +33,7 @@ def recipe(chain, tmp_path_factory) -> Path:
         str(folder / "bridged"),
     ]
     scored = ["--data", data, *models, "--teacher", teacher, "--samples", "6", "--mc-samples", "2"]
+    scored += ["--baseline", "start", "--baseline", "baseline", "--completions", "4", "--completion-tokens", "8"]
     command("evaluate")([*scored, "--json", str(folder / "scores.json")])
     prompts = ["--prompt", "Add <b>two</b> & three.", "--prompt", "Count.", "--max-new-tokens", "6"]
     command("generate")([student, *prompts, "--json", str(folder / "completions.jsonl")])

@@ -116,7 +116,7 @@ def test_time_and_memory_with_a_gpu_too(trainings, tmp_path):
 def test_scores_have_their_intervals(recipe):
     models = read_run(recipe, "tiny").scores.models
     left, right = figures.scores(models).axes
-    for ax, name in ((left, "bits_per_byte"), (right, "minus_first_student")):
+    for ax, name in ((left, "bits_per_byte"), (right, "minus")):
         intervals, points = ax.collections
         assert [segment[:, 0].tolist() for segment in intervals.get_segments()] == models[
             [f"{name}.low", f"{name}.high"]

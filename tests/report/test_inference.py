@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured
+from megatron_tide.report.inference import size
 from megatron_tide.report.page import build_page
-from megatron_tide.report.run_folder import INFERENCE, read_runs, size
+from megatron_tide.report.run_folder import INFERENCE, read_runs
 
 STUDENT = Measured(
     path="m",

@@ -83,7 +83,9 @@ def test_tables_hold_the_numbers(written, recipe):
     assert trained["bridged"][-2] == f"{sum(denoise) / 2:.4f}"
     models = {model["name"]: model for model in json.loads((recipe / "scores.json").read_text())["models"]}
     assert scored["teacher"][1].startswith(f"{models['teacher']['bits_per_byte']['value']:.4f} [")
-    assert scored["bridged"][2].startswith(f"{models['bridged']['minus_first_student']['value']:+.4f} [")
+    assert scored["bridged"][2].startswith(f"{models['bridged']['minus']['start']['value']:+.4f} [")
+    assert scored["bridged"][3].startswith(f"{models['bridged']['minus']['baseline']['value']:+.4f} [")
+    assert scored["bridged"][5] == f"{models['bridged']['completions']['both']}/4"
     assert timed["baseline"][3] == "100%"
 
 

@@ -36,9 +36,10 @@ def test_a_recipe_folder(recipe):
     assert bridged.curve("validation/bits_per_byte").index.tolist() == [4, 8]
     recorded = json.loads((recipe / "scores.json").read_text())["models"]
     assert run.scores.models["name"].tolist() == ["start", "baseline", "bridged", "teacher"]
-    assert run.scores.models["minus_first_student.low"][2] == recorded[2]["minus_first_student"]["low"]
+    assert run.scores.models["minus.low"][2] == recorded[2]["minus"]["start"]["low"]
     assert run.stages["name"].tolist() == ["a-first", "bridge", "sample"]
     assert len(run.completions) == 2
+    assert [len(one["answers"]) for one in run.scores.completions] == [4] * 4
     assert run.notes == {}
 
 

@@ -1,0 +1,101 @@
+"""Completions of code, judged without running them: whether a text parses, and whether it says something.
+
+Parsing alone rewards silence: a model that answers everything with ``return self._t`` parses every time. Length alone
+rewards noise. ``both`` is the number to compare.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tide.bridge import TextTokenizer
+from megatron_tide.data import PreparedData
+from megatron_tide.evaluate.bootstrap import mean
+from megatron_tide.generate import complete, from_prepared
+
+LONGEST = 8_000  # characters, about 2,000 tokens; the parser's memory and recursion grow with the text
+SHORTEST = 40
+REPEATS = 3
+
+
+def parses(text: str) -> bool:
+    """Whether ``text`` is one or more statements of Python, as the body of a function may have them; nothing is run."""
+    if len(text) > LONGEST:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes such as "\\d", which are no errors
+            return bool(ast.parse(textwrap.dedent(text)).body)  # the parser takes a return outside of a function
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # zero bytes, lone surrogates, nesting too deep
+        return False
+
+
+def says_something(text: str) -> bool:
+    """Whether ``text`` has at least ``SHORTEST`` characters and no line ``REPEATS`` times, whatever its indentation."""
+    lines = Counter(line.strip() for line in text.splitlines() if line.strip())
+    return len(text.strip()) >= SHORTEST and max(lines.values(), default=0) < REPEATS
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A model's answers to the prompts of held-out data, greedy, one token per forward pass."""
+
+    texts: list[str]
+    prompts: list[str]
+    references: list[str]
+
+    def to_dict(self, seed: int) -> dict[str, Any]:
+        """Counts, mean length in characters, the share of ``both`` with its interval, every text with its verdicts."""
+        judged = [{"text": text, "parses": parses(text), "says_something": says_something(text)} for text in self.texts]
+        both = [bool(one["parses"] and one["says_something"]) for one in judged]
+        return {
+            "count": len(judged),
+            "parse": sum(bool(one["parses"]) for one in judged),
+            "say_something": sum(bool(one["says_something"]) for one in judged),
+            "both": sum(both),
+            "both_share": mean(both, seed).to_dict(),
+            "mean_characters": sum(len(text.strip()) for text in self.texts) / len(self.texts),
+            "texts": judged,
+        }
+
+
+def completions(
+    model: Any,
+    tokenizer: TextTokenizer,
+    data: PreparedData,
+    role: str,
+    *,
+    count: int,
+    new_tokens: int,
+    batch_size: int,
+    label: str = "",
+) -> Completions:
+    """Answer ``count`` prompts of ``data``, evenly spaced, from its ``role`` half (student or teacher).
+
+    Raises:
+        ValueError: the model is autoregressive, or has another tokenizer or chat template than the data.
+    """
+    prompts = from_prepared(data, tokenizer, count, role)
+    with tqdm(total=len(prompts), desc=f"{label}, completions", disable=not label, leave=False) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(done - bar.n)
+
+        found = complete(
+            model,
+            tokenizer,
+            [prompt.ids for prompt in prompts],
+            batch_size=batch_size,
+            progress=progress,
+            max_new_tokens=new_tokens,
+            block_size=data.manifest[role]["block"],
+        )
+    references = [prompt.reference or "" for prompt in prompts]
+    return Completions([one.text for one in found], [prompt.shown for prompt in prompts], references)
