@@ -132,7 +132,19 @@ TIDAL_RAMPS = Table(
     }
 )
 
-OPTIMIZERS = Table({"adamw": Choice("AdamW (published)", "optimizer:ADAMW")})
+OPTIMIZERS = Table(
+    {
+        "adamw": Choice("AdamW (published)", "optimizer:ADAMW"),
+        "muon": Choice("Muon for the matrices of the layers, AdamW for the other parameters", "optimizer:MUON"),
+    }
+)
+
+LR_SCHEDULES = Table(
+    {
+        "cosine": Choice("half a cosine period (published)", "train.schedule:cosine"),
+        "linear": Choice("a straight line", "train.schedule:linear"),
+    }
+)
 
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(

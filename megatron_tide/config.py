@@ -23,6 +23,7 @@ from megatron_tide.choices import (
     COMPDEMO_SPLITS,
     COMPDEMO_UNITS,
     DISTRIBUTION_OBJECTIVES,
+    LR_SCHEDULES,
     MASKINGS,
     NOISE_SCHEDULES,
     OPTIMIZERS,
@@ -190,11 +191,29 @@ class TrainConfig:
         low=1,
         affects_loss=False,
     )
-    optimizer: str = flag("adamw", "Optimizer of the student", choices=OPTIMIZERS)
+    optimizer: str = flag("adamw", f"Optimizer of the student. {OPTIMIZERS}", choices=OPTIMIZERS)
     lr: float = flag(5e-5, "Peak learning rate", low=0, high=1)
+    muon_lr: float = flag(
+        0.02,
+        "Peak learning rate of Muon (--lr is that of the other parameters): a step changes a weight [A, B] by a nearly "
+        "orthogonal matrix times sqrt(max(1, A / B)) and this",
+        low=0,
+        high=1,
+    )
+    muon_momentum: float = flag(0.95, "Momentum of Muon (Nesterov's)", low=0, high=1)
     warmup_ratio: float = flag(0.1, "Share of the steps used for linear warmup", low=0, high=1)
-    min_lr_ratio: float = flag(0.0, "Final learning rate of the cosine schedule, as a share of --lr", low=0, high=1)
-    weight_decay: float = flag(0.0, "Weight decay of AdamW, applied to matrices only", low=0, high=1)
+    lr_schedule: str = flag(
+        "cosine", f"Decay of the learning rates to their final values. {LR_SCHEDULES}", choices=LR_SCHEDULES
+    )
+    lr_decay_share: float = flag(
+        1.0,
+        "Share of the steps, the last ones, over which learning rates decay; between warmup and decay they stay at the "
+        "peak; 1: all steps after the warmup",
+        low=0,
+        high=1,
+    )
+    min_lr_ratio: float = flag(0.0, "Final learning rate, as a share of the peak", low=0, high=1)
+    weight_decay: float = flag(0.0, "Weight decay of AdamW and Muon, applied to matrices only", low=0, high=1)
     beta1: float = flag(0.9, "Beta 1 of AdamW", low=0, high=1)
     beta2: float = flag(0.999, "Beta 2 of AdamW", low=0, high=1)
     adam_eps: float = flag(1e-8, "Epsilon of AdamW", low=0)

@@ -2,7 +2,8 @@
 
 P parameters, w ranks, b bytes per number (2 in bf16, 4 in fp32):
 
-    student   weights bP; master weights 4P/w and moments 8P/w (in host memory with offload_optimizer)
+    student   weights bP; master weights 4P/w and moments 8P/w (in host memory with offload_optimizer; of
+              matrices with Muon 4P/w)
               gradients: bf16 with ZeRO 1 4P always and 2P from backward to update; else 4P/w (fp32 with ZeRO 1: 4P)
               reduce buckets; AdamW's temporaries 8P/w on a CPU, 4P/w on a GPU; fp32 weights 4P while it is loaded
               activations of all layers, or with recomputation all layers' inputs and one layer's activations
@@ -38,7 +39,7 @@ from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
 from megatron_tide.models.head import LOGIT_BYTES
 from megatron_tide.models.layer_specs import layer_specs_of
-from megatron_tide.optimizer import FP32
+from megatron_tide.optimizer import FP32, Sizes, hidden_matrices
 
 LOAD_STUDENT, LOAD_TEACHER, FORWARD, BACKWARD, REDUCE, UPDATE, CHECKPOINT = PHASES = (
     "student loading",
@@ -105,6 +106,8 @@ class ModelShape:
         self.config: Any = self.specs.config
         numels = [tensor.numel() for tensor in module_tensors(self.specs.model).values()]
         self.parameters, self.largest_tensor = sum(numels), max(numels)
+        hidden = [parameter.numel() for parameter in hidden_matrices(self.specs.model).values()]
+        self.sizes = Sizes(self.parameters, sum(hidden), max(hidden, default=0))
         self.vocab, self.hidden = self.config.vocab_size, self.config.hidden_size
         # Per layer: numbers that its matmuls produce per position, and parameters that a position is multiplied with.
         self.widths, self.active_parameters, chosen = [], 0.0, getattr(self.config, "num_experts_per_tok", 0)
@@ -269,19 +272,19 @@ def _add_student(estimate: MemoryEstimate, run: RunShape) -> None:
     optimizer = OPTIMIZERS[run.config.train.optimizer]
     estimate.persistent("student weights", size * count)
     estimate.persistent("student master weights", FP32 * share, host=offload)
-    estimate.persistent("student moments", optimizer.state_bytes * share, host=offload)
+    estimate.persistent("student moments", optimizer.state_bytes(run.student.sizes) / run.ranks, host=offload)
     if offload:  # a flat copy of the weights, the gradients again, buffers for the largest tensor on both sides
         largest = size * run.student.largest_tensor
         estimate.persistent("student buffers", (size + FP32) * share + largest, host=True)
         estimate.persistent("student buffers", largest)
-    if temporaries := optimizer.update_bytes(has_gpus=gpus, offloads=offload):
-        estimate.transient("optimizer's temporaries", temporaries * share, UPDATE)
+    if temporaries := optimizer.update_bytes(run.student.sizes, run.ranks, has_gpus=gpus, offloads=offload):
+        estimate.transient("optimizer's temporaries", temporaries, UPDATE)
     # Loaded in fp32 on the host, where a GPU's rank makes one copy more.
     estimate.transient("student as it is loaded", (2 if gpus else 1) * FP32 * count, LOAD_STUDENT, host=True)
     estimate.transient("gathered checkpoint", FP32 * count, CHECKPOINT, host=True, ranks=1)
     save, steps = run.config.save, run.config.train.max_steps
     checkpoints = min(-(-steps // save.save_every), save.keep_last + 1) if steps else save.keep_last + 1
-    estimate.disk["student checkpoints"] = checkpoints * (FP32 + optimizer.state_bytes) * count
+    estimate.disk["student checkpoints"] = checkpoints * (FP32 * count + optimizer.state_bytes(run.student.sizes))
 
 
 def _add_gradients(estimate: MemoryEstimate, run: RunShape) -> None:

@@ -23,6 +23,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor
+    is_router = True  # a classifier, not a hidden layer: see optimizer.hidden_matrices
 
     def __init__(self, hidden: int, experts: int, groups: int, groups_kept: int, chosen: int, scale: float) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from megatron_tide.files import AtomicFolder, sha256_file, sweep
 from megatron_tide.train.distributed import DistContext
@@ -96,14 +97,16 @@ class _Lazy:
 
 def _gathered(engine: Any, world: DistContext) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(file, tensors) one file at a time; a collective, only rank 0 keeps the tensors."""
-    yield WEIGHTS, _collect(engine, world, full_master_weight)
-    for moment in moments(engine):
-        yield f"{moment}.safetensors", _collect(engine, world, lambda p, m=moment: full_moment(p, m))
+    parameters = dict(trained_parameters(engine))
+    yield WEIGHTS, _collect(parameters, world, full_master_weight)
+    for moment, names in moments(engine).items():
+        having = {name: parameter for name, parameter in parameters.items() if name in names}
+        yield f"{moment}.safetensors", _collect(having, world, lambda p, m=moment: full_moment(p, m))
 
 
-def _collect(engine: Any, world: DistContext, gather: Any) -> dict[str, torch.Tensor]:
+def _collect(parameters: dict[str, nn.Parameter], world: DistContext, gather: Any) -> dict[str, torch.Tensor]:
     kept = {}
-    for name, parameter in trained_parameters(engine):
+    for name, parameter in parameters.items():
         full = gather(parameter)
         if world.is_main:
             kept[name] = full.detach().to("cpu", torch.float32).contiguous()

@@ -43,8 +43,8 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
         "gradient_clipping": train.max_grad_norm,
         "bf16": {"enabled": train.precision == "bf16"},
-        "optimizer": OPTIMIZERS[train.optimizer].deepspeed(train, offloads),
         "steps_per_print": 10**12,
+        **OPTIMIZERS[train.optimizer].deepspeed(train, offloads),
     }
     if train.precision == "fp32":  # the fp32 path has no separate accumulation type
         settings.pop("data_types", None)
@@ -60,8 +60,9 @@ def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) ->
     exact = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = OPTIMIZERS[config.train.optimizer]
     groups, settings = optimizer.groups(model, config.train), engine_settings(config, world.size)
+    client = optimizer.client(config.train, "offload_optimizer" in settings["zero_optimization"])
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=client, model_parameters=groups, config=settings)
     for name, parameter in trained_parameters(engine):  # DeepSpeed made its master weights from rounded weights
         safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
     _set_state(engine, optimizer.state)
@@ -73,10 +74,10 @@ def skipped(engine: Any) -> bool:
     return bool(engine.optimizer.overflow)
 
 
-def set_learning_rate(engine: Any, lr: float) -> None:
-    """The schedule is a pure function of the step, so there is no scheduler state to save."""
+def set_learning_rates(engine: Any, at_step: Callable[[float], float]) -> None:
+    """Set each group's learning rate to ``at_step`` of its peak: a pure function, so there is no state to save."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = at_step(group["initial_lr"])
 
 
 # --- ZeRO's partitioned state, by parameter name: what a checkpoint holds, at any world size and stage ---
@@ -101,24 +102,30 @@ def full_moment(parameter: nn.Parameter, moment: str) -> torch.Tensor:
     return safe_get_full_optimizer_state(parameter, moment)
 
 
-def moments(engine: Any) -> list[str]:
-    """Names of the optimizer's state tensors that have the shape of the parameter."""
-    states = engine.optimizer.optimizer.state.values()
-    return list(dict.fromkeys(name for state in states for name in state if name != "step"))
+def moments(engine: Any) -> dict[str, set[str]]:
+    """Names of the optimizer's moments, and of the parameters that have each."""
+    found: dict[str, set[str]] = {}
+    for group in engine.optimizer.optimizer.param_groups:
+        for moment in group["moments"]:
+            found.setdefault(moment, set()).update(group["names"])
+    return found
 
 
 def restore_state(engine: Any, weights: Any, stored_moments: dict[str, Any], steps_taken: int) -> None:
     """Put a checkpoint's tensors back into this rank's partitions; ``weights[name]`` yields a full fp32 tensor."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    state = engine.optimizer.optimizer.state
-    _set_state(engine, lambda optimizer, flat: {**state[flat], "step": _step(state[flat]["step"], steps_taken)})
+    state, having = engine.optimizer.optimizer.state, moments(engine)
+    for values in state.values():
+        if "step" in values:
+            values["step"] = _step(values["step"], steps_taken)
     for name, parameter in trained_parameters(engine):
         value = weights[name].to(parameter.device)
         safe_set_full_fp32_param(parameter, value)
         parameter.data.copy_(value)
         for moment, stored in stored_moments.items():
-            safe_set_full_optimizer_state(parameter, stored[name].to(parameter.device), moment)
+            if name in having[moment]:
+                safe_set_full_optimizer_state(parameter, stored[name].to(parameter.device), moment)
 
 
 def _step(old: Any, steps_taken: int) -> Any:
@@ -126,7 +133,7 @@ def _step(old: Any, steps_taken: int) -> Any:
     return torch.full_like(old, steps_taken) if isinstance(old, torch.Tensor) else steps_taken
 
 
-def _set_state(engine: Any, state_of: Callable[[Any, torch.Tensor], dict[str, Any]]) -> None:
+def _set_state(engine: Any, state_of: Callable[[Any, dict[str, Any], torch.Tensor], dict[str, Any]]) -> None:
     """Create the state of each flat parameter of the optimizer before the first step, and link it in DeepSpeed.
 
     By default an optimizer creates it at its first step, and DeepSpeed links it to parameters after the first parameter
@@ -135,6 +142,6 @@ def _set_state(engine: Any, state_of: Callable[[Any, torch.Tensor], dict[str, An
     zero, optimizer = engine.optimizer, engine.optimizer.optimizer
     for group in optimizer.param_groups:
         for flat in group["params"]:
-            optimizer.state[flat] = state_of(optimizer, flat)
+            optimizer.state[flat] = state_of(optimizer, group, flat)
     zero._hp_optimizer_states_linked = False
     zero._lazy_init_hp_params_optimizer_state()

@@ -7,13 +7,14 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_tide.config import DistillConfig
 from megatron_tide.train import checkpoint
-from megatron_tide.train.engine import set_learning_rate, skipped
+from megatron_tide.train.engine import set_learning_rates, skipped
 from megatron_tide.train.metrics import MetricAccumulator, MetricLogger, peak_memory
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.nonfinite import NonFiniteGuard
@@ -63,8 +64,7 @@ class Loop:
             counts, stopped = global_counts(microbatches, context.world, bool(stop.signal))
             if stopped:
                 break
-            lr = self._learning_rate(state)
-            set_learning_rate(context.engine, lr)
+            set_learning_rates(context.engine, partial(self._learning_rate, state))
             phase, inputs = self.loader.phases.at(state.step), to_device(microbatches, context.world.device)
             step_sums = train_step(context.with_strategy(phase.strategy), inputs, counts, phase.progress(state.step))
             if skipped(context.engine):
@@ -77,7 +77,7 @@ class Loop:
                 self._save(nonfinite.before)
                 raise nonfinite.refusal()
             if accumulator.steps and (state.step % save.log_every == 0 or state.step == total):
-                since = self._log(logger, state, accumulator, since, lr)
+                since = self._log(logger, state, accumulator, since)
                 accumulator = MetricAccumulator()
             if save.eval_every and state.step % save.eval_every == 0:
                 logger.write(state.step, measure())
@@ -88,9 +88,8 @@ class Loop:
         logger.close()
         return state
 
-    def _learning_rate(self, state: TrainState) -> float:
-        train = self.config.train
-        return learning_rate(state.step, state.total_steps, train.lr, train.warmup_ratio, train.min_lr_ratio)
+    def _learning_rate(self, state: TrainState, peak: float) -> float:
+        return learning_rate(state.step, state.total_steps, peak, self.config.train)
 
     def _save(self, state: TrainState) -> int:
         checkpoint.save(
@@ -98,9 +97,7 @@ class Loop:
         )
         return state.step
 
-    def _log(
-        self, logger: MetricLogger, state: TrainState, accumulator: MetricAccumulator, since: float, lr: float
-    ) -> float:
+    def _log(self, logger: MetricLogger, state: TrainState, accumulator: MetricAccumulator, since: float) -> float:
         """Reduce, write and print the metrics since the last log line; returns the time of this one."""
         values = accumulator.reduce(self.context.world)
         now = time.perf_counter()
@@ -112,6 +109,7 @@ class Loop:
         values |= self.context.world.mean_over_ranks(self.context.backend.metrics())
         values |= (phases := self.loader.phases).metrics(state.step - 1)
         norm = self.context.engine.get_global_grad_norm()
+        lr = self.context.engine.optimizer.param_groups[-1]["lr"]  # AdamW's: each optimizer's last group
         values |= {"train/lr": lr, "train/grad_norm": float(norm or 0.0), **peak_memory(self.context.world.device)}
         logger.write(state.step, values)
         phase = phases.at(state.step - 1).strategy.name if len(phases.phases) > 1 else ""

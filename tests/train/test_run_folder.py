@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from megatron_tide.config import DistillConfig
 from megatron_tide.train import build, checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metrics import MetricLogger
@@ -47,3 +48,15 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, mon
     saved = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=2), run, WORLD, keep=1)
     with pytest.raises(ValueError, match="the run of another version, which cannot be resumed; use another --out"):
         build.refuse_other_run(saved, {**run, "affects_loss": {"lr": 1.0}})
+
+
+def test_a_flag_that_a_checkpoint_does_not_know_had_its_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
+    new = DistillConfig().loss_flags()
+    run = {"data_fingerprint": "", "bridge_fingerprint": None, "total_steps": 2}
+    run |= {f"{side}_fingerprint": "" for side in ("teacher", "student")}
+    old = {**run, "affects_loss": {flag: value for flag, value in new.items() if flag != "lr_schedule"}}
+    saved = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=2), old, WORLD, keep=1)
+    build.refuse_other_run(saved, {**run, "affects_loss": new})
+    with pytest.raises(ValueError, match="was trained with lr_schedule = 'cosine', this run has 'linear'"):
+        build.refuse_other_run(saved, {**run, "affects_loss": {**new, "lr_schedule": "linear"}})
