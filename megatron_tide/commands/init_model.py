@@ -1,6 +1,6 @@
 """Create a model with random weights: a Hugging Face folder that includes its tokenizer.
 
-Shapes come from a config.json (model_type a2d-qwen3 or llada2_moe). The ids of the mask, end and padding tokens come
+Shapes come from a config.json (model_type a2d-qwen3, a2d-llama or llada2_moe). The ids of the mask, end and padding tokens come
 from the tokenizer, and so does vocab_size if the config has none, rounded up to a multiple of 64. The same config,
 tokenizer and seed give the same weights.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from megatron_tide.diffusion import DistillBatch, ModelInput
 from megatron_tide.hosting.backend import Ranks, TeacherBackend
 from megatron_tide.models import resolve_folder, target_logprobs
-from megatron_tide.models.a2d_qwen3 import Mask, attention_mask_for
+from megatron_tide.models.backbone_a2d import Mask, attention_mask_for
 from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs, layer_specs_of
 from megatron_tide.models.load import check_keys, check_shapes

@@ -1,91 +1,17 @@
-"""The student: a Qwen3 decoder with arbitrary attention masks and a masked-token head.
+"""The Qwen3-shaped student: Qwen3 as a block diffusion model (``backbone_a2d.py``).
 
-Used for training and, with ``generation_a2d.py`` and ``decoding_a2d.py``, shipped inside releases
-(``trust_remote_code=True``), so it may import torch and transformers only, and must run under transformers 4.57 as well
-as 5.x. The weights, their names and the arithmetic are transformers' own Qwen3; what differs is attention: no mask
-means bidirectional, and a mask is taken as given.
-
-Shapes: B batch, Q queries, K keys, L length, H hidden size, V vocabulary, D head dimension.
+A release contains this file, so it may import torch and transformers only; and it imports every other file that the
+release needs itself, because transformers 4 copies only direct imports of this file.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Cache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
-from .decoding_a2d import (
-    BlockCache,
-)  # imported here too: in a release, transformers 4 copies only direct imports of this file
-from .generation_a2d import BlockGenerationMixin
-
-ATTENTION = "a2d_qwen3"
-
-Mask = Tensor | BlockMask
-
-
-def attention_mask_for(mask: Mask | None, dtype: torch.dtype) -> Mask | None:
-    """The mask in the form that :func:`attend` takes.
-
-    ``mask``: None (attend everywhere), a BlockMask, a [B, K] padding mask (nonzero = a real token), or [B or 1, 1, Q,
-    K], bool (True = attend) or additive. ValueError for anything else.
-    """
-    if mask is None or isinstance(mask, BlockMask):
-        return mask
-    if mask.dim() == 2:
-        mask = mask.bool()[:, None, None, :]
-    if mask.dim() == 4 and mask.dtype == torch.bool:
-        if mask.device.type != "cpu":
-            return mask
-        # Otherwise the CPU kernel converts the mask in every layer, and keeps each copy for the backward pass.
-        return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    if mask.dim() == 4 and mask.is_floating_point():
-        return mask.to(dtype)
-    raise ValueError(
-        f"attention_mask has shape {list(mask.shape)} and type {mask.dtype}: use a [B, L] padding mask, "
-        "or [B, 1, Q, K] of bool (True = attend) or of floats to add"
-    )
-
-
-@functools.cache
-def _flex(device_type: str) -> Any:
-    # Uncompiled, flex_attention builds the full [Q, K] score matrix; use it on CPU only for checks.
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> Tensor:
-    """Attention with grouped heads: query [B, heads, Q, D], key and value [B, kv heads, K, D] -> [B, heads, Q, D].
-
-    ``mask`` as :func:`attention_mask_for` returns it.
-    """
-    grouped = query.shape[1] != key.shape[1]
-    if isinstance(mask, BlockMask):
-        flex = _flex(query.device.type)
-        return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
-    if grouped and mask is not None and query.device.type != "cpu":
-        # No fused CUDA kernel takes a mask and grouped heads at once; copying the heads is cheaper than the unfused
-        # one.
-        share = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        grouped = False
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
-
-
-def attention_interface(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    output = attend(query, key, value, attention_mask, kwargs["scaling"])
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, attention_interface)
+from . import decoding_a2d, generation_a2d  # noqa: F401
+from .backbone_a2d import BlockDiffusionBackbone, rope_for_every_version
 
 
 class A2DQwen3Config(Qwen3Config):
@@ -94,83 +20,17 @@ class A2DQwen3Config(Qwen3Config):
     model_type = "a2d-qwen3"
 
     def __init__(self, block_size: int = 32, mask_token_id: int | None = None, **kwargs: Any) -> None:
-        rope = kwargs.get("rope_parameters")
-        if rope is not None:
-            # transformers 4 reads these two names, 5 reads rope_parameters: a configuration must mean the same in both.
-            kwargs.setdefault("rope_theta", rope["rope_theta"])
-            if rope.get("rope_type", "default") != "default":
-                kwargs.setdefault("rope_scaling", rope)
+        rope_for_every_version(kwargs)
         super().__init__(**kwargs)
         self.block_size = block_size
         self.mask_token_id = mask_token_id
 
 
-class A2DQwen3LMHeadModel(BlockGenerationMixin, Qwen3PreTrainedModel):  # type: ignore[misc]
-    """Qwen3 with the given attention mask, and logits for the token AT each position (no shift).
-
-    ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [B, L, V]. Training never calls that: it
-    takes hidden states from :meth:`backbone` and scores the rows it needs against :attr:`head_weight`.
-    """
+class A2DQwen3LMHeadModel(BlockDiffusionBackbone, Qwen3PreTrainedModel):  # type: ignore[misc]
+    """Qwen3 with the given attention mask, and logits for the token AT each position (no shift)."""
 
     config_class = A2DQwen3Config
+    decoder_class = Qwen3Model
     # transformers expects a list here in version 4 and a dict in version 5; its own model of the same shape has
     # it right.
     _tied_weights_keys = Qwen3ForCausalLM._tied_weights_keys
-
-    def __init__(self, config: A2DQwen3Config) -> None:
-        super().__init__(config)
-        if any(kind != "full_attention" for kind in config.layer_types or ()):
-            raise ValueError(
-                "sliding-window attention is not supported: set use_sliding_window to false in config.json"
-            )
-        config._attn_implementation = ATTENTION
-        self.model = Qwen3Model(config)
-        # Padding has the same id as end-of-text, which is trained like any other token.
-        self.model.embed_tokens.padding_idx = None
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The output embedding, [V, H]."""
-        return self.lm_head.weight
-
-    def backbone(
-        self,
-        input_ids: Tensor,
-        attention_mask: Mask | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: BlockCache | Cache | None = None,
-    ) -> Tensor:
-        """Normed hidden states [B, L, H]; ``past_key_values`` is attended to and appended to."""
-        mask = attention_mask_for(attention_mask, self.model.embed_tokens.weight.dtype)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask={"full_attention": mask},
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-        ).last_hidden_state
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Mask | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: BlockCache | Cache | None = None,
-        **_: Any,
-    ) -> MaskedLMOutput:
-        """Logits [B, L, V]; ``attention_mask`` as :func:`attention_mask_for` takes it, ``position_ids`` [B or 1, L]."""
-        hidden = self.backbone(input_ids, attention_mask, position_ids, past_key_values)
-        return MaskedLMOutput(logits=self.lm_head(hidden))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> A2DQwen3LMHeadModel:
-        # A cast to bf16 must not reach the rotary frequencies: rounded, they would move every position, and differ from
-        # those of the same weights loaded afresh.
-        rotary = self.model.rotary_emb
-        exact = dict(rotary.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in rotary.named_buffers():
-            if buffer.dtype != exact[name].dtype:
-                setattr(rotary, name, exact[name].to(buffer.device))
-        return self

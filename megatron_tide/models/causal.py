@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import eager_mask
 
-from megatron_tide.models.a2d_qwen3 import Mask, attention_interface, attention_mask_for
+from megatron_tide.models.backbone_a2d import Mask, attention_interface, attention_mask_for
 
 ATTENTION = "tide_causal"
 
@@ -60,3 +60,7 @@ class CausalBackbone:
 
 class Qwen3ForCausalLM(CausalBackbone, transformers.Qwen3ForCausalLM):
     """Qwen3 as published: each row predicts the next token."""
+
+
+class LlamaForCausalLM(CausalBackbone, transformers.LlamaForCausalLM):
+    """Llama as published: each row predicts the next token."""

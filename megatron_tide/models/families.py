@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoConfig, AutoModelForMaskedLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_tide.bounds import check_config
 from megatron_tide.files import read_json
+from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
-from megatron_tide.models.causal import Qwen3ForCausalLM
+from megatron_tide.models.causal import LlamaForCausalLM, Qwen3ForCausalLM
 from megatron_tide.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
 
 ConfigSource = str | Path | dict[str, Any]
@@ -128,17 +129,16 @@ def register(family: Family) -> None:
     FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-_QWEN3_REQUIRED = (
+_REQUIRED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "head_dim",
     "tie_word_embeddings",
 )
-_QWEN3_OPTIONAL = (
+_OPTIONAL = (
     "attention_bias",
     "attention_dropout",
     "bos_token_id",
@@ -147,36 +147,51 @@ _QWEN3_OPTIONAL = (
     "hidden_act",
     "initializer_range",
     "max_position_embeddings",
-    "max_window_layers",
     "rms_norm_eps",
-    "sliding_window",
     "use_cache",
-    "use_sliding_window",
 )
-_A2D_CONFIG = HubConfig(
-    config_class=A2DQwen3Config,
-    required=_QWEN3_REQUIRED,
-    optional=(*_QWEN3_OPTIONAL, "block_size", "mask_token_id"),
-)
-_QWEN3_CONFIG = HubConfig(config_class=Qwen3Config, required=_QWEN3_REQUIRED, optional=_QWEN3_OPTIONAL)
+_QWEN3_REQUIRED = (*_REQUIRED, "head_dim")
+_QWEN3_OPTIONAL = (*_OPTIONAL, "max_window_layers", "sliding_window", "use_sliding_window")
+_LLAMA_OPTIONAL = (*_OPTIONAL, "head_dim", "mlp_bias")
+_STUDENT = ("block_size", "mask_token_id")
 
-# The student, and WeDLM, which has the same tensors under the same names (the mask decides what each token sees).
+_QWEN3_CONFIG = HubConfig(config_class=Qwen3Config, required=_QWEN3_REQUIRED, optional=_QWEN3_OPTIONAL)
+_LLAMA_CONFIG = HubConfig(config_class=LlamaConfig, required=_REQUIRED, optional=_LLAMA_OPTIONAL)
+_A2D_QWEN3_CONFIG = HubConfig(
+    config_class=A2DQwen3Config, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT)
+)
+_A2D_LLAMA_CONFIG = HubConfig(config_class=A2DLlamaConfig, required=_REQUIRED, optional=(*_LLAMA_OPTIONAL, *_STUDENT))
+
+
+def _student_release(file: str, config: type[PretrainedConfig], module: type[PreTrainedModel]) -> ReleaseFiles:
+    """The files of a student whose own classes are in ``file``.py."""
+    return ReleaseFiles(
+        code=(f"{file}.py", "backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py"),
+        auto_map={"AutoConfig": f"{file}.{config.__name__}", "AutoModelForMaskedLM": f"{file}.{module.__name__}"},
+    )
+
+
+# The paper's student, and WeDLM, which has the same tensors under the same names (the mask decides what each token
+# sees).
 register(
     Family(
         model_types=("a2d-qwen3", "wedlm"),
         module=A2DQwen3LMHeadModel,
-        read_config=_A2D_CONFIG.read,
-        write_config=_A2D_CONFIG.write,
-        release=ReleaseFiles(
-            code=("a2d_qwen3.py", "generation_a2d.py", "decoding_a2d.py"),
-            auto_map={
-                "AutoConfig": "a2d_qwen3.A2DQwen3Config",
-                "AutoModelForMaskedLM": "a2d_qwen3.A2DQwen3LMHeadModel",
-            },
-        ),
+        read_config=_A2D_QWEN3_CONFIG.read,
+        write_config=_A2D_QWEN3_CONFIG.write,
+        release=_student_release("a2d_qwen3", A2DQwen3Config, A2DQwen3LMHeadModel),
     )
 )
-# Plain autoregressive Qwen3: the paper's baseline, and what a student can start from.
+register(
+    Family(
+        model_types=("a2d-llama",),
+        module=A2DLlamaLMHeadModel,
+        read_config=_A2D_LLAMA_CONFIG.read,
+        write_config=_A2D_LLAMA_CONFIG.write,
+        release=_student_release("a2d_llama", A2DLlamaConfig, A2DLlamaLMHeadModel),
+    )
+)
+# Plain autoregressive models: the paper's baseline, and what a student can start from.
 register(
     Family(
         model_types=("qwen3",),
@@ -186,6 +201,17 @@ register(
         generation="autoregressive",
         shifts_by_one=True,
         trains_as="a2d-qwen3",
+    )
+)
+register(
+    Family(
+        model_types=("llama",),
+        module=LlamaForCausalLM,
+        read_config=_LLAMA_CONFIG.read,
+        write_config=_LLAMA_CONFIG.write,
+        generation="autoregressive",
+        shifts_by_one=True,
+        trains_as="a2d-llama",
     )
 )
 # LLaDA2.0-mini and 2.1-mini. The public code for this format is published elsewhere.
@@ -202,6 +228,8 @@ register(
 )
 AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
 AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)
+AutoConfig.register(A2DLlamaConfig.model_type, A2DLlamaConfig, exist_ok=True)
+AutoModelForMaskedLM.register(A2DLlamaConfig, A2DLlamaLMHeadModel, exist_ok=True)
 
 
 def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Family, Any]:

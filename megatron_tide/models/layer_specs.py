@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from megatron_tide.models.a2d_qwen3 import Mask
+from megatron_tide.models.backbone_a2d import Mask
 from megatron_tide.models.checkpoint_keys import module_tensors, tied_aliases
 from megatron_tide.models.families import ConfigSource, Family, family_of, meta_model
 

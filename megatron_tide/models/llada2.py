@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from megatron_tide.models.a2d_qwen3 import Mask, attend, attention_mask_for
+from megatron_tide.models.backbone_a2d import Mask, attend, attention_mask_for
 from megatron_tide.models.decoding_a2d import BlockCache
 from megatron_tide.models.experts import Experts, Router
 from megatron_tide.models.generation_a2d import BlockGenerationMixin

@@ -26,7 +26,13 @@ from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.step import global_counts, to_device, train_step
 from tests.hosting.backends import hostings, joined
 from tests.support.lab import stored
-from tests.support.models import tiny_student_config, tiny_teacher_config, tiny_wedlm_config, write_hub_folder
+from tests.support.models import (
+    tiny_llama_config,
+    tiny_student_config,
+    tiny_teacher_config,
+    tiny_wedlm_config,
+    write_hub_folder,
+)
 from tests.support.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -34,6 +40,8 @@ FAMILIES = {
     "llada2": tiny_teacher_config(),
     "wedlm": tiny_wedlm_config(),
     "qwen3-tied": tiny_student_config(model_type="qwen3"),
+    "a2d-llama": tiny_llama_config(tie_word_embeddings=False),
+    "llama-tied": tiny_llama_config(model_type="llama"),
 }
 
 

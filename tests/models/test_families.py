@@ -32,7 +32,7 @@ from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import FAMILIES, family_of, read_config, register
 from megatron_tide.models.layer_specs import layer_specs_of
 from tests.reference.generate import generate as plain_generate
-from tests.support.models import tiny_student_config, tiny_wedlm_config, write_hub_folder
+from tests.support.models import tiny_llama_config, tiny_student_config, tiny_wedlm_config, write_hub_folder
 from tests.support.toy_families import BLOCK, CAUSAL, toy_config
 
 TOYS = {"causal": CAUSAL, "block": BLOCK}
@@ -141,8 +141,10 @@ def test_it_generates_as_its_row_says(toy: Any) -> None:
     assert found == expected
 
 
-def test_a_plain_qwen3_is_causal_and_trains_as_a_student(tmp_path: Path) -> None:
-    folder = write_hub_folder(tmp_path / "qwen3", tiny_student_config(model_type="qwen3"))
+@pytest.mark.parametrize("shape", ["qwen3", "llama"])
+def test_a_plain_model_is_causal_and_trains_as_a_student(tmp_path: Path, shape: str) -> None:
+    config = tiny_student_config() if shape == "qwen3" else tiny_llama_config()
+    folder = write_hub_folder(tmp_path / shape, config | {"model_type": shape})
     causal, student = load_model(folder), load_model(folder, as_student=True)
     changed = ids_of(8)
     changed[:, -1] = 5
@@ -156,6 +158,7 @@ def test_a_plain_qwen3_is_causal_and_trains_as_a_student(tmp_path: Path) -> None
         "block_diffusion",
         "autoregressive",
     ]
+    assert json.loads((tmp_path / "student/config.json").read_text())["model_type"] == f"a2d-{shape}"
 
 
 def test_a_shared_vocabulary_teacher_is_written_as_a_student(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 BAD = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: no such file"),
     "broken config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
-    "other model": (edit_config(model_type="llama"), "model_type 'llama' is not one of a2d-qwen3, llada2_moe"),
+    "other model": (edit_config(model_type="gpt2"), "model_type 'gpt2' is not one of a2d-llama, a2d-qwen3, llada2_moe"),
     "lacking key": (edit_config(num_experts="-", rope_theta="-"), "missing num_experts, rope_theta"),
     "groups": (edit_config(n_group=3), "n_group 3 must divide num_experts 16"),
     "biases": (edit_config(use_bias=True), "use_bias = True is not supported"),

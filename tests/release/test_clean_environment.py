@@ -65,26 +65,31 @@ def install(python: Path, *packages: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_loads_and_writes_the_same_tokens(lab: Lab, python: Path, tmp_path: Path) -> None:
-    """Under the oldest transformers we name and under the one we pin."""
-    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
-    release = tmp_path / "hf"
-    convert(checkpoint, release, Options())
-    tokenizer = load_tokenizer(release)
-    prompts = [from_text(tokenizer, question).ids for question in QUESTIONS]
+    """Under the oldest transformers we name and under the one we pin, students of both shapes."""
     torch.set_num_threads(1)
-    expected = [answer.ids for answer in complete(load_model(release), tokenizer, prompts, batch_size=1, **KNOBS)]
+    expected = {}
+    for shape, start in (("qwen3", lab.student), ("llama", lab.llama(tmp_path / "start"))):
+        release = tmp_path / shape
+        convert(
+            write_checkpoint(lab, tmp_path / f"{shape}-run", start=start, data=lab.student_data), release, Options()
+        )
+        tokenizer = load_tokenizer(release)
+        prompts = [from_text(tokenizer, question).ids for question in QUESTIONS]
+        answers = complete(load_model(release), tokenizer, prompts, batch_size=1, **KNOBS)
+        expected[release] = [answer.ids for answer in answers]
     for version in (OLDEST, PINS["transformers"]):
         install(python, f"transformers=={version}")
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [str(python), "-c", PROGRAM],
-            input=json.dumps([str(release), QUESTIONS, KNOBS]),
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=tmp_path,
-            timeout=240,
-        )
-        assert done.returncode == 0, (version, done.stderr[-2000:])
-        told = json.loads(done.stdout.splitlines()[-1])
-        assert told == {"transformers": version, "answers": expected}
+        for release, answers in expected.items():
+            done = subprocess.run(
+                [str(python), "-c", PROGRAM],
+                input=json.dumps([str(release), QUESTIONS, KNOBS]),
+                capture_output=True,
+                text=True,
+                env=environment,
+                cwd=tmp_path,
+                timeout=240,
+            )
+            assert done.returncode == 0, (version, release.name, done.stderr[-2000:])
+            told = json.loads(done.stdout.splitlines()[-1])
+            assert told == {"transformers": version, "answers": answers}

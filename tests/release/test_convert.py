@@ -22,6 +22,7 @@ from megatron_tide.release import parity as parity_module
 from tests.support.lab import BLOCK, Lab, moved, stored, write_checkpoint
 
 convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])
+CODE = {"backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,16 @@ def test_weights_are_the_training_weights_rounded(lab: Lab, checkpoint: Path, re
     assert set(tensors) == set(expected)
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
+
+
+def test_a_student_of_llamas_shape_is_released_too(lab: Lab, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.llama(tmp_path / "start"), data=lab.student_data)
+    out = tmp_path / "out"
+    assert convert_function(checkpoint, out, Options())["largest_logit_difference"] == 0.0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("a2d-llama", ["A2DLlamaLMHeadModel"])
+    assert config["auto_map"]["AutoModelForMaskedLM"] == "a2d_llama.A2DLlamaLMHeadModel"
+    assert {file.name for file in out.glob("*.py")} == CODE | {"a2d_llama.py"}
 
 
 def test_parity_is_recorded_with_what_was_compared(release: Path) -> None:
@@ -357,7 +368,7 @@ def test_code_of_the_base_model_is_neither_run_nor_released(lab: Lab, tmp_path: 
     out = tmp_path / "out"
     convert(checkpoint, out, Options())
     assert not canary.exists()
-    assert {file.name for file in out.glob("*.py")} == {"a2d_qwen3.py", "generation_a2d.py", "decoding_a2d.py"}
+    assert {file.name for file in out.glob("*.py")} == CODE | {"a2d_qwen3.py"}
     whole = "".join(file.read_text() for file in out.glob("*.json"))
     for word in ("Evil", "someone", "evil/kernels"):
         assert word not in whole

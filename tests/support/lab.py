@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_tide.data import PreparedData
 from megatron_tide.models import load_model
 from megatron_tide.objectives import build_strategy
 from tests.support.commands import command
-from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
+from tests.support.models import tiny_llama_config, tiny_student_config, tiny_teacher_config, write_hub_folder
 from tests.support.tokenizers import TEXTS, train_byte_bpe, train_sentencepiece
 
 BLOCK, TEACHER_BLOCK = 8, 16
@@ -36,6 +37,13 @@ class Lab:
     data: Path
     student_data: Path
     teacher_data: Path
+
+    def llama(self, folder: Path, **changes: Any) -> Path:
+        """A Llama-shaped model made in ``folder``, with the student's tokenizer; by default another student."""
+        shutil.copytree(self.student, folder, ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+        of_student = json.loads((self.student / "config.json").read_text())
+        ids = {key: of_student[key] for key in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id")}
+        return write_hub_folder(folder, tiny_llama_config(**ids, **changes), seed=6)
 
 
 def make_lab(folder: Path) -> Lab:

@@ -39,6 +39,13 @@ def tiny_student_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+def tiny_llama_config(**changes: Any) -> dict[str, Any]:
+    """A two-layer Llama as a student, tied, grouped heads, without head_dim, as many a public config.json."""
+    values = tiny_student_config(model_type="a2d-llama", rope_theta=1e5, hidden_size=64, rms_norm_eps=1e-5)
+    del values["head_dim"]
+    return {**values, **changes}
+
+
 def tiny_wedlm_config(**changes: Any) -> dict[str, Any]:
     """A two-layer WeDLM: Qwen3-shaped, untied, its mask id not in the config."""
     values = tiny_student_config(model_type="wedlm", tie_word_embeddings=False)
@@ -138,20 +145,24 @@ def stream_hub_folder(folder: Path, config: dict[str, Any], dtype: torch.dtype) 
 
 
 def _shapes(config: dict[str, Any]) -> Shapes:
-    return _llada2(config) if config["model_type"] == "llada2_moe" else _qwen3(config)
+    if config["model_type"] == "llada2_moe":
+        return _llada2(config)
+    return _decoder(config, normed_heads="llama" not in config["model_type"])
 
 
-def _qwen3(config: dict[str, Any]) -> Shapes:
-    hidden, size, width = config["hidden_size"], config["head_dim"], config["intermediate_size"]
+def _decoder(config: dict[str, Any], normed_heads: bool) -> Shapes:
+    hidden, width = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config.get("head_dim", hidden // heads)
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for number in range(config["num_hidden_layers"]):
         layer = f"model.layers.{number}"
         for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             yield f"{layer}.self_attn.{name}_proj.weight", (rows * size, hidden)
         yield f"{layer}.self_attn.o_proj.weight", (hidden, heads * size)
-        yield f"{layer}.self_attn.q_norm.weight", (size,)
-        yield f"{layer}.self_attn.k_norm.weight", (size,)
+        if normed_heads:
+            yield f"{layer}.self_attn.q_norm.weight", (size,)
+            yield f"{layer}.self_attn.k_norm.weight", (size,)
         yield from _feed_forward(f"{layer}.mlp", hidden, width)
         yield f"{layer}.input_layernorm.weight", (hidden,)
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)

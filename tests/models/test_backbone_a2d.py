@@ -1,4 +1,4 @@
-"""The student against transformers' own Qwen3 under the same masks, and what it promises beyond that."""
+"""Students against transformers' own Qwen3 and Llama under the same masks, and what they promise beyond that."""
 
 from __future__ import annotations
 
@@ -8,25 +8,62 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import AutoConfig, AutoModelForMaskedLM, DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models import load_model, recompute_layers
-from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel, attention_mask_for
-from tests.support.models import hub_tensors, tiny_student_config, tiny_wedlm_config, write_hub_folder
+from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
+from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
+from megatron_tide.models.backbone_a2d import attention_mask_for
+from tests.reference.generate import generate as plain_generate
+from tests.support.models import (
+    hub_tensors,
+    tiny_llama_config,
+    tiny_student_config,
+    tiny_wedlm_config,
+    write_hub_folder,
+)
 
 LENGTH = 16
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+    "qwen3-tied": tiny_student_config(),
+    "qwen3-untied": tiny_wedlm_config(),
+    "llama-tied": tiny_llama_config(),
+    "llama-untied": tiny_llama_config(
+        tie_word_embeddings=False,
+        head_dim=8,
+        attention_bias=False,
+        rope_scaling={**LLAMA3, "original_max_position_embeddings": 16},
+    ),
+}
+STUDENTS = {"a2d-qwen3": tiny_student_config(), "a2d-llama": tiny_llama_config()}
+CLASSES: dict[str, Any] = {
+    "a2d-qwen3": (A2DQwen3Config, A2DQwen3LMHeadModel),
+    "a2d-llama": (A2DLlamaConfig, A2DLlamaLMHeadModel),
+}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hub_folder(tmp_path_factory.mktemp("student"), tiny_student_config())
+@pytest.fixture(scope="module", params=sorted(STUDENTS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hub_folder(tmp_path_factory.mktemp("student"), STUDENTS[request.param])
 
 
-def peer(config: dict[str, Any]) -> Qwen3ForCausalLM:
-    """transformers' causal Qwen3 with the same weights, which takes a four-dimensional mask as it is."""
+def peer(config: dict[str, Any]) -> Any:
+    """transformers' causal model with the same weights, which takes a four-dimensional mask as it is."""
     kept = {key: value for key, value in config.items() if key not in ("model_type", "block_size", "mask_token_id")}
-    model = Qwen3ForCausalLM(Qwen3Config(**kept, attn_implementation="sdpa"))
+    if config["model_type"] == "a2d-llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**kept, attn_implementation="sdpa"))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**kept, attn_implementation="sdpa"))
     tensors = hub_tensors(config)
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     model.load_state_dict(tensors)
@@ -45,9 +82,10 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("config", [tiny_student_config(), tiny_wedlm_config()], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", sorted(CONFIGS))
 @pytest.mark.parametrize("mask", sorted(MASKS))
-def test_logits_and_gradients_equal_transformers_qwen3(tmp_path: Path, config: dict[str, Any], mask: str) -> None:
+def test_logits_and_gradients_equal_transformers_own(tmp_path: Path, case: str, mask: str) -> None:
+    config = CONFIGS[case]
     ours, theirs = load_model(write_hub_folder(tmp_path / "m", config)), peer(config)
     ids, allowed = ids_of(2), MASKS[mask].expand(2, 1, -1, -1)
     positions = torch.arange(LENGTH // 2).repeat(2) if mask == "staircase" else torch.arange(LENGTH)
@@ -129,7 +167,7 @@ def test_the_end_token_is_trained_though_it_is_also_the_padding(folder: Path) ->
 def test_casts_do_not_reach_the_rotary_frequencies(folder: Path) -> None:
     model = load_model(folder)
     exact = model.model.rotary_emb.inv_freq.clone()
-    assert torch.equal(exact, peer(tiny_student_config()).model.rotary_emb.inv_freq)
+    assert torch.equal(exact, peer(STUDENTS[model.config.model_type]).model.rotary_emb.inv_freq)
     model.bfloat16()
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     assert model.lm_head.weight.dtype == torch.bfloat16
@@ -154,10 +192,12 @@ def test_recomputed_layers_give_the_same_gradients(folder: Path) -> None:
 @pytest.mark.parametrize(
     "rope", [{"rope_theta": 1e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}]
 )
-def test_config_reads_both_spellings_of_rope(rope: dict[str, Any]) -> None:
-    values = {key: value for key, value in tiny_student_config().items() if key not in ("model_type", "rope_theta")}
-    model = A2DQwen3LMHeadModel(A2DQwen3Config(**values, **rope))
-    size = values["head_dim"]
+@pytest.mark.parametrize("family", sorted(STUDENTS))
+def test_config_reads_both_spellings_of_rope(family: str, rope: dict[str, Any]) -> None:
+    values = {key: value for key, value in STUDENTS[family].items() if key not in ("model_type", "rope_theta")}
+    config, module = CLASSES[family]
+    model = module(config(**values, **rope))
+    size = 16
     wanted = 1e4 ** (-torch.arange(0, size, 2) / size)
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, wanted)
 
@@ -178,3 +218,10 @@ def test_transformers_own_save_and_auto_classes_work(folder: Path, tmp_path: Pat
     ids = ids_of(2)
     assert torch.equal(theirs(ids).logits, ours(ids).logits)
     assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+def test_it_generates_as_the_plain_sampler(folder: Path) -> None:
+    model, prompt = load_model(folder), ids_of(1)[:, :6]
+    rule = {"max_new_tokens": 11, "tokens_per_step": 1, "threshold": None}
+    found = model.generate(prompt, **rule)[0, 6:].tolist()
+    assert found == plain_generate(model, prompt[0].tolist(), block=4, mask_id=2, eos_ids=(1,), **rule)
