@@ -62,10 +62,10 @@ def flag(
 
 
 def flag_name(info: Field[Any]) -> str:
-    """``max_steps`` -> ``--max-steps``; a positional argument -> ``MODEL``."""
+    """``max_steps`` -> ``--max-steps``; ``from_`` -> ``--from``; a positional argument -> ``MODEL``."""
     if info.metadata["kind"] == "positional":
         return info.metadata["metavar"] or info.name.upper()
-    return "--" + info.name.replace("_", "-")
+    return "--" + info.name.rstrip("_").replace("_", "-")
 
 
 def flags_of(args_type: Any, group: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
@@ -236,6 +236,8 @@ def _add(group: Any, info: Field[Any], hint: Any) -> None:
     elif about["kind"] == "positional":
         options["nargs"] = "?"  # ``build`` reports it if it is missing, together with the flags
     names = [info.name] if about["kind"] == "positional" else [flag_name(info)]
+    if about["kind"] != "positional":
+        options["dest"] = info.name
     names += ["--" + info.name] if about["kind"] == "hidden" else []  # the form that launchers use
     group.add_argument(*names, **options)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 
-from . import decoding_a2d, generation_a2d  # noqa: F401
 from .backbone_a2d import BlockDiffusionBackbone, rope_for_every_version
+from .decoding_a2d import BlockDecoder  # noqa: F401
+from .generation_a2d import BlockGenerationMixin
 
 
 class A2DLlamaConfig(LlamaConfig):
@@ -26,7 +27,7 @@ class A2DLlamaConfig(LlamaConfig):
         self.mask_token_id = mask_token_id
 
 
-class A2DLlamaLMHeadModel(BlockDiffusionBackbone, LlamaPreTrainedModel):  # type: ignore[misc]
+class A2DLlamaLMHeadModel(BlockDiffusionBackbone, BlockGenerationMixin, LlamaPreTrainedModel):  # type: ignore[misc]
     """Llama with the given attention mask, and logits for the token AT each position (no shift)."""
 
     config_class = A2DLlamaConfig

@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
-from . import decoding_a2d, generation_a2d  # noqa: F401
 from .backbone_a2d import BlockDiffusionBackbone, rope_for_every_version
+from .decoding_a2d import BlockDecoder  # noqa: F401
+from .generation_a2d import BlockGenerationMixin
 
 
 class A2DQwen3Config(Qwen3Config):
@@ -26,7 +27,7 @@ class A2DQwen3Config(Qwen3Config):
         self.mask_token_id = mask_token_id
 
 
-class A2DQwen3LMHeadModel(BlockDiffusionBackbone, Qwen3PreTrainedModel):  # type: ignore[misc]
+class A2DQwen3LMHeadModel(BlockDiffusionBackbone, BlockGenerationMixin, Qwen3PreTrainedModel):  # type: ignore[misc]
     """Qwen3 with the given attention mask, and logits for the token AT each position (no shift)."""
 
     config_class = A2DQwen3Config

@@ -22,7 +22,6 @@ from transformers import AttentionInterface, Cache
 from transformers.modeling_outputs import MaskedLMOutput
 
 from .decoding_a2d import BlockCache
-from .generation_a2d import BlockGenerationMixin
 
 ATTENTION = "a2d"
 
@@ -97,9 +96,9 @@ def rope_for_every_version(values: dict[str, Any]) -> None:
             values.setdefault("rope_scaling", rope)
 
 
-class BlockDiffusionBackbone(BlockGenerationMixin):
-    """First base class of a student, beside a transformers ``PreTrainedModel``: its decoder with the given attention
-    mask, and logits for the token AT each position (no shift).
+class BlockDiffusionBackbone:
+    """First base class of a student, before ``BlockGenerationMixin`` and a ``PreTrainedModel`` of transformers: its
+    decoder with the given attention mask, and logits for the token AT each position (no shift).
 
     ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [B, L, V]. Training never calls that: it
     takes hidden states from :meth:`backbone` and scores the rows it needs against :attr:`head_weight`.

@@ -25,6 +25,15 @@ def complete_config(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[st
     return {**config, **ids, "vocab_size": size}
 
 
+def check_out(out: Path, fresh: bool) -> None:
+    """ValueError unless ``out`` may become a new model: nothing is there, or a model and ``fresh``."""
+    if out.exists() and any(out.iterdir()):
+        if not (out / "config.json").exists():
+            raise ValueError(f"{out}: exists and is not a model folder; use another --out")
+        if not fresh:
+            raise ValueError(f"{out}: already contains a model; pass --fresh to replace it")
+
+
 def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool, block_size: int | None = None) -> int:
     """Write the folder ``out``, complete or not at all; -> the number of parameters. ``block_size``: replaces the
     config's.
@@ -32,11 +41,7 @@ def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool, 
     Raises:
         ValueError: ``out`` holds something else, or the config is no model's.
     """
-    if out.exists() and any(out.iterdir()):
-        if not (out / "config.json").exists():
-            raise ValueError(f"{out}: exists and is not a model folder; use another --out")
-        if not fresh:
-            raise ValueError(f"{out}: already contains a model; pass --fresh to replace it")
+    check_out(out, fresh)
     loaded = load_tokenizer(tokenizer)
     block = {} if block_size is None else {"block_size": block_size}
     model = fresh_model(complete_config(read_json(config), loaded) | block, seed)
