@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_tide import models
+from megatron_tide.choices import STRATEGIES
 from megatron_tide.files import read_json, sha256_file
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
@@ -194,13 +195,14 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
     ``base_model`` names the folder the run began from, if it has moved since.
 
     Raises:
-        ValueError: no checkpoint there, a corrupt file (named), or a missing base model.
+        ValueError: no checkpoint there, a corrupt file (named), a missing base model, or an autoregressive model.
     """
     folder = _step_folder(Path(path))
     verify(folder)
     try:
         described = read_description(folder)
         origin, state = base_model or described["run"]["model_folder"], described["state"]
+        _refuse_autoregressive(folder, described["run"].get("phases", []), int(state["step"]))
     except KeyError as error:
         raise ValueError(f"{folder / STATE}: not a description of a checkpoint ({error!r})") from None
     try:
@@ -211,6 +213,16 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
         ) from None
     metrics = _last_metrics(folder.parent / METRICS, int(state["step"]))
     return TrainingCheckpoint(folder=folder, base_model=begun, run=described["run"], state=state, metrics=metrics)
+
+
+def _refuse_autoregressive(folder: Path, phases: list[dict[str, Any]], step: int) -> None:
+    """ValueError for weights that were last trained without masks: read as a block diffusion model they are noise."""
+    name = next((phase["strategy"] for phase in phases if step <= phase["end"]), "")
+    if name in STRATEGIES and not STRATEGIES[name].denoise:
+        raise ValueError(
+            f"{folder}: step {step} was trained with {name}, so the model is autoregressive and cannot denoise; "
+            f"train with --pretraining {name}:SHARE and another --strategy, and take a later step"
+        )
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,8 @@ release() {
   stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
   stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
   stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
-    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data"
+    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data" \
+    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"}
   distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
     --strategy "$STRATEGY" ${hosting[@]+"${hosting[@]}"} "$@"
   stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite

@@ -21,6 +21,7 @@ STUDENT=${STUDENT:-dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1}
 DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture, or JSONL / Parquet / hub data sets
 STRATEGY=${STRATEGY:-tide-cross}                                    # see the table in README.md
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
+STUDENT_BLOCK=${STUDENT_BLOCK:-}                                    # block size to train the student with; empty: its own
 TEACHER_LENGTH=${TEACHER_LENGTH:-1024}
 HOSTING=${HOSTING:-}                                                # where the teacher's weights are (table in README.md); empty: replicated
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk

@@ -20,6 +20,7 @@ STUDENT=${STUDENT:-dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1}
 DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture, or JSONL / Parquet / hub data sets
 STRATEGY=${STRATEGY:-tide-shared}                                   # see the table in README.md
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
+STUDENT_BLOCK=${STUDENT_BLOCK:-}                                    # block size to train the student with; empty: its own
 TEACHER_LENGTH=${TEACHER_LENGTH:-768}
 TEACHER_MASK=${TEACHER_MASK:-151665}                                # id of the mask token, which the tokenizer does not define
 HOSTING=${HOSTING:-}                                                # where the teacher's weights are (table in README.md); empty: replicated
