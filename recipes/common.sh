@@ -197,3 +197,16 @@ release() {
   stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
     --json "$run/scores.json" --card
 }
+
+# adapt SOURCE RUN [FLAGS...]: an existing model -> a block diffusion student RUN/hf, trained by denoising only; with MASK_TOKEN,
+# BLOCK, DATA and STUDENT_LENGTH of the recipe. FLAGS are passed to distil.
+adapt() {
+  local source=$1 run=$2
+  shift 2
+  stage student "$PYTHON" -m megatron_tide init-model --from "$source" --block-size "$BLOCK" \
+    ${MASK_TOKEN:+--mask-token "$MASK_TOKEN"} --out "$run/student" --fresh
+  stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" --student "$run/student" --student-length "$STUDENT_LENGTH" \
+    --student-block "$BLOCK" --out "$run/data"
+  distil "$run/adaptation" --student "$run/student" --data "$run/data" --strategy bd3lm "$@"
+  stage convert "$PYTHON" -m megatron_tide convert "$run/adaptation" "$run/hf" --overwrite ${RELEASE_DTYPE:+--dtype "$RELEASE_DTYPE"}
+}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # slurm/RECIPE.sh as three jobs, each on the nodes it needs, each waiting for the previous one:
-#   prepare  sample, bridge, data                            CPUs, no GPU
+#   prepare  the stages before it (sample, bridge, data)     CPUs, no GPU
 #   distil   the training                                    the GPUs that slurm/RECIPE.sh requests
 #   convert  checkpoint -> Hugging Face folder, and a report  CPUs; with EVAL_DATA also scores, on one GPU
 #
@@ -54,7 +54,8 @@ one_node=(--nodes=1 --ntasks-per-node=1 --cpus-per-task=16)
 read -ra prepare <<<"${PREPARE_SBATCH:-}"
 read -ra distil <<<"${DISTIL_SBATCH:-}"
 read -ra convert <<<"${CONVERT_SBATCH:-}"
-submit "sample bridge data" --job-name="$name-prepare" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
+before=$(DRY_RUN=1 bash "recipes/$name.sh" | sed -n '/^# train-/q; s/^# //p' | xargs) # the stages before the training
+submit "$before" --job-name="$name-prepare" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
 submit train --job-name="$name-distil" ${distil[@]+"${distil[@]}"}
 if [[ -n ${EVAL_DATA:-} ]]; then
   submit "convert evaluate report" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=1 ${convert[@]+"${convert[@]}"}

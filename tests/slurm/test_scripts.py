@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-JOBS = ("slurm/distill_16b_to_0.6b.sh", "slurm/distill_8b_to_0.6b.sh")
+JOBS = ("slurm/distill_16b_to_0.6b.sh", "slurm/distill_8b_to_0.6b.sh", "slurm/adapt_ar_to_bd3lm.sh")
 SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("[rs]*/*.sh") if path.is_file())
 
 
@@ -133,6 +133,13 @@ def test_chain_submits_three_jobs_each_after_the_other():
     assert distil.startswith("ONLY=train sbatch --parsable --dependency=afterok:ID1 --kill-on-invalid-dep=yes ")
     assert "--nodes=4 slurm/distill_16b_to_0.6b.sh" in distil
     assert convert.startswith("ONLY=convert\\ evaluate\\ report sbatch --parsable --dependency=afterok:ID2 ")
+
+
+def test_chain_prepares_with_the_stages_of_its_recipe():
+    shown = run("bash", "slurm/chain.sh", "adapt_ar_to_bd3lm", DRY_RUN="1").stdout.splitlines()
+    assert [line.partition(" sbatch ")[0] for line in shown] == [
+        r"ONLY=student\ data", "ONLY=train", r"ONLY=convert\ report"
+    ]  # fmt: skip
 
 
 def test_chain_refuses_what_it_does_not_know(tmp_path):
