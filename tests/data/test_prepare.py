@@ -64,6 +64,27 @@ def test_a_prepared_folder_holds_what_the_settings_say(pair: Pair, chats: Chats,
         assert encoded.sample.student.ids.tolist() == data.sample(i).student.ids.tolist()
 
 
+@pytest.mark.parametrize(
+    ("stated", "flags", "block"), [(None, [], 32), (16, [], 16), (16, ["--student-block", "4"], 4)]
+)
+def test_the_block_size_is_the_flags_or_the_students_own(
+    pair: Pair, chats: Chats, tmp_path: Path, stated: int | None, flags: list[str], block: int
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(pair.flags()[1], student)
+    (student / "config.json").write_text(json.dumps({"block_size": stated}))
+    where = ["--data", str(chats(4)), "--student", str(student), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*where, *flags]) == 0
+    assert PreparedData.open(tmp_path / "out").manifest["student"]["block"] == block
+
+
+def test_a_block_size_that_is_no_number_is_refused(pair: Pair, chats: Chats, tmp_path: Path) -> None:
+    shutil.copytree(pair.flags()[1], tmp_path / "student")
+    (tmp_path / "student" / "config.json").write_text('{"block_size": "all"}')
+    with pytest.raises(ValueError, match=r"config\.json: block_size is 'all', not a number of tokens"):
+        main(["--data", str(chats(4)), "--student", str(tmp_path / "student"), "--out", str(tmp_path / "out")])
+
+
 def test_a_prepared_folder_is_a_data_set(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     data = _prepare(pair, chats(50), tmp_path / "out")
     table = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))

@@ -79,3 +79,9 @@ def test_a_vocabulary_that_is_too_small_is_refused(given: list[str], tmp_path: P
     with pytest.raises(ValueError, match="vocab_size 64 is smaller"):
         init_model(["--config", str(tmp_path / "small.json"), *given[2:], "--seed", "3", "--out", str(tmp_path / "m")])
     assert not (tmp_path / "m").exists()
+
+
+def test_the_block_size_is_the_flags_or_the_configs(given: list[str], tmp_path: Path) -> None:
+    for name, flags, block in (("own", [], 4), ("given", ["--block-size", "8"], 8)):
+        init_model([*given, "--seed", "3", "--out", str(tmp_path / name), *flags])
+        assert load_model(tmp_path / name).config.block_size == block

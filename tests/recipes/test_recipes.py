@@ -126,6 +126,13 @@ def test_trust_takes_zero_one_and_words(word, trusted):
     assert ("--trust-remote-code" in words) == trusted
 
 
+def test_the_students_block_size_is_a_knob_of_the_data():
+    recipe = "distill_16b_to_0.6b.sh"
+    assert "--student-block" not in commands(recipe)["data"]
+    words = commands(recipe, STUDENT_BLOCK="8")["data"]
+    assert words[words.index("--student-block") + 1] == "8"
+
+
 def test_trust_refuses_another_word():
     refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", TRUST_REMOTE_CODE="maybe")
     assert refused.returncode == 2
