@@ -1,14 +1,19 @@
-"""Distil a large diffusion language model into a small one. Each stage is a command."""
+"""Distil a large diffusion language model into a small one. Each stage is a command.
+
+Commands joined by --then run in one process, which imports its libraries once, and end with the first that fails.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 from megatron_tide import cli
 
+THEN = "--then"
 # In the order of a run.
 COMMANDS = {
     "corpus": "commands.corpus",
@@ -43,12 +48,34 @@ def command(name: str) -> ModuleType:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command that the first word names; without one, list the commands."""
+    """Run the commands that ``argv`` names, one after the other; without one, list them."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:20}{(command(name).__doc__ or '').splitlines()[0]}" for name in COMMANDS]
-        print("\n".join([f"usage: {cli.PROGRAM} COMMAND --help", "", __doc__ or "", *lines]))
+        usage = f"usage: {cli.PROGRAM} COMMAND --help\n       {cli.PROGRAM} COMMAND FLAGS [{THEN} COMMAND FLAGS ...]"
+        print("\n".join([usage, "", __doc__ or "", *lines]))
         return 0
-    return cli.call(command(argv[0]), argv[1:], f"{cli.PROGRAM} {argv[0]}")
+    calls = []
+    for words in split_commands(argv):  # all of them are understood before the first one runs
+        called = command(words[0])
+        calls.append((called, cli.parse(called, words[1:], f"{cli.PROGRAM} {words[0]}")))
+    return next((status for called, args in calls if (status := called.run(args) or 0)), 0)
+
+
+def split_commands(argv: list[str]) -> Iterator[list[str]]:
+    """The words of each command.
+
+    Raises:
+        ValueError: there is no command beside a ``--then``.
+    """
+    words: list[str] = []
+    for word in (*argv, THEN):
+        if word != THEN:
+            words.append(word)
+        elif not words:
+            raise ValueError(f"{cli.PROGRAM}: {THEN} needs a command before and after it (see --help)")
+        else:
+            yield words
+            words = []
 
 
 def entry(*words: str) -> None:

@@ -6,10 +6,13 @@
 # before it ran since, and the files it read are as they were. Stamps with command, seconds and peak memory are kept in $RUNS/$NAME/.stages.
 # DRY_RUN=1 prints the commands instead. ONLY="sample bridge data" runs those stages and skips the others ("train"
 # means every train-*). LAUNCHER=srun starts the ranks with Slurm (slurm/job.sh sets it) instead of torchrun.
+# Each stage says its place among all; a recipe that sets EXPECTED_SECONDS="NAME=SECONDS ...", measured on some machine,
+# also gets the time left for the whole recipe.
 # Ctrl-C, TERM and USR1 are forwarded to the running stage, which saves its state; the recipe then exits with status 130.
 
 set -euo pipefail
 unset CDPATH # CDPATH makes cd search other folders and print the result
+RECIPE=$(realpath "$0" 2>/dev/null || true) RECIPE_ARGUMENTS=("$@")
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$REPO"
 # shellcheck source=recipes/await.sh
@@ -93,6 +96,13 @@ request_stop() {
   [[ -z $CHILD || $1 == INT ]] || kill -s "$1" "$CHILD" 2>/dev/null || true # a terminal sends INT to the stage itself
 }
 
+PLAN=
+# plan: set PLAN to the names of the stages that this recipe runs, by a dry run of it.
+plan() {
+  [[ -z $PLAN && -f $RECIPE ]] || return 0
+  PLAN=$(DRY_RUN=1 bash "$RECIPE" ${RECIPE_ARGUMENTS[@]+"${RECIPE_ARGUMENTS[@]}"} 2>/dev/null | sed -n 's/^# \([^ :]*\)$/\1/p' || true)
+}
+
 LAST_STAMP=
 # stage NAME COMMAND...: run a command once; it runs again if an earlier stage has run since.
 stage() {
@@ -109,13 +119,15 @@ stage() {
     printf '\n'
     return 0
   fi
+  plan
   # In the background, because bash handles a signal only after the foreground command has ended. Before the first stage
   # there is nothing to save, and signals end the recipe at once.
   trap 'request_stop TERM' TERM
   trap 'request_stop USR1' USR1
   trap 'request_stop INT' INT
   [[ -z $STOP_SIGNAL ]] || exit 130
-  "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} -- "$@" <&0 &
+  "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} --plan "$PLAN" \
+    --expected "${EXPECTED_SECONDS:-}" -- "$@" <&0 &
   CHILD=$!
   [[ -z $STOP_SIGNAL ]] || request_stop "$STOP_SIGNAL" # the signal arrived before CHILD was set
   await "$CHILD" || status=$?

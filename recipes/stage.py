@@ -1,4 +1,4 @@
-"""Run one command of a recipe once, and record its time and memory: `stage.py STAMP [--after STAMP] -- COMMAND...`
+"""Run one command of a recipe once, and record its time and memory: `stage.py STAMP [FLAGS] -- COMMAND...`
 
 The stamp is written when the command succeeds. The stage is skipped when its stamp holds the same command, is not older
 than the stamp of the stage before it, and what the command read is as it was; so an edited setting, an earlier stage
@@ -32,7 +32,16 @@ from megatron_tide.lock import RunLock
 STOPPED = 130
 HASHED = 2**30  # bytes of an input whose content is hashed; of what is larger, size and time of change are kept
 LONGEST_JSON = 2**20
-NO_INPUT = ("--out", "--student-out", "--teacher-out", "--json", "--teacher-nvme", "-m")  # the word after them
+PRIOR = 0.05  # of a recipe's time: what the first, short stages count less than when they tell a machine's pace
+NO_INPUT = (
+    "--out",
+    "--student-out",
+    "--teacher-out",
+    "--json",
+    "--teacher-nvme",
+    "-m",
+    "--then",
+)  # the word after them
 
 
 def read(path: str) -> dict:
@@ -139,11 +148,34 @@ class Child:
         return status == STOPPED or status in by_signal or (self.is_torchrun and status == 1)
 
 
+def place_of(stamp: Path, plan: list[str], expected: dict[str, float]) -> str:
+    """``[7/14]  about 9 min left``: the stage among those of the recipe, and the time of it and of all after it.
+
+    ``expected``: seconds of each stage where they were measured; the stages before this one tell how much faster or
+    slower this machine is. Empty without a plan; no time where a stage to come is not in ``expected``.
+    """
+    name = stamp.stem
+    if name not in plan:
+        return ""
+    place = plan.index(name)
+    text = f"  [{place + 1}/{len(plan)}]"
+    if not expected.keys() >= set(plan[place:]):
+        return text
+    done = [one for one in plan[:place] if one in expected and "seconds" in read(str(stamp.with_name(f"{one}.json")))]
+    took = sum(float(read(str(stamp.with_name(f"{one}.json")))["seconds"]) for one in done)
+    prior = PRIOR * sum(expected.values())
+    pace = (took + prior) / (sum(expected[one] for one in done) + prior)
+    left = pace * sum(expected[one] for one in plan[place:])
+    return f"{text}  about {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'} left"
+
+
 def main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stamp", help="file that records the finished stage")
     parser.add_argument("--after", default="", help="stamp of the stage before this one")
+    parser.add_argument("--plan", default="", help="names of all stages of the recipe, in order")
+    parser.add_argument("--expected", default="", help="their seconds on some machine: NAME=SECONDS ...")
     arguments, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     name = Path(arguments.stamp).stem
     mine, before = read(arguments.stamp), read(arguments.after) if arguments.after else {}
@@ -153,7 +185,9 @@ def main(argv: list[str]) -> int:
     if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0) and not changed:
         say(f"== {name}: already done, skipped", flush=True)
         return 0
-    say(f"\n== {name}{f' ({changed} changed)' if changed else ''}", flush=True)
+    expected = {one: float(seconds) for one, _, seconds in (word.partition("=") for word in arguments.expected.split())}
+    place = place_of(Path(arguments.stamp), arguments.plan.split(), expected)
+    say(f"\n== {name}{f' ({changed} changed)' if changed else ''}{place}", flush=True)
     started = time.time()
     child = Child(command)
     try:

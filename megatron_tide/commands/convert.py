@@ -31,6 +31,7 @@ class Args:
     )
     name: str | None = flag(None, "Name of the model in its card", shown="the name of OUT")
     license: str = flag("apache-2.0", "Licence for the model card")
+    skip_parity: bool = flag(False, "Do not compare with the training weights: for a start of further runs, no release")
     push_to_hub: str | None = flag(None, "Hub repository to upload the release to, e.g. me/my-student", metavar="NAME")
     private: bool = flag(False, "Make the repository of --push-to-hub private")
 
@@ -38,6 +39,8 @@ class Args:
 def run(args: Args) -> None:
     if args.private and not args.push_to_hub:
         raise ValueError("--private needs --push-to-hub NAME; give both or neither")
+    if args.skip_parity and args.push_to_hub:
+        raise ValueError("--push-to-hub uploads only what passed the parity gate; leave out --skip-parity")
     from megatron_tide.release import Hub, Options, convert, parse_size
 
     hub = None
@@ -50,8 +53,12 @@ def run(args: Args) -> None:
         base_model=args.base_model,
         name=args.name,
         license_id=args.license,
+        skip_parity=args.skip_parity,
     )
     parity = convert(args.checkpoint, args.out, options)
+    if not parity:
+        say(f"{args.out}: written, without the parity gate")
+        return
     say(
         f"{args.out}: released; {parity['logit_rows']} rows of logits and {parity['greedy_tokens']} greedy tokens "
         f"equal the training weights' bit for bit"

@@ -75,7 +75,7 @@ def model_card(
         _table("Data", {key: value for key, value in public["data"].items() if value is not None}),
         _table("Metrics at the last logged step", metrics or {"none": "this run kept no metrics.jsonl"}),
         f"{HEADING}\n\nNot measured yet: `python -m megatron_tide evaluate --card` writes scores here.",
-        _table("Parity with the training weights", parity),
+        _table("Parity with the training weights", parity or {"not checked": "converted with --skip-parity"}),
         _limits(license_id),
     ]
     return "\n\n".join(sections) + "\n"

@@ -92,6 +92,24 @@ def test_mistakes_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) ->
             assert f"{flag}: invalid choice: 'x'" in refusal(capsys, name, flag, "x")
 
 
+def test_commands_joined_by_then_run_in_turn_and_end_with_the_first_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+    statuses = {"sample": 0, "report": 130, "corpus": 0}
+    for name in statuses:
+        monkeypatch.setattr(command(name), "run", lambda args, name=name: ran.append(name) or statuses[name])
+    sample, corpus = ["sample", "--data", "d", "--out", "o"], ["corpus", "--out", "o"]
+    assert main([*sample, "--then", *corpus]) == 0
+    assert main([*sample, "--then", "report", "folder", "--then", *corpus]) == 130
+    assert ran == ["sample", "corpus", "sample", "report"]
+    assert "unknown argument --o" in refusal(capsys, *sample, "--then", "corpus", "--o", "x")
+    assert "no such command" in refusal(capsys, *sample, "--then", "corpsu")
+    for words in (["--then"], [*sample, "--then"], ["--then", *sample], [*sample, "--then", "--then", *corpus]):
+        assert "--then needs a command before and after it" in refusal(capsys, *words)
+    assert len(ran) == 4
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_float_flags_are_finite(capsys: pytest.CaptureFixture[str], value: str) -> None:
     for flag in ("--adam-eps", "--epochs", "--lr", "--max-grad-norm"):

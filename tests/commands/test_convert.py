@@ -35,7 +35,12 @@ def test_converts_a_run_folder(lab: Lab, tmp_path: Path) -> None:
     assert "--overwrite" in again.stderr
 
 
-@pytest.mark.parametrize("arguments", [["nowhere", "out"], ["nowhere", "out", "--max-shard-size", "huge"], ["one"]])
+UNCHECKED = ["nowhere", "out", "--skip-parity", "--push-to-hub", "me/mine"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere", "out"], ["nowhere", "out", "--max-shard-size", "huge"], ["one"], UNCHECKED]
+)
 def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str]) -> None:
     done = run(*arguments)
     assert done.returncode == 2

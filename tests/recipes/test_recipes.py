@@ -51,15 +51,15 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
 @pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh"])
 def test_every_command_is_understood(recipe):
     from megatron_tide import cli, distill
-    from megatron_tide.__main__ import command
+    from megatron_tide.__main__ import command, split_commands
 
     checked = 0
     for words in commands(recipe).values():
         if "megatron_tide.distill" in words:
             assert cli.parse(distill, words[words.index("megatron_tide.distill") + 1 :]).run.paths.out
         elif "megatron_tide" in words:
-            name, *flags = words[words.index("megatron_tide") + 1 :]
-            cli.parse(command(name), flags)
+            for name, *flags in split_commands(words[words.index("megatron_tide") + 1 :]):
+                cli.parse(command(name), flags)
         elif (script := next((w for w in words if w.endswith(".py")), None)) is not None:
             assert (REPOSITORY / script).is_file()
         else:
@@ -107,6 +107,22 @@ def test_only_refuses_a_stage_that_is_not_there():
     assert refused.stderr.strip() == (
         "error: ONLY=\"sample trian\": this recipe has no stage 'trian'; DRY_RUN=1 lists them"
     )
+
+
+def test_a_stage_says_its_place_among_those_that_run(tmp_path):
+    script = tmp_path / "mine.sh"
+    common = shlex.quote(str(REPOSITORY / "recipes" / "common.sh"))
+    lines = [f"NAME=mine; source {common}", 'EXPECTED_SECONDS="one=1 two=60 three=600"', "shift"]
+    script.write_text("\n".join([*lines, *(f"stage {name} true $*" for name in ("one", "two", "three"))]))
+    places = {"": ["  [1/3]  about 11 min left", "  [2/3]", "  [3/3]"], "two three": ["  [1/2]", "  [2/2]"]}
+    for only, expected in places.items():
+        done = run(script, "first", "second", RUNS=str(tmp_path / only), ONLY=only)
+        assert done.returncode == 0, done.stderr
+        shown = [line for line in done.stdout.splitlines() if "  [" in line]
+        assert len(shown) == len(expected)
+        for line, name, place in zip(shown, only.split() or ("one", "two", "three"), expected):
+            assert line.startswith(f"== {name}{place}")
+            assert line.endswith(" left")
 
 
 def test_srun_starts_the_ranks_when_it_is_asked_for():

@@ -107,3 +107,23 @@ def test_two_jobs_on_one_folder(tmp_path):
     assert not (tmp_path / "log").exists()
     assert first.exists()
     assert stage(second, *append(tmp_path / "log", "a")).returncode == 0
+
+
+def test_its_place_and_the_time_left_by_this_machines_pace(tmp_path):
+    expected = "--expected=one=10 two=100 three=490"
+    line = [sys.executable, str(STAGE)]
+    plan = ["--plan", "one two three", expected]
+
+    def started(name, *flags):
+        command = [*line, str(tmp_path / f"{name}.json"), *flags, "--", sys.executable, "-c", "pass"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+
+    assert started("one", *plan)[1] == "== one  [1/3]  about 10 min left"
+    stamp = json.loads((tmp_path / "one.json").read_text())
+    (tmp_path / "one.json").write_text(json.dumps(stamp | {"seconds": 50.0}))  # (50 + 30) / (10 + 30): twice as long
+    assert started("one", *plan) == ["== one: already done, skipped"]
+    assert started("two", *plan)[1] == "== two  [2/3]  about 20 min left"
+    (tmp_path / "two.json").unlink()
+    assert started("two", "--plan", "one two three", "--expected=two=5")[1] == "== two  [2/3]"
+    assert started("three", "--plan", "one two three", "--expected=three=8")[1].startswith("== three  [3/3]  about ")
+    assert started("four", "--plan", "one two three")[1] == "== four"

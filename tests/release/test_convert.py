@@ -198,6 +198,18 @@ def assert_refused(checkpoint: Path, out: Path, word: str, **options: Any) -> No
     assert list(out.parent.glob(f"{TEMPORARY}*")) == []
 
 
+def test_the_gate_can_be_left_out_for_a_start_of_further_runs(
+    checkpoint: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_module, "check_parity", None)
+    assert convert_function(checkpoint, tmp_path / "tiny-student", Options(skip_parity=True)) == {}
+    names = {path.name for path in release.iterdir()} - {"parity.json"}
+    assert {path.name for path in (tmp_path / "tiny-student").iterdir()} == names
+    for name in names - {"README.md"}:
+        assert (tmp_path / "tiny-student" / name).read_bytes() == (release / name).read_bytes(), name
+    assert "| not checked | converted with --skip-parity |" in (tmp_path / "tiny-student" / "README.md").read_text()
+
+
 def test_a_wrong_weight_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = convert_module.export
 
