@@ -48,7 +48,7 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
     assert training[training.index("--nproc-per-node") + 1] == "4"
 
 
-@pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh"])
+@pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh", "real_small.sh"])
 def test_every_command_is_understood(recipe):
     from megatron_tide import cli, distill
     from megatron_tide.__main__ import command, split_commands
