@@ -66,6 +66,25 @@ NOISE_SCHEDULES = Table(
     {"linear": Choice("mask each token with probability t (published)", "diffusion.noise_schedule:LINEAR")}
 )
 
+TIMESTEPS = Table(
+    {
+        "sample": Choice("one per sample (published)", False),
+        "block": Choice("one per block of the student: less variance", True),
+    }
+)
+TIMESTEP_SAMPLINGS = Table(
+    {
+        "independent": Choice("uniform (published)", False),
+        "stratified": Choice("spread evenly over the blocks of a sample and over the global batch", True),
+    }
+)
+MASK_COUNTS = Table(
+    {
+        "bernoulli": Choice("each unit with the probability of its timestep, weight 1 / t (published)", False),
+        "exact": Choice("k of n units, k uniform on 1..n, weight n / k: the same mean, less variance", True),
+    }
+)
+
 MASKINGS = Table(
     {
         "expand": Choice(

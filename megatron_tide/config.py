@@ -24,6 +24,7 @@ from megatron_tide.choices import (
     COMPDEMO_UNITS,
     DISTRIBUTION_OBJECTIVES,
     LR_SCHEDULES,
+    MASK_COUNTS,
     MASKINGS,
     NOISE_SCHEDULES,
     OPTIMIZERS,
@@ -32,6 +33,8 @@ from megatron_tide.choices import (
     TIDAL_AXES,
     TIDAL_RAMPS,
     TIDAL_USES,
+    TIMESTEP_SAMPLINGS,
+    TIMESTEPS,
     or_none,
 )
 from megatron_tide.cli import flag
@@ -106,7 +109,7 @@ class StrategyConfig:
     tidal_init: float = flag(0.1, "Lambda at the start of training", low=0, high=1)
     tidal_peak: float = flag(0.9, "Lambda at the end of training", low=0, high=1)
     tidal_midrange: bool = flag(
-        False, "Weight each sample by exp(-(r - 0.5)^2 / (2 * 0.15^2)), where r is its masking rate"
+        False, "Weight each timestep by exp(-(r - 0.5)^2 / (2 * 0.15^2)), where r is its masking rate"
     )
     compdemo: bool | None = flag(
         None, "Run two complementary teacher passes, each with half of the masks revealed", shown=BY_STRATEGY
@@ -121,6 +124,11 @@ class StrategyConfig:
     noise_schedule: str = flag(
         "linear", f"Masking rate as a function of the timestep t. {NOISE_SCHEDULES}", choices=NOISE_SCHEDULES
     )
+    timesteps: str = flag("sample", f"Timesteps that are drawn. {TIMESTEPS}", choices=TIMESTEPS)
+    timestep_sampling: str = flag(
+        "independent", f"Distribution of the timesteps. {TIMESTEP_SAMPLINGS}", choices=TIMESTEP_SAMPLINGS
+    )
+    mask_count: str = flag("bernoulli", f"Units masked at a timestep. {MASK_COUNTS}", choices=MASK_COUNTS)
     pretraining: str = flag(
         "",
         "Strategies without a teacher to train with first, each for a share of the steps, e.g. ar:0.4,joint:0.4; "

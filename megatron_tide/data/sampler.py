@@ -63,7 +63,14 @@ class DistributedBatchSampler:
         Micro-batch k of all ranks together is slice k of the batch sorted by length, dealt in turn: ranks wait for one
         another in every forward, so what they do at the same time should be of the same size.
         """
-        slices = self.batch(step).reshape(self.accumulation, self.micro_batch_size, self.world)
+        return self._share(self.batch(step), rank)
+
+    def strata(self, step: int, rank: int) -> list[Indices]:
+        """For the samples of ``microbatches``: a number of each, 0 .. global_batch_size - 1, drawn by (seed, step)."""
+        return self._share(_permutation(self.global_batch_size, self._seed, step, b"strata"), rank)
+
+    def _share(self, of_batch: Indices, rank: int) -> list[Indices]:
+        slices = of_batch.reshape(self.accumulation, self.micro_batch_size, self.world)
         return [part[:, rank] for part in slices]
 
     def _shuffled(self, epoch: int) -> Indices:
@@ -76,9 +83,11 @@ class DistributedBatchSampler:
         return order.reshape(steps, size)[_permutation(steps, self._seed, epoch, b"batches")]
 
 
-def _permutation(count: int, seed: int, epoch: int, stream: bytes) -> Indices:
-    """A permutation of ``count`` from raw Philox numbers: numpy's own shuffles may change between versions."""
-    key = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=16, person=stream).digest()
+def _permutation(count: int, seed: int, number: int, stream: bytes) -> Indices:
+    """A permutation of ``count``, drawn by (seed, number) from raw Philox numbers: numpy's own shuffles may change
+    between versions.
+    """
+    key = hashlib.blake2b(f"{seed}/{number}".encode(), digest_size=16, person=stream).digest()
     philox = np.random.Philox(key=np.frombuffer(key, dtype="<u8").astype(np.uint64))
     return np.argsort(philox.random_raw(count), kind="stable")
 

@@ -1,6 +1,7 @@
 """Clean -> noised: masks, model inputs, and scored positions.
 
-In order: ``masking`` samples noise and masks (both sides agree chunk by chunk) as its ``noise_schedule`` says,
+In order: ``masking`` samples the timesteps of ``levels`` and masks (both sides agree chunk by chunk) as its
+``noise_schedule`` says,
 ``compdemo`` splits the masked part into two halves for the teacher's two passes, ``layouts`` arranges tokens as model
 inputs with their ``attention`` mask, and ``inputs`` turns a batch into one ``DistillBatch``. All of it runs on the CPU,
 in the loader, on complete batches: the training step receives row indices and never waits for the device to learn a
@@ -12,6 +13,7 @@ from megatron_tide.diffusion.attention import BlockDiffusionMask, staircase_mask
 from megatron_tide.diffusion.compdemo import CompDemo
 from megatron_tide.diffusion.inputs import DistillBatch, TeacherLayout, build_inputs
 from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput, StudentLayout
+from megatron_tide.diffusion.levels import NoiseSampling
 from megatron_tide.diffusion.masking import ChunkMasking, Masking, Noise, TokenExpandedMasking, noise
 from megatron_tide.diffusion.noise_schedule import NoiseSchedule
 
@@ -27,6 +29,7 @@ __all__ = [
     "Masking",
     "ModelInput",
     "Noise",
+    "NoiseSampling",
     "NoiseSchedule",
     "StudentLayout",
     "TeacherLayout",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_tide.diffusion.counter_rng import uniform_rows
+from megatron_tide.diffusion.levels import rank_within
 
 if TYPE_CHECKING:
     from megatron_tide.data.batch import Batch
@@ -18,9 +19,10 @@ _STREAM = b"compdemo"
 
 @dataclass(frozen=True)
 class CompDemo:
-    """Split the masked part M of each sample into A and B; each half is scored with the other one revealed.
+    """Split the masked part M of each noise level into A and B; each half is scored with the other one revealed.
 
     ratio: share of A. exact: |A| = round(ratio * |M|), ties to even, instead of one coin flip per unit (published).
+    A level is a sample, or a block where each block has its own timestep; teacher tokens have that of their chunk.
     by_token: the units are teacher tokens instead of chunks (where both tokenizers are the same, or halves may cut
     through chunks). Raises ValueError for a ratio outside [0, 1].
     """
@@ -51,7 +53,10 @@ class CompDemo:
         outside = draws_BU.shape[1]
         index_BT = torch.where(masked_BT, unit_BT, outside)
         masked_BU = split_BU.scatter(1, index_BT, True)[:, :outside]
-        split_BU[:, :outside] = masked_BU & self._first(draws_BU, masked_BU)
+        level_BC1 = torch.nn.functional.pad(noise.chunk_level, (0, 1))
+        level_BT = level_BC1.gather(1, torch.where(masked_BT, teacher.chunk, level_BC1.shape[1] - 1).long())
+        level_BU = torch.zeros(split_BU.shape, dtype=torch.int64).scatter(1, index_BT, level_BT)[:, :outside]
+        split_BU[:, :outside] = masked_BU & self._first(draws_BU, masked_BU, level_BU)
         return split_BU.gather(1, index_BT)
 
     def _units(self, batch: Batch) -> torch.Tensor:
@@ -63,9 +68,12 @@ class CompDemo:
         position_T = torch.arange(teacher.ids.shape[1])
         return position_T.minimum(teacher.content_end[:, None]) - teacher.prompt[:, None]
 
-    def _first(self, draws_BU: torch.Tensor, masked_BU: torch.Tensor) -> torch.Tensor:
+    def _first(self, draws_BU: torch.Tensor, masked_BU: torch.Tensor, level_BU: torch.Tensor) -> torch.Tensor:
         if not self.exact:
             return draws_BU < self.ratio
-        # A is the units with the smallest random numbers; argsort twice is each unit's rank among the masked ones.
-        rank_BU = draws_BU.where(masked_BU, torch.inf).argsort(1).argsort(1)
-        return rank_BU < (self.ratio * masked_BU.sum(1, keepdim=True).double()).round()
+        # A is the units of each level with the smallest random numbers.
+        level_M = level_BU[masked_BU]
+        wanted_N = (self.ratio * torch.bincount(level_M).double()).round()
+        first_BU = torch.zeros_like(masked_BU)
+        first_BU[masked_BU] = rank_within(level_M, draws_BU[masked_BU]) < wanted_N[level_M]
+        return first_BU

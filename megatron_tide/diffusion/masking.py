@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_tide.diffusion.counter_rng import uniform_rows
+from megatron_tide.diffusion.levels import PUBLISHED, Levels, NoiseSampling, Strata, rank_within
 from megatron_tide.diffusion.noise_schedule import LINEAR, NoiseSchedule
 
 if TYPE_CHECKING:
@@ -25,15 +26,16 @@ class Noise:
     """The masks of one batch, and their noise levels.
 
     A level is one sampled timestep; N of them, float64: ``rate`` [N] in (0, 1], the probability that a token is masked,
-    and ``inverse_weight`` [N], which the loss of a masked token is divided by. student_level int64 [B, S] and
-    chunk_level int64 [B, C]: the level of each token and chunk. Currently a sample has one level, so N = B and a
-    token's level is its sample; code that reads the noise must use the level, not the sample. student_masked bool [B,
-    S], teacher_masked bool [B, T] (None for student-only data), chunk_masked bool [B, C]. ``seed`` and ``epoch`` are
-    those of the random numbers; the CompDemo split uses the same ones.
+    and ``inverse_weight`` [N], which the loss of a masked token is divided by. level_sample int64 [N]: the sample of
+    each level; as published a sample has one (N = B), or else each of its blocks has its own. student_level int64 [B,
+    S] and chunk_level int64 [B, C]: the level of each token and chunk, without meaning where nothing can be masked.
+    student_masked bool [B, S], teacher_masked bool [B, T] (None for student-only data), chunk_masked bool [B, C].
+    ``seed`` and ``epoch`` are those of the random numbers; the CompDemo split uses the same ones.
     """
 
     rate: torch.Tensor
     inverse_weight: torch.Tensor
+    level_sample: torch.Tensor
     student_level: torch.Tensor
     chunk_level: torch.Tensor
     student_masked: torch.Tensor
@@ -54,6 +56,13 @@ class Masking(Protocol):
         """
         ...
 
+    def units(self, response_BS: torch.Tensor, anchor_BS: torch.Tensor) -> torch.Tensor:
+        """bool [B, S]: the tokens whose random numbers decide, one per unit.
+
+        ``anchor_BS``: the first token of each token's chunk, or the token itself.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class TokenExpandedMasking:
@@ -68,6 +77,10 @@ class TokenExpandedMasking:
         count = torch.zeros(samples, chunks + 1, dtype=torch.int32).scatter_add_(1, index_BS, drawn_BS.int())
         return count[:, :chunks] > 0
 
+    def units(self, response_BS: torch.Tensor, anchor_BS: torch.Tensor) -> torch.Tensor:
+        """Each response token."""
+        return response_BS
+
 
 @dataclass(frozen=True)
 class ChunkMasking:
@@ -76,6 +89,10 @@ class ChunkMasking:
     def chunks(self, drawn_BS: torch.Tensor, index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
         """The random number of the chunk's first token decides for the chunk; the others are ignored."""
         return _at_first(drawn_BS, first_BC)
+
+    def units(self, response_BS: torch.Tensor, anchor_BS: torch.Tensor) -> torch.Tensor:
+        """Each chunk's first token, and each response token that no chunk covers."""
+        return response_BS & (anchor_BS == torch.arange(anchor_BS.shape[1]))
 
 
 EXPAND, SYNCHRONOUS = TokenExpandedMasking(), ChunkMasking()
@@ -88,40 +105,57 @@ def noise(
     epoch: int,
     masking: Masking,
     schedule: NoiseSchedule = LINEAR,
+    sampling: NoiseSampling = PUBLISHED,
+    block: int = 0,
+    strata: Strata | None = None,
     t: torch.Tensor | np.ndarray | None = None,
 ) -> Noise:
-    """Sample the noise of a batch: a pure function of (seed, epoch, sample key), independent of the other samples in
-    the batch.
+    """Sample the noise of a batch: a pure function of (seed, epoch, sample key), and of the sample's stratum where they
+    are stratified; independent of the other samples in the batch.
 
-    The schedule samples one timestep per sample, unless ``t`` is given ([B], in (0, 1]; the same random numbers are
-    then compared with its rates). Units of masking on the student's side: chunks, and each response token that no chunk
-    covers. On the teacher's side chunks follow the student, and response tokens that no chunk covers are always masked:
-    the student has no counterpart of them. A sample may end with nothing masked.
+    ``sampling`` says which timesteps are drawn; ``block`` (the student's, in tokens) is needed where each block has its
+    own, ``strata`` to stratify them over more than one sample. ``t`` replaces them: [B], or [B, J] for the blocks of
+    each response, in (0, 1]; the same random numbers are then compared with its rates. Units of
+    masking on the student's side: chunks, and each response token that no chunk covers. On the teacher's side chunks
+    follow the student, and response tokens that no chunk covers are always masked: the student has no counterpart of
+    them. A level may end with nothing masked, except with ``sampling.exact``.
 
     Raises ValueError for timesteps of the wrong shape or range.
     """
     student = batch.student
-    response_BS = response(student)
+    response_BS, length = response(student), student.ids.shape[1]
     draws = uniform_rows(seed, epoch, batch.keys, 1 + student.length - student.prompt, _STREAM)
-    t_N = schedule.draw(draws[:, 0]) if t is None else _given(t, len(draws))
-    rate_N, samples, length = schedule.rate(t_N), *student.ids.shape
-    level_BS = torch.arange(samples)[:, None].expand(samples, length)
+    chunks = int(batch.chunks.max())
+    index_BS = torch.where(response_BS & (student.chunk >= 0), student.chunk, chunks).long()
+    first_BC = _first_tokens(index_BS, chunks)
+    anchor_BS = _anchors(index_BS, first_BC)
+    assert block or not sampling.per_block, "one timestep per block needs the block size"
+    span = block if sampling.per_block else length
+    levels = Levels.of(response_BS, anchor_BS, student.prompt, student.length, span)
+    if t is not None:
+        t_N = _given(t, levels, sampling)
+    else:
+        t_N = levels.uniforms(sampling, draws[:, 0], strata, seed, epoch, batch.keys)
+        t_N = t_N if sampling.exact else schedule.draw(t_N)
 
     # The first random number is for the timestep, the next ones for the response tokens; prompts need none.
     place_BS = 1 + torch.arange(length) - student.prompt[:, None]
     token_draws_BS = draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1))
-    drawn_BS = response_BS & (token_draws_BS < rate_N[level_BS])
-    chunks = int(batch.chunks.max())
-    index_BS = torch.where(response_BS & (student.chunk >= 0), student.chunk, chunks).long()
-    first_BC = _first_tokens(index_BS, chunks)
+    if sampling.exact:
+        units_BS = masking.units(response_BS, anchor_BS)
+        drawn_BS, rate_N, inverse_weight_N = _exact(t_N, token_draws_BS, units_BS, levels.level_BS, schedule)
+    else:
+        rate_N, inverse_weight_N = schedule.rate(t_N), schedule.inverse_weight(t_N)
+        drawn_BS = response_BS & (token_draws_BS < rate_N[levels.level_BS])
     chunk_masked_BC = masking.chunks(drawn_BS, index_BS, first_BC)
 
-    with_none_BC1 = torch.cat([chunk_masked_BC, torch.zeros(samples, 1, dtype=torch.bool)], 1)
+    with_none_BC1 = torch.cat([chunk_masked_BC, torch.zeros(len(batch), 1, dtype=torch.bool)], 1)
     return Noise(
         rate=rate_N,
-        inverse_weight=schedule.inverse_weight(t_N),
-        student_level=level_BS,
-        chunk_level=_at_first(level_BS, first_BC),
+        inverse_weight=inverse_weight_N,
+        level_sample=levels.sample_N,
+        student_level=levels.level_BS,
+        chunk_level=_at_first(levels.level_BS, first_BC),
         student_masked=torch.where(index_BS < chunks, with_none_BC1.gather(1, index_BS), drawn_BS),
         teacher_masked=None if batch.teacher is None else _follow(batch.teacher, with_none_BC1),
         chunk_masked=chunk_masked_BC,
@@ -130,19 +164,44 @@ def noise(
     )
 
 
+def _exact(
+    t_N: torch.Tensor,
+    draws_BS: torch.Tensor,
+    units_BS: torch.Tensor,
+    level_BS: torch.Tensor,
+    schedule: NoiseSchedule,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(drawn bool [B, S], rate [N], inverse weight [N]): the k units of each level with the smallest random numbers.
+
+    k = 1 + floor(rate(t) n), at most n, with t uniform on (0, 1]; a schedule's eps has no effect, because no rate is 0.
+    The bound is the same for every schedule: one that is not linear draws some k more often than others, and the weight
+    n / k times d rate / dt makes up for that, as everywhere (MDLM eq. 10). It is n / k for the linear one.
+    """
+    level_U, rate_N = level_BS[units_BS], schedule.rate(t_N)
+    units_N = torch.bincount(level_U, minlength=len(t_N))
+    count_N = (1 + (rate_N * units_N).floor()).clamp(max=units_N)
+    drawn_BS = torch.zeros_like(units_BS)
+    drawn_BS[units_BS] = rank_within(level_U, draws_BS[units_BS]) < count_N[level_U]
+    share_N = count_N / units_N
+    return drawn_BS, share_N, share_N * (schedule.inverse_weight(t_N) / rate_N)
+
+
 def response(tokens: Tokens) -> torch.Tensor:
     """bool [B, S]: the maskable positions, from the end of the prompt to the sample's length."""
     position_S = torch.arange(tokens.ids.shape[1])
     return (position_S >= tokens.prompt[:, None]) & (position_S < tokens.length[:, None])
 
 
-def _given(t: torch.Tensor | np.ndarray, samples: int) -> torch.Tensor:
-    t_B = torch.as_tensor(t, dtype=torch.float64)
-    if t_B.shape != (samples,):
-        raise ValueError(f"timesteps of shape {list(t_B.shape)} for a batch of {samples}; pass one per sample")
-    if not bool(((t_B > 0) & (t_B <= 1)).all()):
+def _given(t: torch.Tensor | np.ndarray, levels: Levels, sampling: NoiseSampling) -> torch.Tensor:
+    """Timesteps [N] from those of each sample [B], or of the blocks of each sample [B, J]."""
+    given, blocks_B = torch.as_tensor(t, dtype=torch.float64), levels.blocks_B
+    wanted = [len(blocks_B), int(blocks_B.max())] if sampling.per_block else [len(blocks_B)]
+    if list(given.shape) != wanted:
+        raise ValueError(f"timesteps of shape {list(given.shape)}, not {wanted}: pass one per sample, or per block")
+    t_N = given[levels.sample_N, levels.block_N] if sampling.per_block else given[levels.sample_N]
+    if not bool(((t_N > 0) & (t_N <= 1)).all()):
         raise ValueError("timesteps must be in (0, 1]: 0 masks nothing and has an infinite loss weight")
-    return t_B
+    return t_N
 
 
 def _follow(teacher: Tokens, with_none_BC1: torch.Tensor) -> torch.Tensor:
@@ -158,6 +217,13 @@ def _first_tokens(index_BS: torch.Tensor, chunks: int) -> torch.Tensor:
     samples, length = index_BS.shape
     first = torch.full((samples, chunks + 1), length)
     return first.scatter_reduce_(1, index_BS, torch.arange(length).expand_as(index_BS), "amin")[:, :chunks]
+
+
+def _anchors(index_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:
+    """int64 [B, S]: the first token of each token's chunk; the token itself where it is in none."""
+    place_S = torch.arange(index_BS.shape[1])
+    first_BC1 = torch.nn.functional.pad(first_BC, (0, 1))
+    return torch.where(index_BS < first_BC.shape[1], first_BC1.gather(1, index_BS), place_S)
 
 
 def _at_first(values_BS: torch.Tensor, first_BC: torch.Tensor) -> torch.Tensor:

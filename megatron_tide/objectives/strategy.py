@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSchedule, StudentLayout
+from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSampling, NoiseSchedule, StudentLayout
 from megatron_tide.models.head import score_rows, target_logprobs
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
 from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
@@ -90,6 +90,7 @@ class Strategy:
     curve: TidalCurve
     compdemo: CompDemo | None
     noise_schedule: NoiseSchedule
+    noise_sampling: NoiseSampling
     masking: Masking
     distill_weight: float
     provenance: dict[str, Any]

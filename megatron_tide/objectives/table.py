@@ -13,20 +13,26 @@ from megatron_tide.choices import (
     COMPDEMO_SPLITS,
     COMPDEMO_UNITS,
     DISTRIBUTION_OBJECTIVES,
+    MASK_COUNTS,
     MASKINGS,
     NOISE_SCHEDULES,
     STRATEGIES,
     TIDAL_USES,
+    TIMESTEP_SAMPLINGS,
+    TIMESTEPS,
     StrategySpec,
     or_none,
 )
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import CompDemo, StudentLayout
+from megatron_tide.diffusion import CompDemo, NoiseSampling, StudentLayout
 from megatron_tide.objectives.distribution import VocabMap
 from megatron_tide.objectives.strategy import ChunkTerm, DistributionTerm, Strategy, TidalCurve
 
 if TYPE_CHECKING:
     from megatron_tide.bridge import Bridge
+
+
+_NOISE = ("noise_schedule", "timesteps", "timestep_sampling", "mask_count", "masking")
 
 
 def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
@@ -72,6 +78,11 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         ),
         compdemo=split if compdemo else None,
         noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
+        noise_sampling=NoiseSampling(
+            per_block=TIMESTEPS[config.timesteps],
+            stratified=TIMESTEP_SAMPLINGS[config.timestep_sampling],
+            exact=MASK_COUNTS[config.mask_count],
+        ),
         masking=MASKINGS[config.masking],
         distill_weight=config.distill_weight,
         provenance=_provenance(config, chunk_term, row_term, compdemo),
@@ -144,8 +155,7 @@ def _provenance(
         "strategy": config.strategy,
         "chunk_objective": chunk.objective.name if chunk else "none",
         "distribution_objective": rows.objective.name if rows else "none",
-        "noise_schedule": config.noise_schedule,
-        "masking": config.masking,
+        **{key: getattr(config, key) for key in _NOISE},
     }
     if chunk is None and rows is None:
         return plain

@@ -70,6 +70,7 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
         sampler=inputs.sampler,
         phases=inputs.phases,
         noise_schedule=strategy.noise_schedule,
+        noise_sampling=strategy.noise_sampling,
         masking=strategy.masking,
         teacher=layout,
         seed=config.train.seed,

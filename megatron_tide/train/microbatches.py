@@ -15,7 +15,16 @@ from typing import TypeVar
 
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.data.batch import read_batch
-from megatron_tide.diffusion import DistillBatch, Masking, NoiseSchedule, TeacherLayout, build_inputs, noise
+from megatron_tide.data.sampler import Indices
+from megatron_tide.diffusion import (
+    DistillBatch,
+    Masking,
+    NoiseSampling,
+    NoiseSchedule,
+    TeacherLayout,
+    build_inputs,
+    noise,
+)
 from megatron_tide.train.phases import Phases
 
 AHEAD = 2  # steps prepared before they are needed
@@ -30,6 +39,7 @@ class MicrobatchLoader:
     sampler: DistributedBatchSampler
     phases: Phases
     noise_schedule: NoiseSchedule
+    noise_sampling: NoiseSampling
     masking: Masking
     teacher: TeacherLayout | None
     seed: int
@@ -37,16 +47,26 @@ class MicrobatchLoader:
     pin_memory: bool
 
     def __call__(self, step: int) -> list[DistillBatch]:
-        return [self._build(indices, step) for indices in self.sampler.microbatches(step, self.rank)]
+        shares = zip(self.sampler.microbatches(step, self.rank), self.sampler.strata(step, self.rank))
+        return [self._build(indices, stratum, step) for indices, stratum in shares]
 
-    def _build(self, indices: Iterable[int], step: int) -> DistillBatch:
-        batch, epoch, strategy = read_batch(self.data, indices), self.sampler.epoch(step), self.phases.at(step).strategy
-        drawn = noise(batch, seed=self.seed, epoch=epoch, masking=self.masking, schedule=self.noise_schedule)
+    def _build(self, indices: Indices, stratum: Indices, step: int) -> DistillBatch:
+        batch, strategy, block = read_batch(self.data, indices), self.phases.at(step).strategy, self.phases.block(step)
+        drawn = noise(
+            batch,
+            seed=self.seed,
+            epoch=self.sampler.epoch(step),
+            masking=self.masking,
+            schedule=self.noise_schedule,
+            sampling=self.noise_sampling,
+            block=block,
+            strata=(stratum, self.sampler.global_batch_size),
+        )
         inputs = build_inputs(
             batch,
             drawn,
             student=strategy.student,
-            student_block=self.phases.block(step),
+            student_block=block,
             student_mask_id=self.data.manifest["student"]["mask_id"],
             teacher=self.teacher if strategy.needs_teacher else None,
         )

@@ -36,18 +36,23 @@ def masks(
     sample: dict[str, Any], seed: int, epoch: int, kind: str, eps: float, t: float | None = None
 ) -> tuple[float, list[bool], list[bool] | None, list[bool]]:
     """(t, student masked, teacher masked or None, chunks masked) of a sample as tests/diffusion/samples.py makes it."""
+    first, *token_draws = _all_draws(sample, seed, epoch)
+    rate = eps + (1 - eps) * first if t is None else t
+    return rate, *_masked(sample, kind, [draw < rate for draw in token_draws])
+
+
+def _all_draws(sample: dict[str, Any], seed: int, epoch: int) -> list[float]:
+    return draws(seed, epoch, sample["key"], "noise", 1 + len(sample["student_chunk"]) - sample["student_prompt"])
+
+
+def _masked(sample: dict[str, Any], kind: str, drawn: list[bool]) -> tuple[list[bool], list[bool] | None, list[bool]]:
+    """Both sides' masks and the chunks', where ``drawn`` says which response tokens' numbers are below the rate."""
     chunk_of = sample["student_chunk"]
     prompt = sample["student_prompt"]
-    first, *token_draws = draws(seed, epoch, sample["key"], "noise", 1 + len(chunk_of) - prompt)
-    rate = eps + (1 - eps) * first if t is None else t
-
     chunk_masked = []
     for chunk in range(sample["chunks"]):
-        of_chunk = [token_draws[i - prompt] for i in range(prompt, len(chunk_of)) if chunk_of[i] == chunk]
-        if kind == "expand":
-            chunk_masked.append(any(draw < rate for draw in of_chunk))
-        else:
-            chunk_masked.append(of_chunk[0] < rate)
+        of_chunk = [drawn[i - prompt] for i in range(prompt, len(chunk_of)) if chunk_of[i] == chunk]
+        chunk_masked.append(any(of_chunk) if kind == "expand" else of_chunk[0])
 
     student_masked = []
     for i, chunk in enumerate(chunk_of):
@@ -56,17 +61,73 @@ def masks(
         elif chunk >= 0:
             student_masked.append(chunk_masked[chunk])
         else:
-            student_masked.append(token_draws[i - prompt] < rate)
+            student_masked.append(drawn[i - prompt])
 
     if "teacher_chunk" not in sample:
-        return rate, student_masked, None, chunk_masked
+        return student_masked, None, chunk_masked
     teacher_masked = []
     for i, chunk in enumerate(sample["teacher_chunk"]):
         if i < sample["teacher_prompt"]:
             teacher_masked.append(False)
         else:
             teacher_masked.append(chunk < 0 or chunk_masked[chunk])
-    return rate, student_masked, teacher_masked, chunk_masked
+    return student_masked, teacher_masked, chunk_masked
+
+
+def level_of_tokens(sample: dict[str, Any], block: int | None) -> list[int]:
+    """Of each response token, the block (from the response's first one) that its chunk starts in; None: one level."""
+    chunk_of, prompt, levels = sample["student_chunk"], sample["student_prompt"], []
+    for i in range(prompt, len(chunk_of)):
+        start = chunk_of.index(chunk_of[i]) if chunk_of[i] >= 0 else i
+        levels.append(0 if block is None else start // block - prompt // block)
+    return levels
+
+
+def sampled(
+    sample: dict[str, Any],
+    seed: int,
+    epoch: int,
+    kind: str,
+    *,
+    block: int | None,
+    stratified: bool,
+    exact: bool,
+    stratum: int = 0,
+    strata: int = 1,
+    eps: float = 1e-3,
+) -> tuple[dict[int, tuple[float, float]], list[int], tuple[list[bool], list[bool] | None, list[bool]]]:
+    """((rate, inverse weight) of each level, level of each response token, masks as of :func:`masks`), linear schedule.
+
+    ``block``: tokens that share a timestep; None: all of the sample.
+    """
+    own, *token_draws = _all_draws(sample, seed, epoch)
+    length, prompt, chunk_of = len(sample["student_chunk"]), sample["student_prompt"], sample["student_chunk"]
+    levels = level_of_tokens(sample, block)
+    if stratified:
+        own = (stratum + own) / strata
+    blocks = 1 if block is None else (length - 1) // block - prompt // block + 1
+    of_block = [own] if block is None else draws(seed, epoch, sample["key"], "timesteps", blocks)
+    if block is not None and stratified:
+        of_block = [(sorted(of_block).index(number) + own) / blocks for number in of_block]
+    rates, drawn = {}, [False] * len(levels)
+    for level in sorted(set(levels)):
+        tokens = [i for i, mine in enumerate(levels) if mine == level]
+        if not exact:
+            t = eps + (1 - eps) * of_block[level]
+            rates[level] = t, t
+            for i in tokens:
+                drawn[i] = token_draws[i] < t
+            continue
+        if kind == "expand":
+            units = tokens
+        else:
+            whole = chunk_of[prompt:]
+            units = [i for i in tokens if whole[i] < 0 or whole.index(whole[i]) == i]
+        k = min(len(units), 1 + int(of_block[level] * len(units)))
+        rates[level] = k / len(units), k / len(units)
+        for i in sorted(units, key=lambda unit: token_draws[unit])[:k]:
+            drawn[i] = True
+    return rates, levels, _masked(sample, kind, drawn)
 
 
 def halves(
@@ -78,8 +139,9 @@ def halves(
     ratio: float,
     exact: bool,
     by_token: bool,
+    block: int | None = None,
 ) -> tuple[set[int], set[int]]:
-    """Positions of the teacher's tokens in A and in B."""
+    """Positions of the teacher's tokens in A and in B; ``block``: tokens that share a timestep (None: all)."""
     chunk_of = sample["teacher_chunk"]
     unit_of: dict[int, int] = {}
     for i, chunk in enumerate(chunk_of):
@@ -88,7 +150,12 @@ def halves(
     units = sorted(set(unit_of.values()))
     coin = draws(seed, epoch, sample["key"], "compdemo", max(units, default=-1) + 1)
     if exact:
-        chosen = set(sorted(units, key=lambda unit: coin[unit])[: round(ratio * len(units))])
+        levels, chosen = level_of_tokens(sample, block), set()
+        of_chunk = dict(zip(sample["student_chunk"][sample["student_prompt"] :], levels))
+        level_of = {unit: of_chunk[chunk_of[i]] for i, unit in unit_of.items()}
+        for level in set(level_of.values()):
+            mine = sorted((unit for unit in units if level_of[unit] == level), key=lambda unit: coin[unit])
+            chosen |= set(mine[: round(ratio * len(mine))])
     else:
         chosen = {unit for unit in units if coin[unit] < ratio}
     first = {i for i, unit in unit_of.items() if unit in chosen}
