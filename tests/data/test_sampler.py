@@ -45,6 +45,21 @@ def test_every_sample_once_an_epoch_and_another_order_each_epoch_and_seed() -> N
     assert _samples(DistributedBatchSampler(_stats(96), 8, 2, 2, 8), 0) != epochs[0][0]
 
 
+def test_strata_belong_to_the_samples_and_the_step():
+    """However a global batch is split, a sample keeps its stratum; every step has another order."""
+    seen = []
+    for world, micro in ((1, 8), (1, 2), (2, 2), (4, 1)):
+        order = DistributedBatchSampler(_stats(64), 8, micro, world, 3)
+        mine = {}
+        for rank in range(world):
+            for samples, strata in zip(order.microbatches(5, rank), order.strata(5, rank), strict=True):
+                mine |= dict(zip(samples.tolist(), strata.tolist(), strict=True))
+        seen.append(mine)
+    assert all(mine == seen[0] for mine in seen)
+    assert sorted(seen[0].values()) == list(range(8))
+    assert len({tuple(order.strata(step, 0)[0].tolist()) for step in range(6)}) > 1
+
+
 def test_the_incomplete_last_batch_is_dropped_other_samples_each_epoch() -> None:
     order = DistributedBatchSampler(_stats(101), 8, 1, 1, 0)
     assert order.steps_per_epoch == 12

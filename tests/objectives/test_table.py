@@ -14,7 +14,7 @@ import pytest
 from megatron_tide import choices
 from megatron_tide.choices import TIDAL_AXES, TIDAL_RAMPS, TIDAL_USES
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import MASKINGS, CompDemo
+from megatron_tide.diffusion import MASKINGS, CompDemo, NoiseSampling
 from megatron_tide.objectives import CHUNK_OBJECTIVES, DISTRIBUTION_OBJECTIVES, STRATEGIES, build_strategy
 from tests.objectives.handmade import MAPPED, SHARED
 
@@ -42,6 +42,9 @@ def test_the_command_line_offers_what_the_tables_hold():
         "tidal_axes": TIDAL_AXES,
         "tidal_ramp": TIDAL_RAMPS,
         "masking": MASKINGS,
+        "timesteps": choices.TIMESTEPS,
+        "timestep_sampling": choices.TIMESTEP_SAMPLINGS,
+        "mask_count": choices.MASK_COUNTS,
     }
     assert {name: set(offered[name]) for name in tables} == {name: set(table) for name, table in tables.items()}
 
@@ -115,6 +118,16 @@ def test_what_a_name_asks_of_the_teacher(name, bridge, needs_target_logprobs, ne
     assert strategy.needs_teacher == (needs_target_logprobs or needs_hidden)
     assert (strategy.compdemo is not None) == compdemo
     assert strategy.distill_weight == 1.0
+
+
+@pytest.mark.parametrize("switch", ["timesteps", "timestep_sampling", "mask_count"])
+def test_each_switch_of_the_noise_turns_one_thing_on(switch):
+    words = {"timesteps": "block", "timestep_sampling": "stratified", "mask_count": "exact"}
+    fields = {"timesteps": "per_block", "timestep_sampling": "stratified", "mask_count": "exact"}
+    strategy = build(strategy="bd3lm", **{switch: words[switch]})
+    assert strategy.noise_sampling == NoiseSampling(**{fields[switch]: True})
+    assert strategy.describe()[switch] == words[switch]
+    assert build(strategy="bd3lm").noise_sampling == NoiseSampling()
 
 
 REFUSED = [
