@@ -132,21 +132,16 @@ def noise(
     assert block or not sampling.per_block, "one timestep per block needs the block size"
     span = block if sampling.per_block else length
     levels = Levels.of(response_BS, anchor_BS, student.prompt, student.length, span)
-    if t is not None:
-        t_N = _given(t, levels, sampling)
-    else:
-        t_N = levels.uniforms(sampling, draws[:, 0], strata, seed, epoch, batch.keys)
-        t_N = t_N if sampling.exact else schedule.draw(t_N)
-
-    # The first random number is for the timestep, the next ones for the response tokens; prompts need none.
-    place_BS = 1 + torch.arange(length) - student.prompt[:, None]
-    token_draws_BS = draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1))
+    uniform_N = levels.uniforms(sampling, draws[:, 0], strata, seed, epoch, batch.keys)
+    t_N = uniform_N if sampling.exact else schedule.draw(uniform_N)
+    t_N = t_N if t is None else _given(t, levels, sampling)
+    token_draws_BS = _of_tokens(draws, student)
+    rate_N, inverse_weight_N = schedule.rate(t_N), schedule.inverse_weight(t_N)
+    drawn_BS = response_BS & (token_draws_BS < rate_N[levels.level_BS])
     if sampling.exact:
         units_BS = masking.units(response_BS, anchor_BS)
-        drawn_BS, rate_N, inverse_weight_N = _exact(t_N, token_draws_BS, units_BS, levels.level_BS, schedule)
-    else:
-        rate_N, inverse_weight_N = schedule.rate(t_N), schedule.inverse_weight(t_N)
-        drawn_BS = response_BS & (token_draws_BS < rate_N[levels.level_BS])
+        drawn_BS, share_N = _exact(rate_N, token_draws_BS, units_BS, levels.level_BS)
+        rate_N, inverse_weight_N = share_N, share_N * (inverse_weight_N / rate_N)
     chunk_masked_BC = masking.chunks(drawn_BS, index_BS, first_BC)
 
     with_none_BC1 = torch.cat([chunk_masked_BC, torch.zeros(len(batch), 1, dtype=torch.bool)], 1)
@@ -164,26 +159,27 @@ def noise(
     )
 
 
-def _exact(
-    t_N: torch.Tensor,
-    draws_BS: torch.Tensor,
-    units_BS: torch.Tensor,
-    level_BS: torch.Tensor,
-    schedule: NoiseSchedule,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(drawn bool [B, S], rate [N], inverse weight [N]): the k units of each level with the smallest random numbers.
+def _of_tokens(draws: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """[B, S]: the random number of each response token. The first one is for the timestep; prompts need none."""
+    place_BS = 1 + torch.arange(tokens.ids.shape[1]) - tokens.prompt[:, None]
+    return draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1))
 
-    k = 1 + floor(rate(t) n), at most n, with t uniform on (0, 1]; a schedule's eps has no effect, because no rate is 0.
+
+def _exact(
+    rate_N: torch.Tensor, draws_BS: torch.Tensor, units_BS: torch.Tensor, level_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(drawn bool [B, S], k / n [N]): of each level's n units, the k with the smallest random numbers.
+
+    k = 1 + floor(rate(t) n), at most n, with t uniform on (0, 1]; a schedule's eps has no effect, because no k is 0.
     The bound is the same for every schedule: one that is not linear draws some k more often than others, and the weight
     n / k times d rate / dt makes up for that, as everywhere (MDLM eq. 10). It is n / k for the linear one.
     """
-    level_U, rate_N = level_BS[units_BS], schedule.rate(t_N)
-    units_N = torch.bincount(level_U, minlength=len(t_N))
+    level_U = level_BS[units_BS]
+    units_N = torch.bincount(level_U, minlength=len(rate_N))
     count_N = (1 + (rate_N * units_N).floor()).clamp(max=units_N)
     drawn_BS = torch.zeros_like(units_BS)
     drawn_BS[units_BS] = rank_within(level_U, draws_BS[units_BS]) < count_N[level_U]
-    share_N = count_N / units_N
-    return drawn_BS, share_N, share_N * (schedule.inverse_weight(t_N) / rate_N)
+    return drawn_BS, count_N / units_N
 
 
 def response(tokens: Tokens) -> torch.Tensor:
