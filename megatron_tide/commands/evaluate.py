@@ -144,7 +144,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
     if not args.likelihood.data:
         raise ValueError("likelihood needs held-out data: add --data with a prepared folder, or choose other --tasks")
     from megatron_tide.data import PreparedData
-    from megatron_tide.evaluate import comparison
+    from megatron_tide.evaluate import comparison, score_table
     from megatron_tide.models import DTYPES
 
     how = comparison.LikelihoodSettings(
@@ -166,7 +166,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
     models = [(*_named(text), role or None) for role, texts in roles for text in texts]
     rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
     record = comparison.likelihood_record(rows, how)
-    say(comparison.text_table(*comparison.score_table([comparison.score_cells(one) for one in record["models"]])))
+    say(score_table.text_table(*score_table.score_table([score_table.score_cells(one) for one in record["models"]])))
     return record
 
 

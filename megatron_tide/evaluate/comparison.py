@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.data import PreparedData
-from megatron_tide.evaluate.bootstrap import Estimate
 from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
 from megatron_tide.training_checkpoint import generation_of, open_model
@@ -99,33 +98,6 @@ def baselines_of(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
         by_name = {row.name: row for row in rows}
         return [by_name[name] for name in dict.fromkeys(names)]
     return [row for row in rows if row.report.side == "student"][:1]
-
-
-def score_cells(model: Mapping[str, Any]) -> dict[str, str]:
-    """One of the "models" of a record as text: column -> cell, with 95 % intervals."""
-    cells = {"model": model["name"], "side": model["side"], "bits per byte": str(Estimate(**model["bits_per_byte"]))}
-    for name, difference in model.get("minus", {}).items():
-        cells[f"minus {name}"] = f"{Estimate(**difference):+}"
-    cells["masked-token accuracy"] = str(Estimate(**model["masked_token_accuracy"]))
-    if found := model.get("completions"):
-        cells["parse + say something"] = f"{found['both']}/{found['count']}"
-        cells["parse"] = f"{found['parse']}/{found['count']}"
-        cells["mean characters"] = f"{found['mean_characters']:.0f}"
-    return cells
-
-
-def score_table(rows: Sequence[Mapping[str, str]]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of ``score_cells``: every column that a row has; empty where another lacks it."""
-    head = list(dict.fromkeys(column for row in rows for column in row))
-    return head, [[row.get(column, "") for column in head] for row in rows]
-
-
-def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal: columns to the left, a rule below the head."""
-    lines = [head, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([texts[0], "-" * len(texts[0]), *texts[1:]])
 
 
 def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, preset_of, published, published_row
 from megatron_tide.evaluate.bootstrap import Estimate, mean
-from megatron_tide.evaluate.comparison import text_table
+from megatron_tide.evaluate.score_table import text_table
 from megatron_tide.evaluate.task_functions import PROGRAMS
 from megatron_tide.files import atomic_write, create_new, fingerprint, read_regular
 from megatron_tide.sandbox import LIMITS, require_sandbox, run_programs

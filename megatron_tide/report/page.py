@@ -18,7 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_tide import __version__
-from megatron_tide.evaluate.comparison import score_table
+from megatron_tide.evaluate.score_table import score_table
 from megatron_tide.files import atomic_write
 from megatron_tide.release.card import public_name
 from megatron_tide.report import figures

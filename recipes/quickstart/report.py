@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.evaluate.comparison import score_cells, score_table, text_table
+from megatron_tide.evaluate.score_table import score_cells, score_table, text_table
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, versions
 from megatron_tide.report.run_folder import read_stages
