@@ -1,8 +1,8 @@
-"""Print the quickstart's scores, time and memory, and write them with its completions to report.json.
+"""Print the quickstart's scores, time and memory, and write them to report.json.
 
     python recipes/quickstart/report.py runs/quickstart --seed 42
 
-Reads scores.json (evaluate command), completions.jsonl (generate command) and the stages' stamps (recipes/stage.py).
+Reads scores.json (evaluate command) and the stages' stamps (recipes/stage.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from megatron_tide.evaluate.score_table import score_cells, score_table, text_ta
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, versions
 from megatron_tide.report.run_folder import read_stages
-from megatron_tide.tables import read_rows
 
 
 def main(argv: list[str]) -> int:
@@ -32,7 +31,7 @@ def main(argv: list[str]) -> int:
     report = {
         "scores": {model["name"]: model for model in scores["models"]},
         "evaluation": {"data": scores["data"], **scores["settings"]},
-        "completions": [row for _, row in read_rows(run / "completions.jsonl")],
+        "prompts": scores["completions"]["prompts"],
         "stages": stages.set_index("name").to_dict("index"),
         "seconds": float(stages["seconds"].sum()),
         "peak_process_bytes": int(stages["peak_process_bytes"].max()),

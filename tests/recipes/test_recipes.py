@@ -18,7 +18,14 @@ from tests.support.disk import HAS_DISK_IO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
-SMALL = {"TEACHER_STEPS": "6", "STUDENT_STEPS": "4", "DISTILL_STEPS": "3", "EVAL_SAMPLES": "6"}
+SMALL = {
+    "TEACHER_STEPS": "6",
+    "STUDENT_STEPS": "6",
+    "DISTILL_STEPS": "3",
+    "SHORT_STEPS": "2",
+    "EVAL_SAMPLES": "6",
+    "COMPLETIONS": "3",
+}
 
 
 def run(recipe, *arguments, timeout=60, **environment):
@@ -201,9 +208,9 @@ def quickstart(tmp_path_factory):
 def test_quickstart_whole_and_small(quickstart):
     folder, printed = quickstart
     report = json.loads((folder / "report.json").read_text())
-    strategies = ["bd3lm", "tide-cross", "tide-cross-tidal", "tide-bridge"]
+    strategies = ["bd3lm", "bd3lm-short", "tide-cross", "tide-bridge"]
     assert set(report["scores"]) == {"start", *strategies, "teacher"}
-    assert len(report["completions"]) == 3
+    assert all(len(model["completions"]["texts"]) == 3 == len(report["prompts"]) for model in report["scores"].values())
     assert report["peak_process_bytes"] < 6 * 2**30
     assert "bits per byte" in printed
     assert "page: " in printed
