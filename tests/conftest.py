@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide.ds_config import use_own_ninja
+from tests.support.shared import made_once
 
 use_own_ninja()
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,6 +24,7 @@ EXTENSIONS = Path(__file__).resolve().parents[1] / ".venv" / "torch_extensions"
 if EXTENSIONS.is_dir():  # where set-up compiled DeepSpeed's ops
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS))
 
+NEW_TOKENS = 5  # of the inference benchmark
 LONGEST = ("tests/recipes/", "tests/slurm/", "tests/release/")
 
 
@@ -36,4 +38,28 @@ def chain(tmp_path_factory):
     """A tiny chain of the real parts (tests.support.chain.Chain), made once a session; treat it as read-only."""
     from tests.support.chain import make_chain
 
-    return make_chain(tmp_path_factory.mktemp("chain"))
+    return made_once(tmp_path_factory, "chain", make_chain)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """A tiny project (tests.support.lab.Lab), made once a session; treat it as read-only."""
+    from tests.support.lab import make_lab
+
+    return made_once(tmp_path_factory, "lab", make_lab)
+
+
+@pytest.fixture(scope="session")
+def inference(chain, tmp_path_factory):
+    """The JSON of an inference benchmark of the chain's models, NEW_TOKENS answered twice; made once a session."""
+    from tests.support.commands import command
+
+    def measure(folder):
+        folder.mkdir()
+        models = ["--student", str(chain.root / "student"), "--teacher", str(chain.root / "teacher")]
+        out = folder / "inference_benchmark.json"
+        sizes = ["--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"]
+        command("inference-benchmark")([*models, "--out", str(out), *sizes])
+        return out
+
+    return made_once(tmp_path_factory, "inference", measure)

@@ -13,7 +13,7 @@ from megatron_tide.bounds import CONFIG, MOST_IDS
 from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.bridge.artifact import _fingerprint
 from megatron_tide.models.families import read_config
-from tests.support.lab import Lab, make_lab
+from tests.support.lab import Lab
 
 
 def refused(made: object, *words: str) -> None:
@@ -21,11 +21,6 @@ def refused(made: object, *words: str) -> None:
         made()  # type: ignore[operator]
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "hidden_size", "num_attention_heads"])

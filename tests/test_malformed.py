@@ -201,13 +201,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def lab_checkpoint(tmp_path_factory):
-    """A checkpoint as the trainer leaves it, of a lab of its own."""
-    from tests.support.lab import make_lab
-
-    folder = tmp_path_factory.mktemp("lab")
-    lab: Lab = make_lab(folder)
-    return write_checkpoint(lab, folder / "run", start=lab.student, data=lab.data)
+def lab_checkpoint(lab: Lab, tmp_path_factory):
+    """A checkpoint as the trainer leaves it."""
+    return write_checkpoint(lab, tmp_path_factory.mktemp("lab") / "run", start=lab.student, data=lab.data)
 
 
 def test_there_are_thirty_and_more():

@@ -23,13 +23,8 @@ from megatron_tide.training_checkpoint import (
     step_folders,
     verify,
 )
-from tests.support.lab import Lab, make_lab, write_checkpoint
+from tests.support.lab import Lab, write_checkpoint
 from tests.support.models import tiny_student_config, write_hub_folder
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return make_lab(tmp_path_factory.mktemp("lab"))
 
 
 def test_one_place_decides_what_a_path_holds(lab: Lab, tmp_path: Path) -> None:

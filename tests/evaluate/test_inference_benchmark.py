@@ -16,22 +16,14 @@ from safetensors import safe_open
 from megatron_tide import cli, machine
 from megatron_tide.evaluate import inference_benchmark as module
 from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured, read_inference_benchmark
+from tests.conftest import NEW_TOKENS
 from tests.support.commands import command
 from tests.support.launch import REPOSITORY
 
 pytestmark = pytest.mark.slow  # starts processes that import torch and load models
 
 benchmark = command("inference-benchmark")
-NEW_TOKENS = 5
 SMALL = ("float32", "cpu", "Add.", 3, 2)
-
-
-@pytest.fixture(scope="module")
-def written(chain, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("run") / "inference_benchmark.json"
-    models = ["--student", str(chain.root / "student"), "--teacher", str(chain.root / "teacher")]
-    benchmark([*models, "--out", str(out), "--dtype", "float32", "--new-tokens", str(NEW_TOKENS), "--repeats", "2"])
-    return out
 
 
 def weights_of(folder):
@@ -43,8 +35,8 @@ def weights_of(folder):
     return count, 4 * count
 
 
-def test_what_was_measured(written, chain):
-    found = read_inference_benchmark(written)
+def test_what_was_measured(inference, chain):
+    found = read_inference_benchmark(inference)
     assert (found.student.model_type, found.teacher.model_type) == ("a2d-qwen3", "llada2_moe")
     for name in ("student", "teacher"):
         measured = getattr(found, name)
@@ -57,12 +49,12 @@ def test_what_was_measured(written, chain):
     assert student.weights_bytes < student.memory_bytes < student.process_bytes
     assert found.machine["cpu"]
     assert found.versions["torch"]
-    ratios = json.loads(written.read_text())["ratios"]
+    ratios = json.loads(inference.read_text())["ratios"]
     assert ratios["weights"] == found.teacher.weights_bytes / student.weights_bytes
 
 
-def test_the_teacher_answers_too(written):
-    found = read_inference_benchmark(written)
+def test_the_teacher_answers_too(inference):
+    found = read_inference_benchmark(inference)
     assert found.teacher.cannot == ""
     assert found.teacher.tokens == NEW_TOKENS
     assert found.teacher.weights_bytes < found.teacher.memory_bytes < found.teacher.process_bytes
