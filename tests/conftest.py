@@ -63,3 +63,13 @@ def inference(chain, tmp_path_factory):
         return out
 
     return made_once(tmp_path_factory, "inference", measure)
+
+
+@pytest.fixture(scope="session")
+def mixture(chain, tmp_path_factory):
+    """An LLaDA2 on the chain's tokenizer, with layers of experts large enough for the disk, also as halves in bf16."""
+    from tests.hosting.backends import teacher_folder
+    from tests.support.models import tiny_teacher_config
+
+    config = tiny_teacher_config(hidden_size=64, moe_intermediate_size=384)
+    return teacher_folder(chain.root / "teacher", tmp_path_factory.mktemp("mixture"), config)

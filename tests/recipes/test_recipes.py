@@ -9,14 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from megatron_tide.choices import TEACHER_HOSTINGS
-from tests.support.disk import HAS_DISK_IO
+from megatron_tide.__main__ import main
+from tests.support.launch import REPOSITORY, run_command
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
 SMALL = {
     "TEACHER_STEPS": "6",
@@ -205,7 +203,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_quickstart_whole_and_small(quickstart):
+def test_quickstart_whole_and_small(quickstart, tmp_path):
     folder, printed = quickstart
     report = json.loads((folder / "report.json").read_text())
     strategies = ["bd3lm", "bd3lm-short", "tide-cross", "tide-bridge"]
@@ -226,43 +224,13 @@ def test_quickstart_whole_and_small(quickstart):
     again = run("quickstart.sh", timeout=300, RUNS=str(folder.parent), **SMALL)
     assert again.returncode == 0
     assert again.stdout.count("already done, skipped") == len(report["stages"])
-    for words in readme_commands_on("runs/quickstart"):
-        on_this_run = [word.replace("runs/quickstart", str(folder)) for word in words[1:]]
+    for number, words in enumerate(readme_commands_on("runs/quickstart")):
+        assert words[:3] == ["python", "-m", "megatron_tide"]
+        on_this_run = [word.replace("runs/quickstart", str(folder)) for word in words[3:]]
         if "--tasks" in words:
             on_this_run += ["--limit", "4"]  # of 164 problems
-        shown = subprocess.run(
-            [sys.executable, *on_this_run], cwd=REPOSITORY, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=200,
-        )  # fmt: skip
-        assert shown.returncode == 0, (words, shown.stderr[-2000:])
-
-
-@pytest.mark.slow
-@pytest.mark.ranks
-@pytest.mark.timeout(1500)
-def test_the_large_recipe_in_every_hosting(quickstart, tmp_path):
-    """The chain of the 16B recipe on the quickstart's models, on two ranks: the same losses wherever the teacher is."""
-    folder, _ = quickstart
-    here = {"pipeline_4": False, "pipeline_8": False, "zero3_nvme": HAS_DISK_IO}  # more ranks than two; libaio
-    hostings = [hosting for hosting in TEACHER_HOSTINGS if here.get(hosting, True)]
-    options = {"TEACHER": "teacher", "STUDENT": "student", "DATA": "corpus/train_tenth.jsonl"}
-    options = {name: str(folder / path) for name, path in options.items()}
-    options |= {"RUNS": str(tmp_path), "STRATEGY": "tide-bridge", "NPROC": "2"}
-    flags = ["--precision", "fp32", "--teacher-dtype", "fp32", "--global-batch-size", "4", "--micro-batch-size", "1"]
-    flags += ["--max-steps", "3", "--log-every", "1"]
-    losses = {}
-    for hosting in hostings:  # the first runs the whole chain; bridge and data of the others are the same
-        if hosting != hostings[0]:
-            shutil.copytree(tmp_path / hostings[0], tmp_path / hosting, ignore=shutil.ignore_patterns("tide-bridge"))
-            options["ONLY"] = "train convert" if hosting == hostings[-1] else "train"
-        disk = {"TEACHER_NVME": str(tmp_path)} if hosting.endswith("nvme") else {}
-        finished = run("distill_16b_to_0.6b.sh", *flags, timeout=400, HOSTING=hosting, NAME=hosting, **options, **disk)
-        assert finished.returncode == 0, (hosting, finished.stdout[-2000:], finished.stderr[-2000:])
-        lines = (tmp_path / hosting / "tide-bridge" / "metrics.jsonl").read_text().splitlines()
-        losses[hosting] = [json.loads(line)["loss/total"] for line in lines]
-    assert all(len(curve) == 3 for curve in losses.values())
-    for hosting, curve in losses.items():
-        assert curve == pytest.approx(losses["replicated"], abs=1e-5), hosting
+        shown = run_command(main, on_this_run, tmp_path / str(number))
+        assert shown.status == 0, (words, shown.printed[-2000:])
 
 
 def readme_commands_on(folder):

@@ -1,4 +1,4 @@
-"""The whole recipe as one job, and as three that wait for each other."""
+"""The whole recipe as one job, as one that is preempted, and as three that wait for each other."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import re
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.slurm.cluster import Job
 from tests.slurm.conftest import REPOSITORY, STEPS, TRAINING
@@ -24,6 +26,39 @@ def test_one_job_on_two_nodes(desk, whole, no_process_left):
         assert whole.text(rank).startswith(f"== attempt 1: rank {rank} of 2 on 127.0.0.1{1 + rank}\n")
     for text in (whole.text(rank=0), whole.text()):
         assert f"step {STEPS}/{STEPS}: finished" in text
+
+
+def tensors(desk, name):
+    folder = desk.runs / name / "tide-cross" / f"step-{STEPS:08d}"
+    files = ("model", "exp_avg", "exp_avg_sq")
+    return {
+        f"{file}/{key}": value for file in files for key, value in load_file(folder / f"{file}.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_preempted_requeued_and_resumed_is_bit_for_bit(desk, whole, nodes, no_process_left):
+    """Its time is up, it saves, goes back into the queue, and ends with the numbers of one that nobody touched."""
+    name = f"preempted-{nodes}"
+    for part in ("bridge", "data"):
+        (desk.runs / name).mkdir(exist_ok=True)
+        (desk.runs / name / part).symlink_to(desk.runs / "whole" / part)
+    job = desk.submit(name, "--max-steps", str(STEPS), nodes=nodes, ONLY="train")
+    no_process_left(job)
+    desk.after_the_first_step(name)
+    desk.cluster.call("scancel", "--batch", "--signal=USR1", job.number)
+    assert job.wait(150) == "COMPLETED"
+    assert job.restarts == 1
+    lines = job.text().splitlines()
+    assert lines.count("preempted: saved and requeued (attempt 1 of 20)") == 1
+    assert sum(line.startswith("== attempt 2 of 20: ") for line in lines) == 1
+    resumed = next(line for line in lines if line.startswith("resuming from "))
+    assert 1 <= int(resumed.rpartition("step ")[2].split("/")[0]) < STEPS
+    assert lines[-1].startswith("finished: train in ")
+    ours, theirs = tensors(desk, name), tensors(desk, "whole")
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 30
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_three_jobs_with_two_ranks_on_one_node(desk, no_process_left):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import queue
 import socket
@@ -20,8 +21,7 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: 
     Raises AssertionError with the traceback of a rank that failed, or naming the ranks that did not answer in time;
     no process is left behind either way.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.preload"])
+    context = forkserver()
     answers: Any = context.Queue()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -47,6 +47,13 @@ def run_on_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: 
                 process.kill()
                 process.join()
     return [results[rank] for rank in range(world)]
+
+
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """The process that others are forked from, with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
+    return context
 
 
 def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple, answers: Any) -> None:

@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tide import distill
+from tests.support.launch import ranks, run_command, steps_logged, wait_until
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
@@ -88,21 +87,21 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(chain, untouche
     with (out / "step-00000006" / "exp_avg.safetensors").open("r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"\x55")
-    finished = run_command(chain, out)
-    assert finished.returncode == 0, finished.stderr
-    assert "step-00000006/exp_avg.safetensors: corrupt" in finished.stdout
-    assert "resuming from" in finished.stdout
-    assert "step-00000003" in finished.stdout
+    finished = run(chain, out)
+    assert finished.status == 0, finished.printed
+    assert "step-00000006/exp_avg.safetensors: corrupt" in finished.printed
+    assert "resuming from" in finished.printed
+    assert "step-00000003" in finished.printed
 
 
 def test_another_run_is_refused_by_name_of_the_knob(chain, untouched, tmp_path):
     out = start_from(untouched, tmp_path / "run", 3)
     before = sorted(p.name for p in out.iterdir())
-    refused = run_command(chain, out, lr=1e-4)
-    assert refused.returncode == 2
-    assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "lr = 0.003, this run has 0.0001" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    refused = run(chain, out, lr=1e-4)
+    assert refused.status == 2
+    assert refused.last_line.startswith("error: ")
+    assert "lr = 0.003, this run has 0.0001" in refused.printed
+    assert "Traceback" not in refused.printed
     assert sorted(p.name for p in out.iterdir()) == before
 
 
@@ -113,39 +112,35 @@ def test_another_teacher_of_the_same_tokenizer_is_refused(chain, untouched, tmp_
     content = bytearray(shard.read_bytes())
     content[-4] ^= 1  # of one weight
     shard.write_bytes(content)
-    refused = run_command(chain, out, teacher=teacher)
-    assert refused.returncode == 2
-    assert "was trained with another teacher" in refused.stderr.strip().splitlines()[-1]
+    refused = run(chain, out, teacher=teacher)
+    assert refused.status == 2
+    assert "was trained with another teacher" in refused.last_line
 
 
 def test_resume_never_refuses_a_used_folder(chain, untouched, tmp_path):
     out = start_from(untouched, tmp_path / "run", 3)
-    refused = run_command(chain, out, resume="never")
-    assert refused.returncode == 2
-    assert "already contains checkpoints" in refused.stderr
+    refused = run(chain, out, resume="never")
+    assert refused.status == 2
+    assert "already contains checkpoints" in refused.printed
 
 
-def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, untouched, tmp_path):
+def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen(command(chain, out, max_steps=4000), stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline, "no step within two minutes"
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped on request, checkpoint saved" in output
+    with ranks(distill.main, flags(chain, out, max_steps=4000), 1, tmp_path) as (process,):
+        wait_until(lambda: steps_logged(out) > 0, [process])
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+    assert process.exitcode == 130
+    assert "stopped on request, checkpoint saved" in (tmp_path / "rank0").read_text()
     saved = sorted(out.glob("step-*"))
     state = json.loads((saved[-1] / "trainer.json").read_text())["state"]
     assert 1 <= state["step"] < 4000
     assert read_curve(out)["step"][-1] == state["step"]
 
 
-def command(chain, out, **settings):
-    return [sys.executable, "-m", "megatron_tide.distill", *chain.flags(out, **{**KNOBS, **settings})]
+def flags(chain, out, **settings):
+    return chain.flags(out, **{**KNOBS, **settings})
 
 
-def run_command(chain, out, **settings):
-    return subprocess.run(command(chain, out, **settings), capture_output=True, text=True, timeout=240)
+def run(chain, out, **settings):
+    return run_command(distill.main, flags(chain, out, **settings), out.parent)

@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
-import subprocess
+import time
 
 import pytest
 
+from megatron_tide import distill
+from megatron_tide.train import loop
 from megatron_tide.train.watchdog import EXIT_LOST
 from tests.support.launch import ranks, steps_logged, wait_until
 
 pytestmark = pytest.mark.ranks
 KNOBS = {"max_steps": 4000, "strategy": "tide-cross", "hang_timeout": 6}
-STANDING = """
-import sys, time
-from megatron_tide import cli, distill
-from megatron_tide.train import step
-plain = step.global_counts
-from megatron_tide.train import loop
-def stands(window, world, asked):
-    if world.rank == 1 and world.trace.step == 3:
-        time.sleep(600)
-    return plain(window, world, asked)
-loop.global_counts = stands
-cli.run(distill.main, sys.argv[1:])
-"""
+
+
+def stands_still(argv):
+    """Training whose rank 1 sleeps in step 3."""
+    plain = loop.global_counts
+
+    def stands(window, world, asked):
+        if world.rank == 1 and world.trace.step == 3:
+            time.sleep(600)
+        return plain(window, world, asked)
+
+    loop.global_counts = stands
+    return distill.main(argv)
 
 
 def ended_within(process, seconds):
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"a rank still hangs after {seconds} s")
+    process.join(seconds)
+    assert process.exitcode is not None, f"a rank still hangs after {seconds} s"
 
 
 @pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not responded for")])
 def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, sent, said):
     out = tmp_path / "run"
-    with ranks(["-m", "megatron_tide.distill", *chain.flags(out, **KNOBS)], 2, tmp_path) as processes:
+    with ranks(distill.main, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
-        processes[1].send_signal(sent)
+        os.kill(processes[1].pid, sent)
         ended_within(processes[0], 40)
-        assert processes[0].returncode == EXIT_LOST
+        assert processes[0].exitcode == EXIT_LOST
     printed = (tmp_path / "rank0").read_text()
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert re.match(r"error: rank 1 \(step \d+, (in|last collective) [a-z_]+\) " + said, line)
@@ -52,20 +53,20 @@ def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, sent, said):
 def test_a_rank_that_stands_still(chain, tmp_path):
     """Its threads are well; it is the one that is in no collective, or entered one first."""
     out = tmp_path / "run"
-    with ranks(["-c", STANDING, *chain.flags(out, **KNOBS)], 2, tmp_path) as processes:
+    with ranks(stands_still, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         ended_within(processes[0], 40)
         ended_within(processes[1], 30)  # the store that ranks tell each other through went with rank 0
-        assert [process.returncode for process in processes] == [EXIT_LOST] * 2
+        assert [process.exitcode for process in processes] == [EXIT_LOST] * 2
     (line,) = [line for line in (tmp_path / "rank0").read_text().splitlines() if line.startswith("error: ")]
     assert re.match(r"error: rank 1 \(step 3, last collective [a-z_]+\) has made no progress for \d+ s", line)
 
 
 def test_rank_0s_own_death_is_told_by_another(chain, tmp_path):
     out = tmp_path / "run"
-    with ranks(["-m", "megatron_tide.distill", *chain.flags(out, **KNOBS)], 2, tmp_path) as processes:
+    with ranks(distill.main, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         processes[0].kill()
         ended_within(processes[1], 40)
-        assert processes[1].returncode == EXIT_LOST
+        assert processes[1].exitcode == EXIT_LOST
     assert "error: " in (tmp_path / "rank1").read_text()

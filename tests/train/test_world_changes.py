@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tide import distill
 from megatron_tide.config import from_flat
 from megatron_tide.training_checkpoint import newest_complete
 from tests.support.disk import small_disk
@@ -20,7 +21,6 @@ KNOBS = {"micro_batch_size": 2, "max_steps": STEPS, "strategy": "tide-bridge", "
 
 def train_until(settings, step):
     """Train on this rank; asked to stop once ``step`` steps are taken."""
-    from megatron_tide import distill
     from megatron_tide.train import loop
     from megatron_tide.train.distributed import destroy_distributed, init_distributed
 
@@ -59,9 +59,10 @@ def test_a_small_disk_leaves_the_checkpoint_before_whole(chain, tmp_path):
 
 def check_small_disk(chain, out, tmp_path):
     flags = chain.flags(out, **{**KNOBS, "max_steps": 4000, "save_every": 1, "keep_last": 9})
-    with ranks(["-m", "megatron_tide.distill", *flags], 1, tmp_path) as processes:
+    with ranks(distill.main, flags, 1, tmp_path) as processes:
         wait_until(lambda: processes[0].poll() is not None or steps_logged(out) > 90, processes)
-        assert processes[0].wait(timeout=30) == 2
+        processes[0].join(30)
+        assert processes[0].exitcode == 2
     printed = (tmp_path / "rank0").read_text()
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in line
