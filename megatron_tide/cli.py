@@ -171,22 +171,21 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     except (ValueError, OSError) as error:
         if os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
             raise
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).split()), keep='')}", file=sys.stderr)
         status = EXIT_USER_ERROR
     sys.exit(status or 0)
 
 
-def printable(text: str, keep: str = "") -> str:
-    """``text`` with everything that a terminal would act on, or hide, as an escape, but for the characters of ``keep``.
-
-    Text that a model wrote keeps its lines and tabs: ``keep=LAYOUT``.
+def printable(text: object, keep: str = LAYOUT) -> str:
+    """``text`` with everything that a terminal would act on, or hide, as an escape, but for the characters of ``keep``:
+    lines and tabs, unless it is to be one line.
     """
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def say(text: object, **more: Any) -> None:
     """``print`` text that may hold names or words of others: lines and tabs stay, a terminal acts on nothing else."""
-    print(printable(str(text), LAYOUT), **more)
+    print(printable(text), **more)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

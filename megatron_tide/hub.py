@@ -1,12 +1,16 @@
-"""Folders in hub format: downloads from the Hugging Face hub, with one-line errors, and what a config.json states."""
+"""Folders in hub format: downloads with one-line errors, what a config.json states, and names without local paths."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_tide.files import read_json
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", flags=re.A)
+_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken")
 
 
 @contextlib.contextmanager
@@ -51,3 +55,17 @@ def stated_block_size(path: str) -> int | None:
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"{folder / 'config.json'}: block_size is {str(size)[:20]!r}, not a number of tokens")
     return size
+
+
+def one_line(text: str) -> str:
+    """``text`` with a single space for each run of spaces, line ends and other characters that do not print."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def public_name(value: str, may_be_on_hub: bool = True) -> str:
+    """The last part of a local path; a hub name, or text that is not a path, unchanged. One line."""
+    value = one_line(value)
+    is_hub_name = HUB_NAME.fullmatch(value) and not Path(value).exists() and not Path(value).parent.exists()
+    if may_be_on_hub and is_hub_name and not value.endswith(_FILES):
+        return value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]

@@ -21,7 +21,7 @@ RESET = "\033[0m"
 def show_piece(piece: bytes, newline: str = NEWLINE) -> str:
     """A token's bytes as printable text: spaces and line ends visible, control characters, broken UTF-8 as escapes."""
     lines = piece.decode("utf-8", errors="backslashreplace").split("\n")
-    return newline.join(printable(line).replace(" ", SPACE) for line in lines)
+    return newline.join(printable(line, keep="").replace(" ", SPACE) for line in lines)
 
 
 def show(student: TextTokenizer, teacher: TextTokenizer, aligned: Aligned, colour: bool) -> str:

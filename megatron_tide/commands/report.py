@@ -26,10 +26,10 @@ class Args:
 
 def run(args: Args) -> None:
     from megatron_tide.report.page import build_page, check_out, write_page
-    from megatron_tide.report.run_folder import read_runs, visible
+    from megatron_tide.report.run_folder import read_runs
 
     out = args.out or args.runs[0] / "report"
     check_out(out)
     page = build_page(read_runs(args.runs))
     sections, figures = page.count("<section "), page.count("<figure ")
-    say(f"{visible(write_page(out, page))}: {sections} sections, {figures} figures")
+    say(f"{write_page(out, page)}: {sections} sections, {figures} figures")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.cli import LAYOUT, printable
+from megatron_tide.cli import printable
 from megatron_tide.generate.complete import Moment, prompt_ids, stream
 
 MASKED = "░"
@@ -27,7 +27,7 @@ class LiveText:
     def show(self, moment: Moment) -> None:
         if self._live:
             self._out.write(_CLEAR_LINE + self._line)
-        text = printable(moment.new_text, LAYOUT)
+        text = printable(moment.new_text)
         self._out.write(text)
         self._line = (self._line + text).rpartition("\n")[2]
         if self._live:
@@ -43,7 +43,7 @@ class LiveText:
         shown = ""
         for token, decided in zip(moment.ids[first:], moment.decided[first:]):
             shown += self._tokenizer.decode([token]) if decided else MASKED
-        return printable(shown.replace("\n", "⏎").replace("\t", " "), LAYOUT)
+        return printable(shown.replace("\n", "⏎").replace("\t", " "))
 
     def _shortened(self, text: str) -> str:
         room = shutil.get_terminal_size().columns - 1 - len(self._line)

@@ -13,6 +13,7 @@ from typing import Any
 
 import megatron_tide
 from megatron_tide.files import atomic_write
+from megatron_tide.hub import HUB_NAME, one_line, public_name
 from megatron_tide.models.families import Family
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
 
@@ -47,8 +48,6 @@ _DATA_KEYS: tuple[str, ...] = (
 _DATA_KEYS += ("fingerprint",)
 _LOCAL_KEYS = {"out", "resume", "teacher_nvme", "refused_example", "unreadable", "shards"}
 _HUB_KEYS = {"student", "teacher", "model_folder", "name", "path", "data", "validation"}  # may hold names of the hub
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", flags=re.A)
-_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken")
 _ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\"\\`<>]+")
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
@@ -63,7 +62,7 @@ def model_card(
     license_id: str,
 ) -> str:
     """README.md of a release called ``name``."""
-    name = name if _HUB_NAME.fullmatch(name) else public_name(name)
+    name = name if HUB_NAME.fullmatch(name) else public_name(name)
     public = public_run(trained.run)
     metrics = {key: value for key, value in trained.metrics.items() if isinstance(value, int | float)}
     sections = [
@@ -94,20 +93,6 @@ def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
     return _public(kept | {"data": {key: run["data"][key] for key in _DATA_KEYS if key in run["data"]}})
 
 
-def _one_line(text: str) -> str:
-    """``text`` with a single space for each run of spaces, line ends and other characters that do not print."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def public_name(value: str, may_be_on_hub: bool = True) -> str:
-    """The last part of a local path; a hub name, or text that is not a path, unchanged. One line."""
-    value = _one_line(value)
-    is_hub_name = _HUB_NAME.fullmatch(value) and not Path(value).exists() and not Path(value).parent.exists()
-    if may_be_on_hub and is_hub_name and not value.endswith(_FILES):
-        return value
-    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-
-
 def _public(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
         items = {str(name): item for name, item in value.items() if name not in _LOCAL_KEYS}
@@ -119,7 +104,7 @@ def _public(value: Any, key: str = "") -> Any:
 
 def _front_matter(trained: TrainingCheckpoint, license_id: str) -> str:
     paths = trained.run["config"]["paths"]
-    bases = [name for key in ("student", "teacher") if _HUB_NAME.fullmatch(name := public_name(paths.get(key) or ""))]
+    bases = [name for key in ("student", "teacher") if HUB_NAME.fullmatch(name := public_name(paths.get(key) or ""))]
     lines = ["---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation"]
     if bases:
         lines += ["base_model:", *(f"- {name}" for name in bases)]
@@ -216,7 +201,7 @@ def _cell(value: Any) -> str:
         return "; ".join(f"{key}: {_cell(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value) or "none"
-    return _one_line(str(value)).replace("|", "\\|").replace("<", "&lt;")
+    return one_line(str(value)).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _limits(license_id: str) -> str:

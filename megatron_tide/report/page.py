@@ -18,13 +18,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_tide import __version__
+from megatron_tide.cli import printable
 from megatron_tide.evaluate.score_table import score_table
 from megatron_tide.files import atomic_write
-from megatron_tide.release.card import public_name
+from megatron_tide.hub import public_name
 from megatron_tide.report import figures
 from megatron_tide.report.alignment import aligned_samples
 from megatron_tide.report.inference import Table
-from megatron_tide.report.run_folder import Run, Scores, TrainingRun, at_end, reason, visible
+from megatron_tide.report.run_folder import Run, Scores, TrainingRun, at_end, reason
 from megatron_tide.report.style import NARROW, looks, png
 
 INDEX = "index.html"
@@ -50,7 +51,7 @@ def build_page(runs: Sequence[Run]) -> str:
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -7,7 +7,6 @@ training run can be read alone.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from megatron_tide.cli import PROGRAM
+from megatron_tide.cli import PROGRAM, printable
 from megatron_tide.evaluate.score_table import score_cells
 from megatron_tide.files import read_json
 from megatron_tide.report.inference import inference
@@ -29,19 +28,12 @@ CORPUS, CORPUS_COMMAND = "corpus/manifest.json", f"{PROGRAM} corpus"
 ENDS = 0.2  # the start and the end of a run: this share of its log lines
 BITS = "bits_per_masked_token"
 LARGEST = 1e300  # beyond it nothing can be drawn
-# Control characters but tab and newline, lone surrogates, bidirectional overrides.
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-
-
-def visible(text: object) -> str:
-    """``text`` with these characters as escapes: it acts on no terminal and can be encoded."""
-    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def reason(error: Exception) -> str:
     """What went wrong, in one short line."""
     known = {KeyError: f"no {error}", ValueError: str(error)}
-    return textwrap.shorten(visible(known.get(type(error), f"{type(error).__name__}: {error}")), 300)
+    return textwrap.shorten(printable(known.get(type(error), f"{type(error).__name__}: {error}")), 300)
 
 
 def at_start(curve: pd.Series) -> float:
@@ -157,7 +149,7 @@ def read_run(folder: Path, label: str, alone: bool = True) -> Run:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give a recipe's folder (runs/NAME) or a training run's")
-    reader = _Reader(folder, visible(label), alone)
+    reader = _Reader(folder, printable(label), alone)
     scores = reader.part("scores", "scores.json", EVALUATE, reader.scores)
     run = Run(
         folder=folder,
@@ -196,7 +188,7 @@ class _Reader:
         bad: list[str] = []
         rows = [row for _, row in read_rows(path, bad)]
         if bad:
-            self.note(section, f"lines left out: {len(bad)}, the first: {visible(bad[0])}")
+            self.note(section, f"lines left out: {len(bad)}, the first: {printable(bad[0])}")
         return rows
 
     def part(self, section: str, file: str, writer: str, read: Callable[[Path], Any]) -> Any:
@@ -222,7 +214,7 @@ class _Reader:
         return [training for training in found if training is not None]
 
     def _training(self, path: Path) -> TrainingRun | None:
-        name = visible(path.parent.name)
+        name = printable(path.parent.name)
         label = self.label if self.prefix and path.parent == self.folder else f"{self.prefix}{name}"
         metrics = self.part("runs", str(path.relative_to(self.folder)), DISTILL, self.metrics)
         if metrics is None:
@@ -274,7 +266,7 @@ class _Reader:
         numbers = [f"{name}.{end}" for name in ("bits_per_byte", "minus") for end in ("value", "low", "high")]
         first = [{**model, "minus": next(iter((model.get("minus") or {}).values()), {})} for model in models]
         frame = pd.json_normalize(first).reindex(columns=["name", "side", *numbers])
-        names = [f"{self.prefix}{visible(name)}" for name in frame["name"]]
+        names = [f"{self.prefix}{printable(name)}" for name in frame["name"]]
         series = pd.Series(names, dtype=str, name="name")
         return Scores(
             models=pd.concat([series, frame["side"], _finite(frame[numbers].astype(float))], axis=1),
@@ -299,7 +291,7 @@ def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
         try:
             stamp = read_json(path)
             rows.append(
-                [visible(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
+                [printable(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
             )
         except Exception as error:
             damaged.append(f"{path}: not a stage's stamp ({reason(error)})")
@@ -328,7 +320,7 @@ def _description(run: dict[str, Any]) -> dict[str, Any]:
 
 def _split(path: Path) -> str:
     split = read_json(path)["split"]
-    return textwrap.shorten(visible(f"split by {split['by']}: {split['why']}"), 300)
+    return textwrap.shorten(printable(f"split by {split['by']}: {split['why']}"), 300)
 
 
 def _answers(content: dict[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_tide.files import sha256_file
+from megatron_tide.hub import public_name
 from megatron_tide.release import Options, convert
-from megatron_tide.release.card import public_name
 from tests.support.lab import Lab, write_checkpoint
 
 convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])

@@ -138,7 +138,7 @@ def test_card_tells_the_whole_story(lab: Lab, checkpoint: Path, release: Path) -
 
 
 def test_card_names_hub_models_as_bases() -> None:
-    from megatron_tide.release.card import public_name
+    from megatron_tide.hub import public_name
 
     assert public_name("org/model-1") == "org/model-1"
     assert public_name("/home/someone/secret/model-1") == "model-1"
