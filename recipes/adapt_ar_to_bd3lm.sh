@@ -22,6 +22,7 @@ MASK_TOKEN=${MASK_TOKEN:-}                                          # string or 
 BLOCK=${BLOCK:-32}                                                  # tokens per block
 PRETRAINING=${PRETRAINING-ar:0.05,joint:0.35}                       # phases before the last, with their shares of the steps
 BLOCK_GROWTH=${BLOCK_GROWTH-}                                       # smaller blocks first, such as 8:0.4,16:0.3; divisors of BLOCK
+NOISE=${NOISE---timesteps block --timestep-sampling stratified --mask-count exact}   # empty: published noise
 DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture, or JSONL / Parquet / hub data sets
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 EPOCHS=${EPOCHS:-2}
@@ -34,9 +35,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 requirements=(requirements.txt)
 [[ $SOURCE != *.gguf ]] || requirements+=(requirements-real.txt)
 setup_environment "${requirements[@]}"
+read -ra noise <<<"$NOISE"
 
 main() {
-  adapt "$SOURCE" "$RUNS/$NAME" --epochs "$EPOCHS" --lr "$LR" ${PRETRAINING:+--pretraining "$PRETRAINING"} \
+  adapt "$SOURCE" "$RUNS/$NAME" ${noise[@]+"${noise[@]}"} --epochs "$EPOCHS" --lr "$LR" ${PRETRAINING:+--pretraining "$PRETRAINING"} \
     ${BLOCK_GROWTH:+--block-growth "$BLOCK_GROWTH"} "$@"
   if [[ -n ${EVAL_DATA:-} ]]; then
     stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$RUNS/$NAME/student" \

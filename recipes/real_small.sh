@@ -23,7 +23,7 @@ MASK_TOKEN=${MASK_TOKEN-<reponame>}                     # a token of its vocabul
 BLOCK=${BLOCK:-4}
 STUDENT_LENGTH=${STUDENT_LENGTH:-220}                   # in tokens; longer responses are cut
 PRETRAINING=${PRETRAINING-ar:0.1,joint:0.3}             # phases of the adaptation before the last, with their shares of the steps
-NOISE=${NOISE-}                                         # flags of every training, such as those of the noise
+NOISE=${NOISE---timesteps block --timestep-sampling stratified --mask-count exact}   # flags of every training; empty: published noise
 KEEP_LAYERS=${KEEP_LAYERS:-2/3}                         # layers of the small student: two of three; 1/3: every third; or 0,1,5
 STRATEGIES=${STRATEGIES:-bd3lm kl tide-bridge}          # bd3lm is denoising only; tide-shared also fits, the tokenizers are equal
 TEMPERATURE=${TEMPERATURE:-1}                           # of every distillation objective
@@ -70,9 +70,10 @@ main() {
   local pair=(--student "$run/small" --teacher "$run/hf")
   local read=("${pair[@]}" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$STUDENT_LENGTH"
     --student-block "$BLOCK" --teacher-block "$BLOCK")
-  stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
-  stage bridge "$PYTHON" -m megatron_tide bridge "${pair[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
-  stage pair-data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --out "$run/pair-data"
+  stage pair-data "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl" \
+    --then bridge "${pair[@]}" --sample "$run/sample.jsonl" --out "$run/bridge" \
+    --then prepare --data "$DATA" "${read[@]}" --out "$run/pair-data" \
+    --then prepare --data "$run/corpus/test.jsonl" "${read[@]}" --out "$run/test-data"
   for name in "${strategies[@]}"; do
     distil "$run/$name" "${pair[@]}" --bridge "$run/bridge" --data "$run/pair-data" --strategy "$name" "${common[@]}" \
       --temperature "$TEMPERATURE" --max-steps "$DISTILL_STEPS"
@@ -84,7 +85,6 @@ main() {
     students+=(--student "$name=$model")
   done
 
-  stage test-data "$PYTHON" -m megatron_tide prepare --data "$run/corpus/test.jsonl" "${read[@]}" --out "$run/test-data"
   stage scores "$PYTHON" -m megatron_tide evaluate --data "$run/test-data" --samples "$EVAL_SAMPLES" --dtype bfloat16 \
     --student start="$run/small" "${students[@]}" --student adapted="$run/hf" \
     --baseline "${strategies[0]}" --completions "$COMPLETIONS" --completion-tokens 96 --json "$run/scores.json" --card

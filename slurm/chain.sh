@@ -54,7 +54,7 @@ one_node=(--nodes=1 --ntasks-per-node=1 --cpus-per-task=16)
 read -ra prepare <<<"${PREPARE_SBATCH:-}"
 read -ra distil <<<"${DISTIL_SBATCH:-}"
 read -ra convert <<<"${CONVERT_SBATCH:-}"
-before=$(DRY_RUN=1 bash "recipes/$name.sh" | sed -n '/^# train-/q; s/^# //p' | xargs) # the stages before the training
+before=$(DRY_RUN=1 bash "recipes/$name.sh" | sed -n '/^# train-/,$d; s/^# //p' | xargs) # the stages before the training
 submit "$before" --job-name="$name-prepare" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
 submit train --job-name="$name-distil" ${distil[@]+"${distil[@]}"}
 if [[ -n ${EVAL_DATA:-} ]]; then

@@ -23,7 +23,13 @@ def test_settings_reach_the_stages() -> None:
     made, trained = " ".join(stages["student"]), " ".join(stages["train-adaptation"])
     assert "init-model --from a/b --block-size 8 --mask-token <M> --out" in made
     assert "--student-block 8" in " ".join(stages["data"])
-    for flags in ("--strategy bd3lm", "--pretraining ar:0.05,joint:0.35", "--block-growth 4:0.5", "--max-steps 7"):
+    for flags in (
+        "--strategy bd3lm",
+        "--pretraining ar:0.05,joint:0.35",
+        "--block-growth 4:0.5",
+        "--timesteps block",
+        "--max-steps 7",
+    ):
         assert flags in trained
     assert "--pretraining" not in " ".join(commands(RECIPE, PRETRAINING="")["train-adaptation"])
 
