@@ -47,6 +47,12 @@ def test_student_states_of_one_rank_are_18_bytes_a_parameter(paper):
         assert held == pytest.approx(each + 2, abs=0.01)  # and 2 of bf16 gradients at the fullest
 
 
+def test_muon_has_one_moment_of_the_hidden_matrices(paper):
+    matrices = 28 * 1024 * (2 * 2048 + 2 * 1024 + 3 * 3072)  # queries and output, keys and values, feed-forward
+    parts = plan(paper(8, optimizer="muon"), Machine(8, 80 * GIB, 512 * GIB), hosting("replicated")).gpu.parts
+    assert parts["student moments"] == (8 * paper().student.parameters - 4 * matrices) // 8
+
+
 def test_teacher_shares(paper):
     run = paper(8)
     whole = 2 * run.teacher.parameters
