@@ -42,7 +42,9 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * world_size),
         "gradient_clipping": train.max_grad_norm,
-        "bf16": {"enabled": train.precision == "bf16"},
+        # Its other way clears gradients in hooks of the engine's own forward, which is never called here: the first
+        # micro-batch of a step would count as often as there are micro-batches.
+        "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},
         "steps_per_print": 10**12,
         **OPTIMIZERS[train.optimizer].deepspeed(train, offloads),
     }
