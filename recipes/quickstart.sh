@@ -19,7 +19,7 @@ NAME=${NAME:-quickstart}
 TEACHER_STEPS=${TEACHER_STEPS:-900}       # steps of pretraining of the teacher
 STUDENT_STEPS=${STUDENT_STEPS:-600}       # steps of pretraining of the student, which all strategies start from
 DISTILL_STEPS=${DISTILL_STEPS:-400}       # steps of each strategy
-SHORT_STEPS=${SHORT_STEPS:-100}           # steps of the second run by denoising only
+SHORT_STEPS=${SHORT_STEPS:-200}           # steps of the second run by denoising only
 STUDENT_BLOCK=${STUDENT_BLOCK:-8}         # tokens that are denoised together: 4, 8, 16 or 32
 STUDENT_LENGTH=${STUDENT_LENGTH:-256}     # in tokens; longer responses are cut at a chunk boundary
 TEACHER_LENGTH=${TEACHER_LENGTH:-256}
@@ -65,12 +65,13 @@ pretrain student "$run/corpus/train_tenth.jsonl" "$STUDENT_STEPS"
 
 # The chain of the large recipes, with these settings.
 TEACHER=$run/teacher STUDENT=$run/student DATA=$run/corpus/train_tenth.jsonl
-distillation=("${common[@]}" --teacher-dtype fp32 --lr 4e-3)
-ours=("${quiet_noise[@]}" --teacher-context staircase)
-release "${distillation[@]}" "${ours[@]}" --distill-weight 4 --tidal off --no-compdemo --max-steps "$DISTILL_STEPS"
+# Learning rates: tide-bridge's and denoising's are each the best of those tried on the validation split.
+release "${common[@]}" "${quiet_noise[@]}" --teacher-dtype fp32 --teacher-context staircase --distill-weight 4 --tidal off --no-compdemo \
+  --lr 8e-3 --max-steps "$DISTILL_STEPS"
 
 # The baselines: same initial weights, data and order of the data.
-both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" "${distillation[@]}")
+both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" "${common[@]}"
+  --teacher-dtype fp32 --lr 1e-3)
 distil "$run/bd3lm" "${both[@]}" "${quiet_noise[@]}" --strategy bd3lm --max-steps "$DISTILL_STEPS"
 distil "$run/bd3lm-short" "${both[@]}" "${quiet_noise[@]}" --strategy bd3lm --max-steps "$SHORT_STEPS"
 distil "$run/tide-cross" "${both[@]}" --strategy tide-cross --max-steps "$DISTILL_STEPS" # with the published noise
