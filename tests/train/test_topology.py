@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_tide.release import Options, convert
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import train_and_tell
+from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
 STEPS = 20
@@ -84,3 +84,15 @@ def test_bf16_follows_fp32_within_its_noise(chain, untouched, tmp_path):
     curve = curve_of(chain, tmp_path, 2, precision="bf16", teacher_dtype="bf16")
     # bf16 keeps 8 bits: a loss of about 6 is off by a few hundredths, and Adam's path drifts with it.
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(untouched[0]), rtol=0.05, atol=0)
+
+
+def test_noise_of_blocks_on_two_ranks(chain, tmp_path):
+    """Timesteps per block, stratified over the global batch: a sample's place in it does not depend on the topology."""
+    sampling = {"timesteps": "block", "timestep_sampling": "stratified", "mask_count": "exact"}
+    flags = {"max_steps": 3, "compdemo_split": "exact", "tidal_midrange": True, **sampling}
+    one = curve_of(chain, tmp_path / "one", 1, **flags)
+    two = curve_of(chain, tmp_path / "two", 2, micro_batch_size=2, **flags)
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=0, atol=1e-5)
+    curves = [read_curve(tmp_path / name) for name in ("one", "two")]
+    for name in ("tidal/strength", "chunk/active_share", "denoise/nats_per_masked_token"):
+        assert curves[1][name] == pytest.approx(curves[0][name], rel=1e-5), name
