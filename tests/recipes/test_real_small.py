@@ -41,7 +41,14 @@ def test_sizes_and_knobs_reach_the_stages() -> None:
 def test_whole_and_tiny(tmp_path: Path) -> None:
     source = ar_folder(tmp_path / "source", "llama", num_hidden_layers=3)
     settings = {"SOURCE": source, "MASK_TOKEN": UNUSED, "RUNS": tmp_path, "STRATEGIES": " ".join(STUDENTS)}
-    settings |= {"ADAPT_STEPS": 3, "DISTILL_STEPS": 2, "EVAL_SAMPLES": 4, "COMPLETIONS": 2, "STUDENT_LENGTH": 256}
+    settings |= {
+        "ADAPT_STEPS": 40,
+        "LR": 1e-2,
+        "DISTILL_STEPS": 2,
+        "EVAL_SAMPLES": 4,
+        "COMPLETIONS": 2,
+        "STUDENT_LENGTH": 256,
+    }
     finished = run(RECIPE, timeout=1400, NPROC="1", **{name: str(value) for name, value in settings.items()})
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     folder = tmp_path / "real_small"
