@@ -86,36 +86,62 @@ def align(student_pieces: Sequence[bytes], teacher_pieces: Sequence[bytes]) -> n
     return np.stack([*sides], axis=1).astype(np.int64)
 
 
-def align_ends(
-    student_len: np.ndarray, teacher_len: np.ndarray, head: int, tail: int
-) -> tuple[np.ndarray, np.ndarray, int, int]:
-    """Align two sides that agree on their first ``head`` and last ``tail`` bytes only.
-
-    Returns ``(student_chunk, teacher_chunk, n_chunks, covered_bytes)``; tokens between the last common boundary of the
-    head and the first one of the tail get UNALIGNED. ``head + tail`` may exceed neither side's sum.
+class Spelling(NamedTuple):
+    """One side's tokens of a text, [n] each: ``lengths`` and, together, ``data`` in bytes; ``spans`` [n, 2], the bytes
+    of the text that each stands for, non-decreasing; ``silent``: stands for text that it cannot spell.
     """
-    ends = [np.cumsum(side, dtype=np.int64) for side in (student_len, teacher_len)]
-    totals = [int(end[-1]) if len(end) else 0 for end in ends]
-    assert head + tail <= min(totals), "head and tail overlap"
-    heads = np.intersect1d(ends[0], ends[1])
-    stop = int(heads[(heads <= head)].max(initial=0))
-    lefts = np.intersect1d(totals[0] - (ends[0] - student_len), totals[1] - (ends[1] - teacher_len))
-    rest = int(lefts[lefts <= tail].max(initial=0))
-    # The first token that reaches the head's last boundary closes it, and the last one that starts where the tail
-    # starts opens it: tokens without bytes next to the mismatch stand for text that their tokenizer cannot encode.
-    first = [int(np.searchsorted(end, stop)) + 1 if stop else 0 for end in ends]
-    last = [
-        int(np.searchsorted(end - side, total - rest, "right")) - 1 if rest else len(end)
-        for end, side, total in zip(ends, (student_len, teacher_len), totals)
-    ]
-    sides = [np.full(len(end), UNALIGNED, dtype=np.int32) for end in ends]
+
+    lengths: np.ndarray
+    data: bytes
+    spans: np.ndarray
+    silent: np.ndarray
+
+
+def align_spans(student: Spelling, teacher: Spelling, size: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Align two sides that spell a text of ``size`` bytes differently in places.
+
+    Between neighbouring places of the text where tokens end on both sides, the sides spell either the same bytes or
+    not. Runs of equal stretches are aligned as whole texts are; tokens of the others get UNALIGNED.
+
+    Returns ``(student_chunk, teacher_chunk, n_chunks, covered_bytes)``, the last in bytes of the text.
+    """
+    sides = (student, teacher)
+    cuts = [_cuts(side.spans, size) for side in sides]
+    places = np.flatnonzero((cuts[0] >= 0) & (cuts[1] >= 0))
+    tokens = [cut[places].tolist() for cut in cuts]
+    starts = [np.concatenate([[0], np.cumsum(side.lengths)])[at].tolist() for side, at in zip(sides, tokens)]
+    mute = [np.concatenate([[0], np.cumsum(side.silent)])[at].tolist() for side, at in zip(sides, tokens)]
+    runs: list[list[int]] = []
+    covered = 0
+    for n, (start, stop) in enumerate(pairwise(places.tolist())):
+        mine = student.data[starts[0][n] : starts[0][n + 1]]
+        theirs = teacher.data[starts[1][n] : starts[1][n + 1]]
+        if not mine or mine != theirs or any(count[n] != count[n + 1] for count in mute):
+            continue
+        covered += stop - start
+        if runs and runs[-1][1] == n:
+            runs[-1][1] = n + 1
+        else:
+            runs.append([n, n + 1])
+    parts = [[slice(at[first], at[last]) for first, last in runs] for at in tokens]
+    found = align_batch(*([side.lengths[part] for part in own] for side, own in zip(sides, parts)))
+    ids = [np.full(len(side.lengths), UNALIGNED, dtype=np.int32) for side in sides]
     chunks = 0
-    for spans in ([slice(0, stop_at) for stop_at in first], [slice(start_at, None) for start_at in last]):
-        *found, count = align_lengths(student_len[spans[0]], teacher_len[spans[1]])
-        for side, span, ids in zip(sides, spans, found):
-            side[span] = ids + chunks
+    for left, right, (left_ids, right_ids, count) in zip(*parts, found):
+        ids[0][left], ids[1][right] = left_ids + chunks, right_ids + chunks
         chunks += count
-    return sides[0], sides[1], chunks, stop + rest
+    return ids[0], ids[1], chunks, covered
+
+
+def _cuts(spans: np.ndarray, size: int) -> np.ndarray:
+    """int64 [size + 1]: for each place of the text, the number of tokens before it; -1 inside a token."""
+    starts, ends = spans.T
+    places = np.arange(size + 1)
+    # A token of no bytes of the text begins one that follows (the first bytes of a letter).
+    before = np.searchsorted(starts, places)
+    cuts = np.where(np.concatenate([[0], ends])[before] <= places, before, -1)
+    cuts[-1] = len(starts)
+    return cuts
 
 
 def common_prefix(left: bytes, right: bytes) -> int:

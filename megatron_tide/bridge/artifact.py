@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from megatron_tide.bounds import MOST_IDS
-from megatron_tide.bridge.align import TEXTS_AT_ONCE, align_batch, align_ends, common_prefix
+from megatron_tide.bridge.align import TEXTS_AT_ONCE, Spelling, align_batch, align_spans
 from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
 from megatron_tide.files import atomic_write, write_json
@@ -206,8 +206,8 @@ class Bridge:
     def align(self, encodings: Sequence[EncodedPair]) -> list[Aligned]:
         """Align texts, in order; fastest with TEXTS_AT_ONCE texts per call.
 
-        If the bytes of the two sides differ (one normalises, or has no token for a character), chunks cover the longest
-        common prefix and suffix. A shared tokenizer's tokens are one chunk each.
+        If the bytes of the two sides differ (one normalises, or has no token for a character), chunks cover all text
+        but the tokens with such a letter. A shared tokenizer's tokens are one chunk each.
         """
         return align_encodings(*self._checked(), encodings, same=self.shared)
 
@@ -256,7 +256,7 @@ def align_encodings(
         if left.data == right.data and not skipping:
             agreeing.append(place)
         else:
-            aligned[place] = _align_ends(left, right, [raw] if skipping else [])
+            aligned[place] = _align_places(both, student, teacher)
     student_lens = [encodings[place].student.lengths for place in agreeing]
     teacher_lens = [encodings[place].teacher.lengths for place in agreeing]
     for place, chunks in zip(agreeing, align_batch(student_lens, teacher_lens)):
@@ -265,14 +265,14 @@ def align_encodings(
     return [aligned[place] for place in range(len(encodings))]
 
 
-def _align_ends(left: Encoding, right: Encoding, texts: Sequence[bytes]) -> Aligned:
-    """Chunks of the prefix and the suffix that both sides have in common, and that agree with ``texts``."""
-    strings = [right.data, *texts]
-    total = max(len(string) for string in (left.data, *strings))
-    head = min(common_prefix(left.data, other) for other in strings)
-    tail = min(common_prefix(left.data[head:][::-1], other[head:][::-1]) for other in strings)
-    student_chunk, teacher_chunk, chunks, covered = align_ends(left.lengths, right.lengths, head, tail)
-    return Aligned(left.ids, right.ids, student_chunk, teacher_chunk, chunks, covered, total)
+def _align_places(both: EncodedPair, student: TextTokenizer, teacher: TextTokenizer) -> Aligned:
+    """Chunks of all stretches of the text that both sides spell alike."""
+    sides = [
+        Spelling(side.lengths, side.data, tokenizer.spans(both.text), tokenizer.has_no_bytes(side.ids))
+        for side, tokenizer in ((both.student, student), (both.teacher, teacher))
+    ]
+    total = len(both.text.encode("utf-8"))
+    return Aligned(both.student.ids, both.teacher.ids, *align_spans(sides[0], sides[1], total), total)
 
 
 def _has_byteless_tokens(left: Encoding, right: Encoding, student: TextTokenizer, teacher: TextTokenizer) -> bool:

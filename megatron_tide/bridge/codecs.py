@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
@@ -43,6 +44,8 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_prompt(self, text: str) -> list[int]: ...
+
+    def spans(self, text: str) -> np.ndarray: ...
 
 
 class FastCodec:
@@ -79,6 +82,12 @@ class FastCodec:
 
     def encode(self, text: str) -> list[int]:
         return self._text.encode(text, add_special_tokens=False).ids
+
+    def spans(self, text: str) -> np.ndarray:
+        """int64 [n, 2]: the bytes of ``text`` that each token of ``encode(text)`` stands for, as the library has it."""
+        sizes = np.fromiter((len(letter.encode()) for letter in text), np.int64, len(text))
+        found = self._text.encode(text, add_special_tokens=False).offsets
+        return np.concatenate([[0], np.cumsum(sizes)])[np.array(found, np.int64).reshape(-1, 2)]
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._prompt.encode(text, add_special_tokens=False).ids
@@ -127,6 +136,11 @@ class SentencePieceCodec:
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
+    def spans(self, text: str) -> np.ndarray:
+        """int64 [n, 2]: the bytes of ``text`` that each token of ``encode(text)`` stands for, as the library has it."""
+        pieces = self._processor.encode(text, return_type="proto").pieces
+        return np.array([(piece.begin, piece.end) for piece in pieces], np.int64).reshape(-1, 2)
+
     def encode_prompt(self, text: str) -> list[int]:
         if self._splitter is None:
             return self.encode(text)
@@ -168,7 +182,8 @@ def _kinds(component: Any) -> Iterable[str]:
 
 def _text_only(spec: Mapping[str, Any], special: Mapping[str, int]) -> tokenizers.Tokenizer:
     """A copy that never makes a special token from text."""
-    spec = {**spec, "added_tokens": [{**t, "special": t["content"] in special} for t in spec["added_tokens"]]}
+    added = [{**t, "special": t["content"] in special} for t in spec["added_tokens"]]
+    spec = {**spec, "added_tokens": added, "post_processor": None}  # without special tokens, one only cuts offsets
     if spec["model"]["type"] == "Unigram":
         # Even if it is not recognised as special, a special token's string can be an ordinary vocabulary piece.
         vocabulary = [[t, _IMPOSSIBLE_SCORE if t in special else score] for t, score in spec["model"]["vocab"]]

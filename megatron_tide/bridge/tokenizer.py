@@ -213,6 +213,14 @@ class TextTokenizer:
             data = data[1:]
         return Encoding(ids, lengths, data)
 
+    def spans(self, text: str) -> np.ndarray:
+        """int64 [n, 2]: the first byte, and the one past the last, of the part of ``text`` that each token of
+        ``encode(text)`` stands for; both non-decreasing. Tokens that share a letter all have the whole letter.
+        """
+        starts, ends = self._codec.spans(_checked(text)).T
+        starts = np.minimum.accumulate(starts[::-1])[::-1]
+        return np.stack([starts, np.maximum.accumulate(ends)], axis=1)
+
     def has_no_bytes(self, ids: np.ndarray) -> np.ndarray:
         """Bool [n]: tokens without bytes, such as the unknown token."""
         return ~self._table.known[ids]

@@ -136,7 +136,7 @@ class Encoder:
             chunks = min(int(np.searchsorted(ends[name], room[name], side="right")) for name in settings)
             if not chunks:
                 return Dropped(NO_ROOM)
-            kept = {name: int(ends[name][chunks - 1]) for name in settings}
+            kept = {name: _kept(chunk[name], chunks, room[name]) for name in settings}
             sides = {n: _cut(prompts[n], ids[n][: kept[n]], chunk[n][: kept[n]]) for n in settings}
             response_bytes = _bytes(self.student, ids["student"], kept["student"])
         sample = Sample(
@@ -171,6 +171,12 @@ def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:
     ends = np.zeros(chunks, np.int64)
     np.maximum.at(ends, chunk[covered], covered + 1)
     return ends
+
+
+def _kept(chunk: Ids, chunks: int, room: int) -> int:
+    """How many tokens of a cut response fit: its first ``chunks`` chunks, and tokens in no chunk up to the next one."""
+    later = np.flatnonzero(chunk >= chunks)
+    return min(room, int(later[0]) if len(later) else len(chunk))
 
 
 def _student_only(key: int, side: TokenizerSettings, prompt: Ids, response: str) -> Encoded | Dropped:
