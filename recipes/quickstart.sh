@@ -25,7 +25,7 @@ STUDENT_LENGTH=${STUDENT_LENGTH:-256}     # in tokens; longer responses are cut 
 TEACHER_LENGTH=${TEACHER_LENGTH:-256}
 EVAL_SPLIT=${EVAL_SPLIT:-test}            # test, or validation to choose settings
 EVAL_SAMPLES=${EVAL_SAMPLES:-160}         # samples of it to score
-COMPLETIONS=${COMPLETIONS:-50}            # prompts of it to complete
+COMPLETIONS=${COMPLETIONS:-150}           # prompts of it to complete, with at least 16 tokens each
 SEED=${SEED:-42}                          # of initial weights, data order and noise
 STRATEGY=tide-bridge
 # ---
@@ -79,6 +79,7 @@ distil "$run/tide-cross" "${both[@]}" --strategy tide-cross --max-steps "$DISTIL
 stage scores "$PYTHON" -m megatron_tide prepare --data "$run/corpus/$EVAL_SPLIT.jsonl" --student "$STUDENT" --teacher "$TEACHER" \
   --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/$EVAL_SPLIT-data" \
   --then evaluate --data "$run/$EVAL_SPLIT-data" --samples "$EVAL_SAMPLES" --completions "$COMPLETIONS" \
+  --completion-min-tokens 16 --completion-eos-in-order --batch-size 16 \
   --student start="$STUDENT" --student "$run/bd3lm" --student "$run/bd3lm-short" --student "$run/tide-cross" \
   --student tide-bridge="$run/hf" --teacher "$TEACHER" --baseline start --baseline bd3lm --baseline bd3lm-short \
   --json "$run/scores.json" --card

@@ -60,6 +60,10 @@ class LikelihoodArgs:
     )
     completions: int = flag(0, "Number of prompts of --data to complete and judge as code", low=0)
     completion_tokens: int = flag(96, "Maximum number of tokens per completion", low=1)
+    completion_min_tokens: int = flag(0, "Minimum number of tokens per completion", low=0)
+    completion_eos_in_order: bool = flag(
+        False, "Decide end of text only at the first open position of a block, so that no completion ends too early"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,11 @@ def _likelihood(args: Args) -> dict[str, Any]:
         device=device_of(args.device),
         baselines=args.likelihood.baseline,
         completions=args.likelihood.completions,
-        completion_tokens=args.likelihood.completion_tokens,
+        decoding={
+            "max_new_tokens": args.likelihood.completion_tokens,
+            "min_new_tokens": args.likelihood.completion_min_tokens,
+            "eos_in_order": args.likelihood.completion_eos_in_order,
+        },
     )
     for text in args.model:
         comparison.check_has_bound(_named(text)[1])

@@ -29,6 +29,10 @@ class DecodingArgs:
     """Decoding."""
 
     max_new_tokens: int = flag(256, "Maximum number of tokens per answer")
+    min_new_tokens: int = flag(0, "Minimum number of tokens per answer: end of text is not chosen before", low=0)
+    eos_in_order: bool = flag(
+        False, "Decide end of text only at the first open position of a block, so that no answer ends too early"
+    )
     tokens_per_step: int | None = flag(None, "Number of tokens decided per forward pass", shown="1")
     steps: int | None = flag(None, "Number of forward passes for --max-new-tokens, instead of --tokens-per-step")
     threshold: float | None = flag(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class LikelihoodSettings:
     """What every model is measured on, and how.
 
     ``teacher_context``: the attention layout of teachers. ``baselines``: names of the rows that each row is compared
-    with; none: the first student. ``completions``: the number of prompts to answer, with ``completion_tokens`` each.
+    with; none: the first student. ``completions``: the number of prompts to answer, by the ``decoding`` rule (fields of
+    ``DecodingRule``).
     """
 
     data: PreparedData
@@ -55,7 +56,7 @@ class LikelihoodSettings:
     device: str
     baselines: tuple[str, ...] = ()
     completions: int = 0
-    completion_tokens: int = 96
+    decoding: Mapping[str, Any] = field(default_factory=dict)
 
 
 def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings) -> Row:
@@ -87,8 +88,8 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     )
     answers = None
     if how.completions:
-        how_many = {"count": how.completions, "new_tokens": how.completion_tokens, "batch_size": how.batch_size}
-        answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many)
+        how_many = {"count": how.completions, "batch_size": how.batch_size}
+        answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many, **how.decoding)
     return Row(name, path, report, answers, time.perf_counter() - started)
 
 
@@ -127,5 +128,5 @@ def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any
     }
     if asked := rows[0].completions:
         content["completions"] = {"prompts": asked.prompts, "references": asked.references}
-        content["settings"]["completion_tokens"] = how.completion_tokens
+        content["settings"]["decoding"] = dict(how.decoding)
     return content

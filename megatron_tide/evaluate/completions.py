@@ -45,7 +45,7 @@ def says_something(text: str) -> bool:
 
 @dataclass(frozen=True)
 class Completions:
-    """A model's answers to the prompts of held-out data, greedy, one token per forward pass."""
+    """A model's answers to the prompts of held-out data, greedy and one token per forward pass by default."""
 
     texts: list[str]
     prompts: list[str]
@@ -73,11 +73,13 @@ def completions(
     role: str,
     *,
     count: int,
-    new_tokens: int,
     batch_size: int,
     label: str = "",
+    **decoding: Any,
 ) -> Completions:
     """Answer ``count`` prompts of ``data``, evenly spaced, from its ``role`` half (student or teacher).
+
+    ``decoding``: fields of ``DecodingRule``.
 
     Raises:
         ValueError: the model is autoregressive, or has another tokenizer or chat template than the data.
@@ -94,8 +96,8 @@ def completions(
             [prompt.ids for prompt in prompts],
             batch_size=batch_size,
             progress=progress,
-            max_new_tokens=new_tokens,
             block_size=data.manifest[role]["block"],
+            **decoding,
         )
     references = [prompt.reference or "" for prompt in prompts]
     return Completions([one.text for one in found], [prompt.shown for prompt in prompts], references)

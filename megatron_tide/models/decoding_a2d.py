@@ -41,6 +41,10 @@ class DecodingRule:
     most likely token; above 0, a token is sampled from softmax(logits / temperature). Confidence is the chosen token's
     probability without temperature. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the masks of
     the prompt.
+
+    End of text fills the blocks behind an answer in training, so a model is often surest of it at the end of a block,
+    and an answer may end before its beginning is decided. With ``eos_in_order`` end of text is decided only at the
+    first undecided position of a block. It is never chosen for the first ``min_new_tokens`` tokens of an answer.
     """
 
     block_size: int
@@ -48,13 +52,15 @@ class DecodingRule:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
     max_new_tokens: int = DEFAULT_NEW_TOKENS
+    min_new_tokens: int = 0
+    eos_in_order: bool = False
     tokens_per_step: int = 1
     threshold: float | None = None
     temperature: float = 0.0
     least_confident_first: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0)):
+        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), ("min_new_tokens", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
@@ -221,10 +227,14 @@ class BlockDecoder:
         at_R, places_R = open_Ab.nonzero(as_tuple=True)
         rows_R = self.rows_A[at_R]
         logits_RV = hidden_AQH[at_R, places_R] @ self.model.head_weight.to(hidden_AQH.dtype).T
-        if self.fills:  # text follows the filled-in tokens, so the answer cannot end there
-            inside_R = start + places_R < self.answer_dev_B[rows_R]
-            logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(inside_R.unsqueeze(1), float("-inf"))
+        if self.fills or self.rule.min_new_tokens:  # text follows the filled-in tokens: the answer cannot end there
+            too_early_R = start + places_R < self.answer_dev_B[rows_R] + self.rule.min_new_tokens
+            logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(too_early_R.unsqueeze(1), float("-inf"))
         tokens_R, confidence_R = choose_tokens(logits_RV, self.rule, self.generators, rows_R)
+        if self.rule.eos_in_order:
+            first_R = open_Ab.int().argmax(1)[at_R]
+            waits_R = torch.isin(tokens_R, self.eos) & (places_R != first_R)
+            confidence_R = confidence_R.masked_fill(waits_R, -1.0)  # as if decided: not in this pass
         confidence_Ab = torch.full(open_Ab.shape, -1.0, device=self.device)
         confidence_Ab[at_R, places_R] = confidence_R
         take_R = committed(confidence_Ab, self.rule)[at_R, places_R]

@@ -36,9 +36,10 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
                 are filled in. ``inputs`` is the same under transformers' name.
             seed: one number (row r uses seed + r), or one per row; used when ``temperature`` > 0.
             streamer: transformers' TextStreamer or the like, for one prompt: gets the prompt, then block after block.
-            options: fields of ``DecodingRule`` (``max_new_tokens``, ``tokens_per_step``, ``threshold``,
-                ``temperature``, ``block_size``, ``mask_token_id``, ``pad_token_id``), ``eos_token_id``, ``do_sample``,
-                and ``steps``: passes for the complete answer, in place of ``tokens_per_step``.
+            options: fields of ``DecodingRule`` (``max_new_tokens``, ``min_new_tokens``, ``eos_in_order``,
+                ``tokens_per_step``, ``threshold``, ``temperature``, ``block_size``, ``mask_token_id``,
+                ``pad_token_id``), ``eos_token_id``, ``do_sample``, and ``steps``: passes for the complete answer, in
+                place of ``tokens_per_step``.
         """
         ids_BP = input_ids if input_ids is not None else inputs
         if ids_BP is None or ids_BP.dim() != 2:
@@ -76,6 +77,16 @@ def _stream(decoder: BlockDecoder, streamer: Any) -> None:
         streamer.end()
 
 
+_DEFAULTED = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "eos_in_order",
+    "tokens_per_step",
+    "threshold",
+    "least_confident_first",
+)
+
+
 def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> DecodingRule:
     """The rule that ``options`` describe, completed from ``defaults`` (a generation config) and the model's config."""
     known = set(DecodingRule.__dataclass_fields__) | {"eos_token_id", "do_sample", "steps"}
@@ -100,7 +111,7 @@ def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> Decodin
     # A temperature turns sampling on, and so does do_sample, as everywhere in transformers.
     sample = options.get("do_sample", bool(options.get("temperature")) or getattr(defaults, "do_sample", False))
     temperature = find("temperature") if sample else 0.0
-    for name in ("max_new_tokens", "tokens_per_step", "threshold", "least_confident_first"):
+    for name in _DEFAULTED:
         if find(name) is not None:
             values[name] = find(name)
     if options.get("steps") is not None:

@@ -163,6 +163,8 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | `max_new_tokens` | longest answer; it ends earlier at the end-of-text token |
 | `tokens_per_step` | tokens decided in each pass of the model (default 1: the most careful) |
 | `threshold` | also decide every token whose probability exceeds this, e.g. 0.9: faster |
+| `min_new_tokens` | tokens before which the answer cannot end (default 0) |
+| `eos_in_order` | end of text is decided only at the first open position of a block (default False) |
 | `steps` | passes for the whole answer, instead of `tokens_per_step` |
 | `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
 | `temperature`, `seed` | 0 (default) takes the likeliest token; above it, tokens are drawn, reproducibly |
@@ -282,8 +284,10 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
         if answers := model.get("completions"):
             share = {name: 100 * value for name, value in answers["both_share"].items()}
             task = f"completions ({Path(content['data']['folder']).name})"
-            how = f"greedy, {settings['completion_tokens']} tokens, one per pass; mean {answers['mean_characters']:.0f}"
-            how += " characters"
+            rule = settings["decoding"]
+            how = f"greedy, {rule['min_new_tokens']} to {rule['max_new_tokens']} tokens, one per pass"
+            how += ", end of text in order" if rule["eos_in_order"] else ""
+            how += f"; mean {answers['mean_characters']:.0f} characters"
             metric = "parse as Python and say something, %"
             scores.append(Score(task=task, metric=metric, count=answers["count"], how=how, **share))
     for benchmark in content.get("benchmarks", ()):

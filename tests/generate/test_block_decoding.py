@@ -96,6 +96,27 @@ def test_least_confident_first(model: Any, threshold: float | None) -> None:
     assert differ or threshold
 
 
+@pytest.mark.parametrize(("tokens_per_step", "threshold"), SCHEDULES)
+@pytest.mark.parametrize(("least", "in_order"), [(0, True), (6, False), (6, True)])
+def test_when_an_answer_may_end(
+    model: Any, tokens_per_step: int, threshold: float | None, least: int, in_order: bool
+) -> None:
+    """Alone and batched, with half the vocabulary as end of text: most answers would end at once."""
+    ends = tuple(range(0, model.config.vocab_size, 2))
+    rules: dict[str, Any] = {"min_new_tokens": least, "eos_in_order": in_order}
+    options: dict[str, Any] = {"max_new_tokens": 14, "tokens_per_step": tokens_per_step, "threshold": threshold}
+    differ = 0
+    prompts = prompts_of((3, 6, 8, 11), 5)
+    asked = padded(prompts, "left")
+    together = model.generate(**asked, **options, **rules, eos_token_ids=ends)[:, asked["input_ids"].shape[1] :]
+    for prompt, row in zip(prompts, together.tolist()):
+        expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ends, **options, **rules)
+        assert row[: len(expected)] == expected
+        assert not set(expected[:least]) & set(ends)
+        differ += expected != plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ends, **options)
+    assert differ or tokens_per_step > 1 or threshold
+
+
 @pytest.mark.parametrize("per_step", [1, 3])
 def test_masks_of_a_prompt_are_filled_in(model: Any, per_step: int) -> None:
     """Alone and batched: holes in the first block, across blocks, at the end; then also with an answer behind them."""

@@ -28,6 +28,8 @@ def generate(
     tokens_per_step: int,
     threshold: float | None,
     least_confident_first: bool = False,
+    min_new_tokens: int = 0,
+    eos_in_order: bool = False,
 ) -> list[int]:
     """The greedy answer to one prompt, cut after its first end of text."""
     order = -1 if least_confident_first else 1
@@ -38,8 +40,9 @@ def generate(
         undecided = set(range(max(start, len(prompt)), start + block))
         while undecided:
             for position, token in most_confident(
-                model, tokens, undecided, block, mask_id, tokens_per_step, threshold, order
-            ):
+                model, tokens, undecided, block, mask_id, tokens_per_step, threshold, order,
+                len(prompt) + min_new_tokens, eos_ids, eos_in_order,
+            ):  # fmt: skip
                 tokens[position] = token
                 undecided.remove(position)
         if any(token in eos_ids for token in tokens[max(start, len(prompt)) :]):
@@ -62,10 +65,12 @@ def most_confident(
     order: int = 1,
     inside: int = 0,
     never_inside: tuple[int, ...] = (),
+    only_first: bool = False,
 ) -> list[tuple[int, int]]:
     """(position, token) pairs that one pass decides; ``order`` -1: the least confident ones.
 
-    ``never_inside``: tokens that no position before ``inside`` may take.
+    ``never_inside``: tokens that no position before ``inside`` may take, and with ``only_first`` only the first
+    undecided one.
     """
     length = len(tokens)
     logits = model(
@@ -79,6 +84,8 @@ def most_confident(
         for token in (mask_id, *(never_inside if position < inside else ())):
             row[token] = float("-inf")
         token = int(row.argmax())
+        if only_first and token in never_inside and position > min(undecided):
+            continue
         found.append((float(torch.softmax(row, -1)[token]), position, token))
     found.sort(key=lambda item: (-order * item[0], item[1]))
     chosen = found[:tokens_per_step]
