@@ -85,6 +85,16 @@ MASK_COUNTS = Table(
     }
 )
 
+LIKELIHOOD_NOISE = Table(
+    {
+        "sample": Choice("one timestep per sample, one coin flip per chunk", "evaluate.likelihood_noise:PER_SAMPLE"),
+        "block": Choice(
+            "one timestep per block, k of its n chunks: the same mean, less variance",
+            "evaluate.likelihood_noise:PER_BLOCK",
+        ),
+    }
+)
+
 MASKINGS = Table(
     {
         "expand": Choice(

@@ -6,9 +6,10 @@ be an autoregressive baseline. Intervals are 95 % bootstrap.
 
 --tasks likelihood (the default) measures the diffusion bound on --data in bits per byte, with the same masks for every
 model: students are scored on the student's tokens of prepared data and teachers on the teacher's, so that all predict
-the same bytes from the same bytes. Differences are paired, to each --baseline. --completions N also completes N of the
-prompts, greedily and one token per pass, and counts those that parse as Python and say something: 40 characters or
-more, no line three times. No completion is run.
+the same bytes from the same bytes. Differences are paired, to each --baseline. --likelihood-noise block estimates the
+same bound with less variance; student and teacher then have different masks, and teachers need the staircase.
+--completions N also completes N of the prompts, greedily and one token per pass, and counts those that parse as Python
+and say something: 40 characters or more, no line three times. No completion is run.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
 settings. They need requirements-eval.txt. Answers are cached in --out: a stopped evaluation, run again by
@@ -32,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.choices import ATTENTION_LAYOUTS
+from megatron_tide.choices import ATTENTION_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import flag, say
 from megatron_tide.machine import DEVICE_HELP, device_of
 
@@ -50,7 +51,10 @@ class LikelihoodArgs:
         choices=ATTENTION_LAYOUTS,
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
-    mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample (stratified)", low=1)
+    mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample or block (stratified)", low=1)
+    likelihood_noise: str = flag(
+        "sample", f"Timesteps and masks of the bound. {LIKELIHOOD_NOISE}", choices=LIKELIHOOD_NOISE
+    )
     baseline: tuple[str, ...] = flag(
         (),
         "Name of a model to compare the others with; repeatable",
@@ -156,6 +160,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
         teacher_context=args.likelihood.teacher_context,
         samples=args.likelihood.samples,
         mc_samples=args.likelihood.mc_samples,
+        noise=args.likelihood.likelihood_noise,
         seed=args.seed,
         batch_size=args.batch_size,
         dtype=DTYPES[args.dtype],

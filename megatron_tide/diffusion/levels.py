@@ -72,8 +72,7 @@ class Levels:
     @classmethod
     def of(cls, response_BS: Tensor, anchor_BS: Tensor, prompt_B: Tensor, length_B: Tensor, block: int) -> Levels:
         """``anchor_BS``: the position that a token takes its level from; ``block``: tokens of one block."""
-        first_B = prompt_B // block
-        blocks_B = ((length_B - 1) // block - first_B + 1).clamp(min=1)
+        first_B, blocks_B = prompt_B // block, response_blocks(prompt_B, length_B, block)
         samples, longest = len(prompt_B), int(blocks_B.max())
         block_BS = (anchor_BS // block - first_B[:, None]).clamp(0, longest - 1)
         place_BS = torch.arange(samples)[:, None] * longest + block_BS
@@ -96,6 +95,11 @@ class Levels:
             rank_BJ = draws_BJ.argsort(1).argsort(1)
             draws_BJ = (rank_BJ + own_B[:, None]) / self.blocks_B[:, None]
         return draws_BJ[self.sample_N, self.block_N]
+
+
+def response_blocks(prompt_B: Tensor, length_B: Tensor, block: int) -> Tensor:
+    """int64 [B]: in how many blocks each response lies, the first of them perhaps with the end of the prompt."""
+    return ((length_B - 1) // block - prompt_B // block + 1).clamp(min=1)
 
 
 def rank_within(group_U: Tensor, draw_U: Tensor) -> Tensor:

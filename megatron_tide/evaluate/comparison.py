@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_tide.bridge import load_tokenizer
+from megatron_tide.choices import ATTENTION_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
@@ -41,15 +42,16 @@ class Row:
 class LikelihoodSettings:
     """What every model is measured on, and how.
 
-    ``teacher_context``: the attention layout of teachers. ``baselines``: names of the rows that each row is compared
-    with; none: the first student. ``completions``: the number of prompts to answer, by the ``decoding`` rule (fields of
-    ``DecodingRule``).
+    ``teacher_context``: the attention layout of teachers. ``noise``: a name of ``LIKELIHOOD_NOISE``. ``baselines``:
+    names of the rows that each row is compared with; none: the first student. ``completions``: the number of prompts to
+    answer, by the ``decoding`` rule (fields of ``DecodingRule``).
     """
 
     data: PreparedData
     teacher_context: str
     samples: int
     mc_samples: int
+    noise: str
     seed: int
     batch_size: int
     dtype: torch.dtype
@@ -57,6 +59,9 @@ class LikelihoodSettings:
     baselines: tuple[str, ...] = ()
     completions: int = 0
     decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        LIKELIHOOD_NOISE[self.noise].check(ATTENTION_LAYOUTS[self.teacher_context])
 
 
 def measure_model(name: str, path: str, role: str | None, how: LikelihoodSettings) -> Row:
@@ -82,6 +87,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
         scoring,
         samples=how.samples,
         mc_samples=how.mc_samples,
+        noise=LIKELIHOOD_NOISE[how.noise],
         seed=how.seed,
         batch_size=how.batch_size,
         label=name,
@@ -109,6 +115,7 @@ def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any
         "settings": {
             "samples": rows[0].report.samples,
             "mc_samples": how.mc_samples,
+            "likelihood_noise": how.noise,
             "seed": how.seed,
             "teacher_context": how.teacher_context,
             "dtype": str(how.dtype).removeprefix("torch."),

@@ -2,9 +2,9 @@
 
 For timesteps t the masked diffusion bound on a response's -log p is E_t[w(t) * sum over masked tokens of -log p(token)]
 (w = 1/t: linear schedule, and the same value for any other; TIDE section 3, MDLM eq. 10). It is estimated on a grid of
-K timesteps per sample (``mc_samples``), t_k = eps + (1 - eps)(k + u)/K with one u per sample, and divided by the
-response's bytes. Whole chunks are masked (``ChunkMasking``), drawn by (seed, k, sample): every model on the same
-prepared data, student or teacher, predicts the same bytes from the same bytes.
+K timesteps (``mc_samples``) per sample, or per block (``likelihood_noise``), and divided by the response's bytes. Whole
+chunks are masked: every model on the same prepared data, student or teacher, predicts the same bytes, and with one
+timestep per sample from the same bytes.
 
 Scored are the tokens of content chunks and the end chunk (the first end of text). The padding after it is masked as in
 training and never scored, nor are tokens outside all chunks. Bytes outside all chunks still count as bytes, for both
@@ -27,14 +27,11 @@ from tqdm import tqdm
 
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import Batch, Tokens, read_batch
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, MASKINGS, AttentionLayout, ModelInput, Noise, noise
-from megatron_tide.diffusion.counter_rng import uniforms
-from megatron_tide.diffusion.noise_schedule import LINEAR
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
+from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
 from megatron_tide.models import masked_hidden_states, score_rows
 
-SCHEDULE = LINEAR
-GRID_STREAM = b"likelihood"
 BINS = 10
 VALIDATION_MC_SAMPLES = 4
 
@@ -81,11 +78,11 @@ def scoring_inputs(data: PreparedData, name: str, layout: str = "staircase") -> 
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """One forward pass: the input, and for each of its M rows the target token and the sample it belongs to."""
+    """One forward pass: the input, and for each of its M rows the target token and the noise level it belongs to."""
 
     inputs: ModelInput
     targets_M: torch.Tensor
-    sample_M: torch.Tensor
+    level_M: torch.Tensor
 
 
 def masked_tokens(scoring: ScoringInputs, batch: Batch, drawn: Noise) -> MaskedTokens:
@@ -97,7 +94,11 @@ def masked_tokens(scoring: ScoringInputs, batch: Batch, drawn: Noise) -> MaskedT
         scored_BS = scored_BS & (tokens.chunk >= 0)
     sample_M, position_M = (masked_BS & scored_BS).nonzero(as_tuple=True)
     inputs = scoring.layout(tokens, masked_BS, sample_M, position_M, block=scoring.block, mask_id=scoring.mask_id)
-    return MaskedTokens(inputs, tokens.ids[sample_M, position_M], sample_M)
+    if scoring.needs_chunks:
+        level_M = drawn.chunk_level[sample_M, tokens.chunk[sample_M, position_M].long()]
+    else:
+        level_M = drawn.student_level[sample_M, position_M]
+    return MaskedTokens(inputs, tokens.ids[sample_M, position_M], level_M)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,7 @@ class LikelihoodReport:
     side: str
     samples: int
     mc_samples: int
+    noise: str
     seed: int
     bits_per_byte: Estimate
     accuracy: Estimate
@@ -121,6 +123,7 @@ class LikelihoodReport:
             "side": self.side,
             "samples": self.samples,
             "mc_samples": self.mc_samples,
+            "noise": self.noise,
             "seed": self.seed,
             "response_bytes": int(self.bytes.sum()),
             "bits_per_byte": self.bits_per_byte.to_dict(),
@@ -129,41 +132,46 @@ class LikelihoodReport:
         }
 
     def minus(self, other: LikelihoodReport) -> Estimate:
-        """Bits per byte of this model minus the other's, paired sample by sample (both saw the same masks).
+        """Bits per byte of this model minus the other's, paired sample by sample (masks: see ``likelihood_noise``).
 
         Raises:
             ValueError: the two were not measured on the same samples with the same timesteps.
         """
         mine, theirs = (
-            (self.seed, self.mc_samples, self.keys.tolist()),
-            (other.seed, other.mc_samples, other.keys.tolist()),
+            (self.seed, self.mc_samples, self.noise, self.keys.tolist()),
+            (other.seed, other.mc_samples, other.noise, other.keys.tolist()),
         )
         if mine != theirs:
             raise ValueError(
-                "the two reports differ in samples, mc_samples or seed; measure both with the same settings"
+                "the two reports differ in samples, mc_samples, noise or seed; measure both with the same settings"
             )
         return ratio((self.nats - other.nats) / math.log(2.0), self.bytes, self.seed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LikelihoodSums:
-    """Per sample and timestep, [n, K]: t, summed -log p, correct predictions, scored masked tokens; ``bytes`` [n]."""
+    """Of the L noise levels, [L]: sample (of n) and pass (of K) as ``place`` int64 [2, L], rate, 1 / weight, summed
+    -log p, correct predictions, scored masked tokens; ``bytes`` [n].
+    """
 
-    t: Floats
+    place: NDArray[np.int64]
+    rate: Floats
+    inverse_weight: Floats
     nats: Floats
     right: Floats
     masked: Floats
     bytes: Floats
+    mc_samples: int
+
+    def of_samples(self, values_L: Floats) -> Floats:
+        """[n]: the sum over the levels of each sample, pass by pass."""
+        sum_nK = np.zeros((len(self.bytes), self.mc_samples))
+        np.add.at(sum_nK, tuple(self.place), values_L)
+        return sum_nK.sum(1)
 
     def bound(self) -> Floats:
-        """Nats per sample, [n]: the mean over its timesteps of w(t) times the summed -log p."""
-        return (self.nats / SCHEDULE.inverse_weight(torch.from_numpy(self.t)).numpy()).mean(1)
-
-
-def timestep_grid(keys: torch.Tensor, mc_samples: int, seed: int) -> torch.Tensor:
-    """float64 [B, K]: one timestep in each of K equal strata of (eps, 1), shifted by one u per sample."""
-    shift_B = torch.tensor([uniforms(seed, 0, int(key), GRID_STREAM, 1)[0] for key in keys], dtype=torch.float64)
-    return SCHEDULE.draw((torch.arange(mc_samples, dtype=torch.float64) + shift_B.unsqueeze(1)) / mc_samples)
+        """Nats per sample, [n]: the mean over its passes of the weighted -log p of its levels."""
+        return self.of_samples(self.nats / self.inverse_weight) / self.mc_samples
 
 
 def _logp_and_correct(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,14 +180,14 @@ def _logp_and_correct(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> tuple
 
 
 @torch.no_grad()
-def _score(model: Any, masked: MaskedTokens, samples: int, slice_rows: int | None) -> torch.Tensor:
-    """float64 [3, B] on the host: -log p summed, correct predictions, masked tokens of each sample."""
+def _score(model: Any, masked: MaskedTokens, levels: int, slice_rows: int | None) -> torch.Tensor:
+    """float64 [3, N] on the host: -log p summed, correct predictions, masked tokens of each noise level."""
     device = model.head_weight.device
-    inputs, targets_M, sample_M = masked.inputs.to(device), masked.targets_M.to(device), masked.sample_M.to(device)
+    inputs, targets_M, level_M = masked.inputs.to(device), masked.targets_M.to(device), masked.level_M.to(device)
     hidden_MH = masked_hidden_states(model, inputs)
     logp_M, correct_M = score_rows(_logp_and_correct, hidden_MH, model.head_weight, (targets_M,), slice_rows)
     columns_3M = torch.stack((-logp_M.double(), correct_M.double(), torch.ones_like(logp_M, dtype=torch.float64)))
-    return columns_3M.new_zeros(3, samples).index_add(1, sample_M, columns_3M).cpu()
+    return columns_3M.new_zeros(3, levels).index_add(1, level_M, columns_3M).cpu()
 
 
 def _batches(scoring: ScoringInputs, indices: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
@@ -196,36 +204,41 @@ def measure(
     indices: np.ndarray,
     *,
     mc_samples: int,
+    noise: LikelihoodNoise,
     seed: int,
     batch_size: int,
     slice_rows: int | None,
     label: str,
 ) -> LikelihoodSums:
     """The sums of the samples ``indices``, in their order; the model is put in eval mode meanwhile."""
-    shape = (len(indices), mc_samples)
-    sums = LikelihoodSums(
-        np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape), bytes=np.zeros(len(indices))
-    )
+    places_L, numbers_L = [np.zeros((2, 0), np.int64)], [np.zeros((5, 0))]
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(indices), desc=label, disable=not label, leave=False)
     for places in _batches(scoring, indices, batch_size):
         batch = read_batch(data, indices[places])
-        grid_BK = timestep_grid(batch.keys, mc_samples, seed)
-        sums.t[places] = grid_BK.numpy()
-        sums.bytes[places] = [data.sample(int(index)).response_bytes for index in indices[places]]
-        for k in range(mc_samples):
-            drawn = noise(
-                batch, seed=seed, epoch=k, masking=MASKINGS["synchronous"], schedule=SCHEDULE, t=grid_BK[:, k]
-            )
-            found = masked_tokens(scoring, batch, drawn)
+        for k, drawn in enumerate(noise.draws(batch, scoring.tokens(batch), scoring.block, mc_samples, seed)):
+            found, levels = masked_tokens(scoring, batch, drawn), len(drawn.rate)
+            scores_3N = drawn.rate.new_zeros(3, levels)
             if len(found.targets_M):
-                nats, right, masked = _score(model, found, len(places), slice_rows).numpy()
-                sums.nats[places, k], sums.right[places, k], sums.masked[places, k] = nats, right, masked
+                scores_3N = _score(model, found, levels, slice_rows)
+            places_L.append(np.stack((places[drawn.level_sample.numpy()], np.full(levels, k))))
+            numbers_L.append(torch.stack((drawn.rate, drawn.inverse_weight, *scores_3N)).numpy())
         bar.update(len(places))
     bar.close()
     model.train(was_training)
-    return sums
+    size = np.array([data.sample(int(index)).response_bytes for index in indices], dtype=np.float64)
+    rate, inverse_weight, nats, right, masked = np.concatenate(numbers_L, 1)
+    return LikelihoodSums(
+        place=np.concatenate(places_L, 1),
+        rate=rate,
+        inverse_weight=inverse_weight,
+        nats=nats,
+        right=right,
+        masked=masked,
+        bytes=size,
+        mc_samples=mc_samples,
+    )
 
 
 def spread(total: int, wanted: int) -> np.ndarray:
@@ -241,18 +254,20 @@ def evaluate_likelihood(
     *,
     samples: int = 0,
     mc_samples: int = 8,
+    noise: LikelihoodNoise = PER_SAMPLE,
     seed: int = 0,
     batch_size: int = 8,
     slice_rows: int | None = None,
     label: str = "",
 ) -> LikelihoodReport:
-    """Measure ``model`` on ``samples`` (0 = all) of ``data``, with ``mc_samples`` timesteps per sample.
+    """Measure ``model`` on ``samples`` (0 = all) of ``data``, with ``mc_samples`` timesteps per sample or block.
 
-    The result depends on (data, samples, mc_samples, seed) and the weights; ``batch_size`` and ``slice_rows`` change
-    memory and speed only. ``label`` names a progress bar; without one there is none.
+    The result depends on (data, samples, mc_samples, noise, seed) and the weights; ``batch_size`` and ``slice_rows``
+    change memory and speed only. ``label`` names a progress bar; without one there is none.
     """
     if mc_samples < 1 or batch_size < 1:
         raise ValueError(f"likelihood: mc_samples {mc_samples} and batch size {batch_size} must both be 1 or more")
+    noise.check(scoring.layout)
     indices = spread(len(data), samples)
     sums = measure(
         model,
@@ -260,6 +275,7 @@ def evaluate_likelihood(
         scoring,
         indices,
         mc_samples=mc_samples,
+        noise=noise,
         seed=seed,
         batch_size=batch_size,
         slice_rows=slice_rows,
@@ -270,9 +286,10 @@ def evaluate_likelihood(
         side=scoring.name,
         samples=len(indices),
         mc_samples=mc_samples,
+        noise=noise.name,
         seed=seed,
         bits_per_byte=ratio(nats_n / math.log(2.0), sums.bytes, seed),
-        accuracy=ratio(sums.right.sum(1), sums.masked.sum(1), seed),
+        accuracy=ratio(sums.of_samples(sums.right), sums.of_samples(sums.masked), seed),
         by_timestep=_by_timestep(sums, seed),
         nats=nats_n,
         bytes=sums.bytes,
@@ -281,12 +298,13 @@ def evaluate_likelihood(
 
 
 def _by_timestep(sums: LikelihoodSums, seed: int) -> list[dict[str, float]]:
-    """Bits per masked token and accuracy, with intervals, in ``BINS`` equal bins of t; empty bins are omitted."""
-    bin_nK = np.clip((sums.t * BINS).astype(int), 0, BINS - 1)
+    """Bits per masked token and accuracy, with intervals, in ``BINS`` equal bins of the masking rate; empty bins are
+    omitted."""
+    bin_L = np.clip((sums.rate * BINS).astype(int), 0, BINS - 1)
     rows = []
     for number in range(BINS):
-        here_nK = bin_nK == number
-        nats_n, right_n, masked_n = ((part * here_nK).sum(1) for part in (sums.nats, sums.right, sums.masked))
+        here_L = bin_L == number
+        nats_n, right_n, masked_n = (sums.of_samples(part * here_L) for part in (sums.nats, sums.right, sums.masked))
         if not masked_n.any():
             continue
         row = {"low": number / BINS, "high": (number + 1) / BINS, "masked_tokens": float(masked_n.sum())}
@@ -320,6 +338,7 @@ def validate(
         scoring,
         indices,
         mc_samples=VALIDATION_MC_SAMPLES,
+        noise=PER_SAMPLE,
         seed=seed,
         batch_size=batch_size,
         slice_rows=slice_rows,

@@ -273,7 +273,7 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
     for model in content.get("models", ()):
         if model["path"] != path:
             continue
-        how = f"diffusion bound, {settings['mc_samples']} timesteps per sample"
+        how = f"diffusion bound, {settings['mc_samples']} timesteps per {settings['likelihood_noise']}"
         how += f", seed {settings['seed']}, {settings['dtype']}"
         task = f"held-out text ({Path(content['data']['folder']).name})"
         for metric in ("bits_per_byte", "masked_token_accuracy"):

@@ -274,7 +274,7 @@ class _Reader:
             cells=[score_cells(model) | {"model": name} for name, model in zip(names, models)],
             completions=_answers(content, names) if "completions" in content else [],
             benchmarks=[_benchmark(self.prefix, one, score) for one in benchmarks for score in one["scores"]],
-            settings={**content["settings"], "data": content["data"]["fingerprint"]} if models else {},
+            settings=_likelihood_settings(content) if models else {},
         )
 
     def stages(self) -> pd.DataFrame:
@@ -282,6 +282,11 @@ class _Reader:
         for text in damaged:
             self.note("time", text)
         return stages
+
+
+def _likelihood_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings and data of likelihoods; files from before there was a choice of noise have one timestep per sample."""
+    return {"likelihood_noise": "sample", **content["settings"], "data": content["data"]["fingerprint"]}
 
 
 def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:

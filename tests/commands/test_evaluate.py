@@ -14,6 +14,7 @@ from megatron_tide.bridge import load_tokenizer
 from megatron_tide.choices import ATTENTION_LAYOUTS, Choice
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
+from megatron_tide.evaluate.likelihood_noise import PER_BLOCK
 from megatron_tide.generate import complete, from_prepared
 from megatron_tide.models import load_model
 from tests.support.commands import command
@@ -51,6 +52,21 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [line.split()[0] for line in lines] == ["model", "-" * len(lines[1]), "start", "moved", "teacher"]
     assert f"{start.bits_per_byte}" in lines[2]
     assert f"{teacher.minus(start):+}" in lines[4]
+
+
+def test_timesteps_per_block(lab: Lab, tmp_path: Path) -> None:
+    scores, models = tmp_path / "scores.json", ["--student", str(lab.student), "--teacher", str(lab.teacher)]
+    flags = ["--data", str(lab.data), "--mc-samples", "2", "--samples", "4", "--json", str(scores)]
+    evaluate([*flags, *models, "--likelihood-noise", "block"])
+    blocks = json.loads(scores.read_text())
+    evaluate([*flags, *models])
+    published = json.loads(scores.read_text())
+    assert [one["settings"]["likelihood_noise"] for one in (blocks, published)] == ["block", "sample"]
+    data = PreparedData.open(lab.data)
+    for side, row, other in zip(("student", "teacher"), blocks["models"], published["models"], strict=True):
+        model, how = load_model(getattr(lab, side)), {"samples": 4, "mc_samples": 2, "noise": PER_BLOCK}
+        report = evaluate_likelihood(model, data, scoring_inputs(data, side), **how)
+        assert row["bits_per_byte"] == report.bits_per_byte.to_dict() != other["bits_per_byte"]
 
 
 def test_completions_and_baselines_stand_in_the_same_table(
@@ -114,6 +130,14 @@ def test_a_model_on_the_wrong_side_is_refused(
         (["--data", "DATA", "--student", "a=x", "--student", "a=y"], "NAME=PATH"),
         (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be at least 1"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
+        (
+            ["--data", "DATA", "--student", "x", "--likelihood-noise", "block", "--teacher-context", "full"],
+            "likelihood noise 'block' needs teacher context staircase",
+        ),
+        (
+            ["--data", "DATA", "--student", "x", "--likelihood-noise", "token"],
+            "invalid choice: 'token' (choose from 'sample', 'block')",
+        ),
         (
             ["--data", "DATA", "--student", "a=x", "--baseline", "b"],
             "--baseline b: no model has this name; choose of a",

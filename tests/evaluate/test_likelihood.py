@@ -16,9 +16,11 @@ from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise
 from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs, validate
 from megatron_tide.evaluate.bootstrap import mean, ratio
-from megatron_tide.evaluate.likelihood import SCHEDULE, VALIDATION_MC_SAMPLES, masked_tokens, spread, timestep_grid
+from megatron_tide.evaluate.likelihood import VALIDATION_MC_SAMPLES, masked_tokens, measure, spread
+from megatron_tide.evaluate.likelihood_noise import PER_BLOCK, PER_SAMPLE, SCHEDULE, block_grid, timestep_grid
 from megatron_tide.models import load_model
 from tests.reference.likelihood import likelihood as plain
+from tests.reference.likelihood import likelihood_by_block
 from tests.support.lab import Lab
 
 
@@ -46,6 +48,64 @@ def test_equals_the_plain_way(models: dict[str, Any], data: PreparedData, name: 
     assert report.bits_per_byte.low < report.bits_per_byte.value < report.bits_per_byte.high
 
 
+@pytest.mark.parametrize("name", ["student", "teacher", "alone"])
+def test_timesteps_per_block_equal_the_plain_way(lab: Lab, models: dict[str, Any], name: str) -> None:
+    """On both sides' own blocks, and on data without chunks."""
+    data = PreparedData.open(lab.student_data if name == "alone" else lab.data)
+    name = "student" if name == "alone" else name
+    expected = likelihood_by_block(models[name], data, name, mc_samples=3, seed=4)
+    scoring, how = scoring_inputs(data, name), {"mc_samples": 3, "seed": 4, "noise": PER_BLOCK}
+    report = evaluate_likelihood(models[name], data, scoring, batch_size=5, **how)
+    assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert report.accuracy.value == pytest.approx(expected["accuracy"], rel=1e-9)
+    assert report.to_dict()["noise"] == "block"
+    assert sum(row["masked_tokens"] for row in report.by_timestep) > 0
+    alone = evaluate_likelihood(models[name], data, scoring, batch_size=1, **how)
+    assert np.allclose(report.nats, alone.nats, rtol=1e-5)
+
+
+class Uniform(torch.nn.Module):
+    """Every token is as likely as every other."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.head_weight = torch.nn.Parameter(torch.zeros(vocabulary, 4))
+
+    def backbone(self, input_ids: torch.Tensor, attention_mask: Any = None, position_ids: Any = None) -> torch.Tensor:
+        return torch.ones(*input_ids.shape, 4)
+
+
+class Contextual(Uniform):
+    """Certain of nothing where much of what it sees is masked, and fairly certain where little is."""
+
+    def __init__(self, vocabulary: int, mask_id: int) -> None:
+        super().__init__(vocabulary)
+        self.mask_id = mask_id
+        self.head_weight = torch.nn.Parameter(torch.randn(vocabulary, 4, generator=torch.Generator().manual_seed(0)))
+
+    def backbone(self, input_ids: torch.Tensor, attention_mask: Any = None, position_ids: Any = None) -> torch.Tensor:
+        sees = attention_mask[:, 0].float()
+        masked = (sees @ (input_ids == self.mask_id).float()[..., None])[..., 0]
+        return ((1 + masked) ** 1.5)[..., None] * torch.ones(4)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "alone"])
+def test_timesteps_per_block_have_the_same_mean_and_less_variance(lab: Lab, name: str) -> None:
+    """Over many seeds, of a model whose loss depends on what else is masked."""
+    data = PreparedData.open(lab.student_data if name == "alone" else lab.data)
+    scoring = scoring_inputs(data, "student" if name == "alone" else name)
+    model, seeds = Contextual(512, scoring.mask_id), range(60)
+    how: dict[str, Any] = {"mc_samples": 2, "batch_size": 24, "slice_rows": None, "label": ""}
+    bounds = {}
+    for noise_of in (PER_SAMPLE, PER_BLOCK):
+        sums = [measure(model, data, scoring, spread(24, 0), noise=noise_of, seed=s, **how) for s in seeds]
+        bounds[noise_of.name] = np.array([one.bound().sum() for one in sums])
+    error = math.sqrt(sum(values.var(ddof=1) / len(seeds) for values in bounds.values()))
+    assert abs(bounds["block"].mean() - bounds["sample"].mean()) < 4 * error
+    assert error < 0.03 * bounds["sample"].mean(), "a bias could hide behind this"
+    assert bounds["block"].var() < bounds["sample"].var() / 3
+
+
 def test_student_only_data_scores_all_of_the_response(lab: Lab, models: dict[str, Any]) -> None:
     alone = PreparedData.open(lab.student_data)
     expected = plain(
@@ -70,7 +130,7 @@ def test_both_sides_guess_the_same_chunks(data: PreparedData) -> None:
         chunks = []
         for side in (student, teacher):
             found, tokens = masked_tokens(side, batch, drawn), side.tokens(batch)
-            scored = {(int(s), int(g)) for s, g in zip(found.sample_M, found.targets_M)}
+            scored = {(int(s), int(g)) for s, g in zip(drawn.level_sample[found.level_M], found.targets_M)}
             assert scored  # gold tokens differ by side; chunks are compared below
             position = torch.arange(tokens.ids.shape[1])
             counted = side.masked(drawn) & (tokens.chunk >= 0) & (position <= tokens.content_end[:, None])
@@ -89,19 +149,8 @@ def test_fill_behind_the_end_is_masked_but_not_scored(data: PreparedData) -> Non
     fills = [i for i in whole if len(data.sample(i).teacher.ids) > data.sample(i).teacher.content_end + 1]
     assert fills
     for i in fills:
-        assert int((found.targets_M[found.sample_M == i] == eos).sum()) == 1
+        assert int((found.targets_M[drawn.level_sample[found.level_M] == i] == eos).sum()) == 1
         assert bool(drawn.teacher_masked[i, int(batch.teacher.content_end[i]) + 1])
-
-
-class Uniform(torch.nn.Module):
-    """Every token is as likely as every other."""
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.head_weight = torch.nn.Parameter(torch.zeros(vocabulary, 4))
-
-    def backbone(self, input_ids: torch.Tensor, attention_mask: Any = None, position_ids: Any = None) -> torch.Tensor:
-        return torch.ones(*input_ids.shape, 4)
 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])
@@ -113,7 +162,8 @@ def test_uniform_model_costs_log_v_a_token(data: PreparedData, name: str) -> Non
     grid = timestep_grid(batch.keys, mc_samples, 3)
     for k in range(mc_samples):
         drawn = noise(batch, seed=3, epoch=k, masking=MASKINGS["synchronous"], t=grid[:, k])
-        counts = torch.bincount(masked_tokens(scoring_inputs(data, name), batch, drawn).sample_M, minlength=len(data))
+        found = masked_tokens(scoring_inputs(data, name), batch, drawn)
+        counts = torch.bincount(drawn.level_sample[found.level_M], minlength=len(data))
         per_sample += (counts.double() / grid[:, k] / mc_samples).numpy()
     size = sum(data.sample(i).response_bytes for i in range(len(data)))
     assert report.bits_per_byte.value == pytest.approx(per_sample.sum() * math.log2(vocabulary) / size, rel=1e-6)
@@ -137,6 +187,17 @@ def test_grid_is_stratified_and_belongs_to_the_sample() -> None:
     eps = SCHEDULE.eps
     assert torch.equal(((grid - eps) / (1 - eps) * 4).floor(), torch.arange(4.0, dtype=torch.float64).expand(3, 4))
     assert not torch.equal(grid, timestep_grid(keys, 4, seed=1))
+
+
+def test_grid_of_blocks_is_stratified_and_belongs_to_the_sample() -> None:
+    keys = torch.tensor([5, 9, 5])
+    grid = block_grid(keys, 6, 4, seed=0)
+    assert torch.equal(grid[:, 0], grid[:, 2])
+    assert not torch.equal(grid[:, 0], grid[:, 1])
+    assert torch.equal((grid * 4).floor().sort(0).values[:, 0], torch.arange(4.0).double()[:, None].expand(4, 6))
+    assert (grid[1, 0] * 4).long().tolist() == [1, 2, 3, 0, 1, 2]
+    assert torch.equal(block_grid(keys, 3, 4, seed=0), grid[..., :3])
+    assert not torch.equal(grid, block_grid(keys, 6, 4, seed=1))
 
 
 def test_result_does_not_depend_on_batches(models: dict[str, Any], data: PreparedData) -> None:
@@ -171,6 +232,10 @@ def test_paired_difference(models: dict[str, Any], data: PreparedData) -> None:
     other = evaluate_likelihood(models["teacher"], data, scoring_inputs(data, "teacher"), mc_samples=3)
     with pytest.raises(ValueError, match="same settings"):
         student.minus(other)
+    scoring = scoring_inputs(data, "student")
+    blocks = evaluate_likelihood(models["student"], data, scoring, mc_samples=2, noise=PER_BLOCK)
+    with pytest.raises(ValueError, match="differ in samples, mc_samples, noise or seed; measure both with the same"):
+        student.minus(blocks)
 
 
 def test_bootstrap_interval_has_its_coverage() -> None:
@@ -222,3 +287,6 @@ def test_wrong_settings_are_named(models: dict[str, Any], data: PreparedData) ->
         evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=0)
     with pytest.raises(ValueError, match="context 'sideways'"):
         scoring_inputs(data, "teacher", "sideways")
+    for layout in ("full", "block_causal"):
+        with pytest.raises(ValueError, match="noise 'block' needs teacher context staircase"):
+            evaluate_likelihood(models["teacher"], data, scoring_inputs(data, "teacher", layout), noise=PER_BLOCK)

@@ -1,4 +1,4 @@
-"""The held-out bound the plain way: one sample and one timestep at a time, whole logits, Python loops."""
+"""The held-out bound the plain way: one sample and one pass at a time, whole logits, Python loops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.diffusion import MASKINGS, noise, staircase_mask
+from tests.reference.noise import draws, sampled
 
 
 @torch.no_grad()
@@ -33,6 +34,37 @@ def likelihood(model: Any, data: PreparedData, side: str, *, mc_samples: int, se
                     continue
                 gold = int(tokens.ids[0, position])
                 nats += -float(torch.log_softmax(logits[position].double(), -1)[gold]) / float(t) / mc_samples
+                right += float(int(logits[position].argmax()) == gold)
+                masked += 1
+    return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / masked}
+
+
+@torch.no_grad()
+def likelihood_by_block(model: Any, data: PreparedData, side: str, *, mc_samples: int, seed: int) -> dict[str, float]:
+    """Bits per byte and masked-token accuracy with timesteps per block and exact counts, over all of ``data``."""
+    manifest = data.manifest[side]
+    block, nats, size, right, masked = manifest["block"], 0.0, 0.0, 0.0, 0.0
+    for index in range(len(data)):
+        batch, size = read_batch(data, [index]), size + data.sample(index).response_bytes
+        tokens = batch.student if side == "student" else batch.teacher
+        length, prompt = int(tokens.length[0]), int(tokens.prompt[0])
+        chunk_of, key = tokens.chunk[0, :length].tolist(), int(batch.keys[0])
+        sample = {"key": key, "chunks": int(batch.chunks[0]), "student_chunk": chunk_of, "student_prompt": prompt}
+        u = draws(seed, 0, key, "likelihood", (length - 1) // block - prompt // block + 1)
+        for k in range(mc_samples):
+            times = [((k + j) % mc_samples + u_j) / mc_samples for j, u_j in enumerate(u)]
+            form = {"block": block, "stratified": False, "exact": True, "uniforms": times}
+            rates, level_of, (hidden, _, _) = sampled(sample, seed, k, "synchronous", **form)
+            if side == "teacher":  # response tokens outside all chunks are always masked there
+                hidden = [mask or (i >= prompt and chunk_of[i] < 0) for i, mask in enumerate(hidden)]
+            ids = tokens.ids[:, :length]
+            logits = two_copies(model, ids, torch.tensor([hidden]), block, manifest["mask_id"])
+            for position in range(prompt, int(tokens.content_end[0]) + 1):
+                if not hidden[position] or (chunk_of[position] < 0 and not data.student_only):
+                    continue
+                gold = int(ids[0, position])
+                weight = 1 / rates[level_of[position - prompt]][1]
+                nats += -float(torch.log_softmax(logits[position].double(), -1)[gold]) * weight / mc_samples
                 right += float(int(logits[position].argmax()) == gold)
                 masked += 1
     return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / masked}

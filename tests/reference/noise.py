@@ -95,10 +95,11 @@ def sampled(
     stratum: int = 0,
     strata: int = 1,
     eps: float = 1e-3,
+    uniforms: list[float] | None = None,
 ) -> tuple[dict[int, tuple[float, float]], list[int], tuple[list[bool], list[bool] | None, list[bool]]]:
     """((rate, inverse weight) of each level, level of each response token, masks as of :func:`masks`), linear schedule.
 
-    ``block``: tokens that share a timestep; None: all of the sample.
+    ``block``: tokens that share a timestep; None: all of the sample. ``uniforms``: those of the blocks' timesteps.
     """
     own, *token_draws = _all_draws(sample, seed, epoch)
     length, prompt, chunk_of = len(sample["student_chunk"]), sample["student_prompt"], sample["student_chunk"]
@@ -109,6 +110,7 @@ def sampled(
     of_block = [own] if block is None else draws(seed, epoch, sample["key"], "timesteps", blocks)
     if block is not None and stratified:
         of_block = [(sorted(of_block).index(number) + own) / blocks for number in of_block]
+    of_block = uniforms or of_block
     rates, drawn = {}, [False] * len(levels)
     for level in sorted(set(levels)):
         tokens = [i for i, mine in enumerate(levels) if mine == level]

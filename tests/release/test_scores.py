@@ -70,7 +70,7 @@ def test_the_record_of_an_evaluation_becomes_rows() -> None:
     estimate = {"value": 0.5, "low": 0.25, "high": 0.75}
     record = {
         "data": {"folder": "runs/x/test-data"},
-        "settings": {"mc_samples": 8, "seed": 0, "dtype": "float32"},
+        "settings": {"mc_samples": 8, "likelihood_noise": "block", "seed": 0, "dtype": "float32"},
         "models": [
             {"path": path, "samples": 9, "bits_per_byte": estimate, "masked_token_accuracy": estimate}
             for path in ("hf", "other")
@@ -86,6 +86,7 @@ def test_the_record_of_an_evaluation_becomes_rows() -> None:
     }
     bits, accuracy, exact = card_scores(record, "hf")
     assert (bits.task, bits.metric, bits.value, bits.count) == ("held-out text (test-data)", "bits per byte", 0.5, 9)
+    assert bits.how == "diffusion bound, 8 timesteps per block, seed 0, float32"
     assert accuracy.metric == "masked token accuracy"
     assert (exact.metric, exact.low, exact.high) == ("exact_match strict, %", 25.0, 75.0)
     assert exact.how == "gsm8k_cot, 0 shots, 256 tokens in 128 passes, temperature 0"

@@ -83,6 +83,15 @@ def test_scores_of_a_version_without_intervals_by_timestep(own_copy):
     assert ((second[f"{BITS}_low"] < second[BITS]) & (second[BITS] < second[f"{BITS}_high"])).any()
 
 
+def test_scores_of_a_version_without_a_choice_of_noise(recipe, own_copy):
+    """They can be compared with one timestep per sample."""
+    path = own_copy / "scores.json"
+    scores = json.loads(path.read_text())
+    assert scores["settings"].pop("likelihood_noise") == "sample"
+    path.write_text(json.dumps(scores))
+    assert read_run(own_copy, "old").scores.settings == read_run(recipe, "new").scores.settings
+
+
 def test_benchmarks_alone_are_scores_too(tmp_path):
     score = {
         "metric": "pass@1",
