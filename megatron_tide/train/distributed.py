@@ -5,6 +5,7 @@ Numbers that are on the CPU already (counts, a stop request) use a gloo group, s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -140,7 +141,13 @@ def init_distributed() -> DistContext:
 
 
 def destroy_distributed() -> None:
-    if dist.is_initialized():
+    """Leave the group. A group of one lives as long as its process, for the next run there: DeepSpeed keeps it."""
+    if not dist.is_initialized():
+        return
+    if dist.get_world_size() == 1:
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)
+    else:
         dist.destroy_process_group()
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_tide.__main__ import main
 from megatron_tide.config import from_flat
 from megatron_tide.train import checkpoint
 from megatron_tide.training_checkpoint import verify
+from tests.support.launch import run_command
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
@@ -144,3 +146,12 @@ def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
 def test_keeps_the_last_checkpoints_only(chain, tmp_path):
     run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, save_every=1, keep_last=2), timeout=200)
     assert sorted(path.name for path in tmp_path.glob("*step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_runs_of_one_process_equal_runs_alone(chain, tmp_path):
+    runs = [chain.flags(tmp_path / name, strategy=name, max_steps=2) for name in ("bd3lm", "tide-bridge")]
+    joined = run_command(main, ["distill", *runs[0], "--then", "distill", *runs[1]], tmp_path)
+    assert joined.status == 0, joined.printed[-3000:]
+    run_on_ranks(train_and_tell, 1, chain.run(tmp_path / "alone", strategy="tide-bridge", max_steps=2))
+    first, second = (tmp_path / name / "step-00000002" / "model.safetensors" for name in ("tide-bridge", "alone"))
+    assert first.read_bytes() == second.read_bytes()
