@@ -68,6 +68,7 @@ class LikelihoodArgs:
     completion_eos_in_order: bool = flag(
         False, "Decide end of text only at the first open position of a block, so that no completion ends too early"
     )
+    per_sample: bool = flag(False, "Also write the nats and bytes of each sample to --json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +173,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
             "min_new_tokens": args.likelihood.completion_min_tokens,
             "eos_in_order": args.likelihood.completion_eos_in_order,
         },
+        per_sample=args.likelihood.per_sample,
     )
     for text in args.model:
         comparison.check_has_bound(_named(text)[1])

@@ -44,7 +44,7 @@ class LikelihoodSettings:
 
     ``teacher_context``: the attention layout of teachers. ``noise``: a name of ``LIKELIHOOD_NOISE``. ``baselines``:
     names of the rows that each row is compared with; none: the first student. ``completions``: the number of prompts to
-    answer, by the ``decoding`` rule (fields of ``DecodingRule``).
+    answer, by the ``decoding`` rule (fields of ``DecodingRule``). ``per_sample``: the record has each sample's numbers.
     """
 
     data: PreparedData
@@ -59,6 +59,7 @@ class LikelihoodSettings:
     baselines: tuple[str, ...] = ()
     completions: int = 0
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    per_sample: bool = False
 
     def __post_init__(self) -> None:
         LIKELIHOOD_NOISE[self.noise].check(ATTENTION_LAYOUTS[self.teacher_context])
@@ -127,6 +128,7 @@ def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any
                 "path": row.path,
                 **row.report.to_dict(),
                 "minus": {base.name: row.report.minus(base.report).to_dict() for base in bases},
+                **({"per_sample": row.report.per_sample()} if how.per_sample else {}),
                 **({"completions": row.completions.to_dict(how.seed)} if row.completions else {}),
                 "seconds": row.seconds,
             }

@@ -131,6 +131,10 @@ class LikelihoodReport:
             "by_timestep": self.by_timestep,
         }
 
+    def per_sample(self) -> dict[str, list[float]]:
+        """JSON of the per-sample arrays, in the order of the samples; nats to 4 decimals."""
+        return {"nats": self.nats.round(4).tolist(), "bytes": self.bytes.tolist()}
+
     def minus(self, other: LikelihoodReport) -> Estimate:
         """Bits per byte of this model minus the other's, paired sample by sample (masks: see ``likelihood_noise``).
 

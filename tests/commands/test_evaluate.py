@@ -28,7 +28,7 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     scores = tmp_path / "scores.json"
     evaluate(
         [
-            *("--data", str(lab.data), "--mc-samples", "2", "--seed", "3", "--json", str(scores)),
+            *("--data", str(lab.data), "--mc-samples", "2", "--seed", "3", "--json", str(scores), "--per-sample"),
             *(
                 "--student",
                 f"start={lab.student}",
@@ -48,6 +48,8 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["teacher"]["masked_token_accuracy"] == teacher.accuracy.to_dict()
     assert found["teacher"]["minus"]["start"] == teacher.minus(start).to_dict()
     assert found["moved"]["minus"]["start"]["value"] != 0.0
+    assert found["start"]["per_sample"]["nats"] == start.nats.round(4).tolist()
+    assert found["start"]["per_sample"]["bytes"] == found["teacher"]["per_sample"]["bytes"] == start.bytes.tolist()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["model", "-" * len(lines[1]), "start", "moved", "teacher"]
     assert f"{start.bits_per_byte}" in lines[2]
