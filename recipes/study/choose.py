@@ -1,0 +1,37 @@
+"""Write the settings of the trial with the fewest held-out bits per byte, for `distill --config`.
+
+    python recipes/study/choose.py tuning/NAME/round-1.json ... --out tuning/NAME/best-1.json
+
+Reads the JSON of the evaluate command, in which each model is a training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_tide import cli
+from megatron_tide.config import read_config_file
+from megatron_tide.files import read_json, write_json
+
+TUNED = ("lr", "max_steps", "temperature", "distill_weight")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="+", type=Path, help="JSON of the evaluate command")
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
+    arguments = parser.parse_args(argv)
+    trials = [model for path in arguments.rounds for model in read_json(path)["models"]]
+    bits = {model["name"]: model["bits_per_byte"]["value"] for model in trials}
+    best = min(trials, key=lambda model: bits[model["name"]])
+    flags = read_config_file(str(Path(best["path"]) / "run.json"))
+    settings = {name: flags[name] for name in TUNED}
+    write_json(arguments.out, {"config": settings, "best": best["name"], "trials": bits})
+    chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    cli.say(f"best of {len(bits)} trials: {best['name']} ({bits[best['name']]:.4f} bits per byte): {chosen}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
