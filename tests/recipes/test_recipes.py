@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from benchmarks.quickstart import main as quickstart_figures
 from megatron_tide.__main__ import main
 from tests.support.launch import REPOSITORY, run_command
 
@@ -210,6 +211,8 @@ def test_quickstart_whole_and_small(quickstart, tmp_path):
     assert set(report["scores"]) == {"start", *strategies, "teacher"}
     assert all(len(model["completions"]["texts"]) == 3 == len(report["prompts"]) for model in report["scores"].values())
     assert report["peak_process_bytes"] < 6 * 2**30
+    figures = quickstart_figures([str(folder)])
+    assert figures["runs"][0]["minus"]["tide-bridge"]["bd3lm"] == report["scores"]["tide-bridge"]["minus"]["bd3lm"]
     assert "bits per byte" in printed
     assert "page: " in printed
     page = (folder / "report" / "index.html").read_text()
