@@ -69,8 +69,7 @@ def train(config: DistillConfig, world: Any) -> int:
         build.record_models(config, inputs, world)
         state = build.starting_point(config, inputs, context)
         build.probe(config, inputs, context, loader, state)
-        if world.is_main:
-            write_json(out / "run.json", inputs.run)
+        world.on_main(lambda: write_json(out / "run.json", inputs.run))
         measure = build.measurement(config, inputs, context)
         state = Loop(config, context, loader, inputs.run).train(state, stop, measure)
     finished = state.step == state.total_steps

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_tide import scheduler
 from megatron_tide.files import create_new, read_regular
+from megatron_tide.ranks import on_main
 
 NAME = ".lock"
 BEAT, STALE = 10.0, 60.0  # seconds
@@ -107,15 +108,14 @@ def locked(folder: Path, world: Any) -> Iterator[None]:
         ValueError: as ``RunLock``, or rank 0 cannot write to the folder.
     """
     with contextlib.ExitStack() as held:
-        refusal = None
-        if world.is_main:
+
+        def take() -> None:
             try:
                 held.enter_context(RunLock(folder))
-            except (ValueError, OSError) as error:
-                refusal = str(error)
-        refusal = world.broadcast_object(refusal)
-        if refusal is not None:
-            raise ValueError(refusal)
+            except OSError as error:
+                raise ValueError(str(error)) from None
+
+        on_main(world, take)
         yield
 
 

@@ -225,8 +225,10 @@ class TextTokenizer:
         """Bool [n]: tokens without bytes, such as the unknown token."""
         return ~self._table.known[ids]
 
-    def render(self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation rendered by the chat template; ValueError without a template or where it refuses."""
+    def render(self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True, **names: Any) -> str:
+        """The conversation rendered by the chat template, which also sees ``names``; ValueError without a template or
+        where it refuses.
+        """
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -237,7 +239,7 @@ class TextTokenizer:
                 f"{self.name}: the chat template writes today's date or a random choice ({self._changing[0]}), so "
                 "equal settings give other prompts tomorrow; put a chat_template.jinja with a fixed text beside it"
             )
-        tokens: dict[str, Any] = self._role_tokens()
+        tokens: dict[str, Any] = {**names, **self._role_tokens()}
         try:
             rendered: Any = render_jinja_template(
                 conversations=[list(messages)],

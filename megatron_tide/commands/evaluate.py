@@ -12,7 +12,9 @@ same bound with less variance; student and teacher then have different masks, an
 and say something: 40 characters or more, no line three times. No completion is run.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
-settings. They need requirements-eval.txt. Answers are cached in --out: a stopped evaluation, run again by
+settings; other tasks keep their own number of tokens. They need requirements-eval.txt. Stop strings count behind
+<think>...</think> only, which is no part of an answer. Programs of humaneval and mbpp can import the standard library
+and every installed package. Answers are cached in --out: a stopped evaluation, run again by
 the same user, continues; answers and verdicts that come with a downloaded folder are not used.
 
 Examples:
@@ -77,11 +79,18 @@ class BenchmarkArgs:
 
     preset: str = flag("paper", "Settings of each benchmark", choices=("paper",))
     limit: int = flag(0, "Maximum number of samples per task", shown="all", low=0)
-    max_new_tokens: int | None = flag(None, "Maximum number of tokens per answer", shown="256; 3 for multiple choice")
+    max_new_tokens: int | None = flag(
+        None, "Maximum number of tokens per answer", shown="256; 3 for multiple choice; other tasks: their own"
+    )
     steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token")
     few_shot: int | None = flag(None, "Number of examples in the prompt", shown="0; bbh 3", low=0)
     temperature: float | None = flag(None, "Sampling temperature; 0 takes the most probable token", shown="0")
     chat_template: bool | None = flag(None, "Render prompts with the tokenizer's chat template", shown="on")
+    thinking: bool | None = flag(
+        None,
+        "Let models think before they answer, where their chat template knows enable_thinking",
+        shown="off for autoregressive models; others as they were trained",
+    )
     samples_per_problem: int = flag(
         1, "Number of answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1
     )
@@ -143,9 +152,9 @@ def run(args: Args) -> None:
 
 
 def _named(text: str) -> tuple[str, str]:
-    """``NAME=PATH`` or ``PATH`` -> (name, path)."""
+    """``NAME=PATH`` or ``PATH`` -> (name, path). A text with "=" is a path if it exists, or if a "/" comes first."""
     name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).name, text)
+    return (name, path) if equals and name and "/" not in name and not Path(text).exists() else (Path(text).name, text)
 
 
 def _likelihood(args: Args) -> dict[str, Any]:
@@ -208,7 +217,7 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
         context = EvalContext(
             name=name,
             path=path,
-            generator=open_generator(path, dtype, device, args.batch_size),
+            generator=open_generator(path, dtype, device, args.batch_size, given.thinking),
             folder=folder,
             seed=args.seed,
             limit=given.limit,

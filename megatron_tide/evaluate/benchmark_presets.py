@@ -25,14 +25,16 @@ class BenchmarkPreset:
     """Folders below lm-eval's own tasks that define it; none for tasks of this package and of the user."""
     headline: tuple[str, str] | None = None
     """(metric, filter) of the published number."""
-    new_tokens: int = 256
-    steps: int = 256
-    """Passes per answer."""
+    new_tokens: int | None = 256
+    """None for as many as the task itself names, or 256."""
+    steps: int | None = 256
+    """Passes per answer; None for one per token."""
     block_size: int = 32
     few_shot: int | None = 0
     """Examples in the prompt; None for as many as the task itself names."""
     chat_template: bool = True
-    temperature: float = 0.0
+    temperature: float | None = 0.0
+    """None for that of the task itself."""
     note: str = ""
 
 
@@ -76,11 +78,37 @@ PAPER = {
     ),
 }
 PRESETS = {"paper": PAPER}
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""How tasks of lm-eval name the length of an answer."""
+DEFAULT_TOKENS = 256
+"""lm-eval's, for a task that names none."""
 
 
 def preset_of(benchmark: str, name: str = "paper") -> BenchmarkPreset:
-    """A benchmark's preset; any other name is a task of lm-eval or of the user, with its own number of examples."""
-    return PRESETS[name].get(benchmark) or BenchmarkPreset(task=benchmark, few_shot=None)
+    """A benchmark's preset; any other name is a task of lm-eval or of the user, with its own examples, answer length
+    and temperature.
+    """
+    own = BenchmarkPreset(task=benchmark, few_shot=None, new_tokens=None, steps=None, temperature=None)
+    return PRESETS[name].get(benchmark) or own
+
+
+def own_settings(preset: BenchmarkPreset, task: str, stated: dict[str, Any]) -> tuple[BenchmarkPreset, list[str]]:
+    """``preset`` with the ``generation_kwargs`` of a task in place of what it leaves open, and the names of those that
+    decide a task's answers but are not used.
+
+    Raises:
+        ValueError: a value of another type or out of range.
+    """
+    lengths = [stated[name] for name in LENGTHS if stated.get(name) is not None]
+    tokens, heat = preset.new_tokens, preset.temperature
+    if tokens is None:
+        tokens = lengths[0] if lengths else DEFAULT_TOKENS
+    if heat is None:
+        heat = 0.0 if stated.get("do_sample") is False else stated.get("temperature", 0.0)
+    if type(tokens) is not int or tokens < 1 or type(heat) not in (int, float) or not 0.0 <= heat < float("inf"):
+        raise ValueError(f"task {task}: {str(tokens)[:20]} tokens at temperature {str(heat)[:20]}; set both with flags")
+    found = replace(preset, new_tokens=tokens, steps=preset.steps or tokens, temperature=float(heat))
+    return found, sorted({*stated} - {*LENGTHS, "until", "temperature", "do_sample"})
 
 
 def changed_preset(benchmark: str, name: str, changes: dict[str, Any]) -> BenchmarkPreset:
@@ -95,9 +123,9 @@ def changed_preset(benchmark: str, name: str, changes: dict[str, Any]) -> Benchm
     preset = replace(preset_of(benchmark, name), **given)
     if preset.plain_task and not preset.chat_template:
         preset = replace(preset, task=preset.plain_task)
-    if preset.new_tokens < 1 or preset.steps < 1:
+    if min(number for number in (preset.new_tokens, preset.steps, 1) if number is not None) < 1:
         raise ValueError(f"{benchmark}: {preset.new_tokens} new tokens in {preset.steps} steps; give 1 or more of each")
-    if not 0.0 <= preset.temperature < float("inf"):
+    if preset.temperature is not None and not 0.0 <= preset.temperature < float("inf"):
         raise ValueError(f"{benchmark}: temperature {preset.temperature}; give 0 (greedy) or more")
     return preset
 

@@ -30,6 +30,8 @@ from megatron_tide.generate import complete
 from megatron_tide.models import resolve_folder
 from megatron_tide.training_checkpoint import generation_of, open_model
 
+THINKING = ("<think>", "</think>")
+
 
 class Generator:
     """What both kinds share: prompts through the project's tokenizer, generation settings, a fingerprint."""
@@ -37,6 +39,8 @@ class Generator:
     decoder: str
     model: Any
     text_tokenizer: TextTokenizer
+    thinking: bool | None = None
+    """What a chat template is told of ``enable_thinking``; None for nothing, as in training."""
     folder: Path
     """Where config and tokenizer are."""
 
@@ -46,12 +50,15 @@ class Generator:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the model was trained on it, up to its answer or through the start of its answer."""
+        names = {} if self.thinking is None else {"enable_thinking": self.thinking}
         if add_generation_prompt:
-            return self.text_tokenizer.render(chat_history)
+            return self.text_tokenizer.render(chat_history, **names)
         # Templates differ in how they leave an answer open, so the start is appended here. A start that begins with a
         # space loses the one at its end, as in transformers' continue_final_message.
         start = chat_history[-1]["content"]
-        return self.text_tokenizer.render(chat_history[:-1]) + (start.rstrip() if start[:1].isspace() else start)
+        return self.text_tokenizer.render(chat_history[:-1], **names) + (
+            start.rstrip() if start[:1].isspace() else start
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -134,6 +141,7 @@ class AutoregressiveGenerator(Generator, HFLM):
     """Any causal language model of transformers, through lm-eval's own model: the baseline of the paper."""
 
     decoder = "autoregressive"
+    thinking = False
 
     def __init__(self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int) -> None:
         from transformers import GenerationConfig
@@ -143,15 +151,22 @@ class AutoregressiveGenerator(Generator, HFLM):
         # In place of the checkpoint's own: its top-k, top-p and temperature would apply.
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
         self.text_tokenizer, self.folder = tokenizer, folder
+        self._thinks = THINKING[1] in tokenizer.raw.get_vocab() or THINKING[1] in str(tokenizer.raw.chat_template)
         super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         own = {name: settings.pop(name, None) for name in ("chat_template", "seed", "sample")}
+        if self._thinks:  # a stop string in its thoughts ends nothing; ``tok_decode`` drops them
+            stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
         if settings.get("do_sample"):
             settings |= {"top_k": 0, "top_p": 1.0}  # draw from the whole distribution
         with torch.random.fork_rng():
             torch.manual_seed(_seed(context.tolist(), own))
             return super()._model_generate(context, max_length, stop, **settings)
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        text = super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
+        return without_thoughts(text) if skip_special_tokens else text
 
 
 def _seed(*request: Any) -> int:
@@ -159,8 +174,15 @@ def _seed(*request: Any) -> int:
     return int(hash_args("seed", request)[:8], 16)
 
 
+def without_thoughts(text: str) -> str:
+    """The answer behind ``<think>...</think>``; empty where a model was still thinking when its tokens ran out."""
+    _, end, answer = text.rpartition(THINKING[1])
+    return answer.lstrip("\n") if end else "" if text.lstrip().startswith(THINKING[0]) else text
+
+
 def cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of ``stops``; all of it where none occurs."""
+    """The answer, without thoughts, before the first of ``stops``; all of it where none occurs."""
+    text = without_thoughts(text)
     return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
 
 
@@ -182,8 +204,13 @@ def _open_autoregressive(path: str, dtype: torch.dtype, device: str, batch_size:
     return AutoregressiveGenerator(model.to(device), load_tokenizer(folder), folder, batch_size)
 
 
-def open_generator(path: str, dtype: torch.dtype, device: str, batch_size: int) -> Generator:
+def open_generator(
+    path: str, dtype: torch.dtype, device: str, batch_size: int, thinking: bool | None = None
+) -> Generator:
     """The generator of a folder in hub format, a hub name, or a checkpoint of the trainer.
+
+    ``thinking``: whether a chat template that knows ``enable_thinking`` lets the model think before it answers; None:
+    an autoregressive model does not, others are prompted as they were trained.
 
     Raises:
         ValueError: no model there, or of a type that cannot generate.
@@ -191,9 +218,13 @@ def open_generator(path: str, dtype: torch.dtype, device: str, batch_size: int) 
     if batch_size < 1:
         raise ValueError(f"evaluate: batch size {batch_size}; give 1 or more")
     if generation_of(path) == "autoregressive":
-        return _open_autoregressive(path, dtype, device, batch_size)
-    opened = open_model(path, dtype, device)
-    return BlockDiffusionGenerator(opened.model, load_tokenizer(opened.folder), opened.folder, batch_size)
+        generator = _open_autoregressive(path, dtype, device, batch_size)
+    else:
+        opened = open_model(path, dtype, device)
+        generator = BlockDiffusionGenerator(opened.model, load_tokenizer(opened.folder), opened.folder, batch_size)
+    if thinking is not None:
+        generator.thinking = thinking
+    return generator
 
 
 class ResponseCache(CachingLM):

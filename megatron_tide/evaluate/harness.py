@@ -14,27 +14,35 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import comb
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, preset_of, published, published_row
+from megatron_tide.evaluate.benchmark_presets import (
+    BenchmarkPreset,
+    own_settings,
+    preset_of,
+    published,
+    published_row,
+)
 from megatron_tide.evaluate.bootstrap import Estimate, mean
 from megatron_tide.evaluate.score_table import text_table
 from megatron_tide.evaluate.task_functions import PROGRAMS
 from megatron_tide.files import atomic_write, create_new, fingerprint, read_regular
-from megatron_tide.sandbox import LIMITS, require_sandbox, run_programs
+from megatron_tide.sandbox import LIMITS, WORKER, require_sandbox, run_programs
 
 OUR_TASKS = Path(__file__).with_name("tasks")
 PASS_AT = (1, 10, 100)
+NOT_INSTALLED = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 PROGRAMS_PER_WINDOW = 64  # verdicts are in the cache after so many programs
 
 Sample = dict[str, Any]
@@ -70,6 +78,7 @@ class EvalContext:
             "task": preset.task,
             "few_shot": preset.few_shot,
             "chat_template": preset.chat_template,
+            "thinking": self.generator.thinking,
             "seed": self.seed if preset.temperature else None,
             "decoder": self.generator.decoder,
             **self.generator.settings(preset),
@@ -100,6 +109,8 @@ class BenchmarkResult:
     scores: list[MetricScore]
     settings: dict[str, Any]
     seconds: float
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the scores should know."""
 
     def published(self, score: MetricScore) -> dict[str, float]:
         """The published numbers that belong beside ``score``; empty for all but the headline."""
@@ -130,7 +141,7 @@ def check_benchmarks(
             require_sandbox(unsafe_programs)
         if samples_per_problem > 1 and not judged:
             raise ValueError(f"{name}: several samples per problem are for tasks with programs only (humaneval, mbpp)")
-        if samples_per_problem > 1 and preset.temperature == 0.0:
+        if samples_per_problem > 1 and not preset.temperature:
             raise ValueError(f"{name}: at temperature 0 several samples are all the same; add --temperature 0.8, say")
 
 
@@ -150,17 +161,22 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
     try:
         with ResponseCache(context.generator, path) as cache:
             loaded = manager.load([preset.task])
-            draws = [_evaluate(loaded, cache, preset, context, draw) for draw in range(context.samples_per_problem)]
+            presets, notes = _own_settings(loaded["tasks"], preset)
+            draws = [_evaluate(loaded, cache, presets, context, draw) for draw in range(context.samples_per_problem)]
             rows = [_row(same) for same in zip(*draws)]
             if preset.task in PROGRAMS:
                 _judge(preset.task, rows, cache, context)
+                notes += _not_installed(rows)
     except (OSError, ImportError) as error:  # data sets that cannot be downloaded, packages that a task needs
         raise ValueError(f"task {preset.task}: {' '.join(str(error).split())[:300]}") from None
+    preset = max(presets.values(), key=lambda one: one.new_tokens or 0)
     settings = context.settings(preset)
+    if len({*presets.values()}) > 1:
+        settings["max_new_tokens"] = {name: one.new_tokens for name, one in presets.items()}
     _write_samples(rows, settings, context.folder / f"{preset.task}-{fingerprint(settings)[:12]}.jsonl")
     seconds = time.perf_counter() - started
     return BenchmarkResult(
-        context.name, context.path, benchmark, preset, _scores(rows, context.seed), settings, seconds
+        context.name, context.path, benchmark, preset, _scores(rows, context.seed), settings, seconds, notes
     )
 
 
@@ -213,14 +229,27 @@ def _task_manager(preset: BenchmarkPreset, include: Sequence[str]) -> Any:
     raise ValueError(f"task {preset.task!r}: neither a benchmark of ours nor one that lm-eval knows")
 
 
-def _evaluate(loaded: Any, lm: Any, preset: BenchmarkPreset, context: EvalContext, draw: int) -> list[Sample]:
+def _own_settings(tasks: Mapping[str, Any], preset: BenchmarkPreset) -> tuple[dict[str, BenchmarkPreset], list[str]]:
+    """The preset of each subtask, with the task's own settings where it leaves them open; and what is not used."""
+    found = {
+        name: own_settings(preset, name, task.get_config("generation_kwargs") or {}) for name, task in tasks.items()
+    }
+    unused = {name: parts for name, (_, parts) in found.items() if parts}
+    notes = [f"task {name}: its settings {', '.join(parts)} are not used" for name, parts in unused.items()]
+    return {name: own for name, (own, _) in found.items()}, notes
+
+
+def _evaluate(
+    loaded: Any, lm: Any, presets: Mapping[str, BenchmarkPreset], context: EvalContext, draw: int
+) -> list[Sample]:
     """lm-eval's samples of all subtasks, one for each document and filter; ``draw`` counts the samples per problem."""
     from lm_eval import evaluate
 
-    settings = {"chat_template": preset.chat_template, **context.generator.settings(preset)}
-    if preset.temperature:
-        settings |= {"seed": context.seed, "sample": draw}
-    for task in loaded["tasks"].values():
+    for name, task in loaded["tasks"].items():
+        preset = presets[name]
+        settings = {"chat_template": preset.chat_template, **context.generator.settings(preset)}
+        if preset.temperature:
+            settings |= {"seed": context.seed, "sample": draw}
         if preset.few_shot is not None or task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", preset.few_shot or 0)
         task.set_fewshot_seed(seed=context.seed)
@@ -271,10 +300,20 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
         row["scores"] = {f"pass@{k}": pass_at_k(count, passed, k) for k in PASS_AT if k <= count}
 
 
+def _not_installed(rows: Sequence[Sample]) -> list[str]:
+    """A note on the packages that programs wanted and this Python does not have."""
+    reasons = [verdict["reason"] for row in rows for verdict in row["verdicts"]]
+    wanted = Counter(found[1] for reason in reasons if (found := NOT_INSTALLED.match(reason)))
+    if not wanted:
+        return []
+    counts = ", ".join(f"{name} ({count})" for name, count in wanted.most_common(5))
+    return [f"programs failed because they import what is not installed: {counts}"]
+
+
 def _installed() -> str:
-    """What programs can import, besides themselves: Python and the installed packages."""
+    """What decides a verdict besides the program: Python, the installed packages, the sandbox."""
     packages = sorted({f"{one.name} {one.version}" for one in importlib.metadata.distributions()})
-    return fingerprint([sys.version, packages])
+    return fingerprint([sys.version, packages, WORKER.read_text(encoding="utf-8")])
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -317,8 +356,10 @@ def _notes(result: BenchmarkResult) -> Iterator[str]:
     """Why a number cannot be compared with the published one as it stands."""
     if result.preset.note:
         yield f"{result.benchmark}: {result.preset.note}"
+    for note in result.notes:
+        yield f"{result.benchmark} ({result.model}): {note}"
     paper, mine = asdict(preset_of(result.benchmark)), asdict(result.preset)
-    changed = [f"{name} {value}" for name, value in mine.items() if value != paper[name]]
+    changed = [f"{name} {value}" for name, value in mine.items() if paper[name] not in (None, value)]
     block = result.settings.get("block_size", result.preset.block_size)
     if block != result.preset.block_size:
         changed.append(f"blocks of {block} ({result.model})")

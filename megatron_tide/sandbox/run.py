@@ -6,9 +6,11 @@ environment, no standard input or output, and limits on CPU seconds, wall-clock 
 seccomp filter, all without privileges. ``self_test`` tries each of these on this machine first.
 
 A program passes when the code after it ran to its end: a random token then comes back through a pipe. Exiting early,
-with any exit status, is no pass. The limit: program and checks share one interpreter, as in every harness of this kind,
-so a program written against this file can search the interpreter for the token, or answer checks with an object that
-equals everything. That makes a score wrong; it does no harm.
+with any exit status, is no pass. Tracing, walking the garbage collector's objects and Python's C functions are refused;
+the token and the checks are in no variable of a frame; builtins are restored before the checks. The limit: program
+and checks share one interpreter, as in every harness of this kind, so a program written against this file can still
+search its memory through ctypes, or answer checks with an object that equals everything. That makes a score wrong; it
+does no harm.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ WORKER = Path(__file__).with_name("worker.py")
 RESULT_BYTES = 4096  # at most this much is read from the result pipe
 FLOODED = "it wrote to the result pipe itself"
 TIMED_OUT = "timed out"
+THREADS = ("MKL", "OMP", "OPENBLAS")  # libraries of packages that would start some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,8 @@ def run_program(parts: Sequence[str], limits: Limits = LIMITS, *, strict: bool =
     ``strict``: refuse to run where a protection is missing; the reason then begins with "sandbox:".
     """
     token = secrets.token_hex(16)
-    order = {"parts": list(parts), "token": token, "limits": asdict(limits), "strict": strict, "parent": os.getpid()}
+    order: dict[str, object] = {"parts": list(parts), "token": token, "packages": _packages(), "limits": asdict(limits)}
+    order |= {"strict": strict, "parent": os.getpid()}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as sent:
         sent.write(json.dumps(order).encode())
@@ -96,7 +100,8 @@ def _worker(order: int, folder: str) -> Iterator[tuple[subprocess.Popen[bytes], 
     result, writing = os.pipe()
     # Shared libraries may be found only through this variable; a fixed hash seed gives sets of strings one order.
     kept = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-    environment = {**kept, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+    alone = {f"{name}_NUM_THREADS": "1" for name in THREADS}  # no program may start a thread
+    environment = {**kept, **alone, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
     try:
         try:
             process = subprocess.Popen(
@@ -118,6 +123,11 @@ def _worker(order: int, folder: str) -> Iterator[tuple[subprocess.Popen[bytes], 
             process.wait()
     finally:
         os.close(result)
+
+
+def _packages() -> list[str]:
+    """Folders of installed packages, which programs can import."""
+    return [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
 
 
 def _listen(result: int, deadline: float) -> tuple[bytes, bool]:

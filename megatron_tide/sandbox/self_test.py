@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tide.cli import say
-from megatron_tide.sandbox.run import LIMITS, TIMED_OUT, Limits, Outcome, run_programs
+from megatron_tide.sandbox.run import LIMITS, THREADS, TIMED_OUT, Limits, Outcome, run_programs
 
 
 def _refused(attempt: str, error: str = "OSError") -> str:
     return f"try:\n    {attempt}\nexcept {error}:\n    pass\nelse:\n    raise SystemExit('it was allowed')\n"
 
 
-KNOWN = "'PYTHONHASHSEED', 'PYTHONUTF8', 'LD_LIBRARY_PATH', 'LC_CTYPE'"
+KNOWN = ("PYTHONHASHSEED", "PYTHONUTF8", "LD_LIBRARY_PATH", "LC_CTYPE", *(f"{name}_NUM_THREADS" for name in THREADS))
 # What a program must not be able to do. VICTIM: a file outside its folder; MEMORY: more bytes than it may have.
 SELF_TESTS = {
     "ordinary programs run": "import math, re, itertools, collections, hashlib\nassert math.sqrt(4) == 2",
@@ -30,7 +30,7 @@ SELF_TESTS = {
     "no reading of other files": _refused("open('VICTIM')"),
     "no signals to others": _refused("import os; os.kill(os.getppid(), 0)"),
     "no raising of limits": _refused("import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))"),
-    "no environment": f"import os\nassert set(os.environ) <= {{{KNOWN}}}",
+    "no environment": f"import os\nassert set(os.environ) <= {set(KNOWN)}",
     "bounded memory": _refused("bytearray(MEMORY)", "MemoryError"),
 }
 ENDLESS = {"bounded work": "while True: pass", "bounded sleep": "import time\nwhile True: time.sleep(1)"}

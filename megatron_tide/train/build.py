@@ -14,7 +14,7 @@ from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
 from megatron_tide.hosting.backend import TeacherBackend
-from megatron_tide.hosting.build import build_teacher
+from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.plan import check_plan
 from megatron_tide.hub import stated_block_size
 from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
@@ -37,9 +37,12 @@ def build(
     Raises:
         ValueError: for example if the run does not fit on this machine, before anything is loaded.
     """
+    strategy = inputs.strategy
     if backend is None:
         check_plan(config, inputs.strategy, inputs.data.stats, world)
-    model = load_model(config.paths.student, as_student=True).train()
+    if strategy.needs_teacher and backend is None:
+        world.on_all(lambda: hosting_of(config.teacher, world.size))  # a node may lack the disk
+    model = world.on_all(lambda: load_model(config.paths.student, as_student=True)).train()
     block, stated = inputs.data.manifest["student"]["block"], stated_block_size(config.paths.student)
     model.config.block_size = block
     if stated not in (None, block):
@@ -47,7 +50,6 @@ def build(
     if config.train.activation_checkpointing:
         recompute_layers(model)
     engine = build_engine(model, config, world)
-    strategy = inputs.strategy
     if strategy.needs_teacher:
         _warn_of_shift(config.paths.teacher, world)
     backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
@@ -125,12 +127,14 @@ def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) 
     paths = {"student": config.paths.student, "teacher": config.paths.teacher}
     if not inputs.strategy.needs_teacher:
         paths["teacher"] = ""
-    found = None
-    if world.is_main:  # rank 0 reads for all ranks: the files are shared
-        found = {
+
+    def read() -> dict[str, Any]:
+        return {
             side: ShardedFolder(resolve_folder(path)).fingerprint() if path else None for side, path in paths.items()
         }
-    inputs.run.update({f"{side}_fingerprint": value for side, value in world.broadcast_object(found).items()})
+
+    found = world.on_main(read)  # rank 0 reads for all ranks: the files are shared
+    inputs.run.update({f"{side}_fingerprint": value for side, value in found.items()})
 
 
 def starting_point(config: DistillConfig, inputs: RunInputs, context: TrainContext) -> TrainState:
@@ -156,10 +160,10 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
             raise ValueError(f"--resume never: {out} already contains checkpoints; use another --out or --resume auto")
         return None
     if resume != "auto":
-        verify(Path(resume))
+        world.on_main(lambda: verify(Path(resume)))
         return Path(resume)
     # Rank 0 verifies for all ranks: the files are shared.
-    found = world.broadcast_object(newest_complete(out, world.print_rank0) if world.is_main else None)
+    found = world.on_main(lambda: newest_complete(out, world.print_rank0))
     if found is None and step_folders(out):
         raise ValueError(f"{out}: none of its checkpoints is complete; remove them to start over, or use another --out")
     return found

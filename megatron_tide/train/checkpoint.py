@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from megatron_tide.files import AtomicFolder, sha256_file, sweep
+from megatron_tide.ranks import on_main
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import full_master_weight, full_moment, moments, restore_state, trained_parameters
 from megatron_tide.training_checkpoint import (
@@ -54,14 +55,16 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
     if world.is_main and error is None:
         described = {"state": asdict(state), "run": run}
         error = _attempt(lambda: _seal(folder, described))
-    failure = world.broadcast_object(None if error is None else str(error))
-    if failure is not None:
-        if world.is_main:
+
+    def check() -> None:
+        if error is not None:
             folder.discard()
-        raise OSError(
-            f"could not save {final}: {failure}; free disk space and run the same command again: "
-            "--resume auto continues from the newest complete checkpoint"
-        )
+            raise OSError(
+                f"could not save {final}: {error}; free disk space and run the same command again: "
+                "--resume auto continues from the newest complete checkpoint"
+            )
+
+    on_main(world, check)
     if world.is_main and (left := _attempt(lambda: _prune(run_folder, final, keep))):
         world.print_rank0(f"warning: an old checkpoint cannot be removed ({left})")
     return final
@@ -116,7 +119,7 @@ def _collect(parameters: dict[str, nn.Parameter], world: DistContext, gather: An
 def _attempt(write: Any) -> OSError | None:
     try:
         write()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # whatever it is, the other ranks wait in the next collective
         return OSError(str(error))
     return None
 

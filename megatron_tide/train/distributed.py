@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_tide.cli import say
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.ranks import again, on_main, stated
 from megatron_tide.train.trace import Trace
 
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
@@ -72,6 +73,27 @@ class DistContext:
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """``work()`` of rank 0, on every rank: its value, or its error."""
+        return on_main(self, work)
+
+    def on_all(self, work: Callable[[], Any]) -> Any:
+        """``work()`` of this rank; where it fails on some rank, every rank raises an error (a collective)."""
+        value, own = None, None
+        try:
+            value = work()
+        except Exception as error:
+            own = error
+        failures: list[Any] = [None] * self.size
+        if self.size > 1:
+            dist.all_gather_object(failures, own and stated(own), group=self.host_group)
+        if own is not None:
+            raise own
+        for failure in failures:
+            if failure is not None:
+                raise again(failure)
+        return value
 
     def gather_object_to_main(self, value: Any) -> list[Any]:
         """Every rank's ``value``, ordered by rank, on rank 0; [] on the others."""

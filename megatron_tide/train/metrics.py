@@ -14,6 +14,7 @@ import torch
 
 from megatron_tide.files import atomic_write
 from megatron_tide.objectives.common import means_by_bin
+from megatron_tide.ranks import on_main
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.training_checkpoint import METRICS
 
@@ -89,14 +90,16 @@ class MetricLogger:
     def __init__(self, folder: Path, world: DistContext, total_steps: int, first_step: int) -> None:
         self._main = world.is_main
         self._total, self._first, self._started = total_steps, first_step, time.monotonic()
-        if not self._main:
-            return
+        on_main(world, lambda: self._open(folder, first_step))
+
+    def _open(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         path = folder / METRICS
         kept = []
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= first_step]
         atomic_write(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)

@@ -4,19 +4,23 @@ Each rank publishes its activity and its time in the process group's store. A th
 
     silent    a rank publishes nothing new: its process is dead or frozen, or its node is lost
     hanging   a rank publishes that it makes no progress
+    failed    a rank publishes an error of its own, with its text
 
-After --hang-timeout seconds of either, or at once when a collective fails and a rank is silent, the remaining ranks
-report that rank, its step and its last collective, and exit with status EXIT_LOST.
+After --hang-timeout seconds of the first two, GRACE seconds after an error, or at once when a collective fails and a
+rank is silent or has failed, the remaining ranks report that rank, its step and its last collective (and its error),
+and exit with status EXIT_LOST.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,6 +30,7 @@ from megatron_tide.train.distributed import DistContext
 EXIT_LOST = 3
 BEAT = 1.0
 PATIENCE = 10.0  # seconds to find the cause of a failed collective
+GRACE = 5.0  # seconds for an error that all ranks have to end each of them
 
 
 @dataclass
@@ -38,6 +43,9 @@ class RankStatus:
     step: int = 0
     collective: str = "none yet"
     inside: bool = False
+    error: str = ""
+    failed: float = math.inf
+    """When its error was seen."""
 
     @property
     def silence(self) -> float:
@@ -51,7 +59,7 @@ class HangWatchdog:
     """``with HangWatchdog(world, seconds):`` does nothing for a single rank."""
 
     def __init__(self, world: DistContext, hang_timeout: float) -> None:
-        self._world, self._stall = world, hang_timeout
+        self._world, self._stall, self._error = world, hang_timeout, ""
         self._stopped = threading.Event()
         self._seen = [RankStatus(since=time.monotonic()) for _ in range(world.size)]
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
@@ -65,10 +73,11 @@ class HangWatchdog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError) and self._thread.is_alive():
-            lost = self._wait_for_silence()
-            if lost is not None:
-                self._leave(lost, f"{self._named(lost)} has died")
+        if isinstance(error, Exception) and self._thread.is_alive():
+            if self._of_a_collective(error):
+                self._wait_for_cause()
+            else:
+                self._publish(error)
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -81,7 +90,7 @@ class HangWatchdog:
 
     def _tell(self, beat: int) -> None:
         trace = self._world.trace
-        status = [beat, trace.age, trace.step, trace.collective, trace.inside]
+        status = [beat, trace.age, trace.step, trace.collective, trace.inside, self._error]
         self._store.set(f"watch/{self._world.rank}", json.dumps(status))
 
     def _run(self) -> None:
@@ -90,19 +99,29 @@ class HangWatchdog:
             beat += 1
             try:
                 self._tell(beat)
-                published = self._store.multi_get([f"watch/{rank}" for rank in range(self._world.size)])
+                self._look()
             except RuntimeError:  # the store is on rank 0's node
                 if not self._stopped.wait(PATIENCE):
-                    self._leave(0, "rank 0 has exited, or its node does not respond")
+                    known = f"{self._named(0)} failed: {self._seen[0].error}" if self._seen[0].error else ""
+                    self._leave(0, known or "rank 0 has exited, or its node does not respond")
                 return
-            for seen, text in zip(self._seen, published):
-                number, *rest = json.loads(text)
-                if number != seen.beat:
-                    seen.beat, seen.since = number, time.monotonic()
-                    seen.age, seen.step, seen.collective, seen.inside = rest
             self._judge()
 
+    def _look(self) -> None:
+        """Take note of what the ranks have published since the last time; a text that is no status is none."""
+        published = self._store.multi_get([f"watch/{rank}" for rank in range(self._world.size)])
+        for seen, text in zip(self._seen, published):
+            status = _status(text)
+            if status is None or status[0] == seen.beat:
+                continue
+            seen.beat, seen.age, seen.step, seen.collective, seen.inside, seen.error = status
+            seen.since = time.monotonic()
+            seen.failed = min(seen.failed, seen.since) if seen.error else math.inf
+
     def _judge(self) -> None:
+        first = min(range(self._world.size), key=lambda rank: self._seen[rank].failed)
+        if time.monotonic() - self._seen[first].failed > GRACE and first != self._world.rank:
+            self._leave(first, f"{self._named(first)} failed: {self._seen[first].error}")
         silent = max(range(self._world.size), key=lambda rank: self._seen[rank].silence)
         if self._seen[silent].silence > self._stall:
             self._leave(silent, f"{self._named(silent)} has not responded for {self._seen[silent].silence:.0f} s")
@@ -111,15 +130,32 @@ class HangWatchdog:
             rank = max(range(self._world.size), key=lambda rank: (not self._seen[rank].inside, self._seen[rank].age))
             self._leave(rank, f"{self._named(rank)} has made no progress for {self._seen[rank].age:.0f} s")
 
-    def _wait_for_silence(self) -> int | None:
-        """After a failed collective: the rank that fell silent while others still publish; None if none did."""
-        deadline = time.monotonic() + PATIENCE
+    def _of_a_collective(self, error: Exception) -> bool:
+        """Whether this rank's error is that of a collective, which another rank has left."""
+        said = str(error).lower()
+        named = isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said
+        return isinstance(error, RuntimeError) and (self._world.trace.inside or named)
+
+    def _wait_for_cause(self) -> None:
+        """After a failed collective: end, if a rank has failed, or fell silent while others still publish."""
+        deadline, others = time.monotonic() + PATIENCE, [n for n in range(self._world.size) if n != self._world.rank]
         while time.monotonic() < deadline:
+            failed = [rank for rank in others if self._seen[rank].error]
+            if failed:
+                self._leave(failed[0], f"{self._named(failed[0])} failed: {self._seen[failed[0]].error}")
             silences = [seen.silence for seen in self._seen]
             if max(silences) > 4 * BEAT:
-                return silences.index(max(silences))
+                lost = silences.index(max(silences))
+                self._leave(lost, f"{self._named(lost)} has died")
             time.sleep(BEAT / 4)
-        return None
+
+    def _publish(self, error: Exception) -> None:
+        """Tell the others this rank's own error, and give them time to read it: the store may end with this rank."""
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        self._error = f"{kind}{' '.join(str(error).split())[:500]}" or type(error).__name__
+        deadline = time.monotonic() + 3 * BEAT
+        while time.monotonic() < deadline and not all(seen.error for seen in self._seen):
+            time.sleep(BEAT / 4)
 
     def _named(self, rank: int) -> str:
         return f"rank {rank} ({self._seen[rank].place()})"
@@ -132,3 +168,14 @@ class HangWatchdog:
         else:
             time.sleep(2 * BEAT)
         os._exit(EXIT_LOST)
+
+
+def _status(text: bytes) -> list[Any] | None:
+    """What ``_tell`` wrote; None for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    kinds = (int, float, int, str, bool, str)
+    fits = isinstance(found, list) and len(found) == len(kinds)
+    return found if fits and all(type(one) is kind for one, kind in zip(found, kinds)) else None

@@ -156,6 +156,18 @@ def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], fla
     assert len(error.splitlines()) == 1
 
 
+def test_names_and_paths_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tide.commands.evaluate import _named
+
+    monkeypatch.chdir(tmp_path)
+    assert _named("runs/lr=3e-4/hf") == ("hf", "runs/lr=3e-4/hf")
+    assert _named("a=runs/lr=3e-4/hf") == ("a", "runs/lr=3e-4/hf")
+    assert _named("lr=3e-4/hf") == ("lr", "3e-4/hf")
+    (tmp_path / "lr=3e-4" / "hf").mkdir(parents=True)
+    assert _named("lr=3e-4/hf") == ("hf", "lr=3e-4/hf")
+    assert _named("best=lr=3e-4/hf") == ("best", "lr=3e-4/hf")
+
+
 def test_a_layout_from_outside_the_package_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_tide.commands import evaluate as module
 

@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from megatron_tide.evaluate.benchmark_presets import PAPER, changed_preset, preset_of, published, published_row
+from megatron_tide.evaluate.benchmark_presets import (
+    PAPER,
+    changed_preset,
+    own_settings,
+    preset_of,
+    published,
+    published_row,
+)
 from megatron_tide.evaluate.harness import _task_manager
 
 
@@ -51,3 +58,26 @@ def test_changes_are_made_and_checked() -> None:
     for mistake in ({"new_tokens": 0}, {"steps": 0}, {"temperature": -1.0}, {"temperature": math.nan}):
         with pytest.raises(ValueError, match="gsm8k: "):
             changed_preset("gsm8k", "paper", mistake)
+
+
+@pytest.mark.parametrize(
+    ("stated", "given", "expected", "unused"),
+    [
+        ({"max_gen_toks": 900}, {}, (900, 900, 0.0), []),
+        ({"max_new_tokens": 7, "do_sample": True, "temperature": 0.6, "top_p": 0.9}, {}, (7, 7, 0.6), ["top_p"]),
+        ({"temperature": 0.6, "do_sample": False}, {}, (256, 256, 0.0), []),
+        ({"max_gen_toks": 900, "temperature": 1}, {"new_tokens": 5, "temperature": 0.5}, (5, 5, 0.5), []),
+        ({"max_gen_toks": 900}, {"steps": 9}, (900, 9, 0.0), []),
+    ],
+)
+def test_a_task_outside_the_paper_keeps_its_own_settings(stated, given, expected, unused) -> None:  # type: ignore[no-untyped-def]
+    preset = changed_preset("somebody's task", "paper", given)
+    found, left = own_settings(preset, "t", {"until": ["x"], **stated})
+    assert ((found.new_tokens, found.steps, found.temperature), left) == (expected, unused)
+    assert own_settings(PAPER["gsm8k"], "t", {"max_gen_toks": 900})[0] == PAPER["gsm8k"]
+
+
+@pytest.mark.parametrize("stated", [{"max_gen_toks": "many"}, {"max_gen_toks": 0}, {"temperature": [1]}])
+def test_settings_of_a_task_that_are_no_numbers(stated) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=r"task t: .*set both with flags"):
+        own_settings(preset_of("t"), "t", stated)

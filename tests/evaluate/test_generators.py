@@ -212,6 +212,42 @@ def test_cut() -> None:
     assert cut("one", ["", "two"]) == "one"
 
 
+def test_stop_strings_in_thoughts_end_nothing() -> None:
+    thought = "<think>\nQ: is it 4?\n\nNo.</think>\n\n5.\n\nQ: next"
+    assert cut(thought, ["\n\n", "Q:"]) == "5."
+    assert cut("still opened by the prompt\n\n</think>  x = 1\n\n", ["\n\n"]) == "  x = 1"
+    assert cut("<think>\nwithout an end. The answer is 7.", []) == ""
+
+
+TURN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
+TURN += "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+
+
+def test_models_think_where_they_are_told_to(lab: Lab, baseline: Path, tmp_path: Path) -> None:
+    """Baselines do not think unless asked to; a student is prompted as it was trained."""
+    for kind, start in (("ar", baseline), ("student", lab.student)):
+        folder = shutil.copytree(start, tmp_path / kind)
+        (folder / "chat_template.jinja").write_text(TURN)
+        for thinking, expected in ((None, kind == "ar"), (False, True), (True, False)):
+            generator = open_generator(str(folder), torch.float32, "cpu", 1, thinking)
+            prompt = generator.apply_chat_template([{"role": "user", "content": "x"}])
+            assert prompt == "[user] x\n[assistant] " + "<think>\n\n</think>\n\n" * expected
+
+
+def test_a_baseline_stops_behind_its_thoughts_only(
+    baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens, read as text with thoughts around the stop string."""
+    folder = shutil.copytree(baseline, tmp_path / "ar")
+    (folder / "chat_template.jinja").write_text(TURN)
+    generator = opened(folder)
+    plain = type(generator.raw if hasattr(generator, "raw") else generator.tokenizer).decode
+    monkeypatch.setattr(
+        type(generator.tokenizer), "decode", lambda *a, **k: f"<think>{plain(*a, **k)} STOP</think>\n\n42 STOP no"
+    )
+    assert answers(generator, PROMPTS[:1], until=[" STOP"]) == ["42"]
+
+
 class Counted:
     """Counts the prompts that reach a generator, and stops it after some of them."""
 

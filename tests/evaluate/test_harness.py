@@ -11,7 +11,7 @@ import pytest
 import torch
 from sqlitedict import SqliteDict
 
-from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset
+from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset, preset_of
 from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark, user_secret
 from megatron_tide.evaluate.task_functions import first_code_block
@@ -128,6 +128,20 @@ def test_the_secret_of_a_user_is_one_and_its_own(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
     with pytest.raises(ValueError, match="evaluation-secret: is damaged"):
         user_secret()
+
+
+def test_a_task_of_the_users_is_asked_with_its_own_settings(lab: Lab, tmp_path: Path) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    more = "generation_kwargs:\n  until: ['Q:']\n  max_gen_toks: 900\n  top_k: 5\n"
+    with (tmp_path / "tasks" / "gsm8k.yaml").open("a") as file:
+        file.write(more)
+    asked, generator = [], knows(lab, "gsm8k", rows)
+    tell = generator.generate_until
+    generator.generate_until = lambda all, **more: asked.extend(one.args[1] for one in all) or tell(all)  # type: ignore[method-assign]
+    where = context(generator, tmp_path / "out", tmp_path / "tasks", limit=1)
+    result = run_benchmark("gsm8k_cot", preset_of("gsm8k_cot"), where)
+    assert (asked[0]["max_new_tokens"], result.settings["max_new_tokens"], result.preset.steps) == (900, 900, 900)
+    assert result.notes == ["task gsm8k_cot: its settings top_k are not used"]
 
 
 def test_models_in_one_folder_do_not_mix(lab: Lab, tmp_path: Path) -> None:

@@ -129,6 +129,18 @@ def test_pass_at_k_is_the_share_of_draws_with_a_pass(samples: int) -> None:
         assert pass_at_k(samples, passed, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
+def test_a_solution_may_import_what_is_installed(lab: Lab, tmp_path: Path) -> None:
+    def script(text: str) -> str:
+        right = PROBLEMS[0]["canonical_solution"]
+        return f"    import numpy\n{right}" if PROBLEMS[0]["prompt"] in text else f"    import no_such_package\n{right}"
+
+    context = EvalContext(name="m", path="p", generator=Scripted(lab.student, script), folder=tmp_path, limit=2)
+    result = run_benchmark("humaneval", PRESET, context)
+    assert result.scores[0].estimate.value == 0.5
+    assert result.notes == ["programs failed because they import what is not installed: no_such_package (1)"]
+    assert result.notes[0] in harness.benchmark_table([result])
+
+
 def test_wrong_programs_fail() -> None:
     problem = PROBLEMS[0]
     solution = problem["canonical_solution"]

