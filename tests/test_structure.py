@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "hub",
     "tables",
+    "ranks",
     "scheduler",
     "lock",
     "cli",

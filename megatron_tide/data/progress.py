@@ -6,6 +6,8 @@ import sys
 
 from tqdm import tqdm
 
+from megatron_tide.cli import printable
+
 
 class Progress:
     """Progress on stderr: ``done`` of ``total`` units of work are already finished.
@@ -15,7 +17,9 @@ class Progress:
 
     def __init__(self, total: int, what: str, done: int = 0) -> None:
         seconds = 0.5 if sys.stderr.isatty() else 60.0
-        self._bar = tqdm(desc=what, total=total, initial=done, mininterval=seconds, delay=seconds, leave=False)
+        self._bar = tqdm(
+            desc=printable(what, keep=""), total=total, initial=done, mininterval=seconds, delay=seconds, leave=False
+        )
 
     def update(self, done: int) -> None:
         """``done`` units are finished."""

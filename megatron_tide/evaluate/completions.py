@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.bootstrap import mean
 from megatron_tide.generate import complete, from_prepared
@@ -85,7 +86,9 @@ def completions(
         ValueError: the model is autoregressive, or has another tokenizer or chat template than the data.
     """
     prompts = from_prepared(data, tokenizer, count, role)
-    with tqdm(total=len(prompts), desc=f"{label}, completions", disable=not label, leave=False) as bar:
+    with tqdm(
+        total=len(prompts), desc=printable(f"{label}, completions", keep=""), disable=not label, leave=False
+    ) as bar:
 
         def progress(done: int) -> None:
             bar.update(done - bar.n)

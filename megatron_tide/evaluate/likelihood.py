@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import Batch, Tokens, read_batch
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise
@@ -218,7 +219,7 @@ def measure(
     places_L, numbers_L = [np.zeros((2, 0), np.int64)], [np.zeros((5, 0))]
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(indices), desc=label, disable=not label, leave=False)
+    bar = tqdm(total=len(indices), desc=printable(label, keep=""), disable=not label, leave=False)
     for places in _batches(scoring, indices, batch_size):
         batch = read_batch(data, indices[places])
         for k, drawn in enumerate(noise.draws(batch, scoring.tokens(batch), scoring.block, mc_samples, seed)):

@@ -96,6 +96,11 @@ class ShardedFolder:
         file_of = read_json(index).get("weight_map")
         if not isinstance(file_of, dict) or not file_of:
             raise ValueError(f"{index}: has no weight_map")
+        odd = next(
+            (key for key, name in file_of.items() if not isinstance(name, str) or not name or "\0" in name), None
+        )
+        if odd is not None:
+            raise ValueError(f"{index}: {str(file_of[odd])[:40]!r} for {odd[:80]!r} is no file name; restore the file")
         for name in sorted(set(file_of.values())):
             if Path(name).name != name:
                 raise ValueError(f"{index}: names {name!r}, which is not a file in the same folder")
