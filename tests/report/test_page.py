@@ -19,10 +19,10 @@ from tests.support.launch import REPOSITORY
 
 pytestmark = pytest.mark.slow  # a recipe's folder is made first: two training runs, scores, an inference benchmark
 
-SECTIONS = ["runs", "loss", "scores", "tidal", "chunks", "timestep", "time", "inference", "completions", "alignment"]
+SECTIONS = ["scores", "runs", "loss", "tidal", "chunks", "timestep", "time", "inference", "completions", "alignment"]
 FIGURES = [
-    "loss-1",
     "scores",
+    "loss-1",
     "tidal-1",
     "chunks-bridged",
     "timestep-1",
@@ -128,8 +128,8 @@ def test_missing_pieces_are_named(own_copy, tmp_path):
     (own_copy / "baseline" / "run.json").unlink()
     shutil.rmtree(own_copy / "bridged")
     assert notes(build_page(read_runs([own_copy]))) == [
-        "baseline: no run.json that can be read, so its flags are not known",
         "no scores.json here: python -m megatron_tide evaluate writes it",
+        "baseline: no run.json that can be read, so its flags are not known",
         "no training run here uses TIDAL (--tidal mix or weight, or a strategy that has it)",
         "no training run here scores chunks (--chunk-objective, or a strategy that has one)",
         "no inference_benchmark.json here: python -m megatron_tide inference-benchmark writes it",
