@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 from megatron_tide.files import fingerprint, sha256_file
 from megatron_tide.hub import hub_errors
 
-Message = dict[str, str]
+Message = dict[str, Any]
 ASSISTANT = "assistant"
+FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name", "tools")
+"""Keys of a message beside role and content that chat templates write."""
 
 _BOM = b"\xef\xbb\xbf"
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
@@ -52,8 +54,9 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
 def parse_messages(value: Any, where: str) -> list[Message]:
     """Check one ``messages`` value: a list of {"role": str, "content": str}.
 
-    Content may be a list of {"type": "text", "text": str} parts, which are joined; null counts as empty. Other keys of
-    a message are ignored. ValueError naming ``where`` (file and row) otherwise.
+    Content may be a list of {"type": "text", "text": str} parts, which are joined; null counts as empty. Of the other
+    keys, those of ``FIELDS`` that hold something are kept for the chat template. ValueError naming ``where`` (file and
+    row) otherwise.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError(f'{where}: messages must be a list of {{"role": ..., "content": ...}}')
@@ -62,7 +65,8 @@ def parse_messages(value: Any, where: str) -> list[Message]:
         role, content = message.get("role"), _text(message.get("content"))
         if not isinstance(role, str) or content is None:
             raise ValueError(f"{where}: message {number}: role and content must be text")
-        messages.append({"role": role, "content": content})
+        kept = {field: message[field] for field in FIELDS if message.get(field)}
+        messages.append({"role": role, "content": content, **kept})
     return messages
 
 

@@ -1,7 +1,8 @@
 """Two tokenizer engines behind one interface: Hugging Face ``tokenizers`` and SentencePiece.
 
 ``encode`` takes ordinary text: the string of a special token in it is encoded like any other text. ``encode_prompt``
-takes text that a chat template rendered: there the same strings become the special tokens.
+takes text that a chat template rendered: there the same strings become the special tokens, but for those that
+``prompt_parts`` is told are message text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +20,12 @@ import tokenizers
 
 from megatron_tide.bounds import check_id
 from megatron_tide.bridge.byte_table import METASPACE, byte_level_bytes, metaspace_bytes
+from megatron_tide.bridge.chat import Range
 
 # <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
 # call them special. Text that contains one must not open a turn or become a mask.
 _MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+_BEFORE = "\ue000"  # a private-use character, of which no vocabulary has a piece
 _IMPOSSIBLE_SCORE = -1e9
 
 
@@ -43,7 +47,13 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_rest(self, text: str) -> list[int]: ...
+
     def encode_prompt(self, text: str) -> list[int]: ...
+
+    def controls(self, text: str) -> list[Range]: ...
+
+    def prompt_parts(self, text: str, content: Sequence[Range]) -> Iterator[tuple[list[int], bool]]: ...
 
     def spans(self, text: str) -> np.ndarray: ...
 
@@ -62,6 +72,8 @@ class FastCodec:
         self._prompt.no_truncation()
         self._prompt.no_padding()
         spec = json.loads(self._prompt.to_str())
+        if spec["model"].get("dropout"):
+            raise ValueError("tokenizer.json has dropout, so a text has other ids each time; set it to null there")
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         for token, index in vocabulary.items():
             check_id("its vocabulary", token, index)
@@ -78,6 +90,8 @@ class FastCodec:
         self.unknown = vocabulary.get(unknown)
         self.token_bytes = self._spell(_scheme(spec))
         self._text = _text_only(spec, self.special)
+        self._prefix_once = '"prepend_scheme": "first"' in json.dumps(spec["pre_tokenizer"])
+        self._control = _any_of(self.special)
         self.core = _digest({key: spec[key] for key in ("normalizer", "pre_tokenizer", "model")})
 
     def encode(self, text: str) -> list[int]:
@@ -91,6 +105,51 @@ class FastCodec:
 
     def encode_prompt(self, text: str) -> list[int]:
         return self._prompt.encode(text, add_special_tokens=False).ids
+
+    def encode_rest(self, text: str) -> list[int]:
+        """Ordinary text that goes on after other tokens: without the space that some write before a text."""
+        return self._rest.encode(text, add_special_tokens=False).ids
+
+    def controls(self, text: str) -> list[Range]:
+        """The ranges of ``text`` that ``encode_prompt`` makes special tokens of."""
+        normalizer = self._prompt.normalizer
+        if self._control is None or not (
+            self._control.search(text) or (normalizer and self._control.search(normalizer.normalize_str(text)))
+        ):
+            return []
+        encoded = self._prompt.encode(text, add_special_tokens=False)
+        # Without the spaces around that a token may take.
+        ranges = [(start, text[start:stop]) for _, start, stop in self._found(text, encoded)]
+        return [(at + len(own) - len(own.lstrip()), at + len(own.rstrip())) for at, own in ranges if own.strip()]
+
+    def prompt_parts(self, text: str, content: Sequence[Range]) -> Iterator[tuple[list[int], bool]]:
+        """Ids of a prompt, part by part, and whether a part was encoded as text: those with ``content``, ranges of
+        message text that reads like special tokens.
+        """
+        encoded = self._prompt.encode(text, add_special_tokens=False)
+        tokens = [one for one in self._found(text, encoded) if not _overlap(one[1:], content)]
+        token = place = 0
+        for number, start, stop in [*tokens, (len(encoded.ids), len(text), len(text))]:
+            if _overlap((place, start), content):
+                as_text = self.encode_rest if place and self._prefix_once else self.encode
+                yield as_text(text[place:start]), True
+            else:
+                yield encoded.ids[token:number], False
+            yield encoded.ids[number : number + 1], False
+            token, place = number + 1, stop
+
+    def _found(self, text: str, encoded: tokenizers.Encoding) -> list[tuple[int, int, int]]:
+        """(place, start, stop) of the special tokens; a letter that became the unknown token is none."""
+        ids = set(self.special.values())
+        found = [(n, *span) for n, (index, span) in enumerate(zip(encoded.ids, encoded.offsets)) if index in ids]
+        unknown = None if self.unknown is None else self.strings[self.unknown]
+        return [one for one in found if encoded.ids[one[0]] != self.unknown or text[one[1] : one[2]].strip() == unknown]
+
+    @cached_property
+    def _rest(self) -> tokenizers.Tokenizer:
+        spec = json.loads(self._text.to_str())
+        spec |= {key: _unprefixed(spec[key]) for key in ("normalizer", "pre_tokenizer")}
+        return _text_only(spec, self.special)
 
     def _spell(self, scheme: Any) -> list[bytes | None]:
         silent = {*self.special.values(), self.unknown}
@@ -128,9 +187,7 @@ class SentencePieceCodec:
             None if token is None or index in silent else metaspace_bytes(token)
             for index, token in enumerate(self.strings)
         ]
-        # Longest first: <|mask|> must win over a shorter token that starts it.
-        strings = sorted((token for token in self.special if token), key=len, reverse=True)
-        self._splitter = re.compile(f"({'|'.join(map(re.escape, strings))})") if strings else None
+        self._control = _any_of(self.special)
         self.core = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -141,14 +198,31 @@ class SentencePieceCodec:
         pieces = self._processor.encode(text, return_type="proto").pieces
         return np.array([(piece.begin, piece.end) for piece in pieces], np.int64).reshape(-1, 2)
 
+    def encode_rest(self, text: str) -> list[int]:
+        """Ordinary text that goes on after other tokens: without the space that some write before a text."""
+        pieces = self._processor.encode(_BEFORE + text, return_type="proto").pieces
+        size = len(_BEFORE.encode())
+        own = (place for place, piece in enumerate(pieces) if piece.begin >= size or piece.end > size)
+        return [piece.id for piece in pieces[next(own, len(pieces)) :]]
+
     def encode_prompt(self, text: str) -> list[int]:
-        if self._splitter is None:
-            return self.encode(text)
-        ids: list[int] = []
-        for place, part in enumerate(self._splitter.split(text)):
-            # re.split alternates text and separator, so every second part is a special token.
-            ids.extend([self.special[part]] if place % 2 else self.encode(part))
-        return ids
+        return [index for ids, _ in self.prompt_parts(text, ()) for index in ids]
+
+    def controls(self, text: str) -> list[Range]:
+        """The ranges of ``text`` that ``encode_prompt`` makes special tokens of."""
+        return [found.span() for found in self._control.finditer(text)] if self._control else []
+
+    def prompt_parts(self, text: str, content: Sequence[Range]) -> Iterator[tuple[list[int], bool]]:
+        """Ids of a prompt, part by part, and whether a part was encoded as text; ``content``: ranges of message text
+        that reads like special tokens.
+        """
+        place = 0
+        for start, stop in self.controls(text):
+            if not _overlap((start, stop), content):
+                yield self.encode(text[place:start]), True
+                yield [self.special[text[start:stop]]], False
+                place = stop
+        yield self.encode(text[place:]), True
 
 
 def sentencepiece_roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, str]:
@@ -178,6 +252,28 @@ def _kinds(component: Any) -> Iterable[str]:
         for name in ("decoders", "pretokenizers"):
             for part in component.get(name, ()):
                 yield from _kinds(part)
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:
+    # Longest first: <|mask|> must win over a shorter token that starts it.
+    found = sorted(filter(None, strings), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found))) if found else None
+
+
+def _overlap(span: Range, ranges: Sequence[Range]) -> bool:
+    return any(start < span[1] and span[0] < stop for start, stop in ranges)
+
+
+def _unprefixed(component: Any) -> Any:
+    """A normalizer or pre-tokenizer that writes no space before a text."""
+    if isinstance(component, list):
+        return [_unprefixed(part) for part in component]
+    if not isinstance(component, dict):
+        return component
+    if component.get("type") == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    silent = {"prepend_scheme": "never", "add_prefix_space": False}
+    return {key: silent.get(key, _unprefixed(value)) for key, value in component.items()}
 
 
 def _text_only(spec: Mapping[str, Any], special: Mapping[str, int]) -> tokenizers.Tokenizer:

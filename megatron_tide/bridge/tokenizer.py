@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import numpy as np
 
 from megatron_tide.bounds import check_id
 from megatron_tide.bridge.byte_table import ByteTable
+from megatron_tide.bridge.chat import LeftOut, Rendered, check_said, render_guarded
 from megatron_tide.bridge.codecs import Codec
 
 SPACE = 0x20
 ROLES = ("mask", "eos", "pad")
+_SHAPES = 1000  # conversations by their roles, of which a tokenizer remembers what its template writes
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class TextTokenizer:
         self._prefixes = probes[0].startswith(b" ")
         self._prefixes_always = probes[1].startswith(b"  ")
         self._fingerprint: str | None = None
+        self._shapes: dict[str, str] = {}
         self._changing = _CHANGING.search(source.chat_template or "")
 
     def __repr__(self) -> str:
@@ -145,19 +149,31 @@ class TextTokenizer:
         ids = {f"{role}_id": index if (index := self._roles.get(role, -1)) >= 0 else None for role in ROLES}
         return {"name": self.name, "fingerprint": self.fingerprint, "vocab_size": self.vocab_size, **ids}
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, rest: bool = False) -> np.ndarray:
         """Ids int32 [n] of ordinary text; a special token's string in it is encoded as text; no special token is
-        added.
+        added. ``rest``: it goes on after other tokens, so no space is written before it.
         """
-        ids = np.array(self._codec.encode(_checked(text)), dtype=np.int32)
+        encode = self._codec.encode_rest if rest else self._codec.encode
+        return self._without_special(encode(_checked(text)))
+
+    def encode_prompt(self, rendered: str) -> np.ndarray:
+        """Ids int32 [n] of text a template rendered: special tokens' strings become those tokens, none is added.
+
+        In what ``render`` returns, only those of the template do; the text of messages stays text.
+        """
+        _checked(rendered)
+        content = rendered.content if isinstance(rendered, Rendered) else ()
+        if not content:
+            return np.array(self._codec.encode_prompt(rendered), dtype=np.int32)
+        parts = self._codec.prompt_parts(str(rendered), content)
+        return np.concatenate([self._without_special(ids) if text else np.array(ids, np.int32) for ids, text in parts])
+
+    def _without_special(self, found: list[int]) -> np.ndarray:
+        ids = np.array(found, dtype=np.int32)
         if self._forbidden[ids].any():
             string = self._codec.strings[int(ids[self._forbidden[ids]][0])]
             raise ValueError(f"{self.name}: {string!r} in the text became a special token; remove it from the text")
         return ids
-
-    def encode_prompt(self, rendered: str) -> np.ndarray:
-        """Ids int32 [n] of text a template rendered: special tokens' strings become those tokens, none is added."""
-        return np.array(self._codec.encode_prompt(_checked(rendered)), dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
         """Text of ``ids``; bytes that are no UTF-8 become U+FFFD. Special tokens are omitted, or shown as their
@@ -225,13 +241,14 @@ class TextTokenizer:
         """Bool [n]: tokens without bytes, such as the unknown token."""
         return ~self._table.known[ids]
 
-    def render(self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True, **names: Any) -> str:
-        """The conversation rendered by the chat template, which also sees ``names``; ValueError without a template or
-        where it refuses.
-        """
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def render(
+        self, messages: Iterable[dict[str, Any]], add_generation_prompt: bool = True, *, start: str = "", **names: Any
+    ) -> Rendered:
+        """The conversation rendered by the chat template, ``start`` of an answer behind it; for ``encode_prompt``.
 
+        The template also sees ``names``, and ``tools`` of the first message. ValueError without a template or where it
+        refuses, LeftOut where it does not write all that the messages say.
+        """
         if self._source.chat_template is None:
             raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja next to it")
         if self._changing is not None:
@@ -239,13 +256,36 @@ class TextTokenizer:
                 f"{self.name}: the chat template writes today's date or a random choice ({self._changing[0]}), so "
                 "equal settings give other prompts tomorrow; put a chat_template.jinja with a fixed text beside it"
             )
-        tokens: dict[str, Any] = {**names, **self._role_tokens()}
+        said = list(messages)
+        options = {**names, "add_generation_prompt": add_generation_prompt}
+        rendered = render_guarded(said, partial(self._write, options), self._codec.controls)
+        try:
+            check_said(said, rendered, partial(self._show, options))
+        except LeftOut as error:
+            raise LeftOut(f"{self.name}: {error}; use a template that writes it, or omit the row") from None
+        own = [(len(rendered) + first, len(rendered) + last) for first, last in self._codec.controls(start)]
+        return Rendered(f"{rendered}{start}", (*rendered.content, *own))
+
+    def _show(self, options: Mapping[str, Any], marks: list[Any]) -> str:
+        """``_write`` for a conversation of marks: there are few that differ."""
+        key = f"{options} {marks}"
+        if key not in self._shapes:
+            if len(self._shapes) >= _SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = self._write(options, marks)
+        return self._shapes[key]
+
+    def _write(self, options: Mapping[str, Any], messages: list[Any]) -> str:
+        import jinja2
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        tools = messages[0].get("tools") if messages and isinstance(messages[0], dict) else None
+        names: dict[str, Any] = {**options, **self._role_tokens(), **({"tools": tools} if tools else {})}
         try:
             rendered: Any = render_jinja_template(
-                conversations=[list(messages)],
+                conversations=[messages],
                 chat_template=self._source.chat_template,
-                add_generation_prompt=add_generation_prompt,
-                **tokens,
+                **names,
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"{self.name}: the chat template rejects the conversation: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.bridge import Aligned, Bridge, EncodedPair, TextTokenizer
+from megatron_tide.bridge import SPOKEN, Aligned, Bridge, EncodedPair, LeftOut, TextTokenizer
 from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
 from megatron_tide.tables import ASSISTANT, Message
 
@@ -21,7 +21,11 @@ NO_ASSISTANT = "no assistant turn"
 EMPTY_PROMPT = "nothing before the response"
 EMPTY_RESPONSE = "empty response"
 NO_ROOM = "no response chunk fits"
+NOT_WRITTEN = "a message that the chat template does not write"
+MORE_THAN_TEXT = "a response with reasoning or tool calls beside its text"
 REFUSED = "refused by a tokenizer or template"
+
+ENCODING = 2  # of rows into samples, part of a folder's settings: 2 since prompts hold message text as text
 
 Ids = NDArray[np.int32]
 
@@ -115,7 +119,12 @@ class Encoder:
                 return _student_only(key, self.student, _prompt(self.student, prompt), response)
             prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
             return _Row(key, prompts, self.bridge.encode_with_bytes(response))
-        except ValueError as error:  # one odd conversation does not stop a mixture of millions; it is counted
+        except LeftOut as error:
+            return Dropped(NOT_WRITTEN, str(error))
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # counted; one odd row stops no mixture
             return Dropped(REFUSED, str(error))
 
     def _with_teacher(self, row: _Row, aligned: Aligned) -> Encoded | Dropped:
@@ -160,6 +169,8 @@ def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
     prompt, response = messages[: turns[-1]], messages[turns[-1]]["content"]
     if not prompt:
         return EMPTY_PROMPT
+    if any(messages[turns[-1]].get(field) for field in SPOKEN if field != "content"):
+        return MORE_THAN_TEXT
     if not response.strip():
         return EMPTY_RESPONSE
     return prompt, response

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_tide.data.build import UNREADABLE, PrepareJob, build_missing, finished
-from megatron_tide.data.encode import NO_ASSISTANT, Encoder
+from megatron_tide.data.encode import ENCODING, NO_ASSISTANT, Encoder
 from megatron_tide.data.prepared import FORMAT, MANIFEST
 from megatron_tide.data.shard import SIDES, read_shard
 from megatron_tide.data.sources import Mixture, check_unreadable
@@ -65,6 +65,7 @@ def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int 
     """Everything that affects the bytes of a prepared folder, as JSON."""
     return {
         "format": FORMAT,
+        "encoding": ENCODING,
         "student": encoder.student.describe(),
         "teacher": encoder.teacher.describe() if encoder.teacher else None,
         "bridge": encoder.bridge.fingerprint if encoder.bridge else None,

@@ -120,7 +120,11 @@ class DataSource:
                 raise ValueError(f"{where}: no column {column!r}; it has {', '.join(content)}")
             values.append(content[column])
         if self.spec.prompt_column is None:
-            return parse_messages(values[0], where)
+            messages = parse_messages(values[0], where)
+            tools = _listed(content.get("tools"))
+            if messages and tools:
+                messages[0]["tools"] = tools
+            return messages
         prompt, response = values
         return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
 
@@ -218,6 +222,14 @@ def read_mixture(path: str) -> list[SourceSpec]:
         found = f"unknown field {unknown[0]!r}" if unknown else 'no list "sources"'
         raise ValueError(f'{path}: {found}; a mixture is {{"sources": [{{"path": ...}}, ...]}}')
     return [SourceSpec.parse(entry, f"{path}: sources[{number}]") for number, entry in enumerate(entries)]
+
+
+def _listed(tools: Any) -> Any:
+    """The tools of a row, which many data sets hold as JSON text."""
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        return tools
 
 
 def _select(spec: SourceSpec, rows: Table) -> NDArray[np.int64]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lm_eval.api.model import LM, CachingLM, hash_args
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from safetensors import SafetensorError
 from sqlitedict import SqliteDict
 from tqdm import tqdm
@@ -50,15 +51,14 @@ class Generator:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as the model was trained on it, up to its answer or through the start of its answer."""
-        names = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        names: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
         if add_generation_prompt:
             return self.text_tokenizer.render(chat_history, **names)
         # Templates differ in how they leave an answer open, so the start is appended here. A start that begins with a
         # space loses the one at its end, as in transformers' continue_final_message.
         start = chat_history[-1]["content"]
-        return self.text_tokenizer.render(chat_history[:-1], **names) + (
-            start.rstrip() if start[:1].isspace() else start
-        )
+        start = start.rstrip() if start[:1].isspace() else start
+        return self.text_tokenizer.render(chat_history[:-1], start=start, **names)
 
     @property
     def tokenizer_name(self) -> str:
@@ -153,6 +153,22 @@ class AutoregressiveGenerator(Generator, HFLM):
         self.text_tokenizer, self.folder = tokenizer, folder
         self._thinks = THINKING[1] in tokenizer.raw.get_vocab() or THINKING[1] in str(tokenizer.raw.chat_template)
         super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)
+
+    def tok_encode(self, string: str, *args: Any, left_truncate_len: int | None = None, **kwargs: Any) -> list[int]:
+        """As lm-eval does it, but message text that reads like a control token stays text."""
+        if not getattr(string, "content", ()):
+            return super().tok_encode(string, *args, left_truncate_len=left_truncate_len, **kwargs)
+        before = [] if has_bos_prefix(string, self.tokenizer.bos_token) else self.tokenizer("")["input_ids"]
+        return [*before, *self.text_tokenizer.encode_prompt(string).tolist()][-(left_truncate_len or 0) :]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not any(getattr(string, "content", ()) for string in strings):
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **kwargs)
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         own = {name: settings.pop(name, None) for name in ("chat_template", "seed", "sample")}

@@ -69,7 +69,8 @@ def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
         raise ValueError(f"--infill {answer!r}: mark each hole as <mask:N>, N tokens from 1 on")
     begun: list[int] = []
     for place, part in enumerate(parts):
-        begun += [tokenizer.mask_id] * int(part) if place % 2 else tokenizer.encode(part).tolist() if part else []
+        text = [] if place % 2 or not part else tokenizer.encode(part, rest=place > 0).tolist()
+        begun += [tokenizer.mask_id] * int(part) if place % 2 else text
     return replace(prompt, ids=np.concatenate([prompt.ids, np.array(begun, dtype=np.int32)]), begun=len(begun))
 
 

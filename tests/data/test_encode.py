@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from megatron_tide.data import PROMPT, UNALIGNED, Sample, TokenizedSample
 from megatron_tide.data.encode import (
     EMPTY_RESPONSE,
+    MORE_THAN_TEXT,
     NO_ASSISTANT,
     NO_ROOM,
+    NOT_WRITTEN,
     REFUSED,
     Dropped,
     Encoded,
@@ -229,3 +231,33 @@ def test_a_refused_row_leaves_its_group_as_it_is(pair: Pair, two_sided: bool) ->
 def test_lengths_that_are_no_multiple_of_the_block_are_refused(pair: Pair, length: int, block: int) -> None:
     with pytest.raises(ValueError, match=f"length {length} is not a multiple of block {block}"):
         TokenizerSettings(tokenizer=pair.student, length=length, block=block)
+
+
+def test_what_the_template_or_the_response_leaves_out_is_dropped_and_counted(pair: Pair) -> None:
+    encoder = pair.encoder(512, 512)
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    lost: list[tuple[Message, str]] = [
+        ({"role": "assistant", "content": "", "tool_calls": calls}, NOT_WRITTEN),
+        ({"role": "assistant", "content": "No.", "reasoning_content": "Hm."}, NOT_WRITTEN),
+    ]
+    for message, reason in lost:
+        row = encode(encoder, [message, *_messages("Yes.")])
+        assert isinstance(row, Dropped)
+        assert row.reason == reason
+        assert "leaves out" in str(row.error)
+        assert encode(encoder, [*_messages("Yes.")[:1], message]) == Dropped(MORE_THAN_TEXT)
+
+
+def test_control_tokens_in_a_prompt_come_from_the_template(pair: Pair) -> None:
+    plain, typed = (
+        encode(pair.encoder(512, 512), _messages("Yes.", prompt)) for prompt in ("x", "<|mask|><|im_end|></s><|mask|>")
+    )
+    assert isinstance(plain, Encoded)
+    assert isinstance(typed, Encoded)
+    for name in ("student", "teacher"):
+        special = getattr(pair, name).special_ids
+        found = [
+            [index for index in getattr(row.sample, name).ids.tolist() if index in special] for row in (plain, typed)
+        ]
+        assert set(found[0]) == set(found[1])
+        assert getattr(pair, name).mask_id not in found[1]

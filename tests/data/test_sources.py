@@ -208,3 +208,14 @@ def _turns(*turns: str) -> list[dict[str, str]]:
 )
 def test_the_response_is_the_last_assistant_turn(messages: list[dict[str, str]], expected: object) -> None:
     assert split_response(messages) == expected
+
+
+def test_tools_and_calls_are_read_for_the_template(tmp_path: Path) -> None:
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+    messages = [*conversation(1)[:1], {"role": "assistant", "content": None, "tool_calls": calls, "weight": 1}]
+    tools = [{"name": "weather"}]
+    rows = [{"messages": messages, "tools": given} for given in (tools, json.dumps(tools), "[]", None, "not JSON")]
+    mixture = open_mixture([str(write_jsonl(tmp_path / "calls.jsonl", rows))])
+    found = [mixture.conversation(row)[1] for row in range(len(rows))]
+    assert [talk[0].get("tools") for talk in found] == [tools, tools, None, None, "not JSON"]
+    assert all(talk[1] == {"role": "assistant", "content": "", "tool_calls": calls} for talk in found)
