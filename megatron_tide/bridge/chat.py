@@ -13,6 +13,7 @@ from typing import Any
 Range = tuple[int, int]
 SPOKEN = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 """Fields of a message that hold something said: a template that leaves one out changes the conversation."""
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _PRIVATE = range(0xF0000, 0xFFFFE)
 _NOT_SAID = ("id", "type", "index")  # of a tool call
 
@@ -78,6 +79,7 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     """LeftOut where something that a message says is not in ``rendered``.
 
     ``shown`` renders a conversation of the same roles: a short text may be in ``rendered`` by chance, a mark cannot.
+    Thoughts of an assistant's earlier turns may be left out: templates of reasoning models do so on purpose.
     """
     marked = [{**one, "content": chr(_PRIVATE[n])} if _text(one) else one for n, one in enumerate(messages)]
     try:
@@ -85,8 +87,12 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     except ValueError:
         marks = "".join(chr(_PRIVATE[n]) for n in range(len(messages)))  # a template that looks at the text
     for number, message in enumerate(messages):
+        earlier = message.get("role") == "assistant" and number < len(messages) - 1
         for field in SPOKEN:
-            lost = [text for text in _said(message.get(field)) if not _found(text, rendered)]
+            said = [] if earlier and field in THOUGHTS else [*_said(message.get(field))]
+            if earlier:
+                said = [text.rpartition("</think>")[2] for text in said]
+            lost = [text for text in said if not _found(text, rendered)]
             if field == "content" and _text(message) and chr(_PRIVATE[number]) not in marks:
                 lost = [_text(message)]
             if lost:

@@ -182,3 +182,12 @@ def test_no_space_behind_a_hole(tokenizers: Mapping[str, TextTokenizer], kind: s
     assert ids[hole : hole + 2] == [tokenizer.mask_id] * 2
     assert tokenizer.decode(ids[:hole]) == "riv"
     assert b"".join(tokenizer.id_to_bytes(index) or b"" for index in ids[hole + 2 :]) == b"r x"
+
+
+def test_thoughts_of_earlier_turns_may_be_left_out(qwen_like: TextTokenizer) -> None:
+    thought = {"role": "assistant", "content": "<think>Hm.</think>Yes.", "reasoning_content": "Hm."}
+    rendered = qwen_like.render([*user("Now?"), thought, *user("Why?")], add_generation_prompt=True)
+    assert "Hm." not in rendered
+    assert "assistant\nYes.<|im_end|>" in rendered
+    with pytest.raises(LeftOut, match="Hm"):
+        qwen_like.render([*user("Now?"), thought])
