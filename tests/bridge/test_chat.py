@@ -135,8 +135,6 @@ def test_tools_and_calls_are_written_where_the_template_knows_them(qwen_like: Te
     [
         ({"role": "developer", "content": "Be brief."}, "content of message 0"),
         ({"role": "developer", "content": "user"}, "content of message 0"),  # a word of the template itself
-        ({"role": "assistant", "content": "<think>Hm.</think>Yes."}, "content of message 0"),
-        ({"role": "assistant", "content": "Yes.", "reasoning_content": "Hm, well."}, "reasoning_content of message 0"),
         ({"role": "function", "content": "42"}, "content of message 0"),
     ],
 )
