@@ -33,7 +33,6 @@ from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
 from megatron_tide.hub import download
 from megatron_tide.machine import free_memory, rss_bytes
 from megatron_tide.objectives import STRATEGIES, Strategy
-from megatron_tide.ranks import on_main
 
 GIB = 2**30
 
@@ -196,7 +195,7 @@ def check_plan(config: DistillConfig, strategy: Strategy, stats: Stats, world: R
         student_tokens=int(stats.student_length.max()),
         teacher_tokens=int(stats.teacher_length.max()),
     )
-    refusal = on_main(world, lambda: _refusal(config, needs, world.size))
+    refusal = world.broadcast_object(_refusal(config, needs, world.size) if world.is_main else None)
     if refusal:
         raise ValueError(refusal)
 
