@@ -77,7 +77,7 @@ def test_a_file_without_a_row_that_can_be_read_is_refused(tmp_path: Path) -> Non
 def test_content_may_be_parts_of_text() -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     messages = parse_messages([TURN | {"content": parts}, TURN | {"content": None, "name": "n"}], "here")
-    assert messages == [{"role": "user", "content": "one two"}, {"role": "user", "content": ""}]
+    assert messages == [{"role": "user", "content": "one two"}, {"role": "user", "content": "", "name": "n"}]
 
 
 @pytest.mark.parametrize("content", [["one"], [{"type": "image"}], [{"type": "text", "text": "x"}, {}], 3, {}])

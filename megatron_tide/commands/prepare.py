@@ -40,7 +40,12 @@ class Args:
         shown=f"that of --student's config.json, else {BLOCK}",
         low=1,
     )
-    teacher_block: int = flag(BLOCK, "Block size of the teacher, in the same way", low=1)
+    teacher_block: int | None = flag(
+        None,
+        "Block size of the teacher, in the same way",
+        shown=f"that of --teacher's config.json, else {BLOCK}",
+        low=1,
+    )
     student_mask: str | None = flag(
         None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
     )
@@ -90,7 +95,8 @@ def _encoder(args: Args) -> Any:
     if args.teacher is None or args.bridge is None:
         return Encoder(student=side)
     teacher = load_tokenizer(args.teacher, mask_token=args.teacher_mask, trust_remote_code=trust)
-    other = TokenizerSettings(tokenizer=teacher, length=args.teacher_length, block=args.teacher_block)
+    block = args.teacher_block or stated_block_size(args.teacher) or BLOCK
+    other = TokenizerSettings(tokenizer=teacher, length=args.teacher_length, block=block)
     bridge = Bridge.load(args.bridge)
     bridge.check(student, teacher)
     return Encoder(student=side, teacher=other, bridge=bridge)

@@ -238,7 +238,6 @@ def test_what_the_template_or_the_response_leaves_out_is_dropped_and_counted(pai
     calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
     lost: list[tuple[Message, str]] = [
         ({"role": "assistant", "content": "", "tool_calls": calls}, NOT_WRITTEN),
-        ({"role": "assistant", "content": "No.", "reasoning_content": "Hm."}, NOT_WRITTEN),
     ]
     for message, reason in lost:
         row = encode(encoder, [message, *_messages("Yes.")])

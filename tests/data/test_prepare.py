@@ -78,6 +78,19 @@ def test_the_block_size_is_the_flags_or_the_students_own(
     assert PreparedData.open(tmp_path / "out").manifest["student"]["block"] == block
 
 
+def test_the_teachers_block_size_is_its_own(pair: Pair, chats: Chats, tmp_path: Path) -> None:
+    student, teacher = tmp_path / "student", tmp_path / "teacher"
+    shutil.copytree(pair.student_path, student)
+    shutil.copytree(pair.teacher_path, teacher)
+    (student / "config.json").write_text(json.dumps({"block_size": 16}))
+    (teacher / "config.json").write_text(json.dumps({"block_size": 8}))
+    pair.bridge.save(tmp_path / "bridge")
+    where = ["--data", str(chats(4)), "--student", str(student), "--teacher", str(teacher), "--workers", "1"]
+    assert main([*where, "--bridge", str(tmp_path / "bridge"), "--out", str(tmp_path / "out")]) == 0
+    manifest = PreparedData.open(tmp_path / "out").manifest
+    assert (manifest["student"]["block"], manifest["teacher"]["block"]) == (16, 8)
+
+
 def test_a_block_size_that_is_no_number_is_refused(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     shutil.copytree(pair.flags()[1], tmp_path / "student")
     (tmp_path / "student" / "config.json").write_text('{"block_size": "all"}')
