@@ -95,6 +95,11 @@ class RunLock:
         aside.unlink()
 
 
+def lock_beside(folder: Path) -> RunLock:
+    """For writing ``folder`` as a whole: the lock is a hidden file next to it, because the folder is replaced."""
+    return RunLock(folder.parent, f".{folder.name}.lock")
+
+
 def is_held(path: Path) -> bool:
     """Whether the lock at ``path`` belongs to a running process; ValueError if it is not a lock."""
     return path.exists() and _is_live(path, _read(path))

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
 from megatron_tide.files import AtomicFolder
-from megatron_tide.lock import RunLock
+from megatron_tide.lock import lock_beside
 from megatron_tide.tables import parse_messages, read_rows
 
 MASK = "<|mask|>"
@@ -147,7 +147,7 @@ class TokenizerTraining:
             raise ValueError(
                 f"{self.folder}: not made by this tool, so --fresh does not replace it; use another folder"
             )
-        with RunLock(self.folder.parent, f".{self.folder.name}.lock"), AtomicFolder(self.folder) as draft:
+        with lock_beside(self.folder), AtomicFolder(self.folder) as draft:
             self.train(draft, texts, self.vocab_size)
             (draft / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
         return f"{self.folder}: trained"

@@ -77,16 +77,6 @@ def _stream(decoder: BlockDecoder, streamer: Any) -> None:
         streamer.end()
 
 
-_DEFAULTED = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "eos_in_order",
-    "tokens_per_step",
-    "threshold",
-    "least_confident_first",
-)
-
-
 def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> DecodingRule:
     """The rule that ``options`` describe, completed from ``defaults`` (a generation config) and the model's config."""
     known = set(DecodingRule.__dataclass_fields__) | {"eos_token_id", "do_sample", "steps"}
@@ -111,7 +101,7 @@ def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> Decodin
     # A temperature turns sampling on, and so does do_sample, as everywhere in transformers.
     sample = options.get("do_sample", bool(options.get("temperature")) or getattr(defaults, "do_sample", False))
     temperature = find("temperature") if sample else 0.0
-    for name in _DEFAULTED:
+    for name in DecodingRule.__dataclass_fields__.keys() - {*values, "eos_token_ids", "temperature"}:
         if find(name) is not None:
             values[name] = find(name)
     if options.get("steps") is not None:

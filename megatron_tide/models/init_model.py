@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.files import AtomicFolder, read_json
-from megatron_tide.lock import RunLock
+from megatron_tide.lock import lock_beside
 from megatron_tide.models.families import fresh_model
 from megatron_tide.models.load import write_folder
 
@@ -46,7 +46,7 @@ def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool, 
     loaded = load_tokenizer(tokenizer)
     block = {} if block_size is None else {"block_size": block_size}
     model = fresh_model(complete_config(read_json(config), loaded) | block, seed)
-    with RunLock(out.parent, f".{out.name}.lock"), AtomicFolder(out) as draft:
+    with lock_beside(out), AtomicFolder(out) as draft:
         write_folder(model, draft)
         loaded.save(draft)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.bridge.mask_token import choose_mask, save_with_mask
 from megatron_tide.files import TEMPORARY, AtomicFolder
-from megatron_tide.lock import RunLock
+from megatron_tide.lock import lock_beside
 from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors
 from megatron_tide.models.families import config_dict, family_of, generation_of, meta_model
 from megatron_tide.models.gguf_file import gguf_to_folder
@@ -48,8 +48,7 @@ def student_from(source: str, out: Path, options: StudentOptions, fresh: bool) -
         ValueError: ``source`` is not such a model, an option does not fit it, or ``out`` holds something else.
     """
     check_out(out, fresh)
-    lock = RunLock(out.parent, f".{out.name}.lock")
-    with lock, _folder_of(source, out) as folder, AtomicFolder(out) as draft:
+    with lock_beside(out), _folder_of(source, out) as folder, AtomicFolder(out) as draft:
         model = load_model(folder, _stored_dtype(folder), as_student=True)
         if options.keep_layers is not None:
             _keep_layers(model, options.keep_layers)

@@ -20,7 +20,7 @@ import megatron_tide.models
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.files import AtomicFolder, read_json, write_json
 from megatron_tide.hub import hub_errors
-from megatron_tide.lock import RunLock
+from megatron_tide.lock import lock_beside
 from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
 from megatron_tide.models.families import config_dict, family_of
@@ -93,7 +93,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
-    with RunLock(out.parent, f".{out.name}.lock"), AtomicFolder(out) as draft:
+    with lock_beside(out), AtomicFolder(out) as draft:
         return _fill(draft, trained, options, name)
 
 
