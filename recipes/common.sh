@@ -58,6 +58,11 @@ setup_environment() {
       for file in "${files[@]}"; do arguments+=(-r "$file"); done
       "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check "${arguments[@]}"
       "$PYTHON" -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --editable .
+      # Python keeps what it compiles at the first import; where it may not, every process would compile torch again.
+      if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then
+        "$PYTHON" -m compileall -q -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+          >/dev/null 2>&1 || true # some packages ship files of other Pythons
+      fi
       printf '%s\n' "$wanted" >>"$stamp"
     fi
   fi
