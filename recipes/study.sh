@@ -146,7 +146,7 @@ tune() {
   done
   rounds+=("$folder/round-$round.json")
   timed $(($1 * ($# - 3))) "tune-$name-$round" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
-    --data "$run/data-validation" --samples "$EVAL_SAMPLES" --mc-samples 4 "${scored[@]}" --json "${rounds[@]: -1}"
+    --data "$run/data-validation" --samples "$EVAL_SAMPLES" --likelihood-noise block --mc-samples 4 "${scored[@]}" --json "${rounds[@]: -1}"
   best=$folder/best-$round.json
   timed 1 "choose-$name-$round" "$PYTHON" recipes/study/choose.py "${rounds[@]}" --out "$best"
 }
@@ -179,7 +179,7 @@ seed() {
     scored+=(--student "$run/seed-$s/$name")
   done
   timed $((DISTILL_STEPS * 7 / 3 + 130)) "seed-$s" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
-    --data "$run/data-test" --samples "$EVAL_SAMPLES" --student start="$run/start-$s" "${scored[@]}" \
+    --data "$run/data-test" --samples "$EVAL_SAMPLES" --likelihood-noise block --student start="$run/start-$s" "${scored[@]}" \
     --teacher "$run/teacher" --baseline bd3lm --per-sample --json "$run/seed-$s/scores.json"
 }
 
