@@ -38,7 +38,8 @@ from megatron_tide import cli
 from megatron_tide.files import read_json
 from megatron_tide.machine import machine, matmul_rate, versions
 from megatron_tide.models import fresh_model
-from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+from megatron_tide.models.decoding_a2d import BlockDecoder
+from megatron_tide.models.sampling_a2d import DecodingRule
 
 CONFIG = Path(__file__).parents[1] / "megatron_tide/models/configs/qwen3_0.6b.json"
 BLOCK, SEED = 32, 0

@@ -1,6 +1,6 @@
 """Checkpoint -> text: block decoding with an exact KV cache, and prompts around it.
 
-The sampler itself is ``megatron_tide.models.decoding_a2d``: one file, shared with every release.
+The sampler itself is ``megatron_tide.models.decoding_a2d`` and ``sampling_a2d``, shared with every release.
 """
 
 from megatron_tide.generate.complete import Completion, complete, prompt_ids, stream
@@ -14,8 +14,9 @@ from megatron_tide.generate.prompts import (
     write_answers,
 )
 from megatron_tide.generate.terminal import chat
-from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+from megatron_tide.models.decoding_a2d import BlockDecoder
 from megatron_tide.models.generation_a2d import decoding_rule
+from megatron_tide.models.sampling_a2d import DecodingRule
 
 __all__ = [
     "BlockDecoder",

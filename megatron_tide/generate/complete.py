@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.models.decoding_a2d import BlockDecoder, DecodingRule
+from megatron_tide.models.decoding_a2d import BlockDecoder
 from megatron_tide.models.families import family_of
 from megatron_tide.models.generation_a2d import decoding_rule
+from megatron_tide.models.sampling_a2d import DecodingRule
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a character whose last bytes are still to come
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LlamaPreTrai
 from .backbone_a2d import BlockDiffusionBackbone, rope_for_every_version
 from .decoding_a2d import BlockDecoder  # noqa: F401
 from .generation_a2d import BlockGenerationMixin
+from .sampling_a2d import DecodingRule  # noqa: F401
 
 
 class A2DLlamaConfig(LlamaConfig):

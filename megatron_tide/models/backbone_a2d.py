@@ -67,12 +67,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: 
         flex = _flex(query.device.type)
         return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     if grouped and mask is not None and query.device.type != "cpu":
-        # No fused CUDA kernel takes a mask and grouped heads at once; copying the heads is cheaper than the unfused
-        # one.
-        share = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-        grouped = False
+        return grouped_attention(query, key, value, mask, scale)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """:func:`attend` with a mask, for kernels that do not know grouped heads: no fused CUDA kernel takes both at once.
+
+    The queries of a group are more queries of its one head: no key or value is copied.
+    """
+    share = query.shape[1] // key.shape[1]
+    folded = query.unflatten(1, (-1, share)).flatten(2, 3)
+    mixed = scaled_dot_product_attention(folded, key, value, attn_mask=mask.repeat(1, 1, share, 1), scale=scale)
+    return mixed.unflatten(2, (share, -1)).flatten(1, 2)
 
 
 def attention_interface(

@@ -1,7 +1,7 @@
 """Block decoding for block diffusion language models: the sampler of the package and of every release.
 
 This file is copied into releases next to the modelling file, so it needs only torch and imports nothing of this
-project.
+project but ``sampling_a2d.py``.
 
 How text is generated (batch rows B, of which A are unfinished; slots L, block size b, undecided positions R, vocabulary
 V)::
@@ -16,57 +16,25 @@ contain the end of the prompt. Rows with shorter prompts are shifted right by fu
 step. A block attends to itself and to everything before it; the keys and values of finished blocks never change, which
 is what makes the cache exact. The head runs on undecided positions only. A row whose answer has ended leaves the batch.
 
+On a GPU the cache is one buffer of fixed size with a mask, every position of a block runs through the head, and a pass
+is recorded once for each of its shapes as a CUDA graph and replayed. The host waits twice per block (how many passes it
+takes, who has ended) and never in a pass; with a ``threshold``, or ``eos_in_order`` and several tokens per pass, once
+per pass more: whether the block is finished. ``A2D_GRAPHS=0`` in the environment turns the recording off.
+
 A prompt can contain mask tokens: they are filled in block by block, and see everything up to the end of their block.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-DEFAULT_NEW_TOKENS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodingRule:
-    """How a block is decided.
-
-    Every pass predicts all undecided positions and keeps the ``tokens_per_step`` most confident tokens; the others are
-    masked again. With a ``threshold`` (LLaDA2's rule, published with 0.95) tokens with a higher probability are kept
-    too. ``least_confident_first`` keeps the least confident ones instead (for experiments). ``temperature`` 0 takes the
-    most likely token; above 0, a token is sampled from softmax(logits / temperature). Confidence is the chosen token's
-    probability without temperature. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the masks of
-    the prompt.
-
-    End of text fills the blocks behind an answer in training, so a model is often surest of it at the end of a block,
-    and an answer may end before its beginning is decided. With ``eos_in_order`` end of text is decided only at the
-    first undecided position of a block. It is never chosen for the first ``min_new_tokens`` tokens of an answer.
-    """
-
-    block_size: int
-    mask_token_id: int
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    max_new_tokens: int = DEFAULT_NEW_TOKENS
-    min_new_tokens: int = 0
-    eos_in_order: bool = False
-    tokens_per_step: int = 1
-    threshold: float | None = None
-    temperature: float = 0.0
-    least_confident_first: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), ("min_new_tokens", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise ValueError(f"generate: threshold is {self.threshold}; use a probability from 0 to 1")
-        if self.temperature < 0.0 or not math.isfinite(self.temperature):
-            raise ValueError(f"generate: temperature is {self.temperature}; use 0 (greedy) or more")
+from .sampling_a2d import DecodingRule, choose_tokens, committed, gumbel_noise
 
 
 class BlockCache:
@@ -75,11 +43,14 @@ class BlockCache:
 
     A pass writes its keys after the committed part and attends to both; the next pass overwrites them, unless
     ``commit`` keeps what the last pass wrote. Nothing is copied, except rows that move up when others leave the batch
-    (``keep``).
+    (``keep``). ``static``: a pass writes at ``slots``, a tensor, and attends to the whole buffer under a mask: its
+    shapes and addresses are those of every other pass.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    slots: torch.Tensor  # int64 [n]: where the pass under way writes, if static
+
+    def __init__(self, capacity: int, static: bool = False) -> None:
+        self.capacity, self.static = capacity, static
         self.length = 0
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
@@ -87,12 +58,14 @@ class BlockCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``key``, ``value`` [A, heads, n, D] of one layer; return views of everything up to them."""
-        if layer_idx == len(self._keys):
-            self._keys.append(key.new_empty(*key.shape[:2], self.capacity, key.shape[-1]))
-            self._values.append(value.new_empty(*value.shape[:2], self.capacity, value.shape[-1]))
+        """Store ``key``, ``value`` [A, heads, n, D] of one layer; return views of everything up to them, or of all."""
+        if layer_idx == len(self._keys):  # zeros: a masked value that is not a number would still spread
+            self._keys.append(key.new_zeros(*key.shape[:2], self.capacity, key.shape[-1]))
+            self._values.append(value.new_zeros(*value.shape[:2], self.capacity, value.shape[-1]))
         rows = len(key)
         keys, values = self._keys[layer_idx][:rows], self._values[layer_idx][:rows]
+        if self.static:
+            return keys.index_copy_(2, self.slots, key), values.index_copy_(2, self.slots, value)
         end = self.length + key.shape[2]
         keys[:, :, self.length : end] = key
         values[:, :, self.length : end] = value
@@ -114,43 +87,41 @@ class BlockCache:
                     tensor[new, :, : self.length] = tensor[old, :, : self.length]
 
 
-def choose_tokens(
-    logits_RV: torch.Tensor, rule: DecodingRule, generators: Sequence[torch.Generator], rows_R: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and confidence for each undecided position: (int64 [R], fp32 [R]).
+class _Passes:
+    """Runs a pass; with ``record``, as a CUDA graph of its shape: the first one runs, the second is recorded.
 
-    ``rows_R`` is the batch row of each position; each row samples from its own generator, so a row's text does
-    not depend on which rows it was batched with.
+    What a pass reads and writes stays where it is; :meth:`forget` when that has changed.
     """
-    logits_RV = logits_RV.float()
-    logits_RV[:, rule.mask_token_id] = float("-inf")
-    if rule.temperature == 0.0:
-        tokens_R = logits_RV.argmax(-1)
-    else:
-        noise_RV = torch.empty_like(logits_RV)
-        for row in rows_R.unique().tolist():
-            mine = (rows_R == row).nonzero().squeeze(-1)
-            draws = torch.empty(len(mine), logits_RV.shape[1]).exponential_(generator=generators[row])
-            noise_RV[mine] = draws.log().neg().to(logits_RV.device)
-        tokens_R = (logits_RV / rule.temperature + noise_RV).argmax(-1)  # Gumbel-max: a sample from the softmax
-    chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
-    return tokens_R, (chosen_R - logits_RV.logsumexp(-1)).exp()
 
+    def __init__(self, record: bool) -> None:
+        self.record = record
+        self.forget()
 
-def committed(confidence_Bb: torch.Tensor, rule: DecodingRule) -> torch.Tensor:
-    """Which positions of a block this pass decides, bool [B, b]; decided ones come in with confidence -1.
+    def forget(self) -> None:
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
 
-    Equal confidences are settled left to right, so that the result does not depend on how a sort is made.
-    """
-    urgency_Bb = confidence_Bb
-    if rule.least_confident_first:
-        urgency_Bb = torch.where(confidence_Bb < 0.0, -2.0, -confidence_Bb)
-    order = urgency_Bb.sort(dim=-1, descending=True, stable=True).indices
-    rank_Bb = order.argsort(dim=-1)
-    take_Bb = rank_Bb < rule.tokens_per_step
-    if rule.threshold is not None:
-        take_Bb = take_Bb | (confidence_Bb > rule.threshold)
-    return take_Bb & (confidence_Bb >= 0.0)
+    def __call__(self, shape: int, work: Callable[[], None]) -> None:
+        if not self.record or shape not in self._graphs:
+            self._graphs[shape] = None  # the first one also makes what may not be made while it is recorded
+            return work()
+        graph = self._graphs[shape]
+        if graph is None:
+            graph = self._graphs[shape] = self._recorded(work)
+        return work() if graph is None else graph.replay()
+
+    def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        stream = torch.cuda.current_stream()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # torch leaves its own one current
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"generate: no CUDA graph ({reason}); each pass is launched by the host", stacklevel=2)
+            self.record = False
+            return None
+        return graph
 
 
 class BlockDecoder:
@@ -158,10 +129,18 @@ class BlockDecoder:
 
     ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
     ``head_weight [V, H]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way; ``rows_A``
-    are the rows still being continued (A of the B), in the order the cache has them.
+    are the rows still being continued (A of the B), in the order the cache has them. ``static``: passes of fixed
+    shapes, which wait for nothing; None: on a GPU.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[torch.Tensor], rule: DecodingRule, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[torch.Tensor],
+        rule: DecodingRule,
+        seeds: Sequence[int],
+        static: bool | None = None,
+    ) -> None:
         if not prompts:
             raise ValueError("generate: no prompt; pass at least one")
         if len(seeds) != len(prompts):
@@ -196,8 +175,13 @@ class BlockDecoder:
         self.answer_dev_B = (self.shift_B + self.prompt_B).to(self.device)  # the slot where a row's answer begins
         self.shifted = bool(self.shift_B.any())
         self.eos = torch.tensor(rule.eos_token_ids, dtype=torch.int64, device=self.device)
-        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        self.cache = BlockCache(length)
+        self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], device=self.device)
+        self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
+        self.live_A = torch.ones(count, dtype=torch.bool, device=self.device)
+        self.static = self.device.type == "cuda" if static is None else static
+        self.cache = BlockCache(length, self.static)
+        self._slots: dict[int, torch.Tensor] = {}  # of the queries, by their number
+        self._passes = _Passes(self.device.type == "cuda" and self.static and os.environ.get("A2D_GRAPHS") != "0")
 
     @torch.no_grad()
     def run(self) -> Iterator[bool]:
@@ -205,62 +189,99 @@ class BlockDecoder:
 
         After that ``tokens_BL`` and ``undecided_BL`` change again.
         """
+        rule = self.rule
+        # Otherwise the number of passes is known: each decides ``tokens_per_step`` tokens of a row that has so many.
+        asks = not self.static or rule.threshold is not None or (rule.eos_in_order and rule.tokens_per_step > 1)
         for number in range(int(self.blocks_B.max())):
-            start = (self.first + number) * self.rule.block_size
-            end = self.end = start + self.rule.block_size
-            open_Ab = self._open(start, end)
-            is_open = bool(open_Ab.any())
-            while is_open:
-                self._decide(start, end, open_Ab)
-                open_Ab = self._open(start, end)
-                is_open = bool(open_Ab.any())
-                yield not is_open
-            alive_A = (self.blocks_dev_B[self.rows_A] > number + 1) & ~self._ends(start, end).any(-1)
-            if not alive_A.all():
-                self.rows_A = self.rows_A[alive_A]
-                self.cache.keep(alive_A.nonzero().squeeze(-1).tolist())
+            start = (self.first + number) * rule.block_size
+            end = self.end = start + rule.block_size
+            self.turn.zero_()
+            left = -(-int(self._open(start, end).sum(-1).max()) // rule.tokens_per_step)
+            while left:
+                self._pass(end)
+                left = int(self._open(start, end).any()) if asks else left - 1
+                yield not left
+            ended_A = self._ends(start, end).any(-1)
+            self._continue((self.live_A & (self.blocks_dev_B[self.rows_A] > number + 1) & ~ended_A).tolist())
             if not len(self.rows_A):
                 return
 
-    def _decide(self, start: int, end: int, open_Ab: torch.Tensor) -> None:
-        hidden_AQH = self._forward(end)[:, start - end :]
-        at_R, places_R = open_Ab.nonzero(as_tuple=True)
-        rows_R = self.rows_A[at_R]
-        logits_RV = hidden_AQH[at_R, places_R] @ self.model.head_weight.to(hidden_AQH.dtype).T
-        if self.fills or self.rule.min_new_tokens:  # text follows the filled-in tokens: the answer cannot end there
-            too_early_R = start + places_R < self.answer_dev_B[rows_R] + self.rule.min_new_tokens
-            logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(too_early_R.unsqueeze(1), float("-inf"))
-        tokens_R, confidence_R = choose_tokens(logits_RV, self.rule, self.generators, rows_R)
-        if self.rule.eos_in_order:
-            first_R = open_Ab.int().argmax(1)[at_R]
-            waits_R = torch.isin(tokens_R, self.eos) & (places_R != first_R)
-            confidence_R = confidence_R.masked_fill(waits_R, -1.0)  # as if decided: not in this pass
-        confidence_Ab = torch.full(open_Ab.shape, -1.0, device=self.device)
-        confidence_Ab[at_R, places_R] = confidence_R
-        take_R = committed(confidence_Ab, self.rule)[at_R, places_R]
-        rows_R, slots_R = rows_R[take_R], start + places_R[take_R]
-        self.tokens_BL[rows_R, slots_R] = tokens_R[take_R]
-        self.undecided_BL[rows_R, slots_R] = False
+    def _continue(self, alive: list[bool]) -> None:
+        """Go on with these rows. A recorded pass is for a number of rows: then the others stay until half are done."""
+        places = [place for place, is_alive in enumerate(alive) if is_alive]
+        if len(places) < len(alive) and (not self._passes.record or 2 * len(places) <= len(alive)):
+            self.rows_A = self.rows_A[places]
+            self.live_A = torch.ones_like(self.rows_A, dtype=torch.bool)
+            self.cache.keep(places)
+            self._passes.forget()
+        else:
+            self.live_A.copy_(torch.tensor(alive))
 
-    def _forward(self, end: int) -> torch.Tensor:
-        """Hidden states of every slot from the committed ones up to ``end``; commits those of finished blocks."""
-        block, begin = self.rule.block_size, self.cache.length
-        query_Q = torch.arange(begin, end, device=self.device)
+    def _pass(self, end: int) -> None:
+        """One pass over every slot from the committed ones up to ``end``; commits those of finished blocks."""
+        begin = self.cache.length
+        slots_Q = torch.arange(begin, end, device=self.device)
+        slots_Q = self._slots.setdefault(end - begin, slots_Q).copy_(slots_Q)
+        self._passes(end - begin, partial(self._work, slots_Q))
+        self.cache.commit(end - self.rule.block_size - begin)
+        self.passes += 1
+
+    def _work(self, slots_Q: torch.Tensor) -> None:
+        """The part of a pass on the device."""
+        self.turn.add_(1)
+        slots_b = slots_Q[-self.rule.block_size :]
+        tokens_Ab, undecided_Ab = (of[self.rows_A[:, None], slots_b] for of in (self.tokens_BL, self.undecided_BL))
+        open_Ab = self._open_of(tokens_Ab, undecided_Ab, slots_b)
+        chosen_Ab, confidence_Ab = self._predict(self._forward(slots_Q)[:, -len(slots_b) :], open_Ab, slots_b)
+        take_Ab = committed(confidence_Ab, self.rule)
+        self.tokens_BL[self.rows_A[:, None], slots_b] = torch.where(take_Ab, chosen_Ab, tokens_Ab)
+        self.undecided_BL[self.rows_A[:, None], slots_b] = undecided_Ab & ~take_Ab
+
+    def _predict(
+        self, hidden_AbH: torch.Tensor, open_Ab: torch.Tensor, slots_b: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token and confidence of every position of a block [A, b]; confidence -1 where nothing is to be decided."""
+        rule = self.rule
+        if self.static:
+            at_R = torch.arange(open_Ab.numel(), device=self.device) // len(slots_b)
+            places_R = torch.arange(open_Ab.numel(), device=self.device) % len(slots_b)
+        else:
+            at_R, places_R = open_Ab.nonzero(as_tuple=True)
+        rows_R, slots_R = self.rows_A[at_R], slots_b[places_R]
+        logits_RV = hidden_AbH[at_R, places_R] @ self.model.head_weight.to(hidden_AbH.dtype).T
+        if self.fills or rule.min_new_tokens:  # text follows the filled-in tokens: the answer cannot end there
+            too_early_R = slots_R < self.answer_dev_B[rows_R] + rule.min_new_tokens
+            logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(too_early_R.unsqueeze(1), float("-inf"))
+        noise_RV = None
+        if rule.temperature > 0.0:
+            own_R = slots_R - self.shift_dev_B[rows_R]
+            noise_RV = gumbel_noise(self.seeds_B[rows_R], own_R, self.turn, logits_RV.shape[1])
+        tokens_R, confidence_R = choose_tokens(logits_RV, rule, noise_RV)
+        if rule.eos_in_order:
+            first_R = open_Ab.int().argmax(1)[at_R]
+            waits_R = self._is_eos(tokens_R) & (places_R != first_R)
+            confidence_R = confidence_R.masked_fill(waits_R, -1.0)  # as if decided: not in this pass
+        chosen_Ab = torch.zeros_like(open_Ab, dtype=torch.int64).index_put((at_R, places_R), tokens_R)
+        confidence_Ab = torch.zeros_like(open_Ab, dtype=torch.float32).index_put((at_R, places_R), confidence_R)
+        return chosen_Ab, confidence_Ab.masked_fill(~open_Ab, -1.0)
+
+    def _forward(self, slots_Q: torch.Tensor) -> torch.Tensor:
+        """Hidden states of these slots, [A, Q, H]."""
+        self.cache.slots = slots_Q
         shift_A1 = self.shift_dev_B[self.rows_A].unsqueeze(1)
-        hidden_AQH = self.model.backbone(
-            self.tokens_BL[self.rows_A, begin:end],
-            attention_mask=self._attend(query_Q, shift_A1),
-            position_ids=(query_Q - shift_A1).clamp(min=0),
+        return self.model.backbone(
+            self.tokens_BL[self.rows_A[:, None], slots_Q],
+            attention_mask=self._attend(slots_Q, shift_A1),
+            position_ids=(slots_Q - shift_A1).clamp(min=0),
             past_key_values=self.cache,
         )
-        self.cache.commit(end - block - begin)
-        self.passes += 1
-        return hidden_AQH
 
     def _attend(self, query_Q: torch.Tensor, shift_A1: torch.Tensor) -> torch.Tensor | None:
         """bool [A, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""
-        block, end = self.rule.block_size, int(self.cache.length + len(query_Q))
-        if len(query_Q) == block and not self.shifted:
+        block, end = self.rule.block_size, self.cache.length + len(query_Q)
+        if self.static:
+            end = self.cache.capacity
+        elif len(query_Q) == block and not self.shifted:
             return None
         key_K = torch.arange(end, device=self.device)
         seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
@@ -268,12 +289,12 @@ class BlockDecoder:
         own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot attends to itself: an empty softmax is NaN
         return ((seen_QK & real_AK.unsqueeze(1)) | own_QK).unsqueeze(1)
 
+    def _is_eos(self, tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens.unsqueeze(-1) == self.eos).any(-1)
+
     def _ends(self, start: int, end: int) -> torch.Tensor:
         """Decided end-of-text tokens of the answer in these slots, bool [A, end - start]."""
-        slots = torch.arange(start, end, device=self.device)
-        answer_Ab = slots >= self.answer_dev_B[self.rows_A].unsqueeze(1)
-        is_eos_Ab = torch.isin(self.tokens_BL[self.rows_A, start:end], self.eos)
-        return is_eos_Ab & answer_Ab & ~self.undecided_BL[self.rows_A, start:end]
+        return self._ends_of(*self._block(start, end))
 
     def _open(self, start: int, end: int) -> torch.Tensor:
         """Undecided positions of the rows whose answer can still change in these slots, bool [A, end - start].
@@ -281,10 +302,20 @@ class BlockDecoder:
         Tokens after an end of text, or after ``max_new_tokens``, are cut off at the end, and decided tokens are final:
         a row needs no further pass once everything before that point is decided.
         """
+        return self._open_of(*self._block(start, end))
+
+    def _block(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         slots = torch.arange(start, end, device=self.device)
+        return self.tokens_BL[self.rows_A, start:end], self.undecided_BL[self.rows_A, start:end], slots
+
+    def _ends_of(self, tokens_Ab: torch.Tensor, undecided_Ab: torch.Tensor, slots_b: torch.Tensor) -> torch.Tensor:
+        answer_Ab = slots_b >= self.answer_dev_B[self.rows_A].unsqueeze(1)
+        return self._is_eos(tokens_Ab) & answer_Ab & ~undecided_Ab
+
+    def _open_of(self, tokens_Ab: torch.Tensor, undecided_Ab: torch.Tensor, slots_b: torch.Tensor) -> torch.Tensor:
         limit_A = self.answer_dev_B[self.rows_A] + self.rule.max_new_tokens
-        kept_Ab = (self._ends(start, end).cumsum(-1) == 0) & (slots < limit_A.unsqueeze(1))
-        undecided_Ab = self.undecided_BL[self.rows_A, start:end]
+        ended_Ab = self._ends_of(tokens_Ab, undecided_Ab, slots_b).cumsum(-1) > 0
+        kept_Ab = ~ended_Ab & (slots_b < limit_A.unsqueeze(1)) & self.live_A.unsqueeze(1)
         return undecided_Ab & (undecided_Ab & kept_Ab).any(-1, keepdim=True)
 
     def prompts(self) -> list[torch.Tensor]:

@@ -166,7 +166,7 @@ _A2D_LLAMA_CONFIG = HubConfig(config_class=A2DLlamaConfig, required=_REQUIRED, o
 def _student_release(file: str, config: type[PretrainedConfig], module: type[PreTrainedModel]) -> ReleaseFiles:
     """The files of a student whose own classes are in ``file``.py."""
     return ReleaseFiles(
-        code=(f"{file}.py", "backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py"),
+        code=(f"{file}.py", "backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py", "sampling_a2d.py"),
         auto_map={"AutoConfig": f"{file}.{config.__name__}", "AutoModelForMaskedLM": f"{file}.{module.__name__}"},
     )
 

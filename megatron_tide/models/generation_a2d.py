@@ -1,6 +1,6 @@
 """``model.generate`` for block diffusion language models, with transformers' argument names.
 
-This file is copied into releases with ``decoding_a2d.py``; it needs only torch and transformers.
+Copied into releases with ``decoding_a2d.py`` and ``sampling_a2d.py``: it needs only torch and transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerationMixin
 
-from .decoding_a2d import DEFAULT_NEW_TOKENS, BlockDecoder, DecodingRule
+from .decoding_a2d import BlockDecoder
+from .sampling_a2d import DEFAULT_NEW_TOKENS, DecodingRule
 
 
 class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]

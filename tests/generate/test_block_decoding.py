@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 
 from megatron_tide.models import load_model
-from megatron_tide.models.decoding_a2d import BlockCache, BlockDecoder, DecodingRule, choose_tokens, committed
+from megatron_tide.models.decoding_a2d import BlockCache, BlockDecoder
+from megatron_tide.models.sampling_a2d import DecodingRule, choose_tokens, committed, gumbel_noise
 from tests.reference.generate import fill_in
 from tests.reference.generate import generate as plain
 from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
@@ -237,13 +240,116 @@ def test_temperature_follows_the_softmax() -> None:
     logits = torch.tensor([1.0, 0.0, 5.0, 2.0])
     rule = DecodingRule(block_size=4, mask_token_id=2, eos_token_ids=(), pad_token_id=0, temperature=0.7)
     count = 20000
-    rows = torch.zeros(count, dtype=torch.int64)
-    tokens, confidence = choose_tokens(logits.repeat(count, 1), rule, [torch.Generator().manual_seed(0)], rows)
-    expected = torch.softmax(torch.tensor([1.0, 0.0, float("-inf"), 2.0]) / 0.7, 0)
-    found = torch.bincount(tokens, minlength=4) / count
-    assert torch.allclose(found, expected, atol=0.015)
-    plain_p = torch.softmax(torch.tensor([1.0, 0.0, float("-inf"), 2.0]), 0)
-    assert torch.allclose(confidence, plain_p[tokens])
+    for of in (
+        torch.arange(count),
+        torch.zeros(count, dtype=torch.int64),
+    ):  # every draw its own: by seed, then by place
+        noise = gumbel_noise(of, torch.arange(count), torch.tensor(3), 4)
+        tokens, confidence = choose_tokens(logits.repeat(count, 1), rule, noise)
+        expected = torch.softmax(torch.tensor([1.0, 0.0, float("-inf"), 2.0]) / 0.7, 0)
+        found = torch.bincount(tokens, minlength=4) / count
+        assert torch.allclose(found, expected, atol=0.015)
+        plain_p = torch.softmax(torch.tensor([1.0, 0.0, float("-inf"), 2.0]), 0)
+        assert torch.allclose(confidence, plain_p[tokens])
+
+
+def test_noise_is_gumbels_and_depends_on_every_argument() -> None:
+    """Mean and variance of the standard Gumbel distribution, and no correlation between neighbours of any argument."""
+    seeds, places, vocab = torch.arange(40), torch.arange(40), 5000
+    noise = gumbel_noise(seeds.repeat_interleave(40), places.repeat(40), torch.tensor(1), vocab).double()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.003)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.01)
+    later = gumbel_noise(seeds.repeat_interleave(40), places.repeat(40), torch.tensor(2), vocab).double()
+    grid = noise.view(40, 40, vocab)
+    pairs = [(noise, later), (grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1]), (grid[..., 1:], grid[..., :-1])]
+    for one, other in pairs:
+        correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1].item()
+        assert abs(correlation) < 4 / math.sqrt(one.numel())
+    wide = gumbel_noise(torch.tensor([5, 5 + 2**32]), torch.tensor([3, 3]), torch.tensor(1), vocab)
+    assert not torch.equal(wide[0], wide[1])
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (12, 1, 5, 30)], ids=str)
+@pytest.mark.parametrize(
+    ("tokens_per_step", "threshold", "in_order"), [(1, None, True), (2, None, False), (3, 0.5, True)]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_fixed_shapes_give_the_same_tokens(
+    model: Any,
+    teacher: Any,
+    lengths: tuple[int, ...],
+    tokens_per_step: int,
+    threshold: float | None,
+    in_order: bool,
+    temperature: float,
+) -> None:
+    """What a GPU runs: one buffer under a mask, all positions through the head, a number of passes that is known."""
+    ids: dict[str, Any] = {"block_size": BLOCK, "mask_token_id": MASK, "pad_token_id": PAD, "eos_token_ids": ENDS}
+    rule = DecodingRule(
+        **ids,
+        max_new_tokens=21,
+        min_new_tokens=3,
+        tokens_per_step=tokens_per_step,
+        threshold=threshold,
+        eos_in_order=in_order,
+        temperature=temperature,
+    )
+    prompts = [torch.tensor(prompt) for prompt in prompts_of(lengths, 3)]
+    prompts[0][3:5] = MASK
+    for one in (model, teacher):
+        plainly, fixed = (BlockDecoder(one, prompts, rule, range(len(prompts)), static) for static in (False, True))
+        # A row whose answer has ended stays where a recorded pass is for a number of rows.
+        fixed._passes.record, fixed._passes._recorded = True, lambda work: None
+        assert len(list(plainly.run())) == plainly.passes
+        done = list(fixed.run())
+        assert len(done) == fixed.passes >= plainly.passes
+        assert done.count(True) == len({int(number) for number in torch.tensor(done).cumsum(0)}) - (not done[0])
+        for mine, theirs in zip(fixed.completions(), plainly.completions(), strict=True):
+            assert torch.equal(mine, theirs)
+        for mine, theirs in zip(fixed.prompts(), plainly.prompts(), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_recorded_pass_is_replayed_until_its_rows_change() -> None:
+    """With a stand-in for CUDA graphs, which replays what was recorded."""
+    from megatron_tide.models.decoding_a2d import _Passes
+
+    class Graph:
+        def __init__(self, work: Any) -> None:
+            self.replay = work
+
+    passes, ran = _Passes(record=True), []
+    recorded: list[str] = []
+
+    def record(work: Any) -> Graph:
+        recorded.append(work.args[0])
+        return Graph(work)
+
+    passes._recorded = record  # type: ignore[method-assign, assignment]
+    for name in ("first", "second", "third"):
+        passes(4, partial(ran.append, name))
+    assert ran == ["first", "second", "second"]
+    assert recorded == ["second"]
+    passes(8, partial(ran.append, "longer"))
+    passes.forget()
+    passes(4, partial(ran.append, "again"))
+    assert ran[3:] == ["longer", "again"]
+    assert recorded == ["second"]
+
+
+def test_without_a_graph_each_pass_is_launched(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU here, so recording fails: one warning, the same tokens."""
+    rule = DecodingRule(block_size=BLOCK, mask_token_id=MASK, eos_token_ids=(), pad_token_id=PAD, max_new_tokens=9)
+    prompt = torch.tensor(prompts_of((6,), 8)[0])
+    plainly, fixed = (BlockDecoder(model, [prompt], rule, [0], static) for static in (False, True))
+    fixed._passes.record = True
+    for name in ("current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    list(plainly.run())
+    with pytest.warns(UserWarning, match="no CUDA graph") as caught:
+        list(fixed.run())
+    assert len(caught) == 1
+    assert torch.equal(fixed.completions()[0], plainly.completions()[0])
 
 
 def test_equal_confidences_are_settled_left_to_right() -> None:

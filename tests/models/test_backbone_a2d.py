@@ -22,7 +22,7 @@ from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models import load_model, recompute_layers
 from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
-from megatron_tide.models.backbone_a2d import attention_mask_for
+from megatron_tide.models.backbone_a2d import attend, attention_mask_for, grouped_attention
 from tests.reference.generate import generate as plain_generate
 from tests.support.models import (
     hub_tensors,
@@ -225,3 +225,20 @@ def test_it_generates_as_the_plain_sampler(folder: Path) -> None:
     rule = {"max_new_tokens": 11, "tokens_per_step": 1, "threshold": None}
     found = model.generate(prompt, **rule)[0, 6:].tolist()
     assert found == plain_generate(model, prompt[0].tolist(), block=4, mask_id=2, eos_ids=(1,), **rule)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (6, 1)], ids=str)
+def test_grouped_heads_folded_into_queries_are_the_same_attention(heads: tuple[int, int]) -> None:
+    """What CUDA runs where there is a mask; here against the kernel that knows groups, values and gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads[0], 5), (heads[1], 7), (heads[1], 7))
+    inputs = [torch.randn(3, *shape, 4, generator=generator).double() for shape in shapes]
+    mask = torch.rand(3, 1, 5, 7, generator=generator) > 0.4
+    mask[..., 0] = True
+    found = []
+    for call in (grouped_attention, attend):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        mixed = call(*leaves, mask, 0.7)
+        found.append((mixed, *torch.autograd.grad(mixed.square().sum(), leaves)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -22,7 +22,7 @@ from megatron_tide.release import parity as parity_module
 from tests.support.lab import BLOCK, Lab, moved, stored, write_checkpoint
 
 convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])
-CODE = {"backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py"}
+CODE = {"backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py", "sampling_a2d.py"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,106 @@
+"""How block decoding chooses: the rule, which token a position gets, and which positions a pass decides.
+
+This file is copied into releases next to ``decoding_a2d.py``, so it needs only torch and imports nothing of this
+project. Nothing here waits for the device.
+
+Shapes: A batch rows, b positions of a block, R positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingRule:
+    """How a block is decided.
+
+    Every pass predicts all undecided positions and keeps the ``tokens_per_step`` most confident tokens; the others are
+    masked again. With a ``threshold`` (LLaDA2's rule, published with 0.95) tokens with a higher probability are kept
+    too. ``least_confident_first`` keeps the least confident ones instead (for experiments). ``temperature`` 0 takes the
+    most likely token; above 0, a token is sampled from softmax(logits / temperature). Confidence is the chosen token's
+    probability without temperature. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the masks of
+    the prompt.
+
+    End of text fills the blocks behind an answer in training, so a model is often surest of it at the end of a block,
+    and an answer may end before its beginning is decided. With ``eos_in_order`` end of text is decided only at the
+    first undecided position of a block. It is never chosen for the first ``min_new_tokens`` tokens of an answer.
+    """
+
+    block_size: int
+    mask_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    min_new_tokens: int = 0
+    eos_in_order: bool = False
+    tokens_per_step: int = 1
+    threshold: float | None = None
+    temperature: float = 0.0
+    least_confident_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), ("min_new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise ValueError(f"generate: threshold is {self.threshold}; use a probability from 0 to 1")
+        if self.temperature < 0.0 or not math.isfinite(self.temperature):
+            raise ValueError(f"generate: temperature is {self.temperature}; use 0 (greedy) or more")
+
+
+def gumbel_noise(seed_R: torch.Tensor, place_R: torch.Tensor, turn: torch.Tensor, vocab: int) -> torch.Tensor:
+    """Gumbel noise, fp32 [R, V]: a function of a row's seed, a position, the pass and the token, the same on any device
+    and in any batch.
+
+    All arguments int64 (``turn`` without dimensions). Each number is hashed from a counter (two rounds of the finaliser
+    of MurmurHash3, in wrapping 32-bit arithmetic) to 31 bits.
+    """
+    key_R = _hashed(_hashed(_hashed(seed_R.int()) + (seed_R >> 32).int()) + place_R.int())
+    key_R = _hashed(key_R + turn.int())
+    bits_RV = _hashed(torch.arange(vocab, dtype=torch.int32, device=seed_R.device)) ^ key_R.unsqueeze(1)
+    share_RV = _hashed(bits_RV).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+    return share_RV.neg_().log1p_().neg_().log_().neg_()  # -log(-log u): exact where it is large
+
+
+def _hashed(x: torch.Tensor) -> torch.Tensor:
+    """int32 -> int32, every bit of the result depends on every bit of ``x``."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -2048144789  # 0x85EBCA6B
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def choose_tokens(
+    logits_RV: torch.Tensor, rule: DecodingRule, noise_RV: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and confidence for each position: (int64 [R], fp32 [R]).
+
+    ``noise_RV``: of :func:`gumbel_noise`; None takes the most likely token.
+    """
+    logits_RV = logits_RV.float()
+    logits_RV[:, rule.mask_token_id] = float("-inf")
+    # Gumbel-max: a sample from the softmax.
+    tokens_R = (logits_RV if noise_RV is None else logits_RV / rule.temperature + noise_RV).argmax(-1)
+    chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
+    return tokens_R, (chosen_R - logits_RV.logsumexp(-1)).exp()
+
+
+def committed(confidence_Bb: torch.Tensor, rule: DecodingRule) -> torch.Tensor:
+    """Which positions of a block this pass decides, bool [B, b]; decided ones come in with confidence -1.
+
+    Equal confidences are settled left to right, so that the result does not depend on how a sort is made.
+    """
+    urgency_Bb = confidence_Bb
+    if rule.least_confident_first:
+        urgency_Bb = torch.where(confidence_Bb < 0.0, -2.0, -confidence_Bb)
+    order = urgency_Bb.sort(dim=-1, descending=True, stable=True).indices
+    rank_Bb = order.argsort(dim=-1)
+    take_Bb = rank_Bb < rule.tokens_per_step
+    if rule.threshold is not None:
+        take_Bb = take_Bb | (confidence_Bb > rule.threshold)
+    return take_Bb & (confidence_Bb >= 0.0)
