@@ -115,6 +115,13 @@ ATTENTION_LAYOUTS = Table(
     }
 )
 
+BLOCK_LAYOUTS = Table(
+    {
+        "sequence": Choice("at multiples of the block size from the start of the text, as in training", False),
+        "answer": Choice("at the answer, as in the published sampler", True),
+    }
+)
+
 COMPDEMO_SPLITS = Table(
     {
         "bernoulli": Choice("one coin flip per unit (published)", False),

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.choices import ATTENTION_LAYOUTS, LIKELIHOOD_NOISE
+from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import flag, say
 from megatron_tide.machine import DEVICE_HELP, device_of
 
@@ -115,6 +115,12 @@ class Args:
     json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE")
     card: bool = flag(False, "Also write the scores of each release into its model card")
     seed: int = flag(0, "Random seed for masks, sampling and bootstrap")
+    block_layout: str | None = flag(
+        None,
+        f"Where blocks begin. {BLOCK_LAYOUTS}",
+        choices=BLOCK_LAYOUTS,
+        shown="answer for benchmarks, as published; sequence for --data",
+    )
     batch_size: int = flag(8, "Number of samples per batch; affects only speed and memory", low=1)
     dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP)
@@ -182,6 +188,7 @@ def _likelihood(args: Args) -> dict[str, Any]:
             "min_new_tokens": args.likelihood.completion_min_tokens,
             "eos_in_order": args.likelihood.completion_eos_in_order,
         },
+        block_layout=args.block_layout or "sequence",
         per_sample=args.likelihood.per_sample,
     )
     for text in args.model:
@@ -204,7 +211,7 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
 
     given = args.benchmarks
     changes = {name: getattr(given, name) for name in ("steps", "few_shot", "temperature", "chat_template")}
-    changes |= {"new_tokens": given.max_new_tokens}
+    changes |= {"new_tokens": given.max_new_tokens, "block_layout": args.block_layout}
     presets = {name: changed_preset(name, given.preset, changes) for name in names}
     shared = {name: getattr(given, name) for name in ("samples_per_problem", "unsafe_programs", "include_path")}
     check_benchmarks(presets, **shared)

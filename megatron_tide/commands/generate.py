@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.cli import flag
 from megatron_tide.machine import DEVICE_HELP, device_of
 
@@ -39,6 +40,7 @@ class DecodingArgs:
         None, "Probability above which tokens are decided immediately, e.g. 0.9: fewer passes"
     )
     least_confident_first: bool = flag(False, "Decide the least probable tokens first")
+    block_layout: str = flag("sequence", f"Where blocks begin. {BLOCK_LAYOUTS}", choices=BLOCK_LAYOUTS)
     temperature: float = flag(0.0, "Sampling temperature; 0 takes the most probable token")
     seed: int = flag(0, "Random seed for sampling with --temperature above 0")
 

@@ -1,8 +1,8 @@
 """The paper's eight benchmarks: settings of each, and the numbers it published.
 
-Settings are those of TIDE's evaluation (arXiv 2604.26951): blocks of 32, greedy decoding, one token per pass, no
-examples in the prompt but three for BBH. The paper names two tasks that only its own copy of lm-eval has; ``note``
-gives their replacement, and other points that the paper does not specify.
+Settings are those of TIDE's evaluation (arXiv 2604.26951): blocks of 32 that begin at the answer, greedy decoding,
+one token per pass, no examples in the prompt but three for BBH. The paper names two tasks that only its own copy of
+lm-eval has; ``note`` gives their replacement, and other points that the paper does not specify.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class BenchmarkPreset:
     steps: int | None = 256
     """Passes per answer; None for one per token."""
     block_size: int = 32
+    block_layout: str = "answer"
+    """Where blocks begin: the published sampler pads prompts on the left."""
     few_shot: int | None = 0
     """Examples in the prompt; None for as many as the task itself names."""
     chat_template: bool = True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_tide.bridge import load_tokenizer
-from megatron_tide.choices import ATTENTION_LAYOUTS, LIKELIHOOD_NOISE
+from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
@@ -44,7 +44,8 @@ class LikelihoodSettings:
 
     ``teacher_context``: the attention layout of teachers. ``noise``: a name of ``LIKELIHOOD_NOISE``. ``baselines``:
     names of the rows that each row is compared with; none: the first student. ``completions``: the number of prompts to
-    answer, by the ``decoding`` rule (fields of ``DecodingRule``). ``per_sample``: the record has each sample's numbers.
+    answer, by the ``decoding`` rule (fields of ``DecodingRule``). ``block_layout``: a name of ``BLOCK_LAYOUTS``, for
+    both. ``per_sample``: the record has each sample's numbers.
     """
 
     data: PreparedData
@@ -59,6 +60,7 @@ class LikelihoodSettings:
     baselines: tuple[str, ...] = ()
     completions: int = 0
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    block_layout: str = "sequence"
     per_sample: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +80,8 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     if not (role or fitting):
         raise ValueError(f"{path}: {how.data.folder} was prepared for models with other tokenizers")
     role = role or fitting[0]
-    scoring = scoring_inputs(how.data, role, how.teacher_context if role == "teacher" else "staircase")
+    context, at_answer = how.teacher_context if role == "teacher" else "staircase", BLOCK_LAYOUTS[how.block_layout]
+    scoring = scoring_inputs(how.data, role, context, at_answer=at_answer)
     if role not in fitting:
         raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
     started = time.perf_counter()
@@ -95,7 +98,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     )
     answers = None
     if how.completions:
-        how_many = {"count": how.completions, "batch_size": how.batch_size}
+        how_many = {"count": how.completions, "batch_size": how.batch_size, "block_layout": how.block_layout}
         answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many, **how.decoding)
     return Row(name, path, report, answers, time.perf_counter() - started)
 
@@ -119,6 +122,7 @@ def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any
             "likelihood_noise": how.noise,
             "seed": how.seed,
             "teacher_context": how.teacher_context,
+            "block_layout": how.block_layout,
             "dtype": str(how.dtype).removeprefix("torch."),
             "baselines": [base.name for base in bases],
         },

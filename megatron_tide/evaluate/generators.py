@@ -90,7 +90,8 @@ class BlockDiffusionGenerator(Generator, LM):
     def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
         # A model decodes in the blocks it was trained with; the paper's models were all trained with the preset's.
         block_size = getattr(self.model.config, "block_size", None) or preset.block_size
-        return {**super().settings(preset), "block_size": block_size, "steps": preset.steps}
+        stated = {"block_size": block_size, "block_layout": preset.block_layout, "steps": preset.steps}
+        return {**super().settings(preset), **stated}
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers in the order of the requests, each cut before its first stop string.
@@ -116,7 +117,7 @@ class BlockDiffusionGenerator(Generator, LM):
         return tokenizer.encode_prompt(prompt) if settings["chat_template"] else tokenizer.encode(prompt)
 
     def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[str]:
-        names = ("max_new_tokens", "temperature", "block_size", "steps")
+        names = ("max_new_tokens", "temperature", "block_size", "block_layout", "steps")
         settings = {name: requests[0].args[1][name] for name in names}
         seeds = [_seed(*request.args) for request in requests]
         found = complete(

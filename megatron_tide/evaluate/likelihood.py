@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import Batch, Tokens, read_batch
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise
+from megatron_tide.evaluate.block_layout import lead_of, moved, without_lead
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
 from megatron_tide.models import masked_hidden_states, score_rows
@@ -46,19 +47,33 @@ class ScoringInputs:
     layout: AttentionLayout
     block: int
     mask_id: int
+    pad_id: int
     lengths: NDArray[np.int32]
     needs_chunks: bool
+    at_answer: bool
+    """Whether blocks begin at the response, in place of the start of the text."""
 
     def tokens(self, batch: Batch) -> Tokens:
         return getattr(batch, self.name)
+
+    def placed(self, batch: Batch) -> tuple[Batch, torch.Tensor | None]:
+        """``batch`` in this block layout, and the slots in front of each sample, int64 [B] (None: none)."""
+        if not self.at_answer:
+            return batch, None
+        tokens = self.tokens(batch)
+        return replace(batch, **{self.name: moved(tokens, self.block, self.pad_id)}), lead_of(tokens, self.block)
 
     def masked(self, drawn: Noise) -> torch.Tensor:
         """Bool [B, S]."""
         return getattr(drawn, f"{self.name}_masked")
 
 
-def scoring_inputs(data: PreparedData, name: str, layout: str = "staircase") -> ScoringInputs:
+def scoring_inputs(
+    data: PreparedData, name: str, layout: str = "staircase", *, at_answer: bool = False
+) -> ScoringInputs:
     """The ``name`` (student or teacher) half of ``data``; the staircase shows a teacher what the student sees.
+
+    ``at_answer``: blocks begin at the response, as the published sampler decodes; else at the start, as in training.
 
     Raises:
         ValueError: the data has no teacher's half, or the layout is unknown.
@@ -72,8 +87,10 @@ def scoring_inputs(data: PreparedData, name: str, layout: str = "staircase") -> 
         layout=ATTENTION_LAYOUTS[layout],
         block=data.manifest[name]["block"],
         mask_id=data.manifest[name]["mask_id"],
+        pad_id=data.manifest[name]["pad_id"],
         lengths=getattr(data.stats, f"{name}_length"),
         needs_chunks=not data.student_only,
+        at_answer=at_answer,
     )
 
 
@@ -221,9 +238,11 @@ def measure(
     model.eval()
     bar = tqdm(total=len(indices), desc=printable(label, keep=""), disable=not label, leave=False)
     for places in _batches(scoring, indices, batch_size):
-        batch = read_batch(data, indices[places])
+        batch, lead_B = scoring.placed(read_batch(data, indices[places]))
         for k, drawn in enumerate(noise.draws(batch, scoring.tokens(batch), scoring.block, mc_samples, seed)):
             found, levels = masked_tokens(scoring, batch, drawn), len(drawn.rate)
+            if lead_B is not None:
+                found = replace(found, inputs=without_lead(found.inputs, lead_B))
             scores_3N = drawn.rate.new_zeros(3, levels)
             if len(found.targets_M):
                 scores_3N = _score(model, found, levels, slice_rows)

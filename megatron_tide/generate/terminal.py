@@ -67,7 +67,7 @@ def chat(
     out = out or sys.stdout
     opening = [{"role": "system", "content": system}] if system else []
     said, tokens, seconds, turn = list(opening), 0, 0.0, 0
-    out.write(f"({HELP})\n")
+    out.write(f"({HELP}; blocks begin at the {options.get('block_layout', 'sequence')})\n")
     while True:
         try:
             line = ask("you> ").strip()

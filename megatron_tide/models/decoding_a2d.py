@@ -11,10 +11,12 @@ V)::
     pass 2..       [ the same block, a few masks fewer ]
     next block     [ that block, finished | the next one, all masks ]        <- caches one, decides in the other
 
-Blocks sit at multiples of the block size of each row's own positions, as in training; the first decoded block can
-contain the end of the prompt. Rows with shorter prompts are shifted right by full blocks, so that the batch decodes in
-step. A block attends to itself and to everything before it; the keys and values of finished blocks never change, which
-is what makes the cache exact. The head runs on undecided positions only. A row whose answer has ended leaves the batch.
+Where blocks begin is the rule's ``block_layout``. "sequence": at multiples of the block size of each row's own
+positions, as in training; the first decoded block can contain the end of the prompt. "answer": the answer begins a
+block, as in the published sampler; the first block of the prompt is shorter, and so is the last one of the answer.
+Rows with shorter prompts are shifted right, so that the batch decodes in step. A block attends to itself and to
+everything before it; the keys and values of finished blocks never change, which is what makes the cache exact. The
+head runs on undecided positions only. A row whose answer has ended leaves the batch.
 
 On a GPU the cache is one buffer of fixed size with a mask, every position of a block runs through the head, and a pass
 is recorded once for each of its shapes as a CUDA graph and replayed. The host waits twice per block (how many passes it
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 
-from .sampling_a2d import DecodingRule, choose_tokens, committed, gumbel_noise
+from .sampling_a2d import BLOCKS_AT_ANSWER, DecodingRule, choose_tokens, committed, gumbel_noise
 
 
 class BlockCache:
@@ -155,11 +157,15 @@ class BlockDecoder:
             raise ValueError("generate: max_new_tokens is 0, and a prompt has no mask to fill in; use 1 or more")
         self.prompt_B = torch.tensor([len(prompt) for prompt in prompts])
         opens = [int(hole.nonzero()[0, 0]) if hole.any() else len(hole) for hole in holes]
-        first_B = torch.tensor(opens) // block  # the block where a row's decoding begins
+        at_answer = BLOCKS_AT_ANSWER[rule.block_layout]
+        short_B = -self.prompt_B % block * at_answer  # tokens that the first block is short of
+        first_B = (short_B + torch.tensor(opens)) // block  # the block where a row's decoding begins
         self.first = int(first_B.max())
-        self.shift_B = (self.first - first_B) * block
-        self.blocks_B = -(-(self.prompt_B + rule.max_new_tokens) // block) - first_B
-        length = (self.first + int(self.blocks_B.max())) * block
+        shift_B = (self.first - first_B) * block + short_B
+        self.short = int(shift_B.min())  # slots that the first block of every row is short of: there are none for them
+        self.shift_B = shift_B - self.short
+        self.blocks_B = -(-(short_B + self.prompt_B + rule.max_new_tokens) // block) - first_B
+        length = (self.first + int(self.blocks_B.max())) * block - self.short
         canvas = torch.full((count, length), rule.mask_token_id)
         undecided = torch.ones(count, length, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -168,12 +174,17 @@ class BlockDecoder:
             canvas[row, start:end] = prompt
             undecided[row, :start] = False
             undecided[row, start:end] = holes[row]
+            if at_answer:
+                undecided[row, end + rule.max_new_tokens :] = False
         self.tokens_BL, self.undecided_BL = canvas.to(self.device), undecided.to(self.device)
         self.rows_A = torch.arange(count, device=self.device)
         self.blocks_dev_B = self.blocks_B.to(self.device)
         self.shift_dev_B = self.shift_B.to(self.device)
         self.answer_dev_B = (self.shift_B + self.prompt_B).to(self.device)  # the slot where a row's answer begins
         self.shifted = bool(self.shift_B.any())
+        # The slot behind a row's last block: nothing attends to what is there.
+        self.stop_dev_B = self.answer_dev_B + rule.max_new_tokens if at_answer else torch.full_like(self.rows_A, length)
+        self.whole = int(self.stop_dev_B.min())  # up to this slot, the blocks of all rows are whole
         self.eos = torch.tensor(rule.eos_token_ids, dtype=torch.int64, device=self.device)
         self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], device=self.device)
         self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
@@ -193,8 +204,8 @@ class BlockDecoder:
         # Otherwise the number of passes is known: each decides ``tokens_per_step`` tokens of a row that has so many.
         asks = not self.static or rule.threshold is not None or (rule.eos_in_order and rule.tokens_per_step > 1)
         for number in range(int(self.blocks_B.max())):
-            start = (self.first + number) * rule.block_size
-            end = self.end = start + rule.block_size
+            end = self.end = (self.first + number + 1) * rule.block_size - self.short
+            start = max(0, end - rule.block_size)
             self.turn.zero_()
             left = -(-int(self._open(start, end).sum(-1).max()) // rule.tokens_per_step)
             while left:
@@ -223,7 +234,7 @@ class BlockDecoder:
         slots_Q = torch.arange(begin, end, device=self.device)
         slots_Q = self._slots.setdefault(end - begin, slots_Q).copy_(slots_Q)
         self._passes(end - begin, partial(self._work, slots_Q))
-        self.cache.commit(end - self.rule.block_size - begin)
+        self.cache.commit(max(0, end - self.rule.block_size - begin))
         self.passes += 1
 
     def _work(self, slots_Q: torch.Tensor) -> None:
@@ -281,11 +292,11 @@ class BlockDecoder:
         block, end = self.rule.block_size, self.cache.length + len(query_Q)
         if self.static:
             end = self.cache.capacity
-        elif len(query_Q) == block and not self.shifted:
+        elif len(query_Q) == block and not self.shifted and end <= self.whole:
             return None
         key_K = torch.arange(end, device=self.device)
-        seen_QK = query_Q.unsqueeze(1) // block >= key_K // block
-        real_AK = key_K >= shift_A1
+        seen_QK = (query_Q.unsqueeze(1) + self.short) // block >= (key_K + self.short) // block
+        real_AK = (key_K >= shift_A1) & (key_K < self.stop_dev_B[self.rows_A].unsqueeze(1))
         own_QK = query_Q.unsqueeze(1) == key_K  # a padding slot attends to itself: an empty softmax is NaN
         return ((seen_QK & real_AK.unsqueeze(1)) | own_QK).unsqueeze(1)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 DEFAULT_NEW_TOKENS = 256
+BLOCKS_AT_ANSWER = {"sequence": False, "answer": True}  # block layouts: whether the answer begins a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class DecodingRule:
     End of text fills the blocks behind an answer in training, so a model is often surest of it at the end of a block,
     and an answer may end before its beginning is decided. With ``eos_in_order`` end of text is decided only at the
     first undecided position of a block. It is never chosen for the first ``min_new_tokens`` tokens of an answer.
+
+    ``block_layout``: a key of ``BLOCKS_AT_ANSWER``, see ``decoding_a2d.py``.
     """
 
     block_size: int
@@ -43,6 +46,7 @@ class DecodingRule:
     threshold: float | None = None
     temperature: float = 0.0
     least_confident_first: bool = False
+    block_layout: str = "sequence"
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), ("min_new_tokens", 0)):
@@ -50,6 +54,8 @@ class DecodingRule:
                 raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"generate: threshold is {self.threshold}; use a probability from 0 to 1")
+        if self.block_layout not in BLOCKS_AT_ANSWER:
+            raise ValueError(f"generate: block_layout is {self.block_layout!r}; use {' or '.join(BLOCKS_AT_ANSWER)}")
         if self.temperature < 0.0 or not math.isfinite(self.temperature):
             raise ValueError(f"generate: temperature is {self.temperature}; use 0 (greedy) or more")
 

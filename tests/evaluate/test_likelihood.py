@@ -49,6 +49,33 @@ def test_equals_the_plain_way(models: dict[str, Any], data: PreparedData, name: 
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "alone"])
+def test_blocks_that_begin_at_the_answer_equal_the_plain_way(lab: Lab, models: dict[str, Any], name: str) -> None:
+    """With the masks of the other layout, token for token."""
+    data = PreparedData.open(lab.student_data if name == "alone" else lab.data)
+    name = "student" if name == "alone" else name
+    how: dict[str, Any] = {"mc_samples": 3, "seed": 4}
+    expected = plain(
+        models[name],
+        data,
+        name,
+        **how,
+        grid=lambda key: timestep_grid(torch.tensor([key]), 3, seed=4)[0].tolist(),
+        from_answer=True,
+    )
+    side = scoring_inputs(data, name, at_answer=True)
+    report = evaluate_likelihood(models[name], data, side, **how, batch_size=5)
+    assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+    assert report.accuracy.value == pytest.approx(expected["accuracy"], rel=1e-9)
+    sequence = evaluate_likelihood(models[name], data, scoring_inputs(data, name), **how, batch_size=5)
+    assert report.bits_per_byte.value != sequence.bits_per_byte.value
+    assert [row["masked_tokens"] for row in report.by_timestep] == [
+        row["masked_tokens"] for row in sequence.by_timestep
+    ]
+    per_block = evaluate_likelihood(models[name], data, side, **how, noise=PER_BLOCK)
+    assert per_block.bits_per_byte.value == pytest.approx(report.bits_per_byte.value, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "alone"])
 def test_timesteps_per_block_equal_the_plain_way(lab: Lab, models: dict[str, Any], name: str) -> None:
     """On both sides' own blocks, and on data without chunks."""
     data = PreparedData.open(lab.student_data if name == "alone" else lab.data)

@@ -1,4 +1,7 @@
-"""Block decoding the plain way: one row at a time, no cache, the whole text encoded again for every pass, full head."""
+"""Block decoding the plain way: one row at a time, no cache, the whole text encoded again for every pass, full head.
+
+``lead``: how many tokens the first block is short of; blocks begin at the answer for ``-len(prompt) % block``.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from typing import Any
 import torch
 
 
-def block_causal(length: int, block: int) -> torch.Tensor:
+def block_causal(length: int, block: int, lead: int = 0) -> torch.Tensor:
     """bool [1, 1, L, L]: a position attends to its own block and to every earlier one."""
     mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
     for query in range(length):
         for key in range(length):
-            mask[0, 0, query, key] = key // block <= query // block
+            mask[0, 0, query, key] = (lead + key) // block <= (lead + query) // block
     return mask
 
 
@@ -30,18 +33,24 @@ def generate(
     least_confident_first: bool = False,
     min_new_tokens: int = 0,
     eos_in_order: bool = False,
+    from_answer: bool = False,
 ) -> list[int]:
-    """The greedy answer to one prompt, cut after its first end of text."""
+    """The greedy answer to one prompt, cut after its first end of text.
+
+    ``from_answer``: blocks begin at the answer, and its last one ends with it.
+    """
     order = -1 if least_confident_first else 1
     tokens = list(prompt)
+    lead = -len(prompt) % block if from_answer else 0
     while len(tokens) < len(prompt) + max_new_tokens:
-        start = len(tokens) // block * block
-        tokens += [mask_id] * (start + block - len(tokens))
-        undecided = set(range(max(start, len(prompt)), start + block))
+        start = (lead + len(tokens)) // block * block - lead
+        end = min(start + block, len(prompt) + max_new_tokens) if from_answer else start + block
+        tokens += [mask_id] * (end - len(tokens))
+        undecided = set(range(max(start, len(prompt)), end))
         while undecided:
             for position, token in most_confident(
                 model, tokens, undecided, block, mask_id, tokens_per_step, threshold, order,
-                len(prompt) + min_new_tokens, eos_ids, eos_in_order,
+                len(prompt) + min_new_tokens, eos_ids, eos_in_order, lead,
             ):  # fmt: skip
                 tokens[position] = token
                 undecided.remove(position)
@@ -66,6 +75,7 @@ def most_confident(
     inside: int = 0,
     never_inside: tuple[int, ...] = (),
     only_first: bool = False,
+    lead: int = 0,
 ) -> list[tuple[int, int]]:
     """(position, token) pairs that one pass decides; ``order`` -1: the least confident ones.
 
@@ -75,7 +85,7 @@ def most_confident(
     length = len(tokens)
     logits = model(
         torch.tensor([tokens]),
-        attention_mask=block_causal(length, block),
+        attention_mask=block_causal(length, block, lead),
         position_ids=torch.arange(length).unsqueeze(0),
     ).logits[0]
     found = []
@@ -96,22 +106,30 @@ def most_confident(
 
 @torch.no_grad()
 def fill_in(
-    model: Any, prompt: list[int], *, block: int, mask_id: int, eos_ids: tuple[int, ...], tokens_per_step: int
+    model: Any,
+    prompt: list[int],
+    *,
+    block: int,
+    mask_id: int,
+    eos_ids: tuple[int, ...],
+    tokens_per_step: int,
+    lead: int = 0,
 ) -> list[int]:
     """The prompt with its mask tokens decided, block after block, each seeing the text up to its own end; no EOS."""
     tokens = list(prompt)
-    for start in range(0, len(prompt), block):
-        undecided = {place for place in range(start, min(start + block, len(prompt))) if prompt[place] == mask_id}
+    for start in range(-lead, len(prompt), block):
+        inside = range(max(start, 0), min(start + block, len(prompt)))
+        undecided = {place for place in inside if prompt[place] == mask_id}
         seen = tokens[: start + block]
         seen += [mask_id] * (start + block - len(seen))
         tail = set(range(len(prompt), start + block)) if undecided else set()
         while undecided:
             both = undecided | tail
             for place, token in most_confident(
-                model, seen, both, block, mask_id, tokens_per_step, None, 1, len(prompt), eos_ids
+                model, seen, both, block, mask_id, tokens_per_step, None, 1, len(prompt), eos_ids, lead=lead
             ):
                 seen[place] = token
                 undecided.discard(place)
                 tail.discard(place)
-        tokens[start : start + block] = seen[start : len(prompt)]
+        tokens[inside.start : inside.stop] = seen[inside.start : len(prompt)]
     return tokens

@@ -14,8 +14,13 @@ from tests.reference.noise import draws, sampled
 
 
 @torch.no_grad()
-def likelihood(model: Any, data: PreparedData, side: str, *, mc_samples: int, seed: int, grid: Any) -> dict[str, float]:
-    """Bits per byte and masked-token accuracy over all of ``data``; ``grid(key)`` gives a sample's timesteps."""
+def likelihood(
+    model: Any, data: PreparedData, side: str, *, mc_samples: int, seed: int, grid: Any, from_answer: bool = False
+) -> dict[str, float]:
+    """Bits per byte and masked-token accuracy over all of ``data``; ``grid(key)`` gives a sample's timesteps.
+
+    ``from_answer``: blocks begin at the response, and the last one is filled with end of text.
+    """
     manifest = data.manifest[side]
     nats = size = right = masked = 0.0
     for index in range(len(data)):
@@ -27,7 +32,11 @@ def likelihood(model: Any, data: PreparedData, side: str, *, mc_samples: int, se
             hidden = drawn.student_masked if side == "student" else drawn.teacher_masked
             length = int(tokens.length[0])
             ids, hidden = tokens.ids[:, :length], hidden[:, :length]
-            logits = two_copies(model, ids, hidden, manifest["block"], manifest["mask_id"])
+            lead = -int(tokens.prompt[0]) % manifest["block"] if from_answer else 0
+            if from_answer and int(ids[0, -1]) == manifest["pad_id"]:
+                fill = -(lead + length) % manifest["block"]
+                ids, hidden = (torch.cat((one, one[:, -1:].expand(-1, fill)), 1) for one in (ids, hidden))
+            logits = two_copies(model, ids, hidden, manifest["block"], manifest["mask_id"], lead)
             for position in range(int(tokens.prompt[0]), int(tokens.content_end[0]) + 1):
                 uncovered = tokens.chunk[0, position] < 0 and not data.student_only
                 if uncovered or not hidden[0, position]:
@@ -70,10 +79,13 @@ def likelihood_by_block(model: Any, data: PreparedData, side: str, *, mc_samples
     return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / masked}
 
 
-def two_copies(model: Any, ids: torch.Tensor, masked: torch.Tensor, block: int, mask_id: int) -> torch.Tensor:
-    """Logits [S, V] of the noised copy of one sample, under the full staircase."""
+def two_copies(
+    model: Any, ids: torch.Tensor, masked: torch.Tensor, block: int, mask_id: int, lead: int = 0
+) -> torch.Tensor:
+    """Logits [S, V] of the noised copy of one sample, under the full staircase; its first block is ``lead`` short."""
     length = ids.shape[1]
     both = torch.cat((ids.masked_fill(masked, mask_id), ids), 1)
     positions = torch.arange(length).repeat(2).unsqueeze(0)
-    attend = staircase_mask(length, block)[None, None]
+    seen = [*range(lead, lead + length), *range(2 * lead + length, 2 * (lead + length))]
+    attend = staircase_mask(lead + length, block)[seen][:, seen][None, None]
     return model(both, attention_mask=attend, position_ids=positions).logits[0, :length]
