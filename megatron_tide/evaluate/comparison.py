@@ -98,7 +98,11 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     )
     answers = None
     if how.completions:
-        how_many = {"count": how.completions, "batch_size": how.batch_size, "block_layout": how.block_layout}
+        how_many: dict[str, Any] = {
+            "count": how.completions,
+            "batch_size": how.batch_size,
+            "block_layout": how.block_layout,
+        }
         answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many, **how.decoding)
     return Row(name, path, report, answers, time.perf_counter() - started)
 

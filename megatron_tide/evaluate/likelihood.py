@@ -61,7 +61,8 @@ class ScoringInputs:
         if not self.at_answer:
             return batch, None
         tokens = self.tokens(batch)
-        return replace(batch, **{self.name: moved(tokens, self.block, self.pad_id)}), lead_of(tokens, self.block)
+        sides: dict[str, Any] = {self.name: moved(tokens, self.block, self.pad_id)}
+        return replace(batch, **sides), lead_of(tokens, self.block)
 
     def masked(self, drawn: Noise) -> torch.Tensor:
         """Bool [B, S]."""

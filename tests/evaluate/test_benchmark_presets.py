@@ -18,12 +18,12 @@ from megatron_tide.evaluate.harness import _task_manager
 
 
 def test_settings_are_those_of_the_paper() -> None:
-    """A token a pass, blocks of 32, greedy; three tokens where a letter is asked for; examples for BBH only."""
+    """A token a pass, blocks of 32 that begin at the answer, greedy; three tokens where a letter is asked for; examples for BBH only."""
     assert len(PAPER) == 8
     for name, preset in PAPER.items():
         tokens = 3 if name in ("mmlu", "hellaswag") else 256
         assert (preset.new_tokens, preset.steps) == (tokens, tokens)
-        assert (preset.block_size, preset.temperature) == (32, 0.0)
+        assert (preset.block_size, preset.block_layout, preset.temperature) == (32, "answer", 0.0)
         assert preset.few_shot == (3 if name == "bbh" else 0)
 
 

@@ -78,7 +78,7 @@ def test_a_shared_vocabulary_teacher_decodes_in_the_papers_blocks(lab: Lab, tmp_
     generator = opened(tmp_path)
     assert generator.settings(PRESET)["block_size"] == 32
     ids = [generator.text_tokenizer.encode(PROMPTS[0])]
-    options = {"max_new_tokens": 12, "steps": PRESET.steps, "block_size": 32}
+    options = {"max_new_tokens": 12, "steps": PRESET.steps, "block_size": 32, "block_layout": "answer"}
     (expected,) = complete(generator.model, generator.text_tokenizer, ids, **options)
     assert 1 <= len(expected.ids) <= 12
     assert answers(generator, PROMPTS[:1]) == [expected.text]
@@ -88,13 +88,18 @@ def test_blocks_are_those_of_the_model_and_passes_those_of_the_preset(lab: Lab) 
     generator = opened(lab.student)
     assert generator.settings(PRESET) == {
         "block_size": generator.model.config.block_size,
+        "block_layout": "answer",
         "max_new_tokens": 12,
         "steps": PRESET.steps,
         "temperature": 0.0,
     }
     ids = [generator.text_tokenizer.encode(prompt) for prompt in PROMPTS]
-    expected = complete(generator.model, generator.text_tokenizer, ids, max_new_tokens=12, tokens_per_step=2)
+    rule: dict[str, Any] = {"max_new_tokens": 12, "tokens_per_step": 2}
+    expected = complete(generator.model, generator.text_tokenizer, ids, **rule, block_layout="answer")
     assert answers(generator, PROMPTS) == [one.text for one in expected]
+    in_sequence = complete(generator.model, generator.text_tokenizer, ids, **rule)
+    assert answers(generator, PROMPTS, replace(PRESET, block_layout="sequence")) == [one.text for one in in_sequence]
+    assert in_sequence != expected
 
 
 def greedy(generator: Generator, prompt: Any, count: int) -> list[int]:
@@ -159,7 +164,8 @@ def answer_to(generator: Generator, ids: Any) -> str:
     """The answer to a prompt of these ids, in the plain way."""
     if isinstance(generator, AutoregressiveGenerator):
         return generator.text_tokenizer.decode(greedy(generator, ids, 12))
-    (found,) = complete(generator.model, generator.text_tokenizer, [ids], max_new_tokens=12, steps=PRESET.steps)
+    rule: dict[str, Any] = {"max_new_tokens": 12, "steps": PRESET.steps, "block_layout": PRESET.block_layout}
+    (found,) = complete(generator.model, generator.text_tokenizer, [ids], **rule)
     return found.text
 
 
