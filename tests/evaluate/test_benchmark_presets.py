@@ -18,7 +18,7 @@ from megatron_tide.evaluate.harness import _task_manager
 
 
 def test_settings_are_those_of_the_paper() -> None:
-    """A token a pass, blocks of 32 that begin at the answer, greedy; three tokens where a letter is asked for; examples for BBH only."""
+    """A token a pass, blocks of 32 from the answer on, greedy; three tokens for a letter; examples for BBH only."""
     assert len(PAPER) == 8
     for name, preset in PAPER.items():
         tokens = 3 if name in ("mmlu", "hellaswag") else 256

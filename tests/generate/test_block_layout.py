@@ -49,11 +49,18 @@ def test_same_tokens_as_the_plain_way(model: Any, new: int, ends: tuple[int, ...
     rule: dict[str, Any] = {"max_new_tokens": new, "tokens_per_step": 8 if new > 8 else 1, "threshold": None}
     options = {**rule, "block_size": BLOCK, "eos_token_ids": ends, "block_layout": "answer"}
     together = model.generate(**padded(prompts), **options)[:, max(LENGTHS) :]
+    whole = DecodingRule(
+        **(rule | {"block_size": BLOCK, "eos_token_ids": ends, "block_layout": "answer"}),
+        mask_token_id=MASK,
+        pad_token_id=PAD,
+    )
+    static = BlockDecoder(model, [torch.tensor(prompt) for prompt in prompts], whole, [0] * 6, static=True)
+    assert list(static.run())
     differ = 0
-    for prompt, row in zip(prompts, together.tolist()):
+    for prompt, row, other in zip(prompts, together.tolist(), static.completions()):
         expected = plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ends, from_answer=True, **rule)
         alone = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-        assert row[: len(expected)] == alone == expected
+        assert row[: len(expected)] == alone == other.tolist() == expected
         differ += expected != plain(model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ends, **rule)
     assert differ > 2  # of the six lengths, one is the same in both layouts
 
