@@ -112,6 +112,10 @@ ATTENTION_LAYOUTS = Table(
             "same as the student: a noised block attends to itself and to earlier clean blocks",
             "diffusion.layouts:staircase",
         ),
+        "causal": Choice(
+            "one clean copy, each token predicted from those before it: for autoregressive teachers, without CompDemo",
+            "diffusion.layouts:causal",
+        ),
     }
 )
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_tide.files import read_json
 
@@ -40,20 +41,27 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
-def stated_block_size(path: str) -> int | None:
-    """``block_size`` of the config.json of a folder or hub name; None where there is none (also for a file).
+def stated_config(path: str) -> dict[str, Any]:
+    """The config.json of a folder or hub name, which nothing has checked; {} where there is none (also for a file).
 
     Raises:
-        ValueError: it is not a number of tokens, or the hub cannot be reached.
+        ValueError: it cannot be read, or the hub cannot be reached.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
         folder = download(path, ["config.json"], f"{path}: no such folder, and not reachable on the hub")
-    if not (folder / "config.json").is_file():
-        return None
-    size = read_json(folder / "config.json").get("block_size")
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+
+
+def stated_block_size(path: str) -> int | None:
+    """``block_size`` of ``stated_config``; None where there is none.
+
+    Raises:
+        ValueError: it is not a number of tokens, or the hub cannot be reached.
+    """
+    size = stated_config(path).get("block_size")
     if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(f"{folder / 'config.json'}: block_size is {str(size)[:20]!r}, not a number of tokens")
+        raise ValueError(f"{path}/config.json: block_size is {str(size)[:20]!r}, not a number of tokens")
     return size
 
 

@@ -9,6 +9,7 @@ Examples:
   python tools/convert_to_hf.py runs/quickstart/tide-cross runs/quickstart/hf
   python -m megatron_tide convert runs/NAME/step-00000500 out/ --dtype float32 --max-shard-size 2GB
   python -m megatron_tide convert runs/NAME/tide-cross out/ --push-to-hub me/my-student --private
+  python tools/convert_to_hf.py runs/NAME/tide-cross served/ --format sdar
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ class Args:
     checkpoint: str = flag(..., "step-* folder of a run, or a run folder (its newest step)", kind="positional")
     out: Path = flag(..., "Folder to write; must not exist without --overwrite", kind="positional")
     dtype: str = flag("bfloat16", "Precision of the released weights", choices=("bfloat16", "float16", "float32"))
+    format: str = flag(
+        "",
+        "Model type to write it as. sdar: what SGLang, LMDeploy, Diffulex and JetEngine load, for a student of Qwen3's "
+        "shape with mask token 151669",
+        metavar="TYPE",
+        shown="that of the training",
+    )
     max_shard_size: str = flag("5GB", "Maximum size of a weight file, e.g. 5GB or 500MiB", metavar="SIZE")
     overwrite: bool = flag(False, "Replace the release in OUT when the new one is complete")
     base_model: str | None = flag(
@@ -48,6 +56,7 @@ def run(args: Args) -> None:
         hub = Hub(args.push_to_hub, private=args.private, overwrite=args.overwrite)
     options = Options(
         dtype=args.dtype,
+        format=args.format,
         max_shard_bytes=parse_size(args.max_shard_size),
         overwrite=args.overwrite,
         base_model=args.base_model,

@@ -96,7 +96,17 @@ def _encoder(args: Args) -> Any:
         return Encoder(student=side)
     teacher = load_tokenizer(args.teacher, mask_token=args.teacher_mask, trust_remote_code=trust)
     block = args.teacher_block or stated_block_size(args.teacher) or BLOCK
-    other = TokenizerSettings(tokenizer=teacher, length=args.teacher_length, block=block)
+    needs_mask = teacher.describe()["mask_id"] is not None or not _is_autoregressive(args.teacher)
+    other = TokenizerSettings(tokenizer=teacher, length=args.teacher_length, block=block, needs_mask=needs_mask)
     bridge = Bridge.load(args.bridge)
     bridge.check(student, teacher)
     return Encoder(student=side, teacher=other, bridge=bridge)
+
+
+def _is_autoregressive(path: str) -> bool:
+    """Whether a folder or hub name holds an autoregressive model, which knows no mask token."""
+    from megatron_tide.hub import stated_config
+    from megatron_tide.models.families import FAMILIES
+
+    family = FAMILIES.get(str(stated_config(path).get("model_type")))
+    return family is not None and family.shifts_by_one

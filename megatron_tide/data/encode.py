@@ -32,11 +32,15 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSettings:
-    """A side's tokenizer, the maximum sequence length in tokens, and the block size to which responses are padded."""
+    """A side's tokenizer, the maximum sequence length in tokens, and the block size to which responses are padded.
+
+    ``needs_mask``: whether the model has to know a mask token; an autoregressive teacher does not.
+    """
 
     tokenizer: TextTokenizer
     length: int
     block: int
+    needs_mask: bool = True
 
     def __post_init__(self) -> None:
         if self.block < 1 or self.length < self.block or self.length % self.block:
@@ -46,7 +50,7 @@ class TokenizerSettings:
             )
 
     def describe(self) -> dict[str, Any]:
-        """The manifest entry of this side; ValueError if the tokenizer has no mask, EOS or chat template."""
+        """The manifest entry of this side; ValueError if the tokenizer has no EOS, chat template, or mask it needs."""
         tokenizer = self.tokenizer
         tokenizer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
         return {
@@ -54,7 +58,7 @@ class TokenizerSettings:
             "fingerprint": tokenizer.fingerprint,
             "template_fingerprint": tokenizer.template_fingerprint,
             "vocab_size": tokenizer.vocab_size,
-            "mask_id": tokenizer.mask_id,
+            "mask_id": tokenizer.mask_id if self.needs_mask else tokenizer.describe()["mask_id"],
             "eos_id": tokenizer.eos_id,
             "pad_id": tokenizer.pad_id,
             "length": self.length,

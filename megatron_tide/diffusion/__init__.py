@@ -12,7 +12,7 @@ from megatron_tide.choices import ATTENTION_LAYOUTS, MASKINGS, NOISE_SCHEDULES
 from megatron_tide.diffusion.attention import BlockDiffusionMask, staircase_mask
 from megatron_tide.diffusion.compdemo import CompDemo
 from megatron_tide.diffusion.inputs import DistillBatch, TeacherLayout, build_inputs
-from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput, StudentLayout
+from megatron_tide.diffusion.layouts import AttentionLayout, ModelInput, StudentLayout, mask_of, predicts_next
 from megatron_tide.diffusion.levels import NoiseSampling
 from megatron_tide.diffusion.masking import ChunkMasking, Masking, Noise, TokenExpandedMasking, noise
 from megatron_tide.diffusion.noise_schedule import NoiseSchedule
@@ -35,6 +35,8 @@ __all__ = [
     "TeacherLayout",
     "TokenExpandedMasking",
     "build_inputs",
+    "mask_of",
     "noise",
+    "predicts_next",
     "staircase_mask",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_tide.diffusion.compdemo import CompDemo
-from megatron_tide.diffusion.layouts import BLOCKS, AttentionLayout, ModelInput, StudentLayout
+from megatron_tide.diffusion.layouts import BLOCKS, AttentionLayout, ModelInput, StudentLayout, predicts_next
 from megatron_tide.diffusion.masking import Noise, response
 from megatron_tide.diffusion.tensor_dataclass import TensorDataclass
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherLayout:
-    """The teacher's input: attention layout (of ATTENTION_LAYOUTS), block size, mask token, CompDemo or one pass."""
+    """The teacher's input: attention layout (of ATTENTION_LAYOUTS), block size, mask token, CompDemo or one pass.
+
+    ``mask_id`` has no meaning where ``predicts_next(context)``.
+    """
 
     context: AttentionLayout
     block: int
@@ -79,7 +82,7 @@ def build_inputs(
     """
     if teacher is not None and batch.teacher is None:
         raise ValueError("this data has no teacher tokens; prepare it with a bridge, or train without a teacher")
-    active_BC = noise.chunk_masked if teacher is not None else torch.zeros_like(noise.chunk_masked)
+    active_BC = _scorable(batch, noise, teacher)
     chunk_level_K = noise.chunk_level[active_BC]
     chunk_id_BC = torch.where(active_BC, active_BC.flatten().cumsum(0).view_as(active_BC) - 1, -1)
 
@@ -117,6 +120,16 @@ def build_inputs(
     )
 
 
+def _scorable(batch: Batch, noise: Noise, teacher: TeacherLayout | None) -> torch.Tensor:
+    """bool [B, C]: the masked chunks, without those of which the teacher cannot predict every token."""
+    if teacher is None:
+        return torch.zeros_like(noise.chunk_masked)
+    if not predicts_next(teacher.context):
+        return noise.chunk_masked
+    assert batch.teacher is not None
+    return noise.chunk_masked & (torch.arange(noise.chunk_masked.shape[1]) != batch.teacher.chunk[:, :1])
+
+
 def _teacher_input(
     batch: Batch, noise: Noise, chunk_id_BC: torch.Tensor, teacher: TeacherLayout | None
 ) -> tuple[ModelInput | None, torch.Tensor, torch.Tensor]:
@@ -132,6 +145,7 @@ def _teacher_input(
     sample_R, position_R = (content_BT & (active_BT >= 0)).nonzero(as_tuple=True)
     targets_R, chunk_R = tokens.ids[sample_R, position_R], active_BT[sample_R, position_R]
     if teacher.compdemo is not None:
+        assert not predicts_next(teacher.context), "CompDemo reveals masks, which a causal teacher has not"
         first_BT = teacher.compdemo.split(batch, noise, noise.seed, noise.epoch)
         second_BT = masked & (tokens.chunk >= 0) & ~first_BT
         # The first B sequences reveal the first half and are read at the second; the other B the reverse.

@@ -17,6 +17,7 @@ from megatron_tide.diffusion.tensor_dataclass import TensorDataclass
 
 if TYPE_CHECKING:
     from megatron_tide.data.batch import Tokens
+    from megatron_tide.data.prepared import PreparedData
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class ModelInput(TensorDataclass):
     """One forward: input_ids and position_ids int64 [N, L], the attention mask, and rows int64 [M].
 
     rows: indices into the flattened N * L positions whose predictions are scored, in order. There is no
-    right shift: the output at a row predicts that row's token, except for the next-token rows of ``StudentLayout``.
+    right shift: the output at a row predicts that row's token, except for ``causal`` and for the next-token rows of
+    ``StudentLayout``.
     Padding positions contain an arbitrary token id.
     """
 
@@ -70,6 +72,39 @@ def staircase(
     """Two copies [xt ; x0]: a noised block attends to itself and the clean blocks before it. Rows are in xt."""
     none = sample[:0]
     return BLOCKS.input(tokens, masked, (sample, position), (none, none), block=block, mask_id=mask_id)
+
+
+def causal(tokens: Tokens, masked: Tensor, sample: Tensor, position: Tensor, *, block: int, mask_id: int) -> ModelInput:
+    """One clean copy, causal: a token's row is the position before it. ``masked``, ``block`` and ``mask_id`` have no
+    effect: an autoregressive teacher knows all of the text before a token, and nothing after it.
+
+    Raises:
+        ValueError: a scored token is the first of its sample.
+    """
+    if bool((position == 0).any()):
+        raise ValueError("a causal model cannot score the first token of a sample; prepare with a prompt before it")
+    none = torch.zeros_like(masked)
+    return block_causal(tokens, none, sample, position - 1, block=1, mask_id=mask_id)
+
+
+def predicts_next(layout: AttentionLayout) -> bool:
+    """Whether a layout is that of models whose row predicts the next token; masks then mean nothing to the teacher."""
+    return layout is causal
+
+
+def mask_of(data: PreparedData, side: str, layout: AttentionLayout) -> int:
+    """The mask token that ``layout`` needs of ``side`` (student or teacher) of prepared data; -1 where it needs none.
+
+    Raises:
+        ValueError: the data were prepared for an autoregressive teacher, which has no mask token.
+    """
+    found = data.manifest[side]["mask_id"]
+    if found is None and not predicts_next(layout):
+        raise ValueError(
+            f"{data.folder}: prepared for a {side} without a mask token: use --teacher-context causal for an "
+            f"autoregressive teacher, or prepare again with --{side}-mask"
+        )
+    return -1 if found is None else int(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import Batch, Tokens, read_batch
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise, mask_of
 from megatron_tide.evaluate.block_layout import lead_of, moved, without_lead
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
@@ -87,7 +87,7 @@ def scoring_inputs(
         name=name,
         layout=ATTENTION_LAYOUTS[layout],
         block=data.manifest[name]["block"],
-        mask_id=data.manifest[name]["mask_id"],
+        mask_id=mask_of(data, name, ATTENTION_LAYOUTS[layout]),
         pad_id=data.manifest[name]["pad_id"],
         lengths=getattr(data.stats, f"{name}_length"),
         needs_chunks=not data.student_only,

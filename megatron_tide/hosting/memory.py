@@ -164,7 +164,7 @@ class RunShape:
     def teacher_length(self) -> int:
         """Positions of the longest sample in the teacher's input."""
         assert self.teacher is not None
-        block, tokens = self.teacher.config.block_size, self.needs.teacher_tokens
+        block, tokens = getattr(self.teacher.config, "block_size", 1), self.needs.teacher_tokens
         staircase = self.config.strategy.teacher_context == "staircase"
         return _staircase_length(tokens, block) if staircase else -(-tokens // block) * block
 

@@ -23,6 +23,7 @@ from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
 from megatron_tide.models.causal import LlamaForCausalLM, Qwen3ForCausalLM
 from megatron_tide.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
+from megatron_tide.models.modeling_sdar import SDARConfig, SDARForCausalLM
 
 ConfigSource = str | Path | dict[str, Any]
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
@@ -86,11 +87,17 @@ class ReleaseFiles:
     """What a release contains in addition to weights, config and tokenizer.
 
     ``code``: files of this folder that are copied. ``auto_map``: the entry of ``config.json`` that makes transformers
-    use them. Empty for a format that has its code elsewhere: such a release loads with this package.
+    use them. Empty for a format that has its code elsewhere: such a release loads with this package. ``of``: the model
+    type that training makes, of which this is another format with the same tensors, but the output embedding written
+    out. ``mask_id``: the only mask token that programs of this format know. ``serving``: a file of
+    ``megatron_tide.release`` that says how they start, for the model card.
     """
 
     code: tuple[str, ...] = ()
     auto_map: dict[str, str] = field(default_factory=dict)
+    of: str = ""
+    mask_id: int | None = None
+    serving: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,13 +167,17 @@ _LLAMA_CONFIG = HubConfig(config_class=LlamaConfig, required=_REQUIRED, optional
 _A2D_QWEN3_CONFIG = HubConfig(
     config_class=A2DQwen3Config, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT)
 )
+_SDAR_CONFIG = HubConfig(config_class=SDARConfig, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT))
 _A2D_LLAMA_CONFIG = HubConfig(config_class=A2DLlamaConfig, required=_REQUIRED, optional=(*_LLAMA_OPTIONAL, *_STUDENT))
+
+
+_DECODING = ("backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py", "sampling_a2d.py")
 
 
 def _student_release(file: str, config: type[PretrainedConfig], module: type[PreTrainedModel]) -> ReleaseFiles:
     """The files of a student whose own classes are in ``file``.py."""
     return ReleaseFiles(
-        code=(f"{file}.py", "backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py", "sampling_a2d.py"),
+        code=(f"{file}.py", *_DECODING),
         auto_map={"AutoConfig": f"{file}.{config.__name__}", "AutoModelForMaskedLM": f"{file}.{module.__name__}"},
     )
 
@@ -180,6 +191,27 @@ register(
         read_config=_A2D_QWEN3_CONFIG.read,
         write_config=_A2D_QWEN3_CONFIG.write,
         release=_student_release("a2d_qwen3", A2DQwen3Config, A2DQwen3LMHeadModel),
+    )
+)
+# SDAR, whose tensors have Qwen3's names too. Engines know its mask token by number and look for a separate output
+# embedding. Training makes the student of it, and a release of a student can be written as one.
+register(
+    Family(
+        model_types=("sdar",),
+        module=SDARForCausalLM,
+        read_config=_SDAR_CONFIG.read,
+        write_config=_SDAR_CONFIG.write,
+        trains_as="a2d-qwen3",
+        release=ReleaseFiles(
+            code=("modeling_sdar.py", "a2d_qwen3.py", *_DECODING),
+            auto_map={
+                "AutoConfig": "modeling_sdar.SDARConfig",
+                "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+            },
+            of="a2d-qwen3",
+            mask_id=151669,
+            serving="serving_sdar.md",
+        ),
     )
 )
 register(
@@ -229,6 +261,7 @@ register(
 AutoConfig.register(A2DQwen3Config.model_type, A2DQwen3Config, exist_ok=True)
 AutoModelForMaskedLM.register(A2DQwen3Config, A2DQwen3LMHeadModel, exist_ok=True)
 AutoConfig.register(A2DLlamaConfig.model_type, A2DLlamaConfig, exist_ok=True)
+AutoConfig.register(SDARConfig.model_type, SDARConfig, exist_ok=True)
 AutoModelForMaskedLM.register(A2DLlamaConfig, A2DLlamaLMHeadModel, exist_ok=True)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_tide import cli
 from megatron_tide.choices import (
+    ATTENTION_LAYOUTS,
     CHUNK_OBJECTIVES,
     COMPDEMO_SPLITS,
     COMPDEMO_UNITS,
@@ -24,7 +25,7 @@ from megatron_tide.choices import (
     or_none,
 )
 from megatron_tide.config import StrategyConfig
-from megatron_tide.diffusion import CompDemo, NoiseSampling, StudentLayout
+from megatron_tide.diffusion import CompDemo, NoiseSampling, StudentLayout, predicts_next
 from megatron_tide.objectives.distribution import VocabMap
 from megatron_tide.objectives.strategy import ChunkTerm, DistributionTerm, Strategy, TidalCurve
 
@@ -48,7 +49,7 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     rows = or_none(DISTRIBUTION_OBJECTIVES)[_either(config.distribution_objective, spec.distribution)]
     chunk_tidal = TIDAL_USES[_either(config.tidal, spec.chunk_tidal)]
     rows_tidal = TIDAL_USES[_either(config.tidal, spec.distribution_tidal)]
-    compdemo = spec.compdemo if config.compdemo is None else config.compdemo
+    compdemo = _compdemo(config, spec)
     if chunk is None and rows is None:
         _check_nothing_distilled(config)
         compdemo = False
@@ -102,6 +103,17 @@ def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
             f"strategy {config.strategy!r} depends on whether the two tokenizers are the same; pass their bridge"
         )
     return spec if bridge.shared else spec.where_vocabularies_differ
+
+
+def _compdemo(config: StrategyConfig, spec: StrategySpec) -> bool:
+    if not predicts_next(ATTENTION_LAYOUTS[config.teacher_context]):
+        return spec.compdemo if config.compdemo is None else config.compdemo
+    if config.compdemo:
+        raise ValueError(
+            f"--compdemo reveals half of the masks, and a teacher with --teacher-context {config.teacher_context} sees "
+            "none; leave out one of the two"
+        )
+    return False
 
 
 def _check_nothing_distilled(config: StrategyConfig) -> None:

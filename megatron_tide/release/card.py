@@ -140,16 +140,22 @@ def _usage(name: str, family: Family, ids: GenerationIds) -> str:
             f"## How to load it\n\nWeights, config and tokenizer in the public `{family.model_types[0]}` format:\n\n"
             f'```python\nfrom megatron_tide.models import load_model\n\nmodel = load_model("{name}")\n```'
         )
+    loader = next(key for key in family.release.auto_map if key.startswith("AutoModelFor"))
+    serving = ""
+    if family.release.serving:
+        template = (Path(__file__).parent / family.release.serving).read_text(encoding="utf-8")
+        places = {"NAME": name, "BLOCK": str(ids.block_size), "MASK": str(ids.mask_token_id)}
+        serving = "\n\n" + re.sub(r"\{([A-Z]+)\}", lambda found: places[found[1]], template).rstrip()
     return f"""## How to generate
 
 Needs torch and transformers (4.57 or newer) only.
 
 ```python
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
+model = {loader}.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
 prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Write a haiku about the tide."}}], add_generation_prompt=True, tokenize=False
 )
@@ -169,7 +175,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
 | `temperature`, `seed` | 0 (default) takes the likeliest token; above it, tokens are drawn, reproducibly |
 
-Blocks have {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}."""
+Blocks have {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}.{serving}"""
 
 
 def _method(trained: TrainingCheckpoint) -> str:

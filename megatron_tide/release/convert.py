@@ -22,8 +22,8 @@ from megatron_tide.files import AtomicFolder, read_json, write_json
 from megatron_tide.hub import hub_errors
 from megatron_tide.lock import lock_beside
 from megatron_tide.models import DTYPES, meta_model
-from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors
-from megatron_tide.models.families import config_dict, family_of
+from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
+from megatron_tide.models.families import FAMILIES, config_dict, family_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
 from megatron_tide.release.card import check_card_text, model_card, public_run
 from megatron_tide.release.parity import check_parity
@@ -62,9 +62,13 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to convert. ``base_model`` None: the one that the run recorded; ``name`` None: the name of the folder."""
+    """How to convert. ``base_model`` None: the one that the run recorded; ``name`` None: the name of the folder.
+
+    ``format``: the model type to write it as, of a family whose ``release.of`` is the trained one; "": its own.
+    """
 
     dtype: str = "bfloat16"
+    format: str = ""
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
     base_model: str | None = None
@@ -101,6 +105,9 @@ def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str)
     model, dtype = meta_model(trained.base_model, as_student=True), DTYPES[options.dtype]
     family, tokenizer = family_of(model), load_tokenizer(trained.base_model)
     ids = trained.generation_ids(tokenizer.fingerprint, tokenizer.template_fingerprint)
+    if options.format not in ("", *family.model_types):
+        model = _in_format(model, options.format, ids)
+        family = family_of(model)
     export(trained, model, tokenizer, ids, draft, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
     parity = {}
     if not options.skip_parity:
@@ -110,6 +117,20 @@ def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str)
     card = model_card(trained, family, ids, parity, name=name, license_id=options.license_id)
     (draft / "README.md").write_text(card, encoding="utf-8")
     return parity
+
+
+def _in_format(model: Any, name: str, ids: GenerationIds) -> Any:
+    """The module without memory whose tensors and config are those of ``model`` in the format ``name``."""
+    own, family = family_of(model).model_types[0], FAMILIES.get(name)
+    if family is None or family.release.of != own:
+        others = ", ".join(key for key, other in FAMILIES.items() if other.release.of == own) or "nothing else"
+        raise ValueError(f"--format {name}: a model of type {own} can be written as {own} or {others}")
+    if family.release.mask_id not in (None, ids.mask_token_id):
+        raise ValueError(
+            f"--format {name}: its programs know only {family.release.mask_id} as the mask, and this model's is "
+            f"{ids.mask_token_id}; leave out --format, or train from a start with that mask (init-model --mask-token)"
+        )
+    return meta_model({**config_dict(model, torch.float32), "model_type": name, "tie_word_embeddings": False})
 
 
 def export(
@@ -157,16 +178,18 @@ def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Ite
     """(public key, tensor in the release's precision); what was never trained comes from the base model."""
     shapes = module_tensors(model)
     stored, start = trained.names(), ShardedFolder(trained.base_model)
+    copies = tied_aliases(meta_model(trained.base_model, as_student=True))  # tied in training, written out in a format
     unknown = sorted(stored - set(shapes))
     if unknown:
         raise ValueError(f"{trained.folder}: contains {unknown[0]}, which is not in {trained.base_model}/config.json")
     held: tuple[str, torch.Tensor] | None = None  # a layer's stacked experts are read once for all their keys
     for key, slot in checkpoint_table(shapes, family_of(model)).items():
-        if slot.name not in stored:
+        name = copies.get(slot.name, slot.name)
+        if name not in stored:
             yield key, _untrained(start, key, slot)
             continue
-        if held is None or held[0] != slot.name:
-            held = (slot.name, trained.tensor(slot.name).to(dtype))
+        if held is None or held[0] != name:
+            held = (name, trained.tensor(name).to(dtype))
             if held[1].shape != shapes[slot.name].shape:
                 raise ValueError(
                     f"{trained.folder}: {slot.name} has shape {list(held[1].shape)}, {trained.base_model}/config.json "

@@ -57,7 +57,8 @@ def load_with_transformers(folder: str, dtype: torch.dtype, auto_map: dict[str, 
     if json.loads(Path(folder, "config.json").read_text()).get("auto_map") != auto_map:
         raise SystemExit("config.json names other code than the project's")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    found: Any = get_class_from_dynamic_module(auto_map["AutoModelForMaskedLM"], folder, local_files_only=True)
+    model_class = next(name for key, name in auto_map.items() if key.startswith("AutoModelFor"))
+    found: Any = get_class_from_dynamic_module(model_class, folder, local_files_only=True)
     model = found.from_pretrained(folder, dtype=dtype).eval()
 
     def encode(messages: list[dict[str, str]]) -> list[int]:

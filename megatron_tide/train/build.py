@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout, mask_of, predicts_next
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.plan import check_plan
@@ -51,7 +51,7 @@ def build(
         recompute_layers(model)
     engine = build_engine(model, config, world)
     if strategy.needs_teacher:
-        _warn_of_shift(config.paths.teacher, world)
+        _check_shift(config, world)
     backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
     context = TrainContext(engine=engine, backend=backend, strategy=strategy, world=world, clock=Clock(world.device))
     return context, make_loader(config, inputs, world)
@@ -64,7 +64,7 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
         layout = TeacherLayout(
             context=ATTENTION_LAYOUTS[config.strategy.teacher_context],
             block=inputs.data.manifest["teacher"]["block"],
-            mask_id=inputs.data.manifest["teacher"]["mask_id"],
+            mask_id=mask_of(inputs.data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context]),
             compdemo=strategy.compdemo,
         )
     return MicrobatchLoader(
@@ -81,12 +81,20 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
     )
 
 
-def _warn_of_shift(teacher: str, world: DistContext) -> None:
+def _check_shift(config: DistillConfig, world: DistContext) -> None:
+    """Whether the teacher's rows predict what ``--teacher-context`` reads from them: the next token, or their own."""
+    teacher, context = config.paths.teacher, config.strategy.teacher_context
     family, _ = read_config(resolve_folder(teacher))
-    if family.shifts_by_one:
+    name, is_causal = family.model_types[0], predicts_next(ATTENTION_LAYOUTS[context])
+    if is_causal and not family.shifts_by_one:
+        raise ValueError(
+            f"--teacher-context {context}: {teacher} is a {name} model, which predicts the token AT each position from "
+            "masked text; use full, block_causal or staircase"
+        )
+    if family.shifts_by_one and not is_causal:
         world.print_rank0(
-            f"warning: {teacher} is a {family.model_types[0]} model, which predicts the NEXT token at each position; "
-            "the distillation uses its predictions as for the token AT each position"
+            f"warning: {teacher} is a {name} model, which predicts the NEXT token at each position; with "
+            f"--teacher-context {context} its predictions are used as for the token AT each position: use causal"
         )
 
 

@@ -14,6 +14,7 @@ from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
 from megatron_tide.config import DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
 from megatron_tide.hosting.build import hosting_of
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
@@ -54,6 +55,8 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     strategy = build_strategy(config.strategy, bridge)
     if strategy.needs_teacher and not (paths.teacher and paths.bridge):
         raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
+    if strategy.needs_teacher:
+        mask_of(data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context])
     sampler = DistributedBatchSampler(
         data.stats, config.train.global_batch_size, config.train.micro_batch_size, world_size, config.train.seed
     )

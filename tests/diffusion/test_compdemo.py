@@ -81,7 +81,7 @@ def test_split_belongs_to_the_sample(items: list[dict[str, Any]], seed: int) -> 
         assert torch.equal(together[-1, : split.shape[1]], split[0])
 
 
-@pytest.mark.parametrize("context", sorted(ATTENTION_LAYOUTS))
+@pytest.mark.parametrize("context", sorted(set(ATTENTION_LAYOUTS) - {"causal"}))
 @pytest.mark.parametrize(("exact", "by_token"), VARIANTS)
 @settings(deadline=None)
 @given(items=st.lists(samples.samples(), min_size=1, max_size=3), seed=st.integers(0, 2**40))

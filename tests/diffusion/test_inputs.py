@@ -88,15 +88,16 @@ def test_staircase_computes_no_more_than_it_needs() -> None:
     assert seen.student.attention.noised[0].tolist() == [True] * 12 + [False] * 16
 
 
-def _where(given: ModelInput) -> list[tuple[int, int]]:
-    """(sequence, position) of each row; each must be a masked position."""
+def _where(given: ModelInput, context: str = "staircase") -> list[tuple[int, int]]:
+    """(sequence, position) of the token that each row scores; it must be masked, or be behind the row if causal."""
     length = given.input_ids.shape[1]
     found = []
     for row in given.rows.tolist():
         sequence, place = divmod(row, length)
-        assert given.input_ids[sequence, place] in (samples.STUDENT_MASK, samples.TEACHER_MASK)
+        masked = given.input_ids[sequence, place] in (samples.STUDENT_MASK, samples.TEACHER_MASK)
+        assert masked == (context != "causal")
         assert given.attention.valid[sequence, place]
-        found.append((sequence, int(given.position_ids[sequence, place])))
+        found.append((sequence, int(given.position_ids[sequence, place]) + (context == "causal")))
     return found
 
 
@@ -108,10 +109,12 @@ def test_rows_equal_reference(context: str, items: list[dict[str, Any]], seed: i
     students, teachers, chunks, pairs, maskable = [], [], [], [], 0
     for b, item in enumerate(items):
         student = reference.student_rows(item, noised.student_masked[b].tolist()[: len(item["student_ids"])])
-        teacher = reference.teacher_rows(item, noised.chunk_masked[b].tolist())
+        active = reference.active_chunks(item, noised.chunk_masked[b].tolist(), context)
+        student = [(i, gold, c if c in active else -1) for i, gold, c in student]
+        teacher = reference.teacher_rows(item, active)
         students += [(b, *row) for row in student]
         teachers += [(b, *row) for row in teacher]
-        chunks += [(b, c) for c in range(item["chunks"]) if noised.chunk_masked[b, c]]
+        chunks += [(b, c) for c in active]
         pairs += [(b, *pair) for pair in reference.pairs(student, teacher, item["chunks"])]
         maskable += len(item["student_ids"]) - item["student_prompt"]
 
@@ -125,11 +128,11 @@ def test_rows_equal_reference(context: str, items: list[dict[str, Any]], seed: i
     assert seen.student_targets.tolist() == [gold for _, _, gold, _ in students]
     index = {chunk: k for k, chunk in enumerate(chunks)}
     assert seen.student_chunk.tolist() == [index.get((b, c), -1) for b, _, _, c in students]
-    assert _where(seen.teacher) == [(b, position) for b, position, _, _ in teachers]
+    assert _where(seen.teacher, context) == [(b, position) for b, position, _, _ in teachers]
     assert seen.teacher_targets.tolist() == [gold for _, _, gold, _ in teachers]
     assert seen.teacher_chunk.tolist() == [index[b, c] for b, _, _, c in teachers]
 
-    at_student, at_teacher = _where(seen.student), _where(seen.teacher)
+    at_student, at_teacher = _where(seen.student), _where(seen.teacher, context)
     found = [
         (*at_student[m], at_teacher[r][1], chunks[k][1])
         for m, r, k in zip(

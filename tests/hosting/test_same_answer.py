@@ -55,7 +55,7 @@ def differences(outputs, wanted):
 
 
 def check(chain, world, runs, chosen):
-    """Ask the ``chosen`` hostings; ``runs`` are (teacher, precision, strategy, CompDemo)."""
+    """Ask the ``chosen`` hostings; ``runs`` are (teacher, precision, strategy, CompDemo[, teacher's context])."""
     flags = {
         run: chain.run(
             Path("nowhere"),
@@ -63,6 +63,7 @@ def check(chain, world, runs, chosen):
             teacher_dtype=run[1],
             strategy=run[2],
             compdemo=run[3],
+            teacher_context=(*run[4:], "full")[0],
             micro_batch_size=1,
         )
         for run in runs
@@ -78,7 +79,7 @@ def check(chain, world, runs, chosen):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_strategy_and_precision(chain, mixture, dense, tmp_path, world):
+def test_every_strategy_and_precision(chain, mixture, dense, autoregressive, tmp_path, world):
     runs = [
         (mixture, dtype, strategy, compdemo)
         for dtype in ("fp32", "bf16")
@@ -86,11 +87,13 @@ def test_every_strategy_and_precision(chain, mixture, dense, tmp_path, world):
         for compdemo in (True, False)
     ]
     runs += [(dense, dtype, "tide-bridge", True) for dtype in ("fp32", "bf16")]
+    runs += [(autoregressive, "fp32", "tide-bridge", False, "causal")]
     every = hostings(tmp_path)
     check(chain, world, runs, {name: every[name] for name in every if name not in TOO_MANY_STAGES[world]})
 
 
-def test_two_pipelines_of_two_stages_and_one_of_four(chain, mixture, dense, tmp_path):
+def test_two_pipelines_of_two_stages_and_one_of_four(chain, mixture, dense, autoregressive, tmp_path):
     """Four stages have two that are neither the first nor the last."""
     runs = [(mixture, "fp32", "tide-bridge", True), (dense, "bf16", "tide-cross", False)]
+    runs += [(autoregressive, "fp32", "tide-cross", False, "causal")]
     check(chain, 4, runs, {name: hostings(tmp_path)[name] for name in ("pipeline_2", "pipeline_4")})

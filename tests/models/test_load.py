@@ -17,6 +17,8 @@ from megatron_tide.models import fresh_model, load_model, parameter_count, resol
 from megatron_tide.models.shards import ShardedFolder
 from tests.support.models import (
     hub_tensors,
+    tiny_opdlm_config,
+    tiny_sdar_config,
     tiny_student_config,
     tiny_teacher_config,
     tiny_wedlm_config,
@@ -42,7 +44,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, other[key]), key
 
 
-@pytest.mark.parametrize("config", [*BOTH, tiny_wedlm_config()], ids=[*NAMES, "wedlm"])
+OTHERS = {"wedlm": tiny_wedlm_config(), "sdar": tiny_sdar_config(), "opdlm": tiny_opdlm_config()}
+
+
+@pytest.mark.parametrize("config", [*BOTH, *OTHERS.values()], ids=[*NAMES, *OTHERS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_what_comes_in_goes_out_bit_for_bit(
@@ -78,6 +83,23 @@ def test_config_survives_the_round_trip(tmp_path: Path, config: dict[str, Any]) 
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert {key: written[key] for key in config} == config
     assert written["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("config", [OTHERS["sdar"], OTHERS["opdlm"]], ids=["sdar", "opdlm"])
+def test_a_public_config_keeps_what_it_says_of_the_model(tmp_path: Path, config: dict[str, Any]) -> None:
+    """Code, attention kernels and what only their own training reads are left out."""
+    model = load_model(write_hub_folder(tmp_path / "in", config))
+    write_folder(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    left_out = {"auto_map", "attn_implementation", "fuse_cross_entropy", "transformers_version", "dtype", "layer_types"}
+    assert {key: written.get(key, "missing") for key in config if key not in left_out} == {
+        key: value for key, value in config.items() if key not in left_out
+    }
+    assert not left_out & set(written)
+    ids = torch.arange(3, 12)[None]
+    full = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    plain = load_model(write_hub_folder(tmp_path / "qwen3", {**config, "model_type": "qwen3"}))
+    torch.testing.assert_close(model(ids).logits, plain(ids, attention_mask=full).logits)
 
 
 def test_stacked_experts_hold_the_experts_in_order(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from benchmarks.quickstart import main as quickstart_figures
 from megatron_tide.__main__ import main
 from tests.support.launch import REPOSITORY, run_command
 
-LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh")
+LARGE = ("distill_16b_to_0.6b.sh", "distill_8b_to_0.6b.sh", "distill_ar_to_0.6b.sh")
 SMALL = {
     "TEACHER_STEPS": "6",
     "STUDENT_STEPS": "6",

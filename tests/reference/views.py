@@ -29,6 +29,8 @@ def staircase(length: int, block_size: int) -> list[list[bool]]:
 
 def seen(context: str, ids: list[int], masked: list[bool], mask_id: int, block: int, query: Token) -> set[Token]:
     """The tokens that ``query`` attends to, in a layout that is neither packed nor padded."""
+    if context == "causal":
+        return {(False, k, ids[k]) for k in range(query[1] + 1)}
     noised = [mask_id if is_masked else token for token, is_masked in zip(ids, masked, strict=True)]
     length = len(ids)
     if context == "staircase":
@@ -51,11 +53,17 @@ def student_rows(sample: dict[str, Any], masked: list[bool]) -> list[tuple[int, 
     return rows
 
 
-def teacher_rows(sample: dict[str, Any], chunk_masked: list[bool]) -> list[tuple[int, int, int]]:
-    """(position, gold, chunk) of each scored token: of a masked chunk, and not an EOS after the first."""
+def active_chunks(sample: dict[str, Any], chunk_masked: list[bool], context: str) -> list[int]:
+    """The masked chunks; without one that holds a causal teacher's first token, which nothing predicts."""
+    first = sample["teacher_chunk"][0] if context == "causal" else -1
+    return [c for c in range(sample["chunks"]) if chunk_masked[c] and c != first]
+
+
+def teacher_rows(sample: dict[str, Any], active: list[int]) -> list[tuple[int, int, int]]:
+    """(position, gold, chunk) of each scored token: of an active chunk, and not an EOS after the first."""
     rows = []
     for i, chunk in enumerate(sample["teacher_chunk"]):
-        if chunk >= 0 and chunk_masked[chunk] and i <= sample["teacher_content_end"]:
+        if chunk in active and i <= sample["teacher_content_end"]:
             rows.append((i, sample["teacher_ids"][i], chunk))
     return rows
 

@@ -54,6 +54,46 @@ def tiny_wedlm_config(**changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
+def tiny_sdar_config(**changes: Any) -> dict[str, Any]:
+    """A two-layer SDAR with every key of a public config.json: untied, blocks of 4, rope_theta a plain number."""
+    code = {"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel"}
+    return {
+        **tiny_student_config(model_type="sdar", tie_word_embeddings=False, rope_theta=1000000),
+        "architectures": ["SDARForCausalLM"],
+        "auto_map": {**code, "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM"},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_implementation": "flex_attention",
+        "bos_token_id": 1,
+        "fuse_cross_entropy": True,
+        "initializer_range": 0.02,
+        "max_window_layers": 28,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "transformers_version": "4.52.4",
+        "use_cache": False,
+        "use_sliding_window": False,
+        **changes,
+    }
+
+
+def tiny_opdlm_config(**changes: Any) -> dict[str, Any]:
+    """A two-layer OPDLM: a student made of a Qwen3, whose config.json states neither its mask token nor its blocks."""
+    values = tiny_student_config(tie_word_embeddings=True)
+    for key in ("mask_token_id", "block_size"):
+        del values[key]
+    return {
+        **values,
+        "architectures": ["A2DQwen3LMHeadModel"],
+        "auto_map": {"AutoModelForMaskedLM": "modeling_qwen3.A2DQwen3LMHeadModel"},
+        "dtype": "bfloat16",
+        "layer_types": ["full_attention"] * values["num_hidden_layers"],
+        "max_window_layers": 28,
+        "use_sliding_window": False,
+        **changes,
+    }
+
+
 def tiny_teacher_config(**changes: Any) -> dict[str, Any]:
     """A three-layer LLaDA2 (the first one dense) of 320 tokens: 16 experts in 4 groups, top 4, one shared."""
     return {
