@@ -39,14 +39,9 @@ from megatron_tide.choices import (
 )
 from megatron_tide.cli import flag
 from megatron_tide.files import read_json
+from megatron_tide.presets import PRESETS
 
 BY_STRATEGY = "set by the strategy"
-
-# Differences from the defaults below.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "ours": {"masking": "synchronous", "teacher_context": "staircase", "compdemo_split": "exact", "warmup_ratio": 0.03},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,8 +317,7 @@ class DistillArgs:
 
     preset: str = flag(
         "paper",
-        "Named set of flags. paper: the published setting (same as the defaults); ours: unbiased masking, and a "
-        "teacher with the student's attention mask",
+        f"Named set of flags. {PRESETS}",
         choices=tuple(PRESETS),
     )
     config: str = flag(
@@ -337,7 +331,8 @@ class DistillArgs:
 def preset_and_file(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults from ``--preset``, overridden by ``--config FILE``, as ``given`` on the command line."""
     from_file = read_config_file(given["config"]) if given.get("config") else {}
-    return {**PRESETS[given.get("preset", "paper")], **from_file}
+    run = {"strategy": StrategyConfig().strategy, "bridge": "", **from_file, **given}
+    return {**PRESETS[given.get("preset", "paper")].flags(run["strategy"], run["bridge"]), **from_file}
 
 
 def read_config_file(path: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ ORDER = [
     "choices",
     "clock",
     "machine",
+    "presets",
     "config",
     "ds_config",
     "optimizer",

@@ -91,6 +91,11 @@ class DataSource:
         """Open ``spec``; relative paths are looked for in ``folder``, then in the working directory."""
         rows = open_table(spec.path, folder, name=spec.name, split=spec.split, revision=spec.revision)
         missing = sorted((set(spec.columns) | set(spec.filter)) - set(rows.columns))
+        if missing and "input_ids" in rows.columns and len(rows):
+            raise ValueError(
+                f"{spec.path}: token ids of another preprocessing ({', '.join(rows.columns)}), without the text that "
+                "prepare tokenises and aligns; use the data sets it was made from: recipes/mixtures/paper.json"
+            )
         if missing and len(rows):
             raise ValueError(
                 f"{spec.path}: no column {missing[0]!r}; it has {', '.join(rows.columns)}: name the right ones in a "

@@ -30,4 +30,4 @@ class SDARConfig(A2DQwen3Config):
 class SDARForCausalLM(A2DQwen3LMHeadModel):
     """The student with the given attention mask, and logits for the token AT each position (no shift)."""
 
-    config_class = SDARConfig
+    config_class = SDARConfig  # type: ignore[assignment]

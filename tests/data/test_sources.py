@@ -169,6 +169,21 @@ def test_wrong_sources_are_refused_in_one_line(tmp_path: Path, source: dict[str,
 NO_MIXTURES = ["", "[]", "{}", '{"sources": []}', '{"sources": [{"path": "x"}], "weights": [1]}', "\xff"]
 
 
+def test_the_papers_preprocessed_data_are_refused_with_what_to_use(tmp_path: Path) -> None:
+    """The columns of its two preprocessing scripts, saved as a data set of splits, as on the hub."""
+    both = {"input_ids": [[1]], "labels": [[1]], "prompt_len": [0], "teacher_input_ids": [[1]]}
+    for name, more in {
+        "distill_llada2_sft": {"attention_mask": [[1]], "teacher_labels": [[1]], "ranges": [[0]]},
+        "distill_wedlm_sft": {"align_student": [[0]], "align_teacher": [[0]]},
+    }.items():
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict(both | more)}).save_to_disk(tmp_path / name)
+        with pytest.raises(
+            ValueError, match=r"token ids of another preprocessing .*use the data sets .*paper\.json"
+        ) as no:
+            open_mixture([str(tmp_path / name)])
+        assert "\n" not in str(no.value)
+
+
 @pytest.mark.parametrize("text", NO_MIXTURES)
 def test_files_that_are_no_mixture_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "mixture.json"

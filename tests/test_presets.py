@@ -1,0 +1,76 @@
+"""``--preset paper`` is each pipeline's own published setting, below the flags of a file and the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tide import cli, distill
+from megatron_tide.config import DistillConfig, StrategyConfig, TrainConfig
+from megatron_tide.objectives import build_strategy
+from tests.objectives.test_table import MAPPED, SHARED
+
+OPTIMISER = ("optimizer", "lr_schedule", "warmup_ratio", "lr", "epochs")
+# (preset, strategy, shared tokenizer) -> chunk objective, distribution objective, what TIDAL does to each, CompDemo,
+# midrange weight, T, samples per step.
+TABLE: dict[tuple[str, str, bool], tuple[Any, ...]] = {
+    ("paper", "tide-cross", False): ("reverse_calm", "none", "off", None, False, False, 2.0, 64),
+    ("paper", "tide-shared", False): ("calm", "none", "mix", None, True, False, 2.0, 64),
+    ("paper", "calm", False): ("calm", "none", "off", None, False, False, 2.0, 64),
+    ("paper-script", "tide-cross", False): ("reverse_calm", "none", "off", None, False, False, 5.0, 64),
+    ("paper", "tide-cross", True): ("none", "reverse_kl", None, "off", False, False, 2.0, 80),
+    ("paper", "tide-shared", True): ("none", "forward_kl", None, "mix", True, True, 2.0, 80),
+    ("paper", "kl", True): ("none", "forward_kl", None, "off", False, False, 2.0, 80),
+    ("paper-script", "tide-shared", True): ("none", "forward_kl", None, "mix", True, True, 2.0, 80),
+}
+
+
+def run_of(folder: Path, shared: bool, *flags: str) -> DistillConfig:
+    (folder / "manifest.json").write_text(json.dumps({"manifest": {"shared": shared}, "sha256": ""}))
+    return cli.parse(distill, ["--bridge", str(folder), *flags]).run
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_paper_is_the_table(tmp_path: Path, row: tuple[str, str, bool]) -> None:
+    preset, name, shared = row
+    config = run_of(tmp_path, shared, "--preset", preset, "--strategy", name)
+    built = build_strategy(config.strategy, SHARED if shared else MAPPED).describe()
+    found = [built["chunk_objective"], built["distribution_objective"], built.get("chunk_tidal")]
+    found += [built.get("distribution_tidal"), built["compdemo"], built["tidal_midrange"], built["temperature"]]
+    assert (*found, config.train.global_batch_size) == TABLE[row]
+    assert {key: getattr(config.train, key) for key in OPTIMISER} == dict(
+        zip(OPTIMISER, ("adamw", "cosine", 0.1, 5e-5, 10.0))
+    )
+    curve = ("tidal_init", "tidal_peak", "tidal_ramp", "tidal_axes", "distill_weight")
+    assert [getattr(config.strategy, key) for key in curve] == [0.1, 0.9, "cosine", "both", 1.0]
+    for ranks in (1, 2, 4, 8, 16):
+        assert config.train.global_batch_size % (config.train.micro_batch_size * ranks) == 0
+
+
+def test_paper_is_the_default_and_without_a_bridge_it_changes_nothing(tmp_path: Path) -> None:
+    plain = cli.parse(distill, ["--strategy", "tide-shared"]).run
+    assert (plain.strategy, plain.train) == (StrategyConfig(strategy="tide-shared"), TrainConfig())
+    assert cli.parse(distill, ["--bridge", str(tmp_path / "none")]).run.strategy == StrategyConfig()
+    assert run_of(tmp_path, True, "--strategy", "tide-shared").strategy.tidal_midrange
+
+
+def test_a_file_and_the_command_line_come_first(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"strategy": "tide-shared", "global_batch_size": 32, "bridge": str(tmp_path)}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"manifest": {"shared": True}}))
+    run = cli.parse(distill, ["--config", str(file), "--no-tidal-midrange"]).run
+    assert (run.train.global_batch_size, run.strategy.tidal_midrange) == (32, False)
+    assert cli.parse(distill, ["--config", str(file)]).run.strategy.tidal_midrange
+
+
+def test_ours_is_the_same_for_every_pipeline(tmp_path: Path) -> None:
+    for shared in (True, False):
+        run = run_of(tmp_path, shared, "--preset", "ours", "--strategy", "tide-shared")
+        assert (run.strategy.masking, run.strategy.tidal_midrange, run.train.global_batch_size) == (
+            "synchronous",
+            False,
+            64,
+        )
