@@ -13,6 +13,7 @@ from .a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
 from .backbone_a2d import BlockDiffusionBackbone  # noqa: F401
 from .decoding_a2d import BlockDecoder  # noqa: F401
 from .generation_a2d import BlockGenerationMixin  # noqa: F401
+from .sampling_a2d import DecodingRule  # noqa: F401
 
 
 class SDARConfig(A2DQwen3Config):
