@@ -1,0 +1,140 @@
+"""Stage h: an optimizer step at full size, ours and the usual way: time of its parts, MFU, tokens a second, peak."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_stages import usual
+from benchmarks.gpu_stages.bench import Bench
+from benchmarks.gpu_stages.full import Item, Subject, random_teacher, training
+from megatron_tide.models import masked_hidden_states
+from megatron_tide.objectives import Strategy, denoise_loss
+from megatron_tide.train.step import TrainContext, global_counts, to_device
+
+GOAL = 0.40  # MFU
+AGREE = 0.02  # of the loss, ours against the usual way, in bf16
+
+
+def run(bench: Bench) -> None:
+    with training(bench) as world:
+        teacher = random_teacher(bench)
+        bench.note(goal=GOAL, teacher_parameters=sum(p.numel() for p in teacher.parameters()))
+        large, small = (2, 1) if bench.tiny else (8, 4)
+        large_micro_batches(bench, Subject(bench, world, teacher, large), small)
+        bench.clean()
+        subject = Subject(bench, world, teacher, small)
+        for name in ("tide-cross", "tide-bridge"):
+            with_part(bench, f"{name}, micro-batch {small}", lambda name=name: measured(subject, name))
+
+
+def large_micro_batches(bench: Bench, subject: Subject, small: int) -> None:
+    """What is told first, if the time runs out: the goal, and the usual way beside it."""
+    size = f"micro-batch {subject.micro_batch}"
+    bench.note(student_parameters=sum(p.numel() for p in subject.engine.module.parameters()))
+    ours = with_part(bench, f"tide-cross, {size}", lambda: measured(subject, "tide-cross"))
+    bench.note(goal_met=ours.get("of_measured_peak", 0.0) >= GOAL)
+    for loops in (True, False):
+        name = f"the usual way, {'a loop over' if loops else 'our'} experts, micro-batch {small}"
+        with_part(bench, name, lambda loops=loops: the_usual_way(subject, loops, small))
+    with_part(bench, f"tide-bridge, {size}", lambda: measured(subject, "tide-bridge"))
+    with_part(bench, f"tide-cross, mixed lengths, {size}", lambda: measured(subject, "tide-cross", True))
+
+
+def with_part(bench: Bench, name: str, way: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """``way()`` as a part of the stage, its figures under ``name``."""
+    found: dict[str, Any] = {}
+    with bench.part(name):
+        found = way()
+        bench.note(**{name: found})
+    return found
+
+
+def measured(subject: Subject, name: str, mixed: bool = False) -> dict[str, Any]:
+    """Ours: whole steps, and then the parts of one."""
+    strategy = subject.strategy(name, compdemo=False)
+    context, window = subject.context(strategy), subject.window(strategy, mixed)
+    found = timed_step(subject, window, lambda: subject.step(context, window))
+    found["milliseconds_a_micro_batch"] = found["step_ms"] / len(window)
+    return {**found, "milliseconds_of_parts": time_of_parts(subject, context, window)}
+
+
+def timed_step(subject: Subject, window: list[Item], step: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds of a step, FLOP/s and their shares, tokens a second, peak memory."""
+    bench = subject.bench
+    if bench.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    first = bench.seconds(step)
+    (taken,) = bench.milliseconds([step], rounds=2, warmup=1)
+    flops, tokens = subject.useful_flops(window), sum(item.inputs.tokens for item in window)
+    found = {"step_ms": taken, "first_step_s": first, "micro_batches": len(window), "useful_tflop": flops / 1e12}
+    found |= {"tokens_a_second": tokens / taken * 1e3, **bench.shares(flops, taken)}
+    if bench.cuda:
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        found["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return found
+
+
+def the_usual_way(subject: Subject, loops: bool, micro_batch: int) -> dict[str, Any]:
+    """The same samples and FLOPs, in micro-batches that its logits leave room for; losses must agree with ours."""
+    strategy = subject.strategy("tide-cross")
+    whole = subject.micro_batch
+    subject.micro_batch = micro_batch
+    # As many micro-batches as the engine adds up, so the samples of half a step.
+    window = subject.window(strategy)[: subject.batch // whole]
+    subject.micro_batch = whole
+    context = subject.context(strategy)
+    mine = subject.step(context, window)["loss/total"]
+
+    def step() -> dict[str, float]:
+        return usual.step(subject, strategy, window)
+
+    if not loops:
+        theirs = step()["loss/total"]
+        found = timed_step(subject, window, step)
+    else:
+        with usual.looped_experts():
+            theirs = step()["loss/total"]
+            found = timed_step(subject, window, step)
+    if not abs(theirs / mine - 1) < AGREE:
+        raise AssertionError(f"the usual way's loss is {theirs}, ours {mine}")
+    return {**found, "loss": theirs, "our_loss": mine}
+
+
+Take = Callable[[str, Callable[[], Any]], Any]
+
+
+def parts(subject: Subject, context: TrainContext, window: list[Item], take: Take) -> None:
+    """One step as calls ``take(name of the part, what it does)``, which returns what the part returns."""
+    engine, strategy = context.engine, context.strategy
+    inputs = take("copies", lambda: to_device([item.inputs for item in window], subject.world.device))
+    counts, _ = global_counts(inputs, subject.world, False)
+    answers = take("teacher", lambda: context.backend.score(inputs))
+    for number, (batch, outputs) in enumerate(zip(inputs, answers), 1):
+        hidden = take("student_forward", lambda: masked_hidden_states(engine.module, batch.student))  # noqa: B023
+        loss = take("head_and_loss", lambda: _loss(strategy, engine, batch, outputs, hidden, counts))  # noqa: B023
+        take("backward", lambda: engine.backward(loss, scale_wrt_gas=False))  # noqa: B023
+        take("optimizer" if number == len(window) else "engine", engine.step)
+
+
+def time_of_parts(subject: Subject, context: TrainContext, window: list[Item]) -> dict[str, float]:
+    """Milliseconds of the parts of one step, each alone, so that they do not overlap."""
+    spent: dict[str, float] = {}
+
+    def take(name: str, way: Callable[[], Any]) -> Any:
+        result: list[Any] = []
+        spent[name] = spent.get(name, 0.0) + 1e3 * subject.bench.seconds(lambda: result.append(way()))
+        return result[0]
+
+    parts(subject, context, window, take)
+    return spent
+
+
+def _loss(strategy: Strategy, engine: Any, batch: Any, outputs: Any, hidden: Any, counts: Any) -> Any:
+    strength = strategy.strength(0.5, batch.rate)
+    scores = strategy.score(hidden, engine.module.head_weight, batch, outputs, strength)
+    denoise = denoise_loss(scores.target_logprobs, batch.inverse_weight[batch.student_level], counts.maskable)
+    distill, _ = strategy.loss(scores, outputs, batch, strength, counts)
+    return denoise + strategy.distill_weight * distill

@@ -1,0 +1,59 @@
+"""Stage k: recipes/real_small.sh on real weights, with as many steps as the time that is left should allow.
+
+The weights are SmolLM2-135M-Instruct as one .gguf file, or as parts of one, in order.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.gpu_stages.bench import Bench
+from megatron_tide.files import read_json
+
+ROOT = Path(__file__).parents[2]
+STEPS_A_SECOND, SHARE = (
+    6.0,
+    0.35,
+)  # assumed; of the time that is left, for the adaptation and for all three distillations
+
+
+def run(bench: Bench) -> None:
+    if not bench.real_weights and not bench.tiny:
+        bench.note(skipped="no --real-weights")
+        return
+    source = bench.folder / "weights.gguf"
+    with source.open("wb") as whole:
+        for part in bench.real_weights.split(os.pathsep) if bench.real_weights else ():
+            with Path(part).open("rb") as file:
+                shutil.copyfileobj(file, whole)
+    steps = 20 if bench.tiny else max(20, int(bench.left * SHARE * STEPS_A_SECOND))
+    settings = {"SIZE": "gpu", "SOURCE": str(source), "RUNS": str(bench.folder), "PYTHON": sys.executable}
+    settings |= {
+        "ADAPT_STEPS": str(steps),
+        "DISTILL_STEPS": str(steps // 3),
+        "EVAL_SAMPLES": "100",
+        "COMPLETIONS": "20",
+    }
+    if bench.tiny:
+        settings["DRY_RUN"] = "1"
+    done = subprocess.run(
+        ["bash", "recipes/real_small.sh"],
+        cwd=ROOT,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = (done.stdout + done.stderr).splitlines()
+    bench.note(
+        adaptation_steps=steps, commands=[line[2:] for line in done.stdout.splitlines() if line.startswith("# ")]
+    )
+    if done.returncode:
+        raise AssertionError(f"status {done.returncode}: {' | '.join(lines[-4:])}")
+    if not bench.tiny:
+        models = read_json(bench.folder / "real_small/scores.json")["models"]
+        bench.note(bits_per_byte={model["name"]: model["bits_per_byte"] for model in models})

@@ -1,0 +1,124 @@
+"""Stage e: real training runs of small models by the package's own command, on NCCL with one rank.
+
+The fp32 curves must be those of tests/train/golden.json, which a CPU wrote; ZeRO 1, ZeRO 2 and offload take the same
+steps; a run that is killed goes on where it was. bf16 has another curve, near it. Runs joined in one process share its
+start; processes run side by side, because nothing is timed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_stages.bench import Bench
+from megatron_tide.__main__ import THEN
+from tests.support.chain import Chain, make_chain
+from tests.support.runs import read_curve
+from tests.train.test_golden import CASES, GOLDEN
+
+STEPS = 5  # of every run
+EXACT, NEAR = 1e-4, 0.05  # of a loss, absolute below 1 and relative above: fp32, bf16
+KILLED = "killed"
+CASE = "tide-bridge"  # of the runs that vary something else: it has every part of the loss
+
+Runs = dict[str, dict[str, Any]]
+
+
+def run(bench: Bench) -> None:
+    chain = make_chain(bench.folder / "chain")
+    groups = groups_of(bench.tiny)
+    processes = {
+        name: start(words_of(chain, bench.folder, runs), bench.folder / f"{name}.log") for name, runs in groups.items()
+    }
+    with bench.part("kill"):
+        wait_for(lambda: steps_logged(bench.folder / KILLED) >= 2, processes[KILLED], bench.left)
+        processes[KILLED].send_signal(signal.SIGKILL)
+        processes[KILLED].wait()
+        again = start(words_of(chain, bench.folder, groups[KILLED]), bench.folder / "resumed.log")
+        bench.note(steps_before_the_kill=steps_logged(bench.folder / KILLED))
+    for name, runs in groups.items():
+        with bench.part(name):
+            log = "resumed" if name == KILLED else name
+            finish(again if name == KILLED else processes[name], bench.folder / f"{log}.log", bench.left)
+            for run_name, flags in runs.items():
+                bench.note(**{run_name: judged(bench.folder / run_name, flags)})
+
+
+def groups_of(tiny: bool) -> dict[str, Runs]:
+    """Runs by name, in groups that share a process; a group is lost with the first of its runs that fails."""
+    other = {**CASES[CASE], "_case": CASE}
+    zero2, offload = "ds_configs/zero2.json", "ds_configs/zero2_offload.json"
+    killed = {KILLED: {**other, "save_every": 1}}
+    if tiny:
+        return {"golden": {"zero2, fp32": {**other, "deepspeed": zero2}}, KILLED: killed}
+    return {
+        "golden": {f"{case}, zero1, fp32": {**flags, "_case": case} for case, flags in CASES.items()},
+        "others": {
+            "zero2, fp32": {**other, "deepspeed": zero2},
+            "zero1, bf16": {**other, "precision": "bf16", "teacher_dtype": "bf16"},
+            "zero2, bf16": {**other, "precision": "bf16", "teacher_dtype": "bf16", "deepspeed": zero2},
+        },
+        "offload": {
+            "zero2 with offload, fp32": {**other, "deepspeed": offload},
+            "zero2 with offload, bf16": {**other, "precision": "bf16", "teacher_dtype": "bf16", "deepspeed": offload},
+        },
+        KILLED: killed,
+    }
+
+
+def words_of(chain: Chain, folder: Path, runs: Runs) -> list[str]:
+    """``distill FLAGS --then distill FLAGS ...``"""
+    words: list[str] = []
+    for name, settings in runs.items():
+        flags = {key: value for key, value in settings.items() if not key.startswith("_")}
+        words += [*([THEN] if words else []), "distill", *chain.flags(folder / name, max_steps=STEPS, **flags)]
+    return words
+
+
+def start(words: Sequence[str], log: Path) -> Any:
+    """``python -m megatron_tide WORDS`` as one rank."""
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "megatron_tide", *words]
+        return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "2"})
+
+
+def steps_logged(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def wait_for(happened: Callable[[], bool], process: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if process.poll() is not None and not happened():
+            raise AssertionError(f"the run ended with status {process.poll()} before that")
+        if time.monotonic() > deadline:
+            raise AssertionError("no time left")
+        time.sleep(0.02)
+
+
+def finish(process: Any, log: Path, seconds: float) -> None:
+    wait_for(lambda: process.poll() is not None, process, seconds)
+    if process.poll() != 0:
+        raise AssertionError(
+            f"status {process.poll()}: {' | '.join(log.read_text(errors='replace').splitlines()[-3:])}"
+        )
+
+
+def judged(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """How far a curve is from the golden one of its case."""
+    golden, curve = json.loads(GOLDEN.read_text())[flags["_case"]], read_curve(out)
+    limit = NEAR if flags.get("precision") == "bf16" else EXACT
+    apart = {
+        name: max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(curve[name], expected, strict=True))
+        for name, expected in golden.items()
+        if name in curve
+    }
+    return {"apart": apart, "limit": limit, "within": all(value <= limit for value in apart.values())}
