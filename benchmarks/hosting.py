@@ -1,4 +1,4 @@
-"""A teacher on disk: our sweep against the plain way; and its experts: grouped matmul against a Python loop.
+"""A teacher on disk: our sweep against the plain way; and its experts: grouped matmul against the machine's limits.
 
 The sweep. Both ways host the same random teacher by DeepSpeed ZeRO-3 with NVMe offload (which reads past the page
 cache), score the same tokens of the same micro-batches with CompDemo, and must agree before anything is timed.
@@ -11,8 +11,13 @@ before timing. The teacher has the real widths, but two of the layers with exper
 the head keeps its share. Tokens are the positions that the teacher computes: micro-batches x samples x length x 2
 halves. The longer the samples, the more of the sweep is computing, and the less is gained by reading once.
 
-The experts. One layer's, at the real sizes: E stacked experts by ``Experts`` against a loop over those that are hit:
-``torch.mm`` with views of the same tensors (``loop``), or with copies kept as [E, in, out] (``loop_in_out``).
+The experts. One layer's, at the real sizes: E stacked experts by ``Experts``, whose time is compared with the
+roofline's: bytes of weights over what the machine reads, or FLOPs over what a large matmul does, whichever takes
+longer, both measured in the same run. Bytes over seconds look poor at 32 rows an expert, and the weights are not why:
+the same work with the weights of one expert, which stay in the cache (``experts_in_cache_seconds``), takes three
+quarters of the time on a CPU without AMX. That is oneDNN's matmul of few rows; the read stands before it and does not
+overlap. Page faults and huge pages have no part in it. What helps is more rows an expert, and a sweep gives it those of
+all micro-batches. ``loop_seconds`` is ``torch.mm`` for one expert after the other, which must give the same numbers.
 """
 
 from __future__ import annotations
@@ -257,45 +262,55 @@ def loop_over_experts(product: Callable[[Tensor, int], Tensor]) -> Callable[[Ten
     return loop
 
 
+def read_rate() -> float:
+    """Bytes per second that all threads read of memory, from a tensor that no cache holds."""
+    numbers = torch.ones(2**27, dtype=torch.int64)
+    (seconds,) = paired_seconds([numbers.sum], 5)
+    return numbers.nbytes / seconds
+
+
 @torch.no_grad()
 def expert_figures(options: argparse.Namespace) -> dict[str, Any]:
-    """The experts of one layer, by grouped matmul and by loops."""
+    """The experts of one layer, against the roofline and a loop."""
     dtype, config = getattr(torch, options.dtype), read_json(options.config)
     torch.manual_seed(SEED)
     ours = Experts(config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]).to(dtype)
     for parameter in ours.parameters():
         parameter.uniform_(-SPREAD, SPREAD)
     gate, up, down = ours.gate_proj, ours.up_proj, ours.down_proj
-    gate_io, up_io, down_io = (parameter.transpose(1, 2).contiguous() for parameter in (gate, up, down))
 
-    def out_in(x: Tensor, e: int) -> Tensor:
+    def product(x: Tensor, e: int) -> Tensor:
         return torch.mm(silu(torch.mm(x, gate[e].t())) * torch.mm(x, up[e].t()), down[e].t())
-
-    def in_out(x: Tensor, e: int) -> Tensor:
-        return torch.mm(silu(torch.mm(x, gate_io[e])) * torch.mm(x, up_io[e]), down_io[e])
 
     hidden = torch.randn(options.expert_tokens, config["hidden_size"]).to(dtype)
     chosen = config["num_experts_per_tok"]
     index = torch.rand(options.expert_tokens, config["num_experts"]).topk(chosen, 1).indices
-    weight = torch.rand(options.expert_tokens, chosen)
-    arguments = hidden, index, weight
-    ways = [ours, loop_over_experts(out_in), loop_over_experts(in_out)]
-    wanted = ways[0](*arguments).float()
-    for way in ways[1:]:
-        error = float((way(*arguments).float() - wanted).norm() / wanted.norm())
-        if not error < (1e-5 if dtype == torch.float32 else 1e-2):
-            raise AssertionError(f"grouped matmul and loop differ by {error}")
-    seconds = paired_seconds([lambda way=way: way(*arguments) for way in ways], options.expert_rounds)
+    arguments = hidden, index, torch.rand(options.expert_tokens, chosen)
+    loop = loop_over_experts(product)
+    wanted, found = ours(*arguments).float(), loop(*arguments).float()
+    error = float((found - wanted).norm() / wanted.norm())
+    if not error < (1e-5 if dtype == torch.float32 else 1e-2):
+        raise AssertionError(f"grouped matmul and loop differ by {error}")
+    rows = torch.randn(options.expert_tokens * chosen // len(gate), config["hidden_size"]).to(dtype)
+    ways = [lambda: ours(*arguments), lambda: loop(*arguments), lambda: [product(rows, 0) for _ in gate]]
+    seconds = paired_seconds(ways, options.expert_rounds)
+    weights, flops = (
+        sum(parameter.nbytes for parameter in ours.parameters()),
+        6 * hidden.numel() * chosen * gate.shape[1],
+    )
+    limits = {"memory": weights / read_rate(), "matmul": flops / _matmul_rate(dtype)}
+    bound = max(limits, key=limits.__getitem__)
     return {
-        "experts_speedup": seconds[1] / seconds[0],
-        "experts_speedup_in_out": seconds[2] / seconds[0],
+        "experts_share_of_roofline": limits[bound] / seconds[0],
+        "experts_bound_by": bound,
+        "experts_limits_seconds": limits,
         "experts_seconds": seconds[0],
+        "experts_in_cache_seconds": seconds[2],
         "loop_seconds": seconds[1],
-        "loop_in_out_seconds": seconds[2],
         "expert_tokens": options.expert_tokens,
         "expert_shape": {"experts": len(gate), "chosen": chosen, "hidden": down.shape[1], "width": gate.shape[1]},
-        "expert_bytes": sum(parameter.nbytes for parameter in ours.parameters()),
-        "expert_flops": 6 * options.expert_tokens * chosen * gate[0].numel(),
+        "expert_bytes": weights,
+        "expert_flops": flops,
     }
 
 
