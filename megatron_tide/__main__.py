@@ -25,6 +25,7 @@ COMMANDS = {
     "prepare": "commands.prepare",
     "build-ops": "commands.build_ops",
     "plan": "commands.plan",
+    "cache": "commands.cache",
     "distill": "distill",
     "convert": "commands.convert",
     "generate": "commands.generate",

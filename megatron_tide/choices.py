@@ -196,6 +196,7 @@ TEACHER_HOSTINGS = Table(
         "pipeline_2": Choice("half of the layers on each of 2 ranks", "hosting.pipeline:PipelineTeacher"),
         "pipeline_4": Choice("a quarter of the layers on each of 4 ranks", "hosting.pipeline:PipelineTeacher"),
         "pipeline_8": Choice("an eighth of the layers on each of 8 ranks", "hosting.pipeline:PipelineTeacher"),
+        "cached": Choice("none: answers that the cache command has written", "hosting.cached:CachedTeacher"),
     }
 )
 

@@ -42,6 +42,7 @@ from megatron_tide.files import read_json
 from megatron_tide.presets import PRESETS
 
 BY_STRATEGY = "set by the strategy"
+CACHED = "cached"  # the hosting without weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,12 @@ class StrategyConfig:
     )
     temperature: float = flag(2.0, "Temperature T of every distillation objective", low=1e-3, high=1e3)
     distill_weight: float = flag(1.0, "Weight of the distillation loss; the denoising loss has weight 1", low=0)
+    teacher_top: int = flag(
+        0,
+        "Number of the teacher's most likely categories that --distribution-objective compares singly, the others "
+        "count as one; 0: all",
+        low=0,
+    )
     tidal: str | None = flag(
         None,
         f"Use of TIDAL's lambda(progress, masking rate). {TIDAL_USES}",
@@ -163,6 +170,12 @@ class TeacherConfig:
         "DeepSpeed JSON of the teacher, instead of --teacher-hosting; for examples see ds_configs/teacher_*.json",
         metavar="FILE",
         shown="that of the hosting",
+        affects_loss=False,
+    )
+    teacher_cache: str = flag(
+        "",
+        "Folder made by the cache command, with --teacher-hosting cached; --teacher may then be left out",
+        metavar="DIR",
         affects_loss=False,
     )
     teacher_nvme: str = flag(
@@ -295,7 +308,8 @@ class DistillConfig:
             ValueError: one line naming the flags.
         """
         distils = STRATEGIES[self.strategy.strategy].distils
-        needed = ["student", "data", "out", *(["teacher", "bridge"] if distils else [])]
+        teacher = [] if self.teacher.teacher_hosting == CACHED else ["teacher"]
+        needed = ["student", "data", "out", *([*teacher, "bridge"] if distils else [])]
         missing = [name for name in needed if not getattr(self.paths, name)]
         if missing:
             raise ValueError(

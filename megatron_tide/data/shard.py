@@ -33,6 +33,8 @@ up to 680 student and 800 teacher tokens (2 busy cores; batches of 8 random samp
 
 ``datasets`` reads 1,000 to 3,000 samples/s (``Dataset[i]``, numpy format). ``pyarrow`` checks the messages against the
 file; compressed ones are refused, because pyarrow would trust the sizes they declare.
+
+Tables of other columns, one of them ``key``, are written and read in the same way (``write_table``, ``read_table``).
 """
 
 from __future__ import annotations
@@ -102,19 +104,19 @@ def shard_name(number: int) -> str:
 def pack(samples: list[Sample]) -> pa.RecordBatch:
     """The columns of a shard (see the table above) from its samples, in order."""
     empty = TokenizedSample(ids=np.zeros(0, np.int32), chunk=np.zeros(0, np.int32), prompt=0, content_end=0)
-    columns = {"key": _column([s.key for s in samples], np.int64)}
-    columns |= {name: _column([getattr(s, name) for s in samples]) for name in _COMMON}
+    columns = {"key": column([s.key for s in samples], np.int64)}
+    columns |= {name: column([getattr(s, name) for s in samples]) for name in _COMMON}
     for name in SIDES:
         sides = [getattr(s, name) or empty for s in samples]
-        columns |= {f"{name}_{field}": _column([getattr(side, field) for side in sides]) for field in _PER_SAMPLE}
-        offsets = _column(np.cumsum([0] + [len(side.ids) for side in sides]))
+        columns |= {f"{name}_{field}": column([getattr(side, field) for side in sides]) for field in _PER_SAMPLE}
+        offsets = column(np.cumsum([0] + [len(side.ids) for side in sides]))
         for field in _PER_TOKEN:
-            tokens = _column(np.concatenate([np.zeros(0, np.int32), *(getattr(side, field) for side in sides)]))
+            tokens = column(np.concatenate([np.zeros(0, np.int32), *(getattr(side, field) for side in sides)]))
             columns[f"{name}_{field}"] = pa.ListArray.from_arrays(offsets, tokens)
     return pa.record_batch([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
 
 
-def _column(values: Any, dtype: type = np.int32) -> pa.Array:
+def column(values: Any, dtype: type = np.int32) -> pa.Array:
     """An Arrow array over a numpy one (``pa.array`` imports pandas: a second and 80 MB in every worker)."""
     array: Array = np.asarray(values, dtype)
     return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(array), [None, pa.py_buffer(array)])
@@ -122,14 +124,19 @@ def _column(values: Any, dtype: type = np.int32) -> pa.Array:
 
 def write_shard(path: Path, samples: list[Sample], record: dict[str, Any]) -> None:
     """Write a shard atomically. ``record`` (JSON) describes what it was made from; equal input gives equal bytes."""
-    content = pack(samples).serialize().to_pybytes() + _END
-    atomic_write(path, _head(record, content) + content)
+    write_table(path, pack(samples), record)
 
 
-def _head(record: dict[str, Any], content: bytes | memoryview) -> bytes:
+def write_table(path: Path, batch: pa.RecordBatch, record: dict[str, Any]) -> None:
+    """Write columns as a shard, atomically; ``record`` as for ``write_shard``."""
+    content = batch.serialize().to_pybytes() + _END
+    atomic_write(path, _head(batch.schema, record, content) + content)
+
+
+def _head(schema: pa.Schema, record: dict[str, Any], content: bytes | memoryview) -> bytes:
     """The schema message, with a digest of the content that follows it."""
     note = canonical({"record": record, "sha256": hashlib.sha256(content).hexdigest()})
-    return _SCHEMA.with_metadata({_NOTE: note}).serialize().to_pybytes()
+    return schema.with_metadata({_NOTE: note}).serialize().to_pybytes()
 
 
 @dataclass(frozen=True)
@@ -137,9 +144,11 @@ class Shard:
     """A memory-mapped shard; ``record`` as it was written.
 
     ``arrays``: the values of each column; of a list column those of all samples in a row. Where each sample starts in
-    them is in ``student_offsets`` and ``teacher_offsets``, int32 [samples + 1].
+    them is in ``student_offsets`` and ``teacher_offsets``, int32 [samples + 1]; in other tables in ``NAME_offsets`` of
+    each list column.
     """
 
+    schema: pa.Schema
     record: dict[str, Any]
     arrays: dict[str, Array]
     head: memoryview
@@ -150,7 +159,7 @@ class Shard:
 
     def intact(self) -> bool:
         """Whether the content still matches its digest (reads the complete file)."""
-        return self.head == _head(self.record, self.content)
+        return self.head == _head(self.schema, self.record, self.content)
 
 
 def read_shard(path: Path) -> Shard:
@@ -158,35 +167,47 @@ def read_shard(path: Path) -> Shard:
 
     Raises ValueError naming the file when it is missing, empty, truncated, or not a shard.
     """
+    again = "prepare the data again (finished shards are kept)"
+    shard = read_table(path, _SCHEMA, again)
+    for side in SIDES:
+        offsets = shard.arrays[f"{side}_offsets"] = shard.arrays.pop(f"{side}_ids_offsets")
+        if not np.array_equal(offsets, shard.arrays.pop(f"{side}_chunk_offsets")):
+            reason = f"{side}_ids and {side}_chunk have different lengths"
+            raise ValueError(f"{path}: truncated or not a shard ({reason}); {again}")
+    return shard
+
+
+def read_table(path: Path, schema: pa.Schema, again: str) -> Shard:
+    """``read_shard`` of columns ``schema``; ``again``: how the user makes the file anew, for the message."""
     if not path.is_file():
-        raise ValueError(f"{path}: the shard is missing; prepare the data again (finished shards are kept)")
+        raise ValueError(f"{path}: the shard is missing; {again}")
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path}: the shard is empty; prepare the data again (finished shards are kept)")
+            raise ValueError(f"{path}: the shard is empty; {again}")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return _parse(mapped)
+        return _parse(mapped, schema)
     except _BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: truncated or not a shard ({reason}); prepare the data again") from None
+        raise ValueError(f"{path}: truncated or not a shard ({reason}); {again}") from None
 
 
-def _parse(mapped: mmap.mmap) -> Shard:
+def _parse(mapped: mmap.mmap, expected: pa.Schema) -> Shard:
     source = pa.BufferReader(pa.py_buffer(mapped))
     messages = pa.ipc.MessageReader.open_stream(source)
     schema = pa.ipc.read_schema(_next(messages, "schema"))
     start = source.tell()
-    if not schema.equals(_SCHEMA):
+    if not schema.equals(expected):
         raise ValueError("its columns are not those of a shard")
     message = _next(messages, "record batch")
     if _is_compressed(message.metadata.to_pybytes()):
         raise ValueError("compressed")  # decompression would trust the sizes that it declares
-    batch = pa.ipc.read_record_batch(message, _SCHEMA)
+    batch = pa.ipc.read_record_batch(message, expected)
     batch.validate()
     if source.tell() + len(_END) != len(mapped):
         raise ValueError(f"{len(mapped)} bytes, but its messages have {source.tell() + len(_END)}")
     record = dict(json.loads(schema.metadata[_NOTE])["record"])
-    return Shard(record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
+    return Shard(expected, record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
 
 
 def _next(messages: pa.ipc.MessageReader, kind: str) -> pa.ipc.Message:
@@ -205,10 +226,6 @@ def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:
             arrays[f"{name}_offsets"] = np.from_dlpack(column.offsets)
             column = column.values
         arrays[name] = np.from_dlpack(column)  # a view, read-only
-    for side in SIDES:
-        offsets = arrays[f"{side}_offsets"] = arrays.pop(f"{side}_ids_offsets")
-        if not np.array_equal(offsets, arrays.pop(f"{side}_chunk_offsets")):
-            raise ValueError(f"{side}_ids and {side}_chunk have different lengths")
     return arrays
 
 

@@ -6,7 +6,7 @@ active chunks, P pairs, N noise levels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +46,7 @@ class DistillBatch(TensorDataclass):
     noise. Pairs are the active chunks of exactly one scored token on each side: pair_student_index [P] into M,
     pair_teacher_index [P] into R, pair_chunk [P] into K. maskable: number of maskable student tokens of the
     micro-batch, 0 if nothing is denoised; tokens: number of all its student tokens, without padding. Without a teacher
-    K = R = P = 0.
+    K = R = P = 0. keys int64 [B]: the samples' own numbers; draw: (seed, epoch) of the noise.
     """
 
     rate: torch.Tensor
@@ -65,6 +65,8 @@ class DistillBatch(TensorDataclass):
     pair_chunk: torch.Tensor
     maskable: int
     tokens: int = 0
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    draw: tuple[int, int] = (0, 0)
 
 
 def build_inputs(
@@ -117,6 +119,8 @@ def build_inputs(
         pair_chunk=pair_chunk_P,
         maskable=int(response(batch.student).sum()) * student.denoise,
         tokens=int(batch.student.length.sum()),
+        keys=batch.keys,
+        draw=(noise.seed, noise.epoch),
     )
 
 

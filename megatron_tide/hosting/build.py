@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_tide.choices import TEACHER_HOSTINGS
-from megatron_tide.config import TeacherConfig
+from megatron_tide.config import CACHED, TeacherConfig
 from megatron_tide.ds_config import offload_of, read_ds_config, section
 from megatron_tide.hosting.backend import NoTeacher, Ranks, TeacherBackend
 from megatron_tide.objectives import Strategy
@@ -24,7 +24,8 @@ OFFLOADS = ("none", "cpu", "nvme")
 
 @dataclass(frozen=True, kw_only=True)
 class Hosting:
-    """Where a teacher's weights are: a ``--teacher-hosting`` name and its DeepSpeed JSON ({} where it has none)."""
+    """Where a teacher's weights are: a ``--teacher-hosting`` name and its DeepSpeed JSON ({} where it has none; of
+    cached ``{"cache": FOLDER}``)."""
 
     name: str
     settings: dict[str, Any]
@@ -47,7 +48,8 @@ REPLICATED = named_hosting("replicated")
 
 
 def every_hosting() -> list[Hosting]:
-    return [named_hosting(name) for name in TEACHER_HOSTINGS]
+    """Those that have weights."""
+    return [named_hosting(name) for name in TEACHER_HOSTINGS if name != CACHED]
 
 
 def hosting_of(teacher: TeacherConfig, ranks: int) -> Hosting:
@@ -57,6 +59,10 @@ def hosting_of(teacher: TeacherConfig, ranks: int) -> Hosting:
         ValueError: one line: which flag or file, what is wrong, the fix.
     """
     name, file, nvme = teacher.teacher_hosting, teacher.teacher_deepspeed, teacher.teacher_nvme
+    if (name == CACHED) != bool(teacher.teacher_cache):
+        raise ValueError("--teacher-hosting cached and --teacher-cache DIR (made by the cache command) go together")
+    if name == CACHED:
+        return Hosting(name=CACHED, settings={"cache": teacher.teacher_cache})
     if file:
         where, settings = f"--teacher-deepspeed {file}", read_ds_config(file, "--teacher-deepspeed")
         found = _described(settings, where)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_tide.config import DistillConfig, StrategyConfig
+from megatron_tide.config import CACHED, DistillConfig, StrategyConfig
 from megatron_tide.data.prepared import Stats
 from megatron_tide.ds_config import offload_of
 from megatron_tide.hosting.backend import Ranks
@@ -160,7 +160,8 @@ def run_shape(config: DistillConfig, ranks: int, needs: TeacherNeeds) -> RunShap
     """
     train, paths = config.train, config.paths
     student = ModelShape(model_config(paths.student), as_student=True)
-    teacher = ModelShape(model_config(paths.teacher)) if needs.target_logprobs or needs.hidden else None
+    hosted = (needs.target_logprobs or needs.hidden) and config.teacher.teacher_hosting != CACHED
+    teacher = ModelShape(model_config(paths.teacher)) if hosted else None
     if train.global_batch_size % (train.micro_batch_size * ranks):
         raise ValueError(
             f"--global-batch-size {train.global_batch_size} is not a multiple of "

@@ -108,13 +108,36 @@ class VocabMap:
         every mapped id the probability it has among all V, and the bucket exactly the rest, however small. If all
         ids of a side are mapped, it has no rest, and there is no bucket on either side.
         """
-        student, teacher = self._student.columns(student_logits_mV), self._teacher.columns(teacher_logits_mV)
-        has_rest = self.strings < min(student_logits_mV.shape[-1], teacher_logits_mV.shape[-1])
-        with_bucket = self.bucket and has_rest
         return (
-            _over_categories(student_logits_mV, student, temperature, with_bucket),
-            _over_categories(teacher_logits_mV, teacher, temperature, with_bucket),
+            self.of_student(student_logits_mV, teacher_logits_mV.shape[-1], temperature),
+            self.of_teacher(teacher_logits_mV, student_logits_mV.shape[-1], temperature),
         )
+
+    def of_student(self, logits_mV: Tensor, teacher_width: int, temperature: float) -> Tensor:
+        """The student's part of :meth:`categories`; ``teacher_width``: the number of the teacher's logits."""
+        with_bucket = self.bucket and self.strings < min(logits_mV.shape[-1], teacher_width)
+        return _over_categories(logits_mV, self._student.columns(logits_mV), temperature, with_bucket)
+
+    def of_teacher(self, logits_mV: Tensor, student_width: int, temperature: float) -> Tensor:
+        """The teacher's part of :meth:`categories`; ``student_width``: the number of the student's logits."""
+        with_bucket = self.bucket and self.strings < min(logits_mV.shape[-1], student_width)
+        return _over_categories(logits_mV, self._teacher.columns(logits_mV), temperature, with_bucket)
+
+
+def most_likely(scores_mD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(log-probs [m, count + 1] of a row's ``count`` largest categories and of the others together, which [m, count]).
+
+    A divergence over these is a lower bound of the one over all D > ``count`` categories, and still a divergence.
+    """
+    logp_mD = torch.log_softmax(scores_mD, dim=-1)
+    top_mk = logp_mD.topk(count, dim=-1).indices
+    return coarsened(logp_mD, top_mk), top_mk
+
+
+def coarsened(scores_mD: Tensor, top_mk: Tensor) -> Tensor:
+    """Scores [m, k + 1]: those of the categories ``top_mk``, and the logsumexp of the others."""
+    rest_m1 = scores_mD.scatter(1, top_mk, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([scores_mD.gather(1, top_mk), rest_m1], dim=-1)
 
 
 def _over_categories(logits_mV: Tensor, columns: _Columns, temperature: float, with_bucket: bool) -> Tensor:

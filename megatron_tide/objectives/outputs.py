@@ -19,22 +19,35 @@ class TeacherOutputs:
     at each pair, and ``head_weight`` [V_t, H_t], its head, from which the logits of a few rows at a time are made. A
     field that no objective needs (``Strategy.needs_target_logprobs``, ``Strategy.needs_hidden``) is None. Nothing here
     carries a gradient.
+
+    Instead of ``hidden`` and ``head_weight``, a teacher that was asked before has ``scores`` [P, D], its side of the
+    distribution term (``DistributionTerm.target``), and with fewer than all categories ``top`` int64 [P, D - 1], which
+    they are; ``vocab_size``: the number of its logits.
     """
 
     target_logprobs: Tensor | None = None
     hidden: Tensor | None = None
     head_weight: Tensor | None = None
+    scores: Tensor | None = None
+    top: Tensor | None = None
+    vocab_size: int = 0
+
+    @property
+    def of_pairs(self) -> tuple[Tensor, ...]:
+        """What there is of each pair: hidden states; or scores, and with fewer than all categories which."""
+        return tuple(rows for rows in (self.hidden, self.scores, self.top) if rows is not None)
 
 
 @dataclass(frozen=True)
 class StudentScores:
     """``target_logprobs`` [M] of the student's masked tokens; ``next_logprobs`` [Q] of the next tokens; ``divergence``
-    [P] per pair (T^2 included) or None.
+    [P] per pair (T^2 included) or None; ``covered`` [P]: the teacher's mass in categories that are compared singly.
     """
 
     target_logprobs: Tensor
     next_logprobs: Tensor
     divergence: Tensor | None
+    covered: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

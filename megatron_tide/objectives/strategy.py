@@ -22,7 +22,7 @@ from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSampli
 from megatron_tide.models.head import score_rows, target_logprobs
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
 from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
-from megatron_tide.objectives.distribution import DistributionObjective, VocabMap
+from megatron_tide.objectives.distribution import DistributionObjective, VocabMap, coarsened, most_likely
 from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
 from megatron_tide.objectives.tidal import TidalUse, midrange_weight, tidal_strength
 
@@ -61,16 +61,28 @@ class ChunkTerm:
 
 @dataclass(frozen=True)
 class DistributionTerm:
-    """A distribution objective at temperature T over a vocabulary map, with its use of TIDAL."""
+    """A distribution objective at temperature T over a vocabulary map, with its use of TIDAL.
+
+    ``top``: how many of the teacher's most likely categories are compared singly, the others as one; 0: all.
+    """
 
     objective: DistributionObjective
     tidal: TidalUse
     temperature: float
     vocabulary: VocabMap
+    top: int = 0
 
-    def rows(self, student_mV: Tensor, teacher_mV: Tensor, strength_m: Tensor) -> Tensor:
-        """T^2 times the divergence per row [m], from both sides' logits, unweighted."""
-        student_mD, teacher_mD = self.vocabulary.categories(student_mV, teacher_mV, self.temperature)
+    def target(self, teacher_mV: Tensor, student_width: int) -> tuple[Tensor, ...]:
+        """The teacher's scores [m, D] over the compared categories, and with fewer than all which [m, D - 1]."""
+        scores_mD = self.vocabulary.of_teacher(teacher_mV, student_width, self.temperature)
+        return most_likely(scores_mD, self.top) if 0 < self.top < scores_mD.shape[-1] else (scores_mD,)
+
+    def rows(
+        self, student_mV: Tensor, teacher_width: int, strength_m: Tensor, teacher_mD: Tensor, *top_mk: Tensor
+    ) -> Tensor:
+        """T^2 times the divergence per row [m], unweighted, from the student's logits and the teacher's ``target``."""
+        student_mD = self.vocabulary.of_student(student_mV, teacher_width, self.temperature)
+        student_mD = coarsened(student_mD, *top_mk) if top_mk else student_mD
         target_mD = self.tidal.rows(student_mD, teacher_mD, strength_m)
         return self.temperature**2 * self.objective.rows(torch.log_softmax(student_mD, dim=-1), target_mD)
 
@@ -138,18 +150,21 @@ class Strategy:
         """
         targets_L = torch.cat([batch.student_targets, batch.next_targets])
         if self.rows is None:
-            logprobs_L, divergence_P = target_logprobs(hidden_LH, head_weight_VH, targets_L, slice_rows), None
+            logprobs_L = target_logprobs(hidden_LH, head_weight_VH, targets_L, slice_rows)
+            divergence_P = covered_P = None
         else:
             pairs_P, others_O = batch.pair_student_index, _complement(batch.pair_student_index, hidden_LH.shape[0])
-            assert teacher.hidden is not None
-            pair_args = targets_L[pairs_P], teacher.hidden, strength_N[batch.chunk_level[batch.pair_chunk]]
+            pair_args = targets_L[pairs_P], strength_N[batch.chunk_level[batch.pair_chunk]], *teacher.of_pairs
             pair_fn = _PairScores(self.rows, teacher)
-            of_pairs_P, divergence_P = score_rows(pair_fn, hidden_LH[pairs_P], head_weight_VH, pair_args, slice_rows)
+            of_pairs_P, divergence_P, *covered = score_rows(
+                pair_fn, hidden_LH[pairs_P], head_weight_VH, pair_args, slice_rows
+            )
+            covered_P = covered[0] if covered else None
             of_others_O = target_logprobs(hidden_LH[others_O], head_weight_VH, targets_L[others_O], slice_rows)
             logprobs_L = torch.cat([of_pairs_P, of_others_O])
             logprobs_L = torch.zeros_like(logprobs_L).index_copy(0, torch.cat([pairs_P, others_O]), logprobs_L)
         logprobs_M, next_logprobs_Q = logprobs_L.split([len(batch.student_targets), len(batch.next_targets)])
-        return StudentScores(logprobs_M, next_logprobs_Q, divergence_P)
+        return StudentScores(logprobs_M, next_logprobs_Q, divergence_P, covered_P)
 
     def loss(
         self, scores: StudentScores, teacher: TeacherOutputs, batch: DistillBatch, strength_N: Tensor, counts: Counts
@@ -170,6 +185,7 @@ class Strategy:
             weight_P = self.rows.tidal.weight(strength_N[level_P]) * weight_N[level_P]
             total = total + (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
             metrics["distill/kl"] = _summed(scores.divergence)
+            metrics |= {} if scores.covered is None else {"distill/covered_mass": _summed(scores.covered)}
         return mean_over(total, counts.pairs if self.chunk is None else counts.chunks), metrics
 
     def _chunk_part(
@@ -218,23 +234,27 @@ class Strategy:
 
 
 class _PairScores:
-    """What the head computes from the logits of a slice of pairs: (target log-prob, divergence), each [m].
+    """What the head computes from the logits of a slice of pairs: (target log-prob, divergence), each [m], and with
+    fewer than all categories the teacher's mass in those that are compared singly.
 
-    The teacher's logits of the same rows are computed here from its hidden states, without gradient.
+    The teacher's logits of the same rows are computed here from its hidden states, without gradient, if it has them.
     """
 
     def __init__(self, term: DistributionTerm, teacher: TeacherOutputs) -> None:
-        assert teacher.head_weight is not None
         self._term = term
-        self._teacher_head_VH = teacher.head_weight
+        self._head_VH = teacher.head_weight
+        self._width = teacher.vocab_size if teacher.head_weight is None else len(teacher.head_weight)
 
     def __call__(
-        self, logits_mV: Tensor, targets_m: Tensor, teacher_mH: Tensor, strength_m: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            teacher_mV = at_least_fp32(teacher_mH @ self._teacher_head_VH.T)
+        self, logits_mV: Tensor, targets_m: Tensor, strength_m: Tensor, *teacher: Tensor
+    ) -> tuple[Tensor, ...]:
+        if self._head_VH is not None:
+            with torch.no_grad():
+                teacher = self._term.target(at_least_fp32(teacher[0] @ self._head_VH.T), logits_mV.shape[-1])
         target_logit_m = logits_mV.gather(1, targets_m.unsqueeze(1)).squeeze(1)
-        return target_logit_m - logits_mV.logsumexp(-1), self._term.rows(logits_mV, teacher_mV, strength_m)
+        divergence_m = self._term.rows(logits_mV, self._width, strength_m, *teacher)
+        covered = () if len(teacher) == 1 else (-torch.expm1(teacher[0][:, -1]),)
+        return target_logit_m - logits_mV.logsumexp(-1), divergence_m, *covered
 
 
 def _complement(some_P: Tensor, size: int) -> Tensor:

@@ -64,7 +64,9 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     )
     chunk_term = None if chunk is None else ChunkTerm(chunk, chunk_tidal, config.temperature)
     row_term = (
-        None if rows is None else DistributionTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge))
+        None
+        if rows is None
+        else DistributionTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge), config.teacher_top)
     )
     _warn(chunk_term, row_term, split if compdemo else None, bridge)
     return Strategy(
@@ -185,6 +187,7 @@ def _provenance(
     if rows is not None:
         plain |= {"distribution_tidal": rows.tidal.name, "compared_strings": rows.vocabulary.strings}
         plain["bucket"] = rows.vocabulary.bucket
+        plain |= {"teacher_top": rows.top} if rows.top else {}
     if any(term is not None and term.tidal.name != "off" for term in (chunk, rows)):
         plain |= {key: getattr(config, key) for key in ("tidal_axes", "tidal_ramp", "tidal_init", "tidal_peak")}
     return plain

@@ -50,8 +50,8 @@ def build(
     if config.train.activation_checkpointing:
         recompute_layers(model)
     engine = build_engine(model, config, world)
-    if strategy.needs_teacher:
-        _check_shift(config, world)
+    if strategy.needs_teacher and inputs.cache is None:
+        check_shift(config, world)
     backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
     context = TrainContext(engine=engine, backend=backend, strategy=strategy, world=world, clock=Clock(world.device))
     return context, make_loader(config, inputs, world)
@@ -81,7 +81,7 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
     )
 
 
-def _check_shift(config: DistillConfig, world: DistContext) -> None:
+def check_shift(config: DistillConfig, world: DistContext) -> None:
     """Whether the teacher's rows predict what ``--teacher-context`` reads from them: the next token, or their own."""
     teacher, context = config.paths.teacher, config.strategy.teacher_context
     family, _ = read_config(resolve_folder(teacher))
@@ -102,8 +102,8 @@ def probe(
     config: DistillConfig, inputs: RunInputs, context: TrainContext, loader: MicrobatchLoader, state: TrainState
 ) -> None:
     """Before the first step, refuse a teacher that is no better than chance (ValueError of ``check_teacher``)."""
-    if state.step or config.teacher.skip_teacher_probe or not inputs.strategy.needs_teacher:
-        return
+    if state.step or config.teacher.skip_teacher_probe or inputs.cache or not inputs.strategy.needs_teacher:
+        return  # a cached teacher was probed before it was asked
     side = inputs.data.manifest["teacher"]
     mean = check_teacher(
         context, loader(inputs.phases.last.start), side["vocab_size"], config.paths.teacher, side["mask_id"]
@@ -131,15 +131,22 @@ def measurement(config: DistillConfig, inputs: RunInputs, context: TrainContext)
 
 
 def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) -> None:
-    """Add the fingerprints of the student to start from and of the teacher to ``inputs.run`` (a collective)."""
-    paths = {"student": config.paths.student, "teacher": config.paths.teacher}
+    """Add the fingerprints of the student to start from and of the teacher to ``inputs.run`` (a collective).
+
+    Raises:
+        ValueError: ``--teacher`` is another one than that which answered.
+    """
+    paths, cache = {"student": config.paths.student, "teacher": config.paths.teacher}, inputs.cache
     if not inputs.strategy.needs_teacher:
         paths["teacher"] = ""
 
     def read() -> dict[str, Any]:
-        return {
+        found = {
             side: ShardedFolder(resolve_folder(path)).fingerprint() if path else None for side, path in paths.items()
         }
+        if cache is not None and found["teacher"] not in (None, cache.teacher):
+            raise ValueError(f"{cache.folder}: the answers of another teacher than {config.paths.teacher}; sweep again")
+        return found if cache is None else {**found, "teacher": cache.teacher}
 
     found = world.on_main(read)  # rank 0 reads for all ranks: the files are shared
     inputs.run.update({f"{side}_fingerprint": value for side, value in found.items()})

@@ -12,10 +12,11 @@ from typing import Any
 
 from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
-from megatron_tide.config import DistillConfig
+from megatron_tide.config import CACHED, DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
 from megatron_tide.hosting.build import hosting_of
+from megatron_tide.hosting.cached import AnswerCache, deciding
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
 from megatron_tide.train.phases import Phases, build_phases
@@ -23,7 +24,8 @@ from megatron_tide.train.phases import Phases, build_phases
 
 @dataclass(frozen=True)
 class RunInputs:
-    """A run's inputs, checked against each other; no weights are loaded yet. ``strategy``: that of the last phase."""
+    """A run's inputs, checked against each other; no weights are loaded yet. ``strategy``: that of the last phase;
+    ``cache``: the teacher's answers, if they are on disk."""
 
     data: PreparedData
     validation: PreparedData | None
@@ -32,6 +34,7 @@ class RunInputs:
     sampler: DistributedBatchSampler
     total_steps: int
     run: dict[str, Any]
+    cache: AnswerCache | None = None
 
 
 def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
@@ -53,7 +56,8 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         if teacher is not None:
             prepared.check_template("teacher", teacher.template_fingerprint)
     strategy = build_strategy(config.strategy, bridge)
-    if strategy.needs_teacher and not (paths.teacher and paths.bridge):
+    cached = config.teacher.teacher_hosting == CACHED
+    if strategy.needs_teacher and not ((paths.teacher or cached) and paths.bridge):
         raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
     if strategy.needs_teacher:
         mask_of(data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context])
@@ -83,12 +87,23 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         sampler=sampler,
         total_steps=total,
         run=run,
+        cache=_cache(config, strategy, run, phases.last.start) if cached and strategy.needs_teacher else None,
     )
 
 
-def _bridge_and_teacher(config: DistillConfig, student: TextTokenizer) -> tuple[Bridge, TextTokenizer]:
+def _cache(config: DistillConfig, strategy: Strategy, run: dict[str, Any], first: int) -> AnswerCache:
+    """The answers of ``--teacher-cache``; ValueError by name if they are not those to this run's questions."""
+    cache, total = AnswerCache.open(config.teacher.teacher_cache), run["total_steps"]
+    wanted = deciding(config, strategy, run["data_fingerprint"], run["bridge_fingerprint"], total)
+    cache.refuse_other(wanted, config.train.seed, first, total)
+    return cache
+
+
+def _bridge_and_teacher(config: DistillConfig, student: TextTokenizer) -> tuple[Bridge, TextTokenizer | None]:
     # Which ids mask, end and pad was settled when data and bridge were made, and is read from them.
     bridge = Bridge.load(config.paths.bridge)
+    if not config.paths.teacher:  # its answers are on disk, with the fingerprints of bridge and data
+        return bridge, None
     teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
     bridge.check_vocabularies(student, teacher)
     return bridge, teacher

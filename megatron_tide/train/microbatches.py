@@ -28,7 +28,7 @@ from megatron_tide.diffusion import (
 from megatron_tide.train.phases import Phases
 
 AHEAD = 2  # steps prepared before they are needed
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class MicrobatchLoader:
         return ahead(self, range(first, total))
 
 
-def ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[T]:
+def ahead(make: Callable[[S], T], steps: Iterable[S]) -> Iterator[T]:
     """``map(make, steps)``, with up to AHEAD results computed early by a thread; errors are raised here, in order."""
     results: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(AHEAD)
     stopped = threading.Event()

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tide.objectives import DISTRIBUTION_OBJECTIVES, VocabMap
+from megatron_tide.objectives.distribution import FORWARD_KL, coarsened, most_likely
 from tests.reference import distribution as reference
 
 KINDS = list(DISTRIBUTION_OBJECTIVES)
@@ -115,3 +116,23 @@ def test_no_common_string_is_one_clear_line():
     nothing = torch.zeros(0, dtype=torch.long)
     with pytest.raises(ValueError, match="share no token"):
         VocabMap(nothing, nothing, bucket=True)
+
+
+def test_the_most_likely_categories_and_the_others_as_one():
+    """Against loops; the divergence is at most the whole one, and equal to it with all but one category kept."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(6, 9, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    whole = FORWARD_KL.rows(student.log_softmax(-1), teacher.log_softmax(-1))
+    for count in (1, 4, 8):
+        target, top = most_likely(teacher, count)
+        mine = coarsened(student, top)
+        for m in range(6):
+            p, q = teacher[m].softmax(-1).tolist(), student[m].softmax(-1).tolist()
+            kept = sorted(range(9), key=lambda category: -p[category])[:count]
+            assert top[m].tolist() == kept
+            for one, wanted in ((target[m], p), (mine[m].log_softmax(-1), q)):
+                parts = [wanted[k] for k in kept] + [sum(wanted[k] for k in range(9) if k not in kept)]
+                torch.testing.assert_close(one.exp(), torch.tensor(parts, dtype=torch.float64))
+        coarse = FORWARD_KL.rows(mine.log_softmax(-1), target)
+        assert (coarse <= whole + 1e-12).all()
+        assert count < 8 or torch.allclose(coarse, whole)

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_tide import distill
 from megatron_tide.choices import TEACHER_HOSTINGS
+from megatron_tide.config import CACHED
 from tests.recipes.test_recipes import commands, run
 from tests.support.disk import HAS_DISK_IO
 from tests.support.ranks import run_on_ranks
@@ -22,7 +23,7 @@ MORE_RANKS = ("pipeline_4", "pipeline_8")
 
 def test_the_losses_are_the_same_wherever_the_teacher_is(chain, mixture, tmp_path):
     """The shell starts two ranks for one hosting; the others' trainings get the flags that it would start them with."""
-    hostings = [name for name in TEACHER_HOSTINGS if name not in MORE_RANKS]
+    hostings = [name for name in TEACHER_HOSTINGS if name not in (*MORE_RANKS, CACHED)]
     hostings = [name for name in hostings if name != "zero3_nvme" or HAS_DISK_IO]
     *others, whole = hostings
     options = {"TEACHER": str(mixture), "STUDENT": str(chain.root / "student"), "NPROC": "2", "RUNS": str(tmp_path)}

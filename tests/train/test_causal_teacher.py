@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_in_one_line(run, chain):
     assert scoring_inputs(data, "teacher", "causal").mask_id == -1
     masked = chain.run(chain.root / "nowhere", teacher_context="causal")
     with pytest.raises(ValueError, match=r"--teacher-context causal: .* is a llada2_moe model, which predicts the t"):
-        build._check_shift(from_flat(masked), ALONE)
+        build.check_shift(from_flat(masked), ALONE)
 
 
 def test_a_tokenizer_alone_needs_a_mask(run, chain, tmp_path):

@@ -1,0 +1,102 @@
+"""Ask a teacher once, and train from its answers: they go to a folder, for distill --teacher-hosting cached.
+
+Give it the flags of the training, with another --out. Noise depends on (seed, epoch, sample) alone, so the answers hold
+for any student, objective at the same temperature, restart and number of ranks. Training then needs no teacher, and its
+curve is the one with the teacher. Run the same command again to continue; --seeds adds seeds. --dry-run foretells disk
+and time. Distributions over a large vocabulary need --teacher-top, here and in training.
+
+Examples:
+  python -m megatron_tide cache --student DIR --teacher DIR --bridge DIR --data DIR --out runs/cache --dry-run
+  torchrun --nproc-per-node 8 -m megatron_tide cache --config runs/NAME/tide-cross/run.json --out runs/cache --seeds 1 2
+  python -m megatron_tide distill --teacher-hosting cached --teacher-cache runs/cache --student DIR --bridge DIR ...
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.cli import flag, say
+from megatron_tide.config import CACHED, DistillArgs, DistillConfig, preset_and_file
+from megatron_tide.hosting.speed import Rates
+
+defaults = preset_and_file
+EXIT_STOPPED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args(DistillArgs):
+    """Arguments of the cache command: the training that the answers are for, and how to ask."""
+
+    seeds: tuple[int, ...] = flag((), "Seeds of the trainings", low=0, high=2**31, shown="--seed")
+    window: int = flag(
+        1, "Number of steps that the teacher answers at once: an offloaded one is then read less often", low=1
+    )
+    rates: Rates = field(default_factory=Rates)
+
+
+def run(args: Args) -> int:
+    config = args.run
+    config.check()
+    if config.teacher.teacher_hosting == CACHED:
+        raise ValueError("--teacher-hosting cached: there is no teacher to ask; leave it out, or use another hosting")
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    from megatron_tide.train.distributed import destroy_distributed, init_distributed, launched_ranks
+
+    if args.dry_run:
+        foretell(config, args, launched_ranks())
+        return 0
+    world = init_distributed()
+    try:
+        return ask(config, args, world)
+    finally:
+        destroy_distributed()
+
+
+def foretell(config: DistillConfig, args: Args, ranks: int) -> Any:
+    """What the sweep will take, printed. ValueError where the disk is too small, or there is nothing to ask."""
+    import torch
+
+    from megatron_tide.train.build import make_loader
+    from megatron_tide.train.distributed import DistContext
+    from megatron_tide.train.inputs import read_run_inputs
+    from megatron_tide.train.sweep import forecast, refuse_small_disk
+
+    inputs = read_run_inputs(config, ranks)
+    if not inputs.strategy.needs_teacher:
+        raise ValueError(f"--strategy {config.strategy.strategy} asks no teacher; name one that distils")
+    alone = DistContext(rank=0, size=ranks, device=torch.device("cpu"), host_group=None)
+    loader = make_loader(config, inputs, alone)
+    expected = forecast(config, inputs, loader, len(args.seeds) or 1, args.rates)
+    say(f"{config.paths.out}: {expected}", flush=True)
+    refuse_small_disk(Path(config.paths.out), expected)
+    return expected
+
+
+def ask(config: DistillConfig, args: Args, world: Any) -> int:
+    from megatron_tide.lock import locked
+    from megatron_tide.train.build import make_loader
+    from megatron_tide.train.inputs import read_run_inputs
+    from megatron_tide.train.loop import StopRequest
+    from megatron_tide.train.sweep import sweep_teacher
+    from megatron_tide.train.watchdog import HangWatchdog
+
+    stop = StopRequest()
+    stop.install()
+    expected = world.on_main(lambda: foretell(config, args, world.size))
+    inputs, out = read_run_inputs(config, world.size), Path(config.paths.out)
+    loader = make_loader(config, inputs, world)
+    seeds = args.seeds or (config.train.seed,)
+    with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
+        manifest = sweep_teacher(config, inputs, loader, world, expected, seeds=seeds, window=args.window, stop=stop)
+    if manifest is None:
+        world.print_rank0(f"stopped on request; run the same command again to continue ({out})")
+        return EXIT_STOPPED
+    mass = manifest["covered_mass"]
+    covered = "" if mass is None else f", {mass:.2%} of the teacher's mass in the categories compared singly"
+    swept = ", ".join(f"{seed} ({part['end'] - part['first']} steps)" for seed, part in manifest["seeds"].items())
+    world.print_rank0(f"finished: answers for seed {swept}{covered} ({out})")
+    return 0
