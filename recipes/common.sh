@@ -27,6 +27,7 @@ RUNS=${RUNS:-runs} # all output of a recipe goes to $RUNS/$NAME
 ONLY=${ONLY:-}
 LAUNCHER=${LAUNCHER:-torchrun}
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}
+CACHE=${CACHE:-0}
 PYTHON=${PYTHON:-$REPO/.venv/bin/python} # or another interpreter with everything installed; the default .venv is created here
 
 fail() {
@@ -169,20 +170,28 @@ launcher() {
   esac
 }
 
-# distil OUT FLAGS...: one training run as stage train-<folder name>, on NPROC ranks (default: one per GPU).
-distil() {
-  local out=$1 gpus ranks
-  shift
+# on_ranks STAGE MODULE FLAGS...: `python -m MODULE FLAGS` as a stage, on NPROC ranks (default: one per GPU). MODULE may be two words.
+on_ranks() {
+  local title=$1 module=() gpus ranks
+  read -ra module <<<"$2"
+  shift 2
   gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
   ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
   launcher "$ranks"
-  if [[ $DRY_RUN != 1 ]] && wanted "train-$(basename "$out")" && ((${#LAUNCH[@]} > 1)); then # report mistakes once here, not once per rank later
-    WORLD_SIZE=$((ranks * ${NNODES:-1})) "$PYTHON" -m megatron_tide.distill --out "$out" "$@" --dry-run >/dev/null || exit $?
+  if [[ $DRY_RUN != 1 ]] && wanted "$title" && ((${#LAUNCH[@]} > 1)); then # report mistakes once here, not once per rank later
+    WORLD_SIZE=$((ranks * ${NNODES:-1})) "$PYTHON" -m "${module[@]}" "$@" --dry-run >/dev/null || exit $?
   fi
   if ((gpus == 0)); then # torchrun would give every CPU rank one thread
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
   fi
-  stage "train-$(basename "$out")" "${LAUNCH[@]}" -m megatron_tide.distill --out "$out" "$@"
+  stage "$title" "${LAUNCH[@]}" -m "${module[@]}" "$@"
+}
+
+# distil OUT FLAGS...: one training run as stage train-<folder name>.
+distil() {
+  local out=$1
+  shift
+  on_ranks "train-$(basename "$out")" megatron_tide.distill --out "$out" "$@"
 }
 
 # chain [FLAGS...]: release, then report.
@@ -191,8 +200,8 @@ chain() {
   stage report "$PYTHON" -m megatron_tide report "$RUNS/$NAME"
 }
 
-# release [FLAGS...]: bridge -> data -> distil -> convert (-> evaluate on EVAL_DATA), with the settings of the recipe; FLAGS
-# are passed to distil.
+# release [FLAGS...]: bridge -> data (-> cache) -> distil -> convert (-> evaluate on EVAL_DATA), with the settings of the
+# recipe; FLAGS are passed to distil. CACHE=1: the teacher answers the whole training first, as a stage of its own.
 release() {
   local run=$RUNS/$NAME
   local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
@@ -207,8 +216,12 @@ release() {
   stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data" \
     ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"}
-  distil "$run/$STRATEGY" "${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" \
-    --strategy "$STRATEGY" ${hosting[@]+"${hosting[@]}"} "$@"
+  local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" --strategy "$STRATEGY")
+  if [[ $CACHE == 1 ]]; then # training then loads no teacher
+    on_ranks cache "megatron_tide cache" --out "$run/cache" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
+    hosting=(--teacher-hosting cached --teacher-cache "$run/cache")
+  fi
+  distil "$run/$STRATEGY" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
   stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite
   [[ -n ${EVAL_DATA:-} ]] || return 0 # prepared data that was not used for training
   stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \

@@ -7,7 +7,7 @@
 # Launch:    bash recipes/distill_8b_to_0.6b.sh                      all GPUs of this machine
 #            NPROC=4 bash recipes/distill_8b_to_0.6b.sh              four of them
 #            DRY_RUN=1 bash recipes/distill_8b_to_0.6b.sh            print the commands
-#            ONLY="sample bridge data" bash recipes/distill_8b_to_0.6b.sh   only these stages, of: sample bridge data train convert report
+#            ONLY="sample bridge data" bash recipes/distill_8b_to_0.6b.sh   only these stages, of: sample bridge data cache train convert report
 #            sbatch slurm/distill_8b_to_0.6b.sh                    on a Slurm cluster
 # Arguments are passed to the training:  ... --preset ours --max-steps 1000   (python -m megatron_tide.distill --help)
 # If it stops for any reason, run the same command again: finished stages are skipped, training resumes from its checkpoint.
@@ -25,6 +25,7 @@ TEACHER_LENGTH=${TEACHER_LENGTH:-768}
 TEACHER_MASK=${TEACHER_MASK:-151665}                                # id of the mask token, which the tokenizer does not define
 HOSTING=${HOSTING:-}                                                # where the teacher's weights are (table in README.md); empty: replicated
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk
+CACHE=${CACHE:-0}                                                   # 1: a stage in which the teacher answers the whole training first (distributions: --teacher-top 64)
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: allow Python code from the hub repositories
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh
 # ---

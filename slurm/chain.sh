@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# slurm/RECIPE.sh as three jobs, each on the nodes it needs, each waiting for the previous one:
+# slurm/RECIPE.sh as three jobs (four with CACHE=1), each on the nodes it needs, each waiting for the previous one:
 #   prepare  the stages before it (sample, bridge, data)     CPUs, no GPU
-#   distil   the training                                    the GPUs that slurm/RECIPE.sh requests
+#   cache    with CACHE=1: the teacher's answers             the GPUs that slurm/RECIPE.sh requests
+#   distil   the training                                    the same; with CACHE=1 it loads no teacher
 #   convert  checkpoint -> Hugging Face folder, and a report  CPUs; with EVAL_DATA also scores, on one GPU
 #
 #   bash slurm/chain.sh distill_16b_to_0.6b --max-steps 1000           flags are passed to the training
 #   DRY_RUN=1 bash slurm/chain.sh distill_16b_to_0.6b                  print the sbatch commands
 #   PREPARE_SBATCH="--partition=cpu" bash slurm/chain.sh distill_16b_to_0.6b
 #
-# Settings, in addition to those of the recipe: PREPARE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for each sbatch;
-# they take precedence), EVAL_DATA (prepared data not used for training; its scores go to runs/NAME/scores.json).
+# Settings, in addition to those of the recipe: PREPARE_SBATCH, CACHE_SBATCH, DISTIL_SBATCH, CONVERT_SBATCH (more options for
+# each sbatch; they take precedence), EVAL_DATA (prepared data not used for training; its scores go to runs/NAME/scores.json).
 
 set -euo pipefail
 unset CDPATH # CDPATH makes cd search other folders
@@ -21,7 +22,7 @@ fail() {
   exit 2
 }
 
-name=${1:-} JOBS=()
+name=${1:-} JOBS=() TITLES=() COMPLETE=
 [[ -n $name && -f slurm/$name.sh && -f recipes/$name.sh ]] ||
   fail "'$name': no such recipe in both recipes/ and slurm/; usage: bash slurm/chain.sh distill_16b_to_0.6b [FLAGS...]"
 shift
@@ -31,12 +32,14 @@ flags=("$@")
 if [[ -n ${ONLY:-} ]]; then fail "ONLY=\"$ONLY\": this script sets ONLY itself; to run only some stages: ONLY=... sbatch slurm/$name.sh"; fi
 
 # If one job cannot be submitted, cancel those before it.
-trap '((${#JOBS[@]} == 3)) || ((${#JOBS[@]} == 0)) || scancel "${JOBS[@]}"' EXIT
+trap '[[ -n $COMPLETE ]] || ((${#JOBS[@]} == 0)) || scancel "${JOBS[@]}"' EXIT
 
-# submit STAGES OPTIONS...: submit one job for these stages, dependent on the previous job.
+# submit TITLE STAGES OPTIONS...: submit the job $name-TITLE for these stages, dependent on the previous job.
 submit() {
-  local only=$1 command id
-  shift
+  local only=$2 command id
+  TITLES+=("$1")
+  shift 2
+  set -- --job-name="$name-${TITLES[-1]}" "$@"
   ((${#JOBS[@]} == 0)) || set -- "--dependency=afterok:${JOBS[-1]}" --kill-on-invalid-dep=yes "$@"
   command=(sbatch --parsable "$@" "slurm/$name.sh" ${flags[@]+"${flags[@]}"})
   if [[ ${DRY_RUN:-0} == 1 ]]; then
@@ -54,17 +57,22 @@ one_node=(--nodes=1 --ntasks-per-node=1 --cpus-per-task=16)
 read -ra prepare <<<"${PREPARE_SBATCH:-}"
 read -ra distil <<<"${DISTIL_SBATCH:-}"
 read -ra convert <<<"${CONVERT_SBATCH:-}"
+read -ra cache <<<"${CACHE_SBATCH:-}"
 before=$(DRY_RUN=1 bash "recipes/$name.sh" | sed -n '/^# train-/,$d; s/^# //p' | xargs) # the stages before the training
-submit "$before" --job-name="$name-prepare" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
-submit train --job-name="$name-distil" ${distil[@]+"${distil[@]}"}
+submit prepare "${before% cache}" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
+[[ $before != *" cache" ]] || submit cache cache ${cache[@]+"${cache[@]}"}
+submit distil train ${distil[@]+"${distil[@]}"}
 if [[ -n ${EVAL_DATA:-} ]]; then
-  submit "convert evaluate report" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=1 ${convert[@]+"${convert[@]}"}
+  submit convert "convert evaluate report" "${one_node[@]}" --gpus-per-node=1 ${convert[@]+"${convert[@]}"}
 else
-  submit "convert report" --job-name="$name-convert" "${one_node[@]}" --gpus-per-node=0 ${convert[@]+"${convert[@]}"}
+  submit convert "convert report" "${one_node[@]}" --gpus-per-node=0 ${convert[@]+"${convert[@]}"}
 fi
+COMPLETE=1
 [[ ${DRY_RUN:-0} == 1 ]] && exit 0
 
-printf 'prepare %s, distil %s, convert %s\n' "${JOBS[@]}"
+jobs=
+for number in "${!JOBS[@]}"; do jobs+="${jobs:+, }${TITLES[number]} ${JOBS[number]}"; done
+printf '%s\n' "$jobs"
 printf 'watch:  squeue --jobs=%s   tail -F %s/%s/logs/%s.log\n' "$(IFS=,; echo "${JOBS[*]}")" "${RUNS:-runs}" \
   "${NAME:-$name}" "${JOBS[0]}"
 printf 'stop:   scancel %s\n' "${JOBS[*]}"

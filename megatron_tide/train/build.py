@@ -6,6 +6,7 @@ Every error is raised before the first step, on all ranks.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) 
         ValueError: ``--teacher`` is another one than that which answered.
     """
     paths, cache = {"student": config.paths.student, "teacher": config.paths.teacher}, inputs.cache
-    if not inputs.strategy.needs_teacher:
+    with_weights = cache is None or any(Path(paths["teacher"] or os.devnull).glob("*.safetensors"))
+    if not (inputs.strategy.needs_teacher and with_weights):
         paths["teacher"] = ""
 
     def read() -> dict[str, Any]:

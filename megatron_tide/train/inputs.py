@@ -96,6 +96,7 @@ def _cache(config: DistillConfig, strategy: Strategy, run: dict[str, Any], first
     cache, total = AnswerCache.open(config.teacher.teacher_cache), run["total_steps"]
     wanted = deciding(config, strategy, run["data_fingerprint"], run["bridge_fingerprint"], total)
     cache.refuse_other(wanted, config.train.seed, first, total)
+    run["config"]["paths"]["teacher"] = config.paths.teacher or cache.manifest["teacher_name"]
     return cache
 
 

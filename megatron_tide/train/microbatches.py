@@ -28,7 +28,8 @@ from megatron_tide.diffusion import (
 from megatron_tide.train.phases import Phases
 
 AHEAD = 2  # steps prepared before they are needed
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from megatron_tide.hosting.plan import local_machine, nvme_folder, run_shape, te
 from megatron_tide.hosting.speed import Rates, teacher_seconds
 from megatron_tide.models import read_config, resolve_folder
 from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.train.build import check_shift
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.loop import StopRequest
@@ -198,6 +199,7 @@ def sweep_teacher(
     """
     folder = Path(config.paths.out)
     settings = world.on_main(lambda: _claim(config, inputs, folder, expected))
+    check_shift(config, world)
     backend = build_teacher(config.paths.teacher, config.teacher, inputs.strategy, world)
     job = Sweep(folder, backend, inputs, world, settings, _vocabularies(config)[0], window)
     if not config.teacher.skip_teacher_probe:
@@ -282,7 +284,9 @@ def _finish(job: Sweep, seeds: list[int]) -> dict[str, Any]:
             rest = arrays["scores"].reshape(-1, kept + 1)[:, -1]
             pairs, outside = pairs + len(rest), outside + float(np.exp(rest, dtype=np.float64).sum())
     covered = 1 - outside / max(pairs, 1) if kept else None
+    name = job.inputs.run["config"]["paths"]["teacher"]
     manifest = {"format": FORMAT, "settings": job.settings, "seeds": every, "covered_mass": covered}
+    manifest |= {"teacher_name": name}
     manifest["fingerprint"] = fingerprint(manifest)
     write_json(job.folder / MANIFEST, manifest)
     return manifest

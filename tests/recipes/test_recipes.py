@@ -54,6 +54,20 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
     assert training[training.index("--nproc-per-node") + 1] == "4"
 
 
+def test_the_teacher_answers_first_in_a_stage_of_its_own():
+    from megatron_tide import cli, distill
+    from megatron_tide.commands import cache
+
+    stages = commands(LARGE[0], "--max-steps", "9", CACHE="1", HOSTING="zero3_cpu", NAME="mine", RUNS="elsewhere")
+    assert list(stages) == ["sample", "bridge", "data", "cache", "train-tide-cross", "convert", "report"]
+    asking, training = stages["cache"], stages["train-tide-cross"]
+    asked = cli.parse(cache, asking[asking.index("cache") + 1 :]).run
+    trained = cli.parse(distill, training[training.index("megatron_tide.distill") + 1 :]).run
+    assert (asked.teacher.teacher_hosting, trained.teacher.teacher_hosting) == ("zero3_cpu", "cached")
+    assert asked.paths.out == trained.teacher.teacher_cache == "elsewhere/mine/cache"
+    assert asked.loss_flags() == trained.loss_flags()
+
+
 @pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh", "real_small.sh"])
 def test_every_command_is_understood(recipe):
     from megatron_tide import cli, distill

@@ -136,6 +136,20 @@ def test_chain_submits_three_jobs_each_after_the_other():
     assert convert.startswith("ONLY=convert\\ evaluate\\ report sbatch --parsable --dependency=afterok:ID2 ")
 
 
+def test_chain_lets_the_teacher_answer_on_nodes_of_its_own():
+    more = {"CACHE": "1", "CACHE_SBATCH": "--nodes=2", "DRY_RUN": "1"}
+    shown = run("bash", "slurm/chain.sh", "distill_16b_to_0.6b", **more).stdout.splitlines()
+    assert [line.partition(" sbatch ")[0] for line in shown] == [
+        "ONLY=sample\\ bridge\\ data",
+        "ONLY=cache",
+        "ONLY=train",
+        "ONLY=convert\\ report",
+    ]
+    assert "--dependency=afterok:ID1 " in shown[1]
+    assert "--nodes=2" in shown[1]
+    assert "--dependency=afterok:ID2 " in shown[2]
+
+
 def test_chain_prepares_with_the_stages_of_its_recipe():
     shown = run("bash", "slurm/chain.sh", "adapt_ar_to_bd3lm", DRY_RUN="1").stdout.splitlines()
     assert [line.partition(" sbatch ")[0] for line in shown] == [
