@@ -4,6 +4,7 @@ from megatron_tide.bridge.align import TEXTS_AT_ONCE, align, align_batch, align_
 from megatron_tide.bridge.artifact import Aligned, Bridge, EncodedPair, align_text, align_texts
 from megatron_tide.bridge.chat import SPOKEN, LeftOut
 from megatron_tide.bridge.loading import load_tokenizer
+from megatron_tide.bridge.template import TemplateLimit
 from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "EncodedPair",
     "Encoding",
     "LeftOut",
+    "TemplateLimit",
     "TextTokenizer",
     "align",
     "align_batch",

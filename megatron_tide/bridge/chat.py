@@ -1,20 +1,25 @@
 """What a chat template rendered: which parts are the messages' own text, and what it left out.
 
-A control token in a prompt comes from the template alone. Where a message contains the string of one, the template is
-rendered a second time with a private-use character in that string's place; where the character comes out, text is.
+A control token in a prompt comes from the template alone. Where a message contains the string of one, or begins or
+ends like one (``<|im_`` before the template's ``end|>``), the template is rendered a second time with a private-use
+character in place of that part; where the character comes out, text is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, Protocol
+
+from megatron_tide.bridge.template import TemplateLimit
 
 Range = tuple[int, int]
 SPOKEN = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 """Fields of a message that hold something said: a template that leaves one out changes the conversation."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _PRIVATE = range(0xF0000, 0xFFFFE)
+BLANK = "\ue000"  # a private-use character that is in no vocabulary
 _NOT_SAID = ("id", "type", "index")  # of a tool call
 
 
@@ -23,7 +28,9 @@ class LeftOut(ValueError):
 
 
 class Rendered(str):
-    """A rendered conversation. ``content``: ranges of characters that read like control tokens and are message text."""
+    """A rendered conversation. ``content``: ranges of characters that are message text, where it reads like control
+    tokens, alone or together with what stands beside it. Text added to it is text; slices keep their part.
+    """
 
     content: tuple[Range, ...]
 
@@ -33,46 +40,141 @@ class Rendered(str):
         return rendered
 
     def __add__(self, text: str) -> Rendered:
-        return Rendered(f"{self}{text}", self.content)
+        return Rendered(f"{self}{text}", (*self.content, *_shifted(_content(text), len(self))))
+
+    def __radd__(self, text: str) -> Rendered:
+        return Rendered(f"{text}{self}", (*_content(text), *_shifted(self.content, len(text))))
+
+    def __getitem__(self, key: Any) -> str:
+        found = super().__getitem__(key)
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            return found
+        first = key.indices(len(self))[0]
+        ranges = ((max(0, start - first), min(len(found), stop - first)) for start, stop in self.content)
+        return Rendered(found, tuple(one for one in ranges if one[0] < one[1]))
+
+    def lstrip(self, chars: str | None = None, /) -> str:
+        return self[len(self) - len(super().lstrip(chars)) :]
+
+    def rstrip(self, chars: str | None = None, /) -> str:
+        return self[: len(super().rstrip(chars))]
+
+    def strip(self, chars: str | None = None, /) -> str:
+        return self.rstrip(chars).lstrip(chars)
+
+
+def _content(text: str) -> tuple[Range, ...]:
+    return text.content if isinstance(text, Rendered) else ((0, len(text)),) if text else ()
+
+
+def _shifted(content: tuple[Range, ...], by: int) -> tuple[Range, ...]:
+    return tuple((start + by, stop + by) for start, stop in content)
+
+
+class Guard(Protocol):
+    """What knows a tokenizer's control tokens."""
+
+    def controls(self, text: str) -> list[Range]:
+        """The ranges of ``text`` that a prompt makes control tokens of."""
+
+    def edges(self, text: str) -> list[Range]:
+        """The first and the last letter of ``text``, where it may be part of a control token with text beside it."""
 
 
 def render_guarded(
-    messages: list[Any], render: Callable[[list[Any]], str], controls: Callable[[str], list[Range]]
+    messages: list[Any], render: Callable[[list[Any]], str], guard: Guard, known: Container[str]
 ) -> Rendered:
-    """``render(messages)``, and where message text in it reads like a control token.
+    """``render(messages)``, and where message text in it reads like a control token, or completes one.
 
-    ``controls``: the ranges of a text that would become control tokens. ValueError where the template changes such
-    text.
+    ``known``: words that the template itself uses, such as names of roles and fields. ValueError where the template
+    changes such text.
     """
     plain = render(messages)
-    marks: dict[str, str] = {}
+    taken = set(plain).union(*_strings(messages))
+    marks = _Marks(guard, known, (letter for code in _PRIVATE if (letter := chr(code)) not in taken))
+    marked = _mapped(messages, marks.all)
+    if not marks.strings:
+        return Rendered(plain)
+    with_edges = _try(render, marked)
+    if with_edges is not None:
+        text, content = marks.expand(with_edges)
+        if text == plain:
+            return Rendered(plain, content)
+    # A template that looks at the first or the last letters of a message: their tokens must be its own all the same.
+    whole = _mapped(messages, marks.whole)
+    text, content = marks.expand(plain if whole == messages else render(whole))
+    if text != plain:
+        raise ValueError(
+            f"the chat template changes {next(iter(marks.strings))!r} in a message; take it out of the text"
+        )
+    own = [] if with_edges is None else [with_edges[start:stop] for start, stop in guard.controls(with_edges)]
+    hidden = blank(plain, content)
+    if [hidden[start:stop] for start, stop in guard.controls(hidden)] != own:
+        raise ValueError("a message and the chat template's text form a control token together; change the message")
+    return Rendered(plain, content)
 
-    def mark(text: str) -> str:
+
+def blank(text: str, content: Sequence[Range]) -> str:
+    """``text`` with a letter of no control token in place of each of ``content``'s."""
+    parts, place = [], 0
+    for start, stop in sorted(content):
+        parts += [text[place:start], BLANK * (stop - max(start, place))]
+        place = max(place, stop)
+    return "".join([*parts, text[place:]])
+
+
+class _Marks:
+    """Private-use letters in place of parts of messages. ``strings``: the letter of each part."""
+
+    def __init__(self, guard: Guard, known: Container[str], letters: Iterator[str]) -> None:
+        self._guard, self._known, self._letters = guard, known, letters
+        self.strings: dict[str, str] = {}
+
+    def all(self, text: str) -> str:
+        """``text``, its control tokens and its edges marked."""
+        found = self._guard.controls(text)
+        edges = [] if text in self._known else self._guard.edges(text)
+        free = [one for one in edges if not any(start < one[1] and one[0] < stop for start, stop in found)]
+        return self._mark(text, sorted([*found, *free]))
+
+    def whole(self, text: str) -> str:
+        """``text``, its control tokens marked."""
+        return self._mark(text, self._guard.controls(text))
+
+    def _mark(self, text: str, ranges: list[Range]) -> str:
         parts, end = [], 0
-        for start, stop in controls(text):
+        for start, stop in ranges:
             string = text[start:stop]
-            if string not in marks:
-                taken = set(plain).union(marks.values(), *_strings(messages))
-                marks[string] = next(chr(code) for code in _PRIVATE if chr(code) not in taken)
-            parts += [text[end:start], marks[string]]
+            if string not in self.strings:
+                letter = next(self._letters, None)
+                if letter is None:
+                    raise ValueError("the conversation has all private-use characters of Unicode; remove some")
+                self.strings[string] = letter
+            parts += [text[end:start], self.strings[string]]
             end = stop
         return "".join([*parts, text[end:]])
 
-    marked = _mapped(messages, mark)
-    if not marks:
-        return Rendered(plain)
-    strings = {letter: string for string, letter in marks.items()}
-    parts: list[str] = []
-    content: list[Range] = []
-    place = 0
-    for letter in render(marked):
-        parts.append(strings.get(letter, letter))
-        if letter in strings:
-            content.append((place, place + len(parts[-1])))
-        place += len(parts[-1])
-    if "".join(parts) != plain:
-        raise ValueError(f"the chat template changes {next(iter(marks))!r} in a message; take it out of the text")
-    return Rendered(plain, tuple(content))
+    def expand(self, marked: str) -> tuple[str, tuple[Range, ...]]:
+        """The text behind the marks, and the ranges of the marked parts in it."""
+        strings = {letter: string for string, letter in self.strings.items()}
+        parts: list[str] = []
+        content: list[Range] = []
+        place = 0
+        for part in re.split(f"([{''.join(strings)}])", marked):
+            parts.append(strings.get(part, part))
+            if part in strings:
+                content.append((place, place + len(parts[-1])))
+            place += len(parts[-1])
+        return "".join(parts), tuple(content)
+
+
+def _try(render: Callable[[list[Any]], str], messages: list[Any]) -> str | None:
+    try:
+        return render(messages)
+    except TemplateLimit:
+        raise
+    except ValueError:
+        return None
 
 
 def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[list[Any]], str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -20,13 +20,13 @@ import tokenizers
 
 from megatron_tide.bounds import check_id
 from megatron_tide.bridge.byte_table import METASPACE, byte_level_bytes, metaspace_bytes
-from megatron_tide.bridge.chat import Range
+from megatron_tide.bridge.chat import BLANK, Range, blank
 
 # <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
 # call them special. Text that contains one must not open a turn or become a mask.
 _MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
-_BEFORE = "\ue000"  # a private-use character, of which no vocabulary has a piece
 _IMPOSSIBLE_SCORE = -1e9
+_USUAL = 64  # characters of a special token
 
 
 class Codec(Protocol):
@@ -52,6 +52,8 @@ class Codec(Protocol):
     def encode_prompt(self, text: str) -> list[int]: ...
 
     def controls(self, text: str) -> list[Range]: ...
+
+    def edges(self, text: str) -> list[Range]: ...
 
     def prompt_parts(self, text: str, content: Sequence[Range]) -> Iterator[tuple[list[int], bool]]: ...
 
@@ -92,6 +94,7 @@ class FastCodec:
         self._text = _text_only(spec, self.special)
         self._prefix_once = '"prepend_scheme": "first"' in json.dumps(spec["pre_tokenizer"])
         self._control = _any_of(self.special)
+        self._edges = _Edges({*self.special, *map(self._normal, self.special)})
         self.core = _digest({key: spec[key] for key in ("normalizer", "pre_tokenizer", "model")})
 
     def encode(self, text: str) -> list[int]:
@@ -112,22 +115,28 @@ class FastCodec:
 
     def controls(self, text: str) -> list[Range]:
         """The ranges of ``text`` that ``encode_prompt`` makes special tokens of."""
-        normalizer = self._prompt.normalizer
-        if self._control is None or not (
-            self._control.search(text) or (normalizer and self._control.search(normalizer.normalize_str(text)))
-        ):
+        if not self._control or not (self._control.search(text) or self._control.search(self._normal(text))):
             return []
         encoded = self._prompt.encode(text, add_special_tokens=False)
         # Without the spaces around that a token may take.
         ranges = [(start, text[start:stop]) for _, start, stop in self._found(text, encoded)]
         return [(at + len(own) - len(own.lstrip()), at + len(own.rstrip())) for at, own in ranges if own.strip()]
 
+    def edges(self, text: str) -> list[Range]:
+        """The first and the last letter of ``text``, where it may be part of a special token with text beside it."""
+        return self._edges.of(text, self._normal)
+
+    def _normal(self, text: str) -> str:
+        normalizer = self._prompt.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
     def prompt_parts(self, text: str, content: Sequence[Range]) -> Iterator[tuple[list[int], bool]]:
         """Ids of a prompt, part by part, and whether a part was encoded as text: those with ``content``, ranges of
-        message text that reads like special tokens.
+        message text that is in no special token.
         """
-        encoded = self._prompt.encode(text, add_special_tokens=False)
-        tokens = [one for one in self._found(text, encoded) if not _overlap(one[1:], content)]
+        shown = blank(text, content)
+        encoded = self._prompt.encode(shown, add_special_tokens=False)
+        tokens = self._found(shown, encoded)
         token = place = 0
         for number, start, stop in [*tokens, (len(encoded.ids), len(text), len(text))]:
             if _overlap((place, start), content):
@@ -188,6 +197,7 @@ class SentencePieceCodec:
             for index, token in enumerate(self.strings)
         ]
         self._control = _any_of(self.special)
+        self._edges = _Edges(self.special)
         self.core = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -200,8 +210,8 @@ class SentencePieceCodec:
 
     def encode_rest(self, text: str) -> list[int]:
         """Ordinary text that goes on after other tokens: without the space that some write before a text."""
-        pieces = self._processor.encode(_BEFORE + text, return_type="proto").pieces
-        size = len(_BEFORE.encode())
+        pieces = self._processor.encode(BLANK + text, return_type="proto").pieces
+        size = len(BLANK.encode())
         own = (place for place, piece in enumerate(pieces) if piece.begin >= size or piece.end > size)
         return [piece.id for piece in pieces[next(own, len(pieces)) :]]
 
@@ -212,17 +222,48 @@ class SentencePieceCodec:
         """The ranges of ``text`` that ``encode_prompt`` makes special tokens of."""
         return [found.span() for found in self._control.finditer(text)] if self._control else []
 
+    def edges(self, text: str) -> list[Range]:
+        """The first and the last letter of ``text``, where it may be part of a special token with text beside it."""
+        return self._edges.of(text)
+
     def prompt_parts(self, text: str, content: Sequence[Range]) -> Iterator[tuple[list[int], bool]]:
         """Ids of a prompt, part by part, and whether a part was encoded as text; ``content``: ranges of message text
-        that reads like special tokens.
+        that is in no special token.
         """
         place = 0
-        for start, stop in self.controls(text):
-            if not _overlap((start, stop), content):
-                yield self.encode(text[place:start]), True
-                yield [self.special[text[start:stop]]], False
-                place = stop
+        for start, stop in self.controls(blank(text, content)):
+            yield self.encode(text[place:start]), True
+            yield [self.special[text[start:stop]]], False
+            place = stop
         yield self.encode(text[place:]), True
+
+
+class _Edges:
+    """Whether a text may begin, end or lie inside one of ``strings``, the rest of which is beside it."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._strings = [string for string in strings if len(string) > 1]
+        usual = [string for string in self._strings if len(string) <= _USUAL]
+        self._longest = max(map(len, usual), default=1)
+        self._starts = {string[:size] for string in usual for size in range(1, len(string))}
+        self._ends = {string[size:] for string in usual for size in range(1, len(string))}
+        for string in self._strings:
+            if len(string) > _USUAL:  # any of its letters might
+                self._starts |= {*string}
+                self._ends |= {*string}
+
+    def of(self, text: str, normal: Callable[[str], str] = str) -> list[Range]:
+        """The first and the last letter of ``text``, where it may; ``normal``: what a tokenizer does to a text."""
+        own, place = text.strip(), len(text) - len(text.lstrip())
+        if not own:
+            return []
+        sizes, near = range(1, self._longest + 1), 4 * self._longest
+        heads, tails = ({part, normal(part).strip()} for part in (own[:near], own[-near:]))
+        first = any(head[:size] in self._ends for head in heads for size in sizes)
+        last = any(tail[-size:] in self._starts for tail in tails for size in sizes)
+        within = len(own) < near and any(head in string for head in heads for string in self._strings)
+        places = [place] * (first or within) + [place + len(own) - 1] * last
+        return [(one, one + 1) for one in sorted({*places})]
 
 
 def sentencepiece_roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, str]:

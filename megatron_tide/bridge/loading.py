@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +11,10 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_tide.bounds import check_id
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
+from megatron_tide.bridge.tokenizer_files import CONFIG, check_files
 from megatron_tide.files import read_json
 from megatron_tide.hub import download
 
@@ -35,7 +34,6 @@ TOKENIZER_FILES = (
     "*.tiktoken.json",
 )
 _SENTENCEPIECE = "tokenizer.model"
-_CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken")
 
@@ -132,33 +130,13 @@ def _load_folder(folder: Path, request: _LoadRequest) -> TextTokenizer:
 def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
     from transformers import AutoTokenizer
 
-    _check_ids(folder, request.name)
+    check_files(folder)
     with _reading(request.name), _quiet():
         raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=request.trust_remote_code)
     if getattr(raw, "backend_tokenizer", None) is None:
         raise ValueError(f"{request.name}: no fast tokenizer; save its tokenizer.json with transformers first")
     kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
     return _wrap_hugging_face(folder, tuple(dict.fromkeys(kept)), raw, request)
-
-
-def _check_ids(folder: Path, name: str) -> None:
-    """Refuse an id that no vocabulary has: the libraries take memory for all ids below it, and only then answer."""
-    for file in ("tokenizer.json", "vocab.json", "added_tokens.json"):
-        try:
-            content = json.loads((folder / file).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue  # missing, or for the libraries to refuse
-        if file == "tokenizer.json":
-            model = content.get("model") if isinstance(content, dict) else None
-            found = model.get("vocab") if isinstance(model, dict) else None
-            ids = dict(found) if isinstance(found, dict) else {}
-            added = content.get("added_tokens") if isinstance(content, dict) else None
-            listed = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-            pairs = [*ids.items(), *((str(token.get("content")), token.get("id")) for token in listed)]
-        else:
-            pairs = [*content.items()] if isinstance(content, dict) else []
-        for token, index in pairs:
-            check_id(name, token, index)
 
 
 def _load_tiktoken(file: Path, request: _LoadRequest) -> TextTokenizer:
@@ -184,12 +162,12 @@ def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _
 
 
 def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
-    beside = [model.parent / _CONFIG, model.parent / _TEMPLATE] if model.name == _SENTENCEPIECE else []
+    beside = [model.parent / CONFIG, model.parent / _TEMPLATE] if model.name == _SENTENCEPIECE else []
     files = [model, *(file for file in beside if file.exists())]
-    config = read_json(model.parent / _CONFIG, "restore the file") if model.parent / _CONFIG in files else {}
-    added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
-    for token, index in added.items():
-        check_id(request.name, token, index)
+    if files[1:]:
+        check_files(model.parent)
+    config = read_json(model.parent / CONFIG, "restore the file") if model.parent / CONFIG in files else {}
+    added = {token["content"]: int(index) for index, token in (config.get("added_tokens_decoder") or {}).items()}
     roles = {
         role.removesuffix("_token"): token["content"] if isinstance(token, Mapping) else token
         for role, token in config.items()
@@ -202,8 +180,13 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
     _name_mask(request, roles, pieces | added.keys())
     template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {one["name"]: one["template"] for one in template}
     if model.parent / _TEMPLATE in files:
-        template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
+        with _reading(request.name):
+            template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
+    if isinstance(template, Mapping):
+        template = template.get("default")
     codec = SentencePieceCodec(processor, added, roles.values())
     source = TokenizerSource(
         name=request.name,

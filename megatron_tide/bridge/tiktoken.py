@@ -98,12 +98,19 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
     if beside.exists():
         try:
             settings = json.loads(beside.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{beside}: is not valid JSON ({error}); fix the settings") from error
         if not isinstance(settings, dict) or "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
             raise ValueError(
                 f"{beside}: must be an object with a pattern and no keys other than {sorted(SETTINGS_KEYS)}"
             )
+        for key, value in settings.items():
+            tokens = key.endswith("_tokens")
+            texts = value if tokens and isinstance(value, list) else [value]
+            if not all(isinstance(text, str) and len(text) <= TOKEN_BYTES * 16 for text in texts if text is not None):
+                raise ValueError(f"{beside}: {key} must be {'a list of texts' if tokens else 'text'}; fix the settings")
+            if tokens and not (isinstance(value, list) and all(value)):
+                raise ValueError(f"{beside}: {key} must be a list of texts; fix the settings")
         if settings.get("normalizer") not in NORMALIZERS:
             raise ValueError(f"{beside}: normalizer must be one of {[*NORMALIZERS]}, not {settings['normalizer']!r}")
         return settings

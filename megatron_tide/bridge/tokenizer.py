@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tide.bounds import check_id
+from megatron_tide.bridge import template
 from megatron_tide.bridge.byte_table import ByteTable
 from megatron_tide.bridge.chat import LeftOut, Rendered, check_said, render_guarded
 from megatron_tide.bridge.codecs import Codec
@@ -33,6 +34,8 @@ class Encoding:
     data: bytes
 
 
+_ROLES = ("system", "user", "assistant", "tool", "developer", "function")
+_WORDS = re.compile(r"\.(\w+)|'(\w+)'|\"(\w+)\"")  # fields that a template reads, and strings that it compares with
 _CHANGING = re.compile(r"\b(strftime_now|lipsum)\b|\|\s*random\b")  # of Jinja's names, those without a fixed value
 
 
@@ -72,6 +75,7 @@ class TextTokenizer:
         self._fingerprint: str | None = None
         self._shapes: dict[str, str] = {}
         self._changing = _CHANGING.search(source.chat_template or "")
+        self._known = {*_ROLES, *(word for words in _WORDS.findall(source.chat_template or "") for word in words)}
 
     def __repr__(self) -> str:
         return f"TextTokenizer({self.name!r}, {self.vocab_size} tokens, {self.fingerprint[:12]})"
@@ -138,11 +142,11 @@ class TextTokenizer:
         """sha256 hex of the chat template and of the tokens that it writes by role (``{{ bos_token }}``); None without
         a template. It affects a prompt's ids, not a response's.
         """
-        template = self._source.chat_template
-        if template is None:
+        source = self._source.chat_template
+        if source is None:
             return None
-        tokens = {name: token for name, token in sorted(self._role_tokens().items()) if name in template}
-        return hashlib.sha256((template + (json.dumps(tokens) if tokens else "")).encode("utf-8")).hexdigest()
+        tokens = {name: token for name, token in sorted(self._role_tokens().items()) if name in source}
+        return hashlib.sha256((source + (json.dumps(tokens) if tokens else "")).encode("utf-8")).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """The manifest entry: name, fingerprint, vocab_size, ids of mask, eos and pad (None if missing)."""
@@ -258,13 +262,12 @@ class TextTokenizer:
             )
         said = list(messages)
         options = {**names, "add_generation_prompt": add_generation_prompt}
-        rendered = render_guarded(said, partial(self._write, options), self._codec.controls)
+        rendered = render_guarded(said, partial(self._write, options), self._codec, self._known)
         try:
             check_said(said, rendered, partial(self._show, options))
         except LeftOut as error:
             raise LeftOut(f"{self.name}: {error}; use a template that writes it, or omit the row") from None
-        own = [(len(rendered) + first, len(rendered) + last) for first, last in self._codec.controls(start)]
-        return Rendered(f"{rendered}{start}", (*rendered.content, *own))
+        return rendered + start
 
     def _show(self, options: Mapping[str, Any], marks: list[Any]) -> str:
         """``_write`` for a conversation of marks: there are few that differ."""
@@ -276,20 +279,15 @@ class TextTokenizer:
         return self._shapes[key]
 
     def _write(self, options: Mapping[str, Any], messages: list[Any]) -> str:
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         tools = messages[0].get("tools") if messages and isinstance(messages[0], dict) else None
         names: dict[str, Any] = {**options, **self._role_tokens(), **({"tools": tools} if tools else {})}
+        assert self._source.chat_template is not None
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._source.chat_template,
-                **names,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self.name}: the chat template rejects the conversation: {error}") from error
-        return rendered[0][0]
+            return template.render(self._source.chat_template, messages, **names)
+        except template.TemplateLimit as error:
+            raise template.TemplateLimit(f"{self.name}: the chat template does not end: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{self.name}: the chat template rejects the conversation: {error}") from None
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into ``folder``, made if missing: copies, or the Hugging Face form of a tiktoken

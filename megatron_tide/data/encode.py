@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.bridge import SPOKEN, Aligned, Bridge, EncodedPair, LeftOut, TextTokenizer
+from megatron_tide.bridge import SPOKEN, Aligned, Bridge, EncodedPair, LeftOut, TemplateLimit, TextTokenizer
 from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
 from megatron_tide.tables import ASSISTANT, Message
 
@@ -25,7 +25,8 @@ NOT_WRITTEN = "a message that the chat template does not write"
 MORE_THAN_TEXT = "a response with reasoning or tool calls beside its text"
 REFUSED = "refused by a tokenizer or template"
 
-ENCODING = 2  # of rows into samples, part of a folder's settings: 2 since prompts hold message text as text
+# Of rows into samples, part of a folder's settings. 2: prompts hold message text as text; 3: also where it is joined.
+ENCODING = 3
 
 Ids = NDArray[np.int32]
 
@@ -123,12 +124,11 @@ class Encoder:
                 return _student_only(key, self.student, _prompt(self.student, prompt), response)
             prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
             return _Row(key, prompts, self.bridge.encode_with_bytes(response))
+        except TemplateLimit:  # of the template, not of the row: each further row would take as long
+            raise
         except LeftOut as error:
             return Dropped(NOT_WRITTEN, str(error))
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # counted; one odd row stops no mixture
+        except (ValueError, RecursionError) as error:  # counted; one odd row stops no mixture
             return Dropped(REFUSED, str(error))
 
     def _with_teacher(self, row: _Row, aligned: Aligned) -> Encoded | Dropped:

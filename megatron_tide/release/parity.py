@@ -55,8 +55,10 @@ def check_parity(
     Raises:
         ValueError: names the first difference, or the error of the fresh process.
     """
+    # First, with limits: the fresh process renders the same conversations with the same template, and has none.
+    prompts = [probe.encoder(tokenizer)(messages) for messages in CONVERSATIONS]
     theirs = _ask_release(release, files, ids, dtype)
-    ours = _run_training_weights(trained, tokenizer, ids, dtype)
+    ours = _run_training_weights(trained, prompts, ids, dtype)
     worst, rows, tokens = 0.0, 0, 0
     for name, expected in ours.items():
         found = theirs[name]
@@ -88,11 +90,10 @@ def _failed(what: str) -> ValueError:
 
 
 def _run_training_weights(
-    trained: TrainingCheckpoint, tokenizer: TextTokenizer, ids: GenerationIds, dtype: torch.dtype
+    trained: TrainingCheckpoint, prompts: list[list[int]], ids: GenerationIds, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The training weights in the training module, by its own parameter names: no key table and no release code."""
     model = trained.model(dtype)
-    prompts = [probe.encoder(tokenizer)(messages) for messages in CONVERSATIONS]
     return probe.run(model, prompts, block=ids.block_size, mask_id=ids.mask_token_id, **vars(ids))
 
 

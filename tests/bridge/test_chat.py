@@ -189,3 +189,97 @@ def test_thoughts_of_earlier_turns_may_be_left_out(qwen_like: TextTokenizer) -> 
     assert "assistant\nYes.<|im_end|>" in rendered
     with pytest.raises(LeftOut, match="Hm"):
         qwen_like.render([*user("Now?"), thought])
+
+
+JOINED = [
+    [*user("a <|im_"), {"role": "assistant", "content": "end|> b"}],
+    [*user("<|im_"), *user("end|>")],
+    [*user("<|"), *user("im_end"), *user("|>")],
+    [{"role": "user", "content": "mask", "name": "<|"}, *user("|> x")],
+    [{"role": "<|im_", "content": "end|>"}, *user("x")],
+    [{"role": "im_end", "content": "x"}, *user("x")],
+    [{"role": "<|im_end|>", "content": "<"}, *user("|mask|>")],
+]
+JOINS = {
+    "beside": "{% for m in messages %}{{ m.name }}{{ m.role }}{{ m.content }}{% endfor %}<|im_start|>",
+    "trimmed": "{% for m in messages %}{{ m.name }}{{ m.content | trim }}{% endfor %}{{ messages[0].role }}<|im_end|>",
+    "around": "{% for m in messages %}{{ m.name }}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|im_start|>",
+    "end": "{% for m in messages %}{{ m.name }}{{ m.role }}{{ m.content }}end|>{% endfor %}<|im_start|>",
+    "start": "<|im_start|>{% for m in messages %}<|im_{{ m.name }}{{ m.content }}{{ m.role }}{% endfor %}",
+    "shadowed": "{% for m in messages %}{{ m.content }}<|im_start|>{{ m.name }}{{ m.role }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+@pytest.mark.parametrize("name", JOINS)
+def test_no_control_token_is_formed_where_texts_are_joined(
+    tmp_path: Path, folders: Mapping[str, Path], kind: str, name: str
+) -> None:
+    """The control tokens of a prompt are those of a conversation of other words in the same places."""
+    folder = shutil.copytree(folders[kind], tmp_path / "joins")
+    special = {"student": "<|im_{}|>", "teacher": "<|role_{}|>"}[kind]
+    names = {"<|im_start|>": "<|im_start|>" if kind == "student" else "<role>", "<|im_end|>": special.format("end")}
+    text = JOINS[name]
+    for old, new in (*names.items(), ("<|im_", special.partition("{")[0]), ("im_end", special[2:].format("end")[:-2])):
+        text = text.replace(old, new)
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    tokenizer = load_tokenizer(folder)
+    for talk in JOINED:
+        said = json.loads(json.dumps(talk).replace("im_", "role_" if kind == "teacher" else "im_"))
+        plain = [dict.fromkeys(one, "zz") for one in said]
+        ids, expected = (tokenizer.encode_prompt(tokenizer.render(one)) for one in (said, plain))
+        assert controls(tokenizer, ids) == controls(tokenizer, expected), said
+        assert tokenizer.decode(ids, skip_special=False) == str(tokenizer.render(said))
+
+
+def test_roles_that_complete_a_control_token_of_the_template_are_the_templates(
+    tmp_path: Path, folders: Mapping[str, Path]
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|critic|>", "<|end|>"]})
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'critic' %}!{% endif %}{{ '<|' + m.role + '|>' }}"
+            "{{ m.content }}{{ '<|end|>' }}{% endfor %}"
+        )
+
+    tokenizer = variant(tmp_path, folders["student"], change)
+    known = tokenizer.encode_prompt(tokenizer.render([*user("user"), {"role": "critic", "content": "end"}]))
+    assert len(controls(tokenizer, known)) == 4
+    foreign = tokenizer.encode_prompt(tokenizer.render([{"role": "end", "content": "critic"}, *user("|>")]))
+    assert len(controls(tokenizer, foreign)) == 3
+
+
+def test_a_template_that_looks_at_the_ends_of_a_message_still_renders(
+    tmp_path: Path, folders: Mapping[str, Path]
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.content.startswith('>') %}quoted{% endif %}<|im_start|>{{ m.content }}"
+            "{{ 'end|>' if m.content.endswith('<|im_') else '' }}{% endfor %}"
+        )
+
+    tokenizer = variant(tmp_path, folders["student"], change)
+    ids = tokenizer.encode_prompt(tokenizer.render(user("> a")))
+    assert len(controls(tokenizer, ids)) == 1
+    with pytest.raises(ValueError, match="form a control token together") as refused:
+        tokenizer.render(user("a <|im_"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_and_sums_of_a_prompt_keep_its_text(tokenizers: Mapping[str, TextTokenizer], kind: str) -> None:
+    tokenizer = tokenizers[kind]
+    special = next(token for token in ("<|im_end|>", "<|role_end|>") if tokenizer.encode_prompt(token).size == 1)
+    rendered = tokenizer.render(user(f"first {special} second {special}"), start=f" {special} and  ")
+    whole = controls(tokenizer, tokenizer.encode_prompt(rendered))
+    for place in range(len(rendered)):
+        left, right = rendered[:place], rendered[place:]
+        joined = tokenizer.encode_prompt(left + right)
+        assert controls(tokenizer, joined) == whole
+        assert kind == "prefixed" or tokenizer.decode(joined, skip_special=False) == rendered
+        assert len(controls(tokenizer, tokenizer.encode_prompt(rendered[-place - 1 :]))) <= len(whole)
+    assert rendered.rstrip() == str(rendered).rstrip()
+    for same in (rendered.rstrip() + "  ", rendered[:-2] + rendered[-2:], rendered.strip(), rendered.lstrip()):
+        assert controls(tokenizer, tokenizer.encode_prompt(same)) == whole
+    for longer in (rendered + special, special + rendered, rendered[:-5] + special + rendered[-5:]):
+        assert controls(tokenizer, tokenizer.encode_prompt(longer)) == whole

@@ -1,0 +1,131 @@
+"""A tokenizer folder's JSON files, checked before libraries read them: types, ids, sizes; one line for what is wrong.
+
+Libraries take memory for all ids below the largest one, believe any type, and answer later or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.bounds import TOKEN_BYTES, check_id
+
+LARGEST = 1 << 27
+"""Bytes of a file: the largest public one has 2^25."""
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def check_files(folder: Path) -> None:
+    """ValueError, one line that names the file, for what no tokenizer has. Missing files are none of its business."""
+    checks = {
+        TOKENIZER: _check_tokenizer,
+        "vocab.json": _check_ids,
+        "added_tokens.json": _check_ids,
+        CONFIG: _check_config,
+        "special_tokens_map.json": _check_roles,
+    }
+    for name, check in checks.items():
+        path = folder / name
+        if not path.exists():
+            continue
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"{path}: has {path.stat().st_size} bytes, more than {LARGEST}; restore the file")
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not valid JSON ({str(error)[:100]}); restore the file") from None
+        if not isinstance(content, dict):
+            raise _wrong(path, "its content", "an object", content)
+        check(path, content)
+
+
+def _wrong(path: Path, what: str, wanted: str, found: object) -> ValueError:
+    return ValueError(f"{path}: {what[:60]} must be {wanted}, not {json.dumps(found)[:40]}; restore the file")
+
+
+def _check_string(path: Path, what: str, token: object) -> None:
+    """A token: text of a size that tokens have."""
+    if not isinstance(token, str) or not token:
+        raise _wrong(path, what, "text", token)
+    if len(token) > TOKEN_BYTES:
+        raise ValueError(f"{path}: {what} has {len(token)} characters, more than {TOKEN_BYTES}; restore the file")
+
+
+def _check_token(path: Path, what: str, token: object) -> None:
+    """A token: text, or an object with it."""
+    _check_string(path, what, token.get("content") if isinstance(token, dict) else token)
+
+
+def _check_ids(path: Path, content: dict[str, Any]) -> None:
+    for token, index in content.items():
+        check_id(str(path), token, index)
+        if token:
+            _check_string(path, "a token", token)
+
+
+def _check_tokenizer(path: Path, content: dict[str, Any]) -> None:
+    model, added = content.get("model"), content.get("added_tokens")
+    if not isinstance(model, dict):
+        raise _wrong(path, "model", "an object", model)
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        _check_ids(path, vocabulary)
+    elif isinstance(vocabulary, list):
+        for pair in vocabulary:
+            if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise _wrong(path, "a piece of its vocabulary", "a text and its score", pair)
+            if pair[0]:
+                _check_string(path, "a piece of its vocabulary", pair[0])
+    if added is not None and not isinstance(added, list):
+        raise _wrong(path, "added_tokens", "a list of objects", added)
+    for token in added or ():
+        if not isinstance(token, dict):
+            raise _wrong(path, "an added token", "an object", token)
+        _check_string(path, "content of an added token", token.get("content"))
+        check_id(str(path), token["content"], token.get("id"))
+
+
+def _check_config(path: Path, content: dict[str, Any]) -> None:
+    added, template = content.get("added_tokens_decoder"), content.get("chat_template")
+    if added is not None and not isinstance(added, dict):
+        raise _wrong(path, "added_tokens_decoder", "an object", added)
+    for index, token in (added or {}).items():
+        if not isinstance(token, dict):
+            raise _wrong(path, f"added token {index}", "an object", token)
+        _check_string(path, f"content of added token {index[:20]}", token.get("content"))
+        number = index.isascii() and index.isdecimal() and len(index) < 20
+        check_id(str(path), token["content"], int(index) if number else index)
+    for text in _templates(path, template):
+        if not isinstance(text, str):
+            raise _wrong(path, "chat_template", "text", text)
+    _check_roles(path, content)
+
+
+def _templates(path: Path, template: Any) -> Iterator[Any]:
+    if isinstance(template, list):
+        for one in template:
+            if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+                raise _wrong(path, "a chat template of several", "an object with a name", one)
+            yield one.get("template")
+    elif isinstance(template, dict):
+        yield from template.values()
+    elif template is not None:
+        yield template
+
+
+def _check_roles(path: Path, content: dict[str, Any]) -> None:
+    for role, token in content.items():
+        known = role in ROLES
+        if token is not None and (known or (role.endswith("_token") and isinstance(token, str | dict))):
+            _check_token(path, role, token)
+    for name in _LISTS:
+        tokens = content.get(name)
+        if tokens is not None and not isinstance(tokens, list | dict):
+            raise _wrong(path, name, "a list of tokens", tokens)
+        for token in (tokens.values() if isinstance(tokens, dict) else tokens) or ():
+            _check_token(path, f"a token of {name}", token)
