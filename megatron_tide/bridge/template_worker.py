@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -34,7 +34,7 @@ TIMES = 32
 class Generation(Extension):
     """``{% generation %}``, which marks what an assistant says; its content is written as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

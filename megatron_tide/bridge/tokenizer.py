@@ -172,6 +172,10 @@ class TextTokenizer:
         parts = self._codec.prompt_parts(str(rendered), content)
         return np.concatenate([self._without_special(ids) if text else np.array(ids, np.int32) for ids, text in parts])
 
+    def reads_like_control(self, text: str) -> bool:
+        """Whether ``encode_prompt`` makes a special token of a part of ``text``."""
+        return bool(self._codec.controls(text))
+
     def _without_special(self, found: list[int]) -> np.ndarray:
         ids = np.array(found, dtype=np.int32)
         if self._forbidden[ids].any():

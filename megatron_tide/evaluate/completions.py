@@ -19,6 +19,7 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.bootstrap import mean
+from megatron_tide.evaluate.thoughts import text_of, without_thoughts
 from megatron_tide.generate import complete, from_prepared
 
 LONGEST = 8_000  # characters, about 2,000 tokens; the parser's memory and recursion grow with the text
@@ -49,8 +50,11 @@ class Completions:
     """A model's answers to the prompts of held-out data, greedy and one token per forward pass by default."""
 
     texts: list[str]
+    """Without thoughts."""
     prompts: list[str]
     references: list[str]
+    still_thinking: int = 0
+    """Number of texts that are empty because the model was still thinking when its tokens ran out."""
 
     def to_dict(self, seed: int) -> dict[str, Any]:
         """Counts, mean length in characters, the share of ``both`` with its interval, every text with its verdicts."""
@@ -62,6 +66,7 @@ class Completions:
             "say_something": sum(bool(one["says_something"]) for one in judged),
             "both": sum(both),
             "both_share": mean(both, seed).to_dict(),
+            "still_thinking": self.still_thinking,
             "mean_characters": sum(len(text.strip()) for text in self.texts) / len(self.texts),
             "texts": judged,
         }
@@ -103,4 +108,6 @@ def completions(
             **decoding,
         )
     references = [prompt.reference or "" for prompt in prompts]
-    return Completions([one.text for one in found], [prompt.shown for prompt in prompts], references)
+    shown = [prompt.shown for prompt in prompts]
+    texts = [without_thoughts(text_of(tokenizer, one.ids), asked) for one, asked in zip(found, shown)]
+    return Completions([*texts], shown, references, sum(bool(text.notes) for text in texts))

@@ -7,11 +7,12 @@ request itself (prompt and generation settings) and in the model's fingerprint: 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,22 @@ from lm_eval.models.utils import has_bos_prefix
 from safetensors import SafetensorError
 from sqlitedict import SqliteDict
 from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+import megatron_tide
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.bridge.chat import Rendered
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
-from megatron_tide.files import read_json
+from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
+from megatron_tide.files import fingerprint, read_json, sha256_file
 from megatron_tide.generate import complete
 from megatron_tide.models import resolve_folder
 from megatron_tide.training_checkpoint import generation_of, open_model
 
-THINKING = ("<think>", "</think>")
+_CODE = ("bridge/*.py", "generate/*.py", "models/*.py", "evaluate/generators.py", "evaluate/thoughts.py")
+_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "lm_eval")
+_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+LOST = "had a prompt that exceeds the model's context: its beginning was left out"
 
 
 class Generator:
@@ -44,13 +52,18 @@ class Generator:
     """What a chat template is told of ``enable_thinking``; None for nothing, as in training."""
     folder: Path
     """Where config and tokenizer are."""
+    batch_size: Any
+    cache_hook: Any
 
     def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
         """Generation settings, with lm-eval's names; each request carries them."""
         return {"max_new_tokens": preset.new_tokens, "temperature": preset.temperature}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model was trained on it, up to its answer or through the start of its answer."""
+        """The conversation as the model was trained on it, up to its answer or through the start of its answer.
+
+        A start stands behind the thoughts: where the template opens some, they are left empty.
+        """
         names: dict[str, Any] = {} if self.thinking is None else {"enable_thinking": self.thinking}
         if add_generation_prompt:
             return self.text_tokenizer.render(chat_history, **names)
@@ -58,7 +71,50 @@ class Generator:
         # space loses the one at its end, as in transformers' continue_final_message.
         start = chat_history[-1]["content"]
         start = start.rstrip() if start[:1].isspace() else start
-        return self.text_tokenizer.render(chat_history[:-1], start=start, **names)
+        return closed(self.text_tokenizer.render(chat_history[:-1], **names)) + start
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers in the order of the requests, each without thoughts and cut before its first stop string.
+
+        Longest prompts first, in batches; a batch is in the cache before the next one starts. The order depends on the
+        prompts alone, so a continued evaluation runs the batches of an uninterrupted one.
+        """
+        texts: dict[int, str] = {}
+        ids = [self.encode(*request.args) for request in requests]
+        groups: dict[str, list[int]] = {}  # tasks of a group may have other settings each
+        for n in sorted(range(len(requests)), key=lambda n: (-len(ids[n]), requests[n].args[0])):
+            settings = {name: value for name, value in requests[n].args[1].items() if name != "until"}
+            groups.setdefault(json.dumps(settings, sort_keys=True), []).append(n)
+        size = self.batch_size
+        batches = [order[first : first + size] for order in groups.values() for first in range(0, len(order), size)]
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating answers") as bar:
+            for batch in batches:
+                for n, found in zip(batch, self._complete([ids[n] for n in batch], [requests[n] for n in batch])):
+                    prompt, settings = requests[n].args
+                    texts[n] = cut(text_of(self.text_tokenizer, found), settings["until"], prompt)
+                    if len(ids[n]) > self.room(settings):
+                        texts[n] = Answer(texts[n], (*getattr(texts[n], "notes", ()), LOST))
+                    self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
+                bar.update(len(batch))
+        return [texts[number] for number in range(len(requests))]
+
+    def encode(self, prompt: str, settings: dict[str, Any]) -> np.ndarray:
+        """Special tokens are recognised in what a chat template rendered, and not in plain text."""
+        if settings["chat_template"] and not isinstance(prompt, Rendered):
+            raise ValueError(
+                "a task changed its prompt after the chat template rendered it, so that control tokens cannot be told "
+                "from text; add --no-chat-template"
+            )
+        tokenizer = self.text_tokenizer
+        return tokenizer.encode_prompt(prompt) if settings["chat_template"] else tokenizer.encode(prompt)
+
+    def room(self, settings: dict[str, Any]) -> float:
+        """The most tokens of a prompt."""
+        return float("inf")
+
+    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
+        """The ids of the answers to a batch of prompts."""
+        raise NotImplementedError
 
     @property
     def tokenizer_name(self) -> str:
@@ -66,11 +122,13 @@ class Generator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of weights (as they are in memory), config files, tokenizer and chat template."""
+        """sha256 hex of weights (as they are in memory), config files, tokenizer, chat template, and of the code that
+        turns a prompt into an answer: this project's and the versions of libraries.
+        """
         tokenizer, digest = self.text_tokenizer, hashlib.sha256()
         files = [self.folder / name for name in ("config.json", "generation_config.json")]
         configs = [read_json(file) if file.is_file() else None for file in files]
-        identity = [type(self.model).__name__, configs, tokenizer.fingerprint, tokenizer.template_fingerprint]
+        identity = [type(self.model).__name__, configs, tokenizer.fingerprint, tokenizer.template_fingerprint, _code()]
         digest.update(json.dumps(identity, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -93,37 +151,14 @@ class BlockDiffusionGenerator(Generator, LM):
         stated = {"block_size": block_size, "block_layout": preset.block_layout, "steps": preset.steps}
         return {**super().settings(preset), **stated}
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers in the order of the requests, each cut before its first stop string.
-
-        Longest prompts first, in batches; a batch is in the cache before the next one starts. The order depends on the
-        prompts alone, so a continued evaluation runs the batches of an uninterrupted one.
-        """
-        texts: dict[int, str] = {}
-        ids = [self._encode(*request.args) for request in requests]
-        order = sorted(range(len(requests)), key=lambda n: (-len(ids[n]), requests[n].args[0]))
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating answers") as bar:
-            for first in range(0, len(order), self.batch_size):
-                batch = order[first : first + self.batch_size]
-                for number, text in zip(batch, self._complete([ids[n] for n in batch], [requests[n] for n in batch])):
-                    texts[number] = text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
-                bar.update(len(batch))
-        return [texts[number] for number in range(len(requests))]
-
-    def _encode(self, prompt: str, settings: dict[str, Any]) -> np.ndarray:
-        """Special tokens are recognised in what a chat template rendered, and not in plain text."""
-        tokenizer = self.text_tokenizer
-        return tokenizer.encode_prompt(prompt) if settings["chat_template"] else tokenizer.encode(prompt)
-
-    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[str]:
+    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
         names = ("max_new_tokens", "temperature", "block_size", "block_layout", "steps")
         settings = {name: requests[0].args[1][name] for name in names}
         seeds = [_seed(*request.args) for request in requests]
         found = complete(
             self.model, self.text_tokenizer, prompts, batch_size=len(prompts), seed=seeds, progress=None, **settings
         )
-        return [cut(one.text, request.args[1]["until"]) for one, request in zip(found, requests)]
+        return [one.ids for one in found]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise ValueError(
@@ -152,38 +187,80 @@ class AutoregressiveGenerator(Generator, HFLM):
         # In place of the checkpoint's own: its top-k, top-p and temperature would apply.
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
         self.text_tokenizer, self.folder = tokenizer, folder
-        self._thinks = THINKING[1] in tokenizer.raw.get_vocab() or THINKING[1] in str(tokenizer.raw.chat_template)
         super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)
 
-    def tok_encode(self, string: str, *args: Any, left_truncate_len: int | None = None, **kwargs: Any) -> list[int]:
-        """As lm-eval does it, but message text that reads like a control token stays text."""
-        if not getattr(string, "content", ()):
-            return super().tok_encode(string, *args, left_truncate_len=left_truncate_len, **kwargs)
-        before = [] if has_bos_prefix(string, self.tokenizer.bos_token) else self.tokenizer("")["input_ids"]
-        return [*before, *self.text_tokenizer.encode_prompt(string).tolist()][-(left_truncate_len or 0) :]
+    def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
+        # What is drawn depends on the batch.
+        return {**super().settings(preset), **({"batch_size": self.batch_size} if preset.temperature else {})}
 
-    def tok_batch_encode(
-        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not any(getattr(string, "content", ()) for string in strings):
-            return super().tok_batch_encode(strings, padding_side, left_truncate_len, **kwargs)
-        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
-        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
-        return padded["input_ids"], padded["attention_mask"]
+    def encode(self, prompt: str, settings: dict[str, Any]) -> np.ndarray:
+        return np.array([*self._before(prompt), *super().encode(prompt, settings).tolist()], dtype=np.int64)
 
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
-        own = {name: settings.pop(name, None) for name in ("chat_template", "seed", "sample")}
-        if self._thinks:  # a stop string in its thoughts ends nothing; ``tok_decode`` drops them
-            stop = [self.tok_decode(self.eot_token_id, skip_special_tokens=False)]
-        if settings.get("do_sample"):
-            settings |= {"top_k": 0, "top_p": 1.0}  # draw from the whole distribution
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """For likelihoods, as lm-eval does it; but control tokens come from a chat template alone."""
+        rendered = isinstance(string, Rendered)
+        if not (string.content if isinstance(string, Rendered) else self.text_tokenizer.reads_like_control(string)):
+            return super().tok_encode(string, *args, **kwargs)
+        encode = self.text_tokenizer.encode_prompt if rendered else self.text_tokenizer.encode
+        return [*self._before(string), *encode(string).tolist()]
+
+    def _before(self, prompt: str) -> list[int]:
+        """What the tokenizer writes before a text, such as the token of its beginning."""
+        return [] if has_bos_prefix(prompt, self.tokenizer.bos_token) else self.tokenizer("")["input_ids"]
+
+    def room(self, settings: dict[str, Any]) -> float:
+        return self.max_length - settings["max_new_tokens"]
+
+    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
+        settings = requests[0].args[1]
+        tokens, heat = settings["max_new_tokens"], settings["temperature"]
+        room = int(self.room(settings))
+        if room < 1:
+            raise ValueError(
+                f"{tokens} new tokens do not fit the model's context of {self.max_length}; lower --max-new-tokens"
+            )
+        rows = [prompt[-room:].tolist() for prompt in prompts]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
+        context = padded["input_ids"]
+        drawn = {"do_sample": True, "temperature": heat, "top_k": 0, "top_p": 1.0} if heat else {"do_sample": False}
+        ends = _Answered(self.text_tokenizer, [(request.args[0], settings["until"]) for request in requests])
+        own = {name: settings.get(name) for name in ("chat_template", "seed", "sample")}
         with torch.random.fork_rng():
             torch.manual_seed(_seed(context.tolist(), own))
-            return super()._model_generate(context, max_length, stop, **settings)
+            found = self.model.generate(
+                **padded,
+                max_new_tokens=tokens,
+                stopping_criteria=StoppingCriteriaList([ends]),
+                pad_token_id=self.tokenizer.pad_token_id,
+                use_cache=True,
+                **drawn,
+            )
+        return found[:, context.shape[1] :].tolist()
 
-    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        text = super().tok_decode(tokens, skip_special_tokens=skip_special_tokens)
-        return without_thoughts(text) if skip_special_tokens else text
+
+class _Answered(StoppingCriteria):
+    """Which answers of a batch have a stop string; one in thoughts does not count. ``asked``: prompt and stops."""
+
+    def __init__(self, tokenizer: TextTokenizer, asked: Sequence[tuple[str, Sequence[str]]]) -> None:
+        self._tokenizer, self._asked = tokenizer, asked
+        self._written = [b""] * len(asked)
+        self._done = [False] * len(asked)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            self._done[row] = self._done[row] or self._has_stop(row, token)
+        return torch.tensor(self._done, device=input_ids.device)
+
+    def _has_stop(self, row: int, token: int) -> bool:
+        string = self._tokenizer.id_to_token(token)
+        piece = self._tokenizer.id_to_bytes(token) or (string.encode() if string in MARKS else b"")
+        self._written[row] += piece
+        prompt, stops = self._asked[row]
+        near = self._written[row][-len(piece) - max(map(len, map(str.encode, stops)), default=0) :]
+        if not any(stop and stop.encode() in near for stop in stops):
+            return False
+        answer = without_thoughts(self._written[row].decode(errors="replace"), prompt)
+        return any(stop and stop in answer for stop in stops)
 
 
 def _seed(*request: Any) -> int:
@@ -191,16 +268,12 @@ def _seed(*request: Any) -> int:
     return int(hash_args("seed", request)[:8], 16)
 
 
-def without_thoughts(text: str) -> str:
-    """The answer behind ``<think>...</think>``; empty where a model was still thinking when its tokens ran out."""
-    _, end, answer = text.rpartition(THINKING[1])
-    return answer.lstrip("\n") if end else "" if text.lstrip().startswith(THINKING[0]) else text
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The answer, without thoughts, before the first of ``stops``; all of it where none occurs."""
-    text = without_thoughts(text)
-    return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
+def _code() -> str:
+    """What decides an answer besides the model: this project's code and its libraries."""
+    package = Path(megatron_tide.__file__).parent
+    files = sorted(file for pattern in _CODE for file in package.glob(pattern))
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return fingerprint([versions, [(file.name, sha256_file(file)) for file in files]])
 
 
 def _open_autoregressive(path: str, dtype: torch.dtype, device: str, batch_size: int) -> Generator:
@@ -245,7 +318,8 @@ def open_generator(
 
 
 class ResponseCache(CachingLM):
-    """lm-eval's response cache, its values as JSON: reading a cache runs no code, as unpickling could.
+    """lm-eval's response cache. A key holds the request and which parts of its prompt are message text; values are
+    JSON: reading a cache runs no code, as unpickling could.
 
     Raises:
         ValueError: the file is not such a cache.
@@ -258,12 +332,42 @@ class ResponseCache(CachingLM):
                 database.execute("pragma schema_version")
         except sqlite3.Error as error:
             raise ValueError(f"{path}: not a response cache ({error}); remove it to start again") from None
-        self.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
+        self.dbdict = SqliteDict(str(path), autocommit=True, encode=_to_json, decode=_from_json)
         self.lm, self.cache_db = lm, str(path)
-        lm.set_cache_hook(self.get_cache_hook())
+        lm.set_cache_hook(self)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.lm, name)
+        return partial(self._answer, name, found) if name in _KINDS else found
+
+    def _answer(self, kind: str, ask: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        keys = [_request_key(kind, request.args) for request in requests]
+        new = [number for number, key in enumerate(keys) if key not in self.dbdict]
+        found = dict(zip(new, ask([requests[number] for number in new]) if new else []))
+        self.dbdict.update({keys[number]: found[number] for number in new})
+        return [found[number] if number in found else self.dbdict[key] for number, key in enumerate(keys)]
+
+    def add_partial(self, kind: str, args: Sequence[Any], answer: Any) -> None:
+        """Keep an answer at once."""
+        self.dbdict[_request_key(kind, args)] = answer
 
     def __enter__(self) -> ResponseCache:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.dbdict.close()
+
+
+def _request_key(kind: str, args: Sequence[Any]) -> str:
+    # Equal texts are other ids where other parts of them are message text.
+    return fingerprint([kind, *((one, one.content) if isinstance(one, Rendered) else one for one in args)])
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps({"text": value, "notes": value.notes} if isinstance(value, Answer) and value.notes else value)
+
+
+def _from_json(text: str) -> Any:
+    value = json.loads(text)
+    noted = isinstance(value, dict) and "notes" in value
+    return Answer(value["text"], tuple(value["notes"])) if noted else value

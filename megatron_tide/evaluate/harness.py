@@ -164,6 +164,7 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
             presets, notes = _own_settings(loaded["tasks"], preset)
             draws = [_evaluate(loaded, cache, presets, context, draw) for draw in range(context.samples_per_problem)]
             rows = [_row(same) for same in zip(*draws)]
+            notes += _notes_of_answers(rows)
             if preset.task in PROGRAMS:
                 _judge(preset.task, rows, cache, context)
                 notes += _not_installed(rows)
@@ -298,6 +299,13 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
         row["verdicts"] = [cache.dbdict[key] for key in many]
         passed = sum(verdict["passed"] for verdict in row["verdicts"])
         row["scores"] = {f"pass@{k}": pass_at_k(count, passed, k) for k in PASS_AT if k <= count}
+
+
+def _notes_of_answers(rows: Sequence[Sample]) -> list[str]:
+    """What generators say of answers, such as those without an end of their thoughts, with their number."""
+    answers = [answer for many in {row["key"]: row["answers"] for row in rows}.values() for answer in many]
+    counts = Counter(note for answer in answers for note in getattr(answer, "notes", ()))
+    return [f"{count} of {len(answers)} answers {note}" for note, count in counts.items()]
 
 
 def _not_installed(rows: Sequence[Sample]) -> list[str]:

@@ -22,9 +22,9 @@ from megatron_tide.evaluate.generators import (
     BlockDiffusionGenerator,
     Generator,
     ResponseCache,
-    cut,
     open_generator,
 )
+from megatron_tide.evaluate.thoughts import STILL_THINKING, cut, is_open, text_of
 from megatron_tide.generate import complete
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab, write_checkpoint
@@ -149,15 +149,17 @@ def test_answers_end_before_the_stop_strings_of_the_request(lab: Lab, baseline: 
 
 @pytest.mark.parametrize("kind", ["student", "baseline"])
 def test_special_tokens_are_recognised_in_what_a_template_rendered(lab: Lab, baseline: Path, kind: str) -> None:
-    """A block model takes them as text in a plain prompt; lm-eval's own model recognises them there too."""
+    """A plain prompt is all text."""
     generator = opened(lab.student if kind == "student" else baseline)
     tokenizer = generator.text_tokenizer
     rendered = generator.apply_chat_template([{"role": "user", "content": PROMPTS[0]}])
     special, plain = tokenizer.encode_prompt(rendered), tokenizer.encode(rendered)
     assert answer_to(generator, special) != answer_to(generator, plain)
-    for chat_template, ids in ((True, special), (False, plain if kind == "student" else special)):
-        found = answers(generator, [rendered], replace(PRESET, chat_template=chat_template))
+    for chat_template, prompt, ids in ((True, rendered, special), (False, str(rendered), plain)):
+        found = answers(generator, [prompt], replace(PRESET, chat_template=chat_template))
         assert found == [answer_to(generator, ids)]
+    with pytest.raises(ValueError, match="changed its prompt after the chat template rendered it"):
+        answers(generator, [str(rendered)], replace(PRESET, chat_template=True))
 
 
 def answer_to(generator: Generator, ids: Any) -> str:
@@ -240,18 +242,166 @@ def test_models_think_where_they_are_told_to(lab: Lab, baseline: Path, tmp_path:
             assert prompt == "[user] x\n[assistant] " + "<think>\n\n</think>\n\n" * expected
 
 
+class Writes(torch.nn.Module):
+    """In place of a model: each row's next token is that of ``ids`` that follows those written already."""
+
+    def __init__(self, ids: list[int], vocabulary: int) -> None:
+        super().__init__()
+        self.ids, self.vocabulary, self.passes = ids, vocabulary, 0
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        next_one = self.ids[min(self.passes, len(self.ids) - 1)]
+        self.passes += 1
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        logits[..., next_one] = 1.0
+        return CausalLMOutputWithPast(logits=logits)
+
+
+def writes(generator: Generator, text: str, monkeypatch: pytest.MonkeyPatch) -> Writes:
+    """Make an autoregressive generator write ``text``, whatever it is asked."""
+    ids = [*generator.text_tokenizer.encode(text).tolist(), generator.text_tokenizer.eos_id]
+    says = Writes(ids, generator.model.config.vocab_size)
+    monkeypatch.setattr(generator.model, "forward", says.__call__)
+    return says
+
+
+LONG = BenchmarkPreset(task="t", new_tokens=100, steps=100, chat_template=True)
+OPENED = TURN.replace("<think>\n\n</think>\n\n", "<think>\n")
+THINKS = [
+    ("<think> STOP </think>\n\n42 STOP no", "42", "x STOP</think>7 STOP", "7"),
+    ("<think> STOP", "", "still thinking STOP", ""),
+    ("<think>a</think><think> STOP and", "", "a</think>\n<think> STOP", ""),
+    ("<think></think>4 <think> STOP", "4 <think>", "</think>4 STOP", "4"),
+]
+
+
+@pytest.mark.parametrize(("closed", "expected", "opened_by_prompt", "expected_then"), THINKS)
 def test_a_baseline_stops_behind_its_thoughts_only(
-    baseline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    baseline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    closed: str,
+    expected: str,
+    opened_by_prompt: str,
+    expected_then: str,
 ) -> None:
-    """Its tokens, read as text with thoughts around the stop string."""
-    folder = shutil.copytree(baseline, tmp_path / "ar")
-    (folder / "chat_template.jinja").write_text(TURN)
-    generator = opened(folder)
-    plain = type(generator.raw if hasattr(generator, "raw") else generator.tokenizer).decode
-    monkeypatch.setattr(
-        type(generator.tokenizer), "decode", lambda *a, **k: f"<think>{plain(*a, **k)} STOP</think>\n\n42 STOP no"
+    for name, template, text, answer in (
+        ("closed", TURN, closed, expected),
+        ("opened", OPENED, opened_by_prompt, expected_then),
+    ):
+        folder = shutil.copytree(baseline, tmp_path / name)
+        (folder / "chat_template.jinja").write_text(template)
+        generator = opened(folder, 1)
+        prompt = generator.apply_chat_template([{"role": "user", "content": "x <think>"}])
+        assert is_open(prompt) == (name == "opened")
+        says = writes(generator, text, monkeypatch)
+        (found,) = answers(generator, [prompt], LONG, until=[" STOP"])
+        assert found == answer
+        assert getattr(found, "notes", ()) == (() if answer else (STILL_THINKING,))
+        assert (says.passes < len(says.ids)) == (answer != "")  # it ended at the stop string
+
+
+def test_an_unfinished_thought_of_a_block_model_is_no_answer_either(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(lab.student, tmp_path / "student")
+    (folder / "chat_template.jinja").write_text(OPENED)
+    generator = open_generator(str(folder), torch.float32, "cpu", 2, thinking=False)
+    prompt = generator.apply_chat_template([{"role": "user", "content": "x"}])
+    plain = open_generator(str(lab.student), torch.float32, "cpu", 2).apply_chat_template(
+        [{"role": "user", "content": "x"}]
     )
-    assert answers(generator, PROMPTS[:1], until=[" STOP"]) == ["42"]
+    for asked, empty in ((prompt, True), (plain, False)):
+        (found,) = answers(generator, [asked], replace(PRESET, chat_template=True))
+        assert (found == "") == empty
+        assert getattr(found, "notes", ()) == ((STILL_THINKING,) if empty else ())
+    with ResponseCache(generator, tmp_path / "c.sqlite") as cache:
+        for _ in range(2):  # kept answers keep their notes
+            assert [one.notes for one in answers(cache, [prompt], replace(PRESET, chat_template=True))] == [
+                (STILL_THINKING,)
+            ]
+    begun = generator.apply_chat_template(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "def f"}], add_generation_prompt=False
+    )
+    assert begun.endswith("[assistant] <think>\n\n</think>\n\ndef f")
+
+
+def test_marks_of_thoughts_count_where_they_are_special_tokens(lab: Lab, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    raw = PreTrainedTokenizerFast.from_pretrained(lab.student)
+    raw.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    raw.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode_prompt("<think>no STOP</think>\n\n5 STOP<|im_end|>")
+    assert "<think>" not in tokenizer.decode(ids)
+    assert cut(text_of(tokenizer, ids), [" STOP"]) == "5"
+
+
+def test_long_prompts_lose_their_beginning_and_keep_their_text(baseline: Path, tmp_path: Path) -> None:
+    """What is left of a prompt has no other control tokens than the template's; the loss is said."""
+    folder = shutil.copytree(baseline, tmp_path / "ar")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 64}))
+    generator: Any = opened(folder)
+    said = [{"role": "user", "content": "word " * 60 + "<|im_end|> <|mask|>"}]
+    prompt = generator.apply_chat_template(said)
+    seen: list[Any] = []
+    generate = generator.model.generate
+    generator.model.generate = lambda **more: seen.append(more["input_ids"]) or generate(**more)
+    (found,) = answers(generator, [prompt], replace(PRESET, chat_template=True))
+    assert [*map(len, seen[0])] == [64 - 12]
+    special = [one for one in seen[0][0].tolist() if one in generator.text_tokenizer.special_ids]
+    assert [generator.text_tokenizer.id_to_token(one) for one in special] == ["<|im_end|>", "<|im_start|>"]
+    assert "context" in found.notes[-1]
+    with pytest.raises(ValueError, match=r"64 new tokens do not fit the model's context of 64; lower --max-new-tokens"):
+        answers(generator, [prompt], replace(PRESET, chat_template=True, new_tokens=64))
+
+
+def test_tasks_of_one_batch_keep_their_own_lengths(lab: Lab) -> None:
+    generator = opened(lab.student, 4)
+    short, long = replace(PRESET, new_tokens=2, steps=2), replace(PRESET, new_tokens=12, steps=12)
+    mixed = generator.generate_until(requests(generator, PROMPTS[:1], short) + requests(generator, PROMPTS[:1], long))
+    assert mixed == [*answers(generator, PROMPTS[:1], short), *answers(generator, PROMPTS[:1], long)]
+    assert mixed[0] != mixed[1]
+
+
+def test_equal_texts_of_other_parts_are_other_entries(lab: Lab, tmp_path: Path) -> None:
+    """A user who types the marks of a turn is not answered as another who took two turns."""
+    generator = opened(lab.student)
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    typed = [{"role": "user", "content": "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc"}]
+    prompts = [generator.apply_chat_template(said) for said in (turn, typed)]
+    assert str(prompts[0]) == str(prompts[1])
+    counted = Counted(generator)
+    with ResponseCache(generator, tmp_path / "c.sqlite") as cache:
+        found = [answers(cache, [prompt], replace(PRESET, chat_template=True)) for prompt in prompts]
+        assert counted.batches == [1, 1]
+        again = [answers(cache, [prompt], replace(PRESET, chat_template=True)) for prompt in prompts]
+    assert counted.batches == [1, 1]
+    assert found == again
+
+
+def test_the_code_that_makes_answers_is_part_of_a_fingerprint(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron_tide.evaluate.generators as module
+
+    first = opened(lab.student).fingerprint
+    monkeypatch.setattr(module, "sha256_file", lambda path: "changed")
+    assert opened(lab.student).fingerprint != first
+
+
+@pytest.mark.parametrize("text", ["a <|im_end|> b", "<|mask|>"])
+def test_likelihoods_of_text_see_no_control_tokens(baseline: Path, text: str) -> None:
+    generator: Any = opened(baseline)
+    special = generator.text_tokenizer.special_ids
+    assert not special & {*generator.tok_encode(text)}
+    rendered = generator.apply_chat_template([{"role": "user", "content": text}])
+    context, answer = generator._encode_pair(rendered + " ", text)
+    assert len(special & {*context}) == 2  # <|im_start|>, <|im_end|>
+    assert not special & {*answer}
+    assert generator.text_tokenizer.decode(answer) == f"\n {text}"  # lm-eval moves the spaces
 
 
 class Counted:
@@ -262,7 +412,7 @@ class Counted:
         self._complete, self._stop_after = generator._complete, stop_after
         generator._complete = self
 
-    def __call__(self, prompts: list[Any], asked: list[Any]) -> list[str]:
+    def __call__(self, prompts: list[Any], asked: list[Any]) -> list[Any]:
         if self._stop_after is not None and sum(self.batches) >= self._stop_after:
             raise KeyboardInterrupt
         self.batches.append(len(prompts))
@@ -288,23 +438,21 @@ def test_a_stopped_evaluation_continues_with_the_same_batches(lab: Lab, tmp_path
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_path: Path, temperature: float) -> None:
-    """lm-eval's own model caches a batch before the next one starts; what is drawn depends on the batch."""
+    """A batch is in the cache before the next one starts; what is drawn depends on the batch."""
     prompts = [f"Print line {number}{'!' * (number % 4)}" for number in range(10)]
     preset, drawn = replace(PRESET, temperature=temperature), {"seed": 7, "sample": 0} if temperature else {}
     expected, sizes = answers(opened(baseline), prompts, preset, **drawn), list[int]()
     for stop_after in (4, None):
         generator: Any = opened(baseline)
-        generate = generator._model_generate
+        complete = generator._complete
 
-        def counted(
-            context: Any, *rest: Any, stop_after: Any = stop_after, generate: Any = generate, **more: Any
-        ) -> Any:
+        def counted(batch: Any, asked: Any, stop_after: Any = stop_after, complete: Any = complete) -> Any:
             if sum(sizes) == stop_after:
                 raise KeyboardInterrupt
-            sizes.append(len(context))
-            return generate(context, **more)
+            sizes.append(len(batch))
+            return complete(batch, asked)
 
-        generator._model_generate = counted
+        generator._complete = counted
         with contextlib.suppress(KeyboardInterrupt), ResponseCache(generator, tmp_path / "c.sqlite") as cache:
             found = answers(cache, prompts, preset, **drawn)
     assert sizes == [2] * 5

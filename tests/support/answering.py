@@ -11,7 +11,8 @@ from lm_eval.api.model import LM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_tide.bridge import load_tokenizer
-from megatron_tide.evaluate.generators import Generator, cut
+from megatron_tide.evaluate.generators import Generator
+from megatron_tide.evaluate.thoughts import cut
 
 
 def write_autoregressive(folder: Path, tokenizer_from: Path, seed: int = 0) -> Path:
@@ -58,7 +59,7 @@ class Scripted(Generator, LM):
         for request in requests:
             prompt, settings = request.args
             self.asked.append(prompt)
-            texts.append(cut(self.script(prompt), settings["until"]))
+            texts.append(cut(self.script(prompt), settings["until"], prompt))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
 

@@ -1,0 +1,56 @@
+"""Thoughts and answers: what a model writes in ``<think>...</think>`` before it answers is no part of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_tide.bridge import TextTokenizer
+from megatron_tide.bridge.chat import Rendered
+
+OPEN, CLOSE = MARKS = ("<think>", "</think>")
+STILL_THINKING = "were still thinking when their tokens ran out: they count as empty; raise --max-new-tokens"
+
+
+class Answer(str):
+    """An answer. ``notes``: what a reader of its score should know; "N answers" comes before."""
+
+    notes: tuple[str, ...]
+
+    def __new__(cls, text: str, notes: tuple[str, ...] = ()) -> Answer:
+        answer = super().__new__(cls, text)
+        answer.notes = notes
+        return answer
+
+
+def is_open(prompt: str) -> bool:
+    """Whether a prompt ends in thoughts, so that an answer begins with them and no ``<think>``."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def closed(prompt: Rendered) -> Rendered:
+    """``prompt`` with its thoughts, if it ends in some, left empty: for an answer that is begun already."""
+    return Rendered(f"{prompt.rstrip()}\n\n{CLOSE}\n\n", prompt.content) if is_open(prompt) else prompt
+
+
+def without_thoughts(text: str, prompt: str = "") -> Answer:
+    """The answer behind the thoughts; empty, with a note, where a model was still thinking when its tokens ran out."""
+    _, end, answer = text.rpartition(CLOSE)
+    answer = answer.lstrip("\n") if end else text
+    thinking = answer.lstrip().startswith(OPEN) or (not end and is_open(prompt))
+    return Answer("", (STILL_THINKING,)) if thinking else Answer(answer)
+
+
+def cut(text: str, stops: Sequence[str], prompt: str = "") -> Answer:
+    """The answer, without thoughts, before the first of ``stops``; all of it where none occurs."""
+    answer = without_thoughts(text, prompt)
+    end = min((place for stop in stops if stop and (place := answer.find(stop)) >= 0), default=len(answer))
+    return Answer(answer[:end], answer.notes)
+
+
+def text_of(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray) -> str:
+    """Text of ``ids`` without special tokens, but with the marks of thoughts, which some vocabularies have as such."""
+    special = tokenizer.special_ids
+    kept = [int(one) for one in ids if int(one) not in special or tokenizer.id_to_token(int(one)) in MARKS]
+    return tokenizer.decode(kept, skip_special=False)
