@@ -26,6 +26,7 @@ import math
 import os
 import shutil
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -165,15 +166,25 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """
     try:
         status = main(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = EXIT_INTERRUPTED
-    except (ValueError, OSError) as error:
-        if os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        if isinstance(error, (ValueError, OSError)) and os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
             raise
-        print(f"error: {printable(' '.join(str(error).split()), keep='')}", file=sys.stderr)
-        status = EXIT_USER_ERROR
+        status = tell(error)
     sys.exit(status or 0)
+
+
+def tell(error: BaseException) -> int:
+    """Print an error as :func:`run` does; its exit status."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if not isinstance(error, (ValueError, OSError)) or os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {printable(' '.join(str(error).split()), keep='')}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def printable(text: object, keep: str = LAYOUT) -> str:

@@ -32,13 +32,10 @@ def run(args: DistillArgs) -> int:
         return dry_run(args.run)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    from megatron_tide.train.distributed import destroy_distributed, init_distributed
+    from megatron_tide.train.distributed import group_for_a_run
 
-    world = init_distributed()
-    try:
+    with group_for_a_run() as world:
         return train(args.run, world)
-    finally:
-        destroy_distributed()
 
 
 def dry_run(config: DistillConfig) -> int:

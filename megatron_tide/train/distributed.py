@@ -11,7 +11,9 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tide.cli import say
+from megatron_tide.cli import say, tell
 from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.ranks import again, on_main, stated
 from megatron_tide.train.trace import Trace
@@ -27,6 +29,7 @@ from megatron_tide.train.trace import Trace
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
 LOOPBACK = ("127.0.0.1", "localhost")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+ENDING_SECONDS = 20  # for what is registered for the end of a process, after an error
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,35 @@ def init_distributed() -> DistContext:
         host_group=dist.new_group(backend="gloo"),
         trace=trace,
     )
+
+
+@contextlib.contextmanager
+def group_for_a_run() -> Iterator[DistContext]:
+    """:func:`init_distributed`, and :func:`destroy_distributed` after success only.
+
+    A rank that fails prints its error and ends its process: the others may be in a collective, and leaving a group of
+    NCCL waits for them.
+    """
+    world = init_distributed()
+    try:
+        yield world
+    except BaseException as error:
+        if world.size > 1:
+            _end_process(tell(error))
+        destroy_distributed()
+        raise
+    destroy_distributed()
+
+
+def _end_process(status: int) -> None:
+    """End without waiting for any other rank, after what was registered for the end (a folder on the teacher's disk)."""
+    last = threading.Timer(ENDING_SECONDS, os._exit, (status,))
+    last.daemon = True
+    last.start()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
 
 
 def destroy_distributed() -> None:
