@@ -40,9 +40,11 @@ def run(args: DistillArgs) -> int:
 
 def dry_run(config: DistillConfig) -> int:
     """Everything that can be checked without loading weights; prints the run."""
+    from megatron_tide.gpus import refuse_idle_gpu
     from megatron_tide.train.distributed import launched_ranks
     from megatron_tide.train.inputs import read_run_inputs
 
+    refuse_idle_gpu()
     inputs = read_run_inputs(config, launched_ranks())
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
     steps = f"{inputs.total_steps} steps of {config.train.global_batch_size} samples"

@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tide.gpus import refuse_idle_gpu
+
 if TYPE_CHECKING:
     import torch
 
@@ -103,11 +105,12 @@ def device_of(name: str) -> str:
     """The device of a command's ``--device``; ``auto`` is a GPU where there is one.
 
     Raises:
-        ValueError: cuda was requested and torch sees no GPU.
+        ValueError: cuda was requested and torch sees no GPU; or auto, and it cannot use the one there is.
     """
     import torch  # takes seconds, and most of what imports this file has no use for it
 
     if name == "auto":
+        refuse_idle_gpu()
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch finds no GPU; remove the flag, or install torch's CUDA build")

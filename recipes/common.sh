@@ -156,7 +156,7 @@ launcher() {
           --master-addr "${MASTER_ADDR:?}" --master-port "${MASTER_PORT:?}")
       elif (($1 > 1)); then
         # --standalone would listen on every network interface and unpickle what anyone writes there. Here the launcher
-        # meets in a file of this user's, and rank 0 opens a port on 127.0.0.1 (megatron_tide/train/distributed.py).
+        # meets in a file of this user's, and rank 0 opens a port on 127.0.0.1 (megatron_tide/train/network.py).
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         LAUNCH+=("${torchrun[@]}" --rdzv-backend c10d --rdzv-conf store_type=file --local-addr 127.0.0.1)
       fi
@@ -170,13 +170,19 @@ launcher() {
   esac
 }
 
-# on_ranks STAGE MODULE FLAGS...: `python -m MODULE FLAGS` as a stage, on NPROC ranks (default: one per GPU). MODULE may be two words.
+# on_ranks STAGE MODULE FLAGS...: `python -m MODULE FLAGS` as a stage, on NPROC ranks (default: one per GPU, as many as divide
+# the batch). MODULE may be two words.
 on_ranks() {
-  local title=$1 module=() gpus ranks
-  read -ra module <<<"$2"
+  local title=$1 words=$2 module=() found gpus ranks
+  read -ra module <<<"$words"
   shift 2
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-  ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
+  if command -v "$PYTHON" >/dev/null; then
+    found=$("$PYTHON" recipes/ranks.py "${NNODES:-1}" "$words" "$@") || exit $?
+  else # a dry run before the installation
+    found="0 1"
+  fi
+  read -r gpus ranks <<<"$found"
+  ranks=${NPROC:-$ranks}
   launcher "$ranks"
   if [[ $DRY_RUN != 1 ]] && wanted "$title" && ((${#LAUNCH[@]} > 1)); then # report mistakes once here, not once per rank later
     WORLD_SIZE=$((ranks * ${NNODES:-1})) "$PYTHON" -m "${module[@]}" "$@" --dry-run >/dev/null || exit $?

@@ -67,7 +67,7 @@ rendezvous() {
   export LAUNCHER=srun NPROC=$ranks NNODES=$SLURM_NNODES
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   [[ -n $MASTER_ADDR ]] || fail "scontrol finds no host in '$SLURM_JOB_NODELIST'; next: $RERUN, or ask the cluster's administrator"
-  ((SLURM_NNODES > 1)) || MASTER_ADDR=127.0.0.1 # then training does not listen on the network (megatron_tide/train/distributed.py)
+  ((SLURM_NNODES > 1)) || MASTER_ADDR=127.0.0.1 # then training does not listen on the network (megatron_tide/train/network.py)
   export MASTER_ADDR MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # two jobs on one node use different ports
   [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it from sbatch
 }

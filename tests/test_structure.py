@@ -22,6 +22,7 @@ ORDER = [
     "cli",
     "choices",
     "clock",
+    "gpus",
     "machine",
     "presets",
     "config",

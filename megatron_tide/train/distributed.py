@@ -23,11 +23,12 @@ import torch.distributed as dist
 
 from megatron_tide.cli import say, tell
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.gpus import refuse_idle_gpu
 from megatron_tide.ranks import again, on_main, stated
+from megatron_tide.train.network import loopback_store, name_interface
 from megatron_tide.train.trace import Trace
 
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
-LOOPBACK = ("127.0.0.1", "localhost")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 ENDING_SECONDS = 20  # for what is registered for the end of a process, after an error
 
@@ -88,15 +89,20 @@ class DistContext:
             value = work()
         except Exception as error:
             own = error
-        failures: list[Any] = [None] * self.size
-        if self.size > 1:
-            dist.all_gather_object(failures, own and stated(own), group=self.host_group)
+        failures = self.gather_on_all(own and stated(own))
         if own is not None:
             raise own
         for failure in failures:
             if failure is not None:
                 raise again(failure)
         return value
+
+    def gather_on_all(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, ordered by rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.host_group)
+        return values
 
     def gather_object_to_main(self, value: Any) -> list[Any]:
         """Every rank's ``value``, ordered by rank, on rank 0; [] on the others."""
@@ -134,7 +140,9 @@ def init_distributed() -> DistContext:
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    here = _loopback_store()
+    refuse_idle_gpu()
+    name_interface()
+    here = loopback_store()
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it had to guess
@@ -145,7 +153,7 @@ def init_distributed() -> DistContext:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_gpu()
     if not dist.is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
             deepspeed.init_distributed(
@@ -156,13 +164,39 @@ def init_distributed() -> DistContext:
             )
     del here  # the group's own store, of the same server, lives on
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    return DistContext(
+    world = DistContext(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         device=device,
         host_group=dist.new_group(backend="gloo"),
         trace=trace,
     )
+    if cuda:
+        _refuse_shared_gpus(world)
+    return world
+
+
+def _take_gpu() -> None:
+    """Make this rank's GPU the current one: that of LOCAL_RANK, or the only one that its scheduler lets it see."""
+    local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if seen == 1:
+        local = 0
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it too
+    if local >= seen:
+        raise ValueError(
+            f"LOCAL_RANK={local} in the environment, but this process sees {seen} GPUs: start at most {seen} ranks per "
+            "node, or let each of them see one GPU"
+        )
+    torch.cuda.set_device(local)
+
+
+def _refuse_shared_gpus(world: DistContext) -> None:
+    """Two ranks on one GPU are a mistake that NCCL reports late and in words of its own (a collective)."""
+    mine = f"{socket.gethostname()}, GPU {torch.cuda.get_device_properties(world.device).uuid}"
+    found = world.gather_on_all(mine)
+    if found.count(mine) > 1:
+        ranks = [rank for rank, place in enumerate(found) if place == mine]
+        raise ValueError(f"ranks {ranks} share one GPU ({mine}): start one rank per GPU (NPROC, --nproc-per-node)")
 
 
 @contextlib.contextmanager
@@ -203,30 +237,3 @@ def destroy_distributed() -> None:
         atexit.register(dist.destroy_process_group)
     else:
         dist.destroy_process_group()
-
-
-def _loopback_store() -> dist.TCPStore | None:
-    """Where all ranks are on this machine: rank 0's store, on 127.0.0.1; else None. Sets MASTER_PORT if it is missing.
-
-    torch's own store listens on every interface, and takes what anyone writes; torch gives it no address, but takes a
-    socket that listens already, and a second store on that port joins it. gloo and NCCL listen on one interface.
-    """
-    if os.environ["MASTER_ADDR"] not in LOOPBACK:
-        return None
-    for backend in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
-    hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not hosts or dist.is_initialized():
-        return None
-    listener = socket.create_server(("127.0.0.1", int(os.environ.get("MASTER_PORT", "0"))), backlog=2048)
-    port = listener.getsockname()[1]
-    os.environ["MASTER_PORT"] = str(port)
-    return dist.TCPStore(
-        "127.0.0.1",
-        port,
-        int(os.environ["WORLD_SIZE"]),
-        is_master=True,
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=listener.detach(),
-    )

@@ -111,6 +111,25 @@ def test_knobs_come_from_the_environment():
     assert words[words.index("--strategy") + 1] == "tide-bridge"
 
 
+def test_one_rank_per_gpu_as_many_as_divide_the_batch(tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nfor number in 0 1 2 3 4 5; do echo \"GPU $number: Toy (UUID: GPU-$number)\"; done\n")
+    fake.chmod(0o755)
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}
+
+    def ranks(recipe, stage, **more):
+        words = commands(recipe, **{**here, **more})[stage]
+        return words[words.index("--nproc-per-node") + 1] if "--nproc-per-node" in words else "1"
+
+    large = "distill_16b_to_0.6b.sh", "train-tide-cross"
+    assert ranks(*large) == "4"  # 64 samples in micro-batches of 4
+    assert ranks(*large, CUDA_VISIBLE_DEVICES="3,5") == "2"
+    assert ranks(*large, CUDA_VISIBLE_DEVICES="") == "1"
+    assert ranks(*large, NPROC="6") == "6"
+    assert ranks("quickstart.sh", "train-tide-bridge") == "1"  # one micro-batch
+    assert "note: 4 of 6 GPUs" in run(large[0], DRY_RUN="1", **here).stderr
+
+
 def test_only_leaves_the_other_stages_out():
     shown = run("distill_16b_to_0.6b.sh", DRY_RUN="1", ONLY="bridge train").stdout.splitlines()
     kept = [line.removeprefix("# ") for line in shown if line.startswith("# ") and "skipped" not in line]
