@@ -46,7 +46,7 @@ def _names(chosen: str, whole: int) -> list[str]:
 
 
 def fitting_ranks(gpus: int, batch: int, micro_batch: int, nodes: int = 1) -> int:
-    """The largest number of ranks per node, one per GPU at most, among which a global batch can be divided; 1 for none."""
+    """The most ranks per node, one per GPU at most, among which a global batch can be divided; 1 for none."""
     return next((n for n in range(gpus, 1, -1) if batch % (micro_batch * n * nodes) == 0), 1)
 
 
@@ -70,8 +70,8 @@ def refuse_idle_gpu() -> None:
     except (RuntimeError, AssertionError) as error:
         why = str(error).partition(". ")[0]
     raise ValueError(
-        f"{found} is a GPU, but torch {torch.__version__} cannot use it ({why}): update its driver, or install the build "
-        f"of torch for that driver; to compute on the CPU, set {VISIBLE}= (empty)"
+        f"{found} is a GPU, but torch {torch.__version__} cannot use it ({why}): update its driver, or install the "
+        f"build of torch for that driver; to compute on the CPU, set {VISIBLE}= (empty)"
     )
 
 

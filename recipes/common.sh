@@ -21,6 +21,7 @@ source recipes/await.sh
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
 export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # warnings of libraries about their next version
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}} # of CUDA: less fragmentation
 export MPLCONFIGDIR=${MPLCONFIGDIR:-$REPO/.venv/matplotlib} # font cache here, not in the home folder
 DRY_RUN=${DRY_RUN:-0}
 RUNS=${RUNS:-runs} # all output of a recipe goes to $RUNS/$NAME

@@ -58,7 +58,9 @@ def test_a_gpu_that_torch_cannot_use_is_refused(tmp_path: Path, monkeypatch: pyt
     refuse_idle_gpu()
     (tmp_path / "nvidia0").touch()
     for refused in (refuse_idle_gpu, lambda: device_of("auto")):
-        with pytest.raises(ValueError, match=r"nvidia0 is a GPU.*too old \(found version 11040\)\).*DEVICES= \(empty\)"):
+        with pytest.raises(
+            ValueError, match=r"nvidia0 is a GPU.*too old \(found version 11040\)\).*DEVICES= \(empty\)"
+        ):
             refused()
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
@@ -81,7 +83,7 @@ def test_a_ranks_gpu(monkeypatch: pytest.MonkeyPatch, local: str, seen: int, tak
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="LOCAL_RANK=2 .* sees 2 GPUs: start at most 2 ranks per node"):
+    with pytest.raises(ValueError, match=r"LOCAL_RANK=2 .* sees 2 GPUs: start at most 2 ranks per node"):
         distributed._take_gpu()
 
 

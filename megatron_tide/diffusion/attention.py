@@ -9,6 +9,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from megatron_tide.diffusion.tensor_dataclass import TensorDataclass
 
+TILE = 128  # positions of a tile of flex_attention; lengths that are multiples share one compiled graph
+
 
 @dataclass(frozen=True)
 class BlockDiffusionMask(TensorDataclass):

@@ -68,6 +68,11 @@ class DistillBatch(TensorDataclass):
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     draw: tuple[int, int] = (0, 0)
 
+    def padded(self, multiple: int) -> DistillBatch:
+        """Both models' inputs with lengths that are multiples of ``multiple`` (:meth:`ModelInput.padded`)."""
+        teacher = self.teacher and self.teacher.padded(multiple)
+        return replace(self, student=self.student.padded(multiple), teacher=teacher)
+
 
 def build_inputs(
     batch: Batch,

@@ -35,6 +35,21 @@ class ModelInput(TensorDataclass):
     attention: BlockDiffusionMask
     rows: Tensor
 
+    def padded(self, multiple: int) -> ModelInput:
+        """The same input with L a multiple of ``multiple``, by padding behind every sequence; self where it is one."""
+        length = self.input_ids.shape[1]
+        more = -length % multiple
+        if not more:
+            return self
+
+        def pad(tensor_NL: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor_NL, (0, more))
+
+        rules = self.attention
+        attention = BlockDiffusionMask(pad(rules.block), pad(rules.noised), pad(rules.valid))
+        rows = self.rows + self.rows // length * more
+        return ModelInput(pad(self.input_ids), pad(self.position_ids), attention, rows)
+
 
 class AttentionLayout(Protocol):
     """Builds a model's input from noised tokens.

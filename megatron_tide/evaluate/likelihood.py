@@ -33,6 +33,7 @@ from megatron_tide.evaluate.block_layout import lead_of, moved, without_lead
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
 from megatron_tide.models import masked_hidden_states, score_rows
+from megatron_tide.objectives.common import sums_at
 
 BINS = 10
 VALIDATION_MC_SAMPLES = 4
@@ -209,8 +210,8 @@ def _score(model: Any, masked: MaskedTokens, levels: int, slice_rows: int | None
     inputs, targets_M, level_M = masked.inputs.to(device), masked.targets_M.to(device), masked.level_M.to(device)
     hidden_MH = masked_hidden_states(model, inputs)
     logp_M, correct_M = score_rows(_logp_and_correct, hidden_MH, model.head_weight, (targets_M,), slice_rows)
-    columns_3M = torch.stack((-logp_M.double(), correct_M.double(), torch.ones_like(logp_M, dtype=torch.float64)))
-    return columns_3M.new_zeros(3, levels).index_add(1, level_M, columns_3M).cpu()
+    columns_3M = (-logp_M.double(), correct_M.double(), torch.ones_like(logp_M, dtype=torch.float64))
+    return torch.stack([sums_at(level_M, column_M, levels) for column_M in columns_3M]).cpu()
 
 
 def _batches(scoring: ScoringInputs, indices: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

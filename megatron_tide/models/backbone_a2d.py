@@ -25,6 +25,8 @@ from .decoding_a2d import BlockCache
 
 ATTENTION = "a2d"
 
+GRAPHS = 64  # of one function: torch's limit of 8 is fewer than models, head layouts, batch of one or more, ...
+
 Mask = Tensor | BlockMask
 
 
@@ -54,7 +56,22 @@ def attention_mask_for(mask: Mask | None, dtype: torch.dtype) -> Mask | None:
 @functools.cache
 def _flex(device_type: str) -> Any:
     # Uncompiled, flex_attention builds the full [Q, K] score matrix; use it on CPU only for checks.
-    return torch.compile(flex_attention, dynamic=True) if device_type == "cuda" else flex_attention
+    if device_type == "cpu":
+        return flex_attention
+    refuse_uncompiled()
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def refuse_uncompiled() -> None:
+    """Make torch.compile fail past its limit of graphs, which it raises: by default it goes on uncompiled there, with a
+    warning, and attention takes the full [Q, K] matrix.
+    """
+    limits = {"recompile_limit": GRAPHS, "fail_on_recompile_limit_hit": True}
+    old_names = {"cache_size_limit": GRAPHS, "fail_on_cache_limit_hit": True}  # before torch 2.6
+    dynamo = torch._dynamo.config
+    for name, value in (limits if hasattr(dynamo, "recompile_limit") else old_names).items():
+        if hasattr(dynamo, name):
+            setattr(dynamo, name, value)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float) -> Tensor:

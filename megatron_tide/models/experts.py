@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, linear, silu
+from torch.nn.functional import linear, silu
+
+from megatron_tide.models.grouped import grouped_linear
 
 
 class Router(nn.Module):
@@ -74,10 +76,10 @@ class Experts(nn.Module):
         expert_R, order_R = index_TK.flatten().sort(stable=True)
         experts = torch.arange(len(self.gate_proj), device=order_R.device)
         ends_E = torch.searchsorted(expert_R, experts, right=True).to(torch.int32)
-        routed_RH = hidden_TH.index_select(0, order_R // chosen)
-        gate_RI = grouped_mm(routed_RH, self.gate_proj.transpose(1, 2), offs=ends_E)
-        up_RI = grouped_mm(routed_RH, self.up_proj.transpose(1, 2), offs=ends_E)
-        out_RH = grouped_mm(silu(gate_RI) * up_RI, self.down_proj.transpose(1, 2), offs=ends_E)
+        routed_RH = _take(hidden_TH, order_R // chosen)
+        gate_RI = grouped_linear(routed_RH, self.gate_proj, ends_E)
+        up_RI = grouped_linear(routed_RH, self.up_proj, ends_E)
+        out_RH = grouped_linear(silu(gate_RI) * up_RI, self.down_proj, ends_E)
         # Back to the tokens' own order by a permutation, not by index_add: no atomics, so the same sum on every run.
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         # One of the K at a time: all of them at once, in fp32, would be the largest tensor of a layer by far.
@@ -85,3 +87,10 @@ class Experts(nn.Module):
         for place_T, share_T in zip(place_R.view(tokens, chosen).unbind(1), weight_TK.unbind(1)):
             sum_TH.addcmul_(out_RH.index_select(0, place_T).float(), share_T[:, None])
         return sum_TH.to(hidden_TH.dtype)
+
+
+def _take(rows_TH: Tensor, index_R: Tensor) -> Tensor:
+    """Rows by index, some of them several times."""
+    if rows_TH.device.type == "cpu":
+        return rows_TH.index_select(0, index_R)
+    return rows_TH[index_R]  # its gradient is added up in a fixed order, that of index_select by atomics

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from megatron_tide.diffusion.attention import TILE
+
 if TYPE_CHECKING:
     from megatron_tide.diffusion import ModelInput
 
@@ -14,8 +16,10 @@ def masked_hidden_states(model: Any, inputs: ModelInput) -> Tensor:
     """The rows ``inputs.rows`` of the model's normed hidden states, one each, in their order; differentiable.
 
     ``inputs``: ids and positions [N, L], an attention mask, and flat indices into N * L. Attention is a bool
-    mask on CPU (whose flex_attention has no backward pass) and a FlexAttention block mask on CUDA.
+    mask on CPU (whose flex_attention has no backward pass) and a FlexAttention block mask on CUDA, of full tiles.
     """
+    if inputs.input_ids.is_cuda:
+        inputs = inputs.padded(TILE)
     attention = inputs.attention
     mask = attention.flex() if inputs.input_ids.is_cuda else attention.dense()
     hidden = model.backbone(inputs.input_ids, mask, inputs.position_ids)

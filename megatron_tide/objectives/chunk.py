@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_tide.choices import CHUNK_OBJECTIVES, named
-from megatron_tide.objectives.common import at_least_fp32
+from megatron_tide.objectives.common import at_least_fp32, sums_at
 
 LOG_FLOOR = math.log(1e-7)
 """Lower bound of the target's log p and log(1-p) (published): one chunk contributes at most 16.1 nats."""
@@ -129,4 +129,4 @@ def chunk_logp(token_logp_N: Tensor, chunk_N: Tensor, chunks: int) -> Tensor:
     logp_N = at_least_fp32(token_logp_N)
     # One slot more takes the -1s: selecting them away would wait for the device.
     slot_N = torch.where(chunk_N < 0, chunks, chunk_N)
-    return logp_N.new_zeros(chunks + 1).index_add(0, slot_N, logp_N)[:chunks]
+    return sums_at(slot_N, logp_N, chunks + 1)[:chunks]

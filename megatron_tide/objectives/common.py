@@ -16,6 +16,15 @@ def mean_over(total: Tensor, count: float) -> Tensor:
     return total / max(count, 1.0)
 
 
+def sums_at(place_N: Tensor, value_N: Tensor, size: int) -> Tensor:
+    """The sum of the ``value_N`` at each place below ``size``, [size]; places int64. The same bits on every run."""
+    zeros = value_N.new_zeros(size)
+    if value_N.device.type == "cpu":
+        return zeros.index_add(0, place_N, value_N)
+    # On CUDA index_add adds with atomics, in any order; this sorts the places first, and does not wait for the device.
+    return zeros.index_put((place_N,), value_N, accumulate=True)
+
+
 BINS = 10  # of [0, 1], equally wide; the last one holds 1 too
 Metrics = dict[str, tuple[Tensor, Tensor]]
 """Name -> (sum, count), both scalars on the device; the mean is for whoever prints it."""
@@ -37,6 +46,5 @@ def shares_by_bin(name: str, place_N: Tensor) -> Metrics:
 def _binned(place_N: Tensor, value_N: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and count by bin, float64 [BINS]; nothing waits for the device."""
     bins_N = (place_N * BINS).long().clamp_(0, BINS - 1)
-    zeros = value_N.new_zeros(BINS, dtype=torch.float64)
-    sums = zeros.index_add(0, bins_N, value_N.double())
-    return sums, zeros.index_add(0, bins_N, torch.ones_like(value_N, dtype=torch.float64))
+    ones_N = torch.ones_like(value_N, dtype=torch.float64)
+    return sums_at(bins_N, value_N.double(), BINS), sums_at(bins_N, ones_N, BINS)

@@ -78,7 +78,7 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
         teacher=layout,
         seed=config.train.seed,
         rank=world.rank,
-        pin_memory=world.device.type == "cuda",
+        for_cuda=world.device.type == "cuda",
     )
 
 

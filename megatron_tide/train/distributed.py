@@ -218,7 +218,7 @@ def group_for_a_run() -> Iterator[DistContext]:
 
 
 def _end_process(status: int) -> None:
-    """End without waiting for any other rank, after what was registered for the end (a folder on the teacher's disk)."""
+    """End without waiting for another rank, after what is registered for the end (as of the teacher's disk)."""
     last = threading.Timer(ENDING_SECONDS, os._exit, (status,))
     last.daemon = True
     last.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,12 +64,22 @@ def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) ->
     optimizer = OPTIMIZERS[config.train.optimizer]
     groups, settings = optimizer.groups(model, config.train), engine_settings(config, world.size)
     client = optimizer.client(config.train, "offload_optimizer" in settings["zero_optimization"])
+    if "offload_optimizer" in settings["zero_optimization"] and world.device.type == "cuda":
+        share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables
         engine, *_ = deepspeed.initialize(model=model, optimizer=client, model_parameters=groups, config=settings)
     for name, parameter in trained_parameters(engine):  # DeepSpeed made its master weights from rounded weights
         safe_set_full_fp32_param(parameter, exact[name].to(parameter.device))
     _set_state(engine, optimizer.state)
     return engine
+
+
+def share_cores(local_ranks: int) -> None:
+    """Give this rank its share of the cores for CPU Adam: torchrun gives each rank one thread, if nobody says more."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the OpenMP of a compiled op, if it has its own
+        torch.set_num_threads(threads)
 
 
 def skipped(engine: Any) -> bool:

@@ -25,6 +25,7 @@ from megatron_tide.diffusion import (
     build_inputs,
     noise,
 )
+from megatron_tide.diffusion.attention import TILE
 from megatron_tide.train.phases import Phases
 
 AHEAD = 2  # steps prepared before they are needed
@@ -45,7 +46,8 @@ class MicrobatchLoader:
     teacher: TeacherLayout | None
     seed: int
     rank: int
-    pin_memory: bool
+    for_cuda: bool
+    """Lengths in full tiles of flex_attention, and page-locked memory."""
 
     def __call__(self, step: int) -> list[DistillBatch]:
         shares = zip(self.sampler.microbatches(step, self.rank), self.sampler.strata(step, self.rank))
@@ -71,7 +73,7 @@ class MicrobatchLoader:
             student_mask_id=self.data.manifest["student"]["mask_id"],
             teacher=self.teacher if strategy.needs_teacher else None,
         )
-        return inputs.pin_memory() if self.pin_memory else inputs
+        return inputs.padded(TILE).pin_memory() if self.for_cuda else inputs
 
     def from_step(self, first: int, total: int) -> Iterator[list[DistillBatch]]:
         """Micro-batches of steps first .. total - 1, prepared ahead by a thread."""

@@ -32,7 +32,7 @@ def name_interface() -> None:
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The interfaces that a NCCL_SOCKET_IFNAME means: prefixes ``ib,eth``, names ``=ib0``, all but those ``^docker``."""
+    """The interfaces that NCCL_SOCKET_IFNAME means: prefixes ``ib,eth``, names ``=ib0``, all but ``^docker``."""
     excluded, exact = pattern.startswith("^"), pattern.lstrip("^").startswith("=")
     words = [word for word in pattern.lstrip("^=").split(",") if word]
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from megatron_tide.diffusion import staircase_mask
-from megatron_tide.models import load_model, recompute_layers
+from megatron_tide.models import backbone_a2d, load_model, recompute_layers
 from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
 from megatron_tide.models.backbone_a2d import attend, attention_mask_for, grouped_attention
@@ -242,3 +242,22 @@ def test_grouped_heads_folded_into_queries_are_the_same_attention(heads: tuple[i
         found.append((mixed, *torch.autograd.grad(mixed.square().sum(), leaves)))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_past_its_limit_of_graphs_compiled_attention_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch goes on uncompiled there, with the full score matrix."""
+    from torch._dynamo import config
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: how)
+    with config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        backbone_a2d._flex.cache_clear()
+        assert backbone_a2d._flex("cuda") == {"dynamic": True}
+        assert (config.recompile_limit, config.fail_on_recompile_limit_hit) == (backbone_a2d.GRAPHS, True)
+        monkeypatch.undo()
+        compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+        with config.patch(recompile_limit=1):
+            compiled(torch.ones(2))
+            with pytest.raises(FailOnRecompileLimitHit):
+                compiled(torch.ones(3))
+    backbone_a2d._flex.cache_clear()

@@ -66,6 +66,20 @@ def test_full_context_rows_equal_forwards_without_padding(folder: Path) -> None:
     torch.testing.assert_close(rows, torch.cat(wanted), rtol=1e-4, atol=1e-5)
 
 
+def test_padding_to_full_tiles_changes_no_row(folder: Path) -> None:
+    model = load_model(folder)
+    tokens, masked = noised()
+    for context in ("staircase", "full"):
+        asked = ask(tokens, masked, context)
+        wide = asked.padded(128)
+        assert wide.input_ids.shape[1] == 128
+        assert wide.padded(64) is wide
+        assert torch.equal(wide.input_ids.flatten()[wide.rows], asked.input_ids.flatten()[asked.rows])
+        torch.testing.assert_close(
+            masked_hidden_states(model, wide), masked_hidden_states(model, asked), rtol=1e-4, atol=1e-5
+        )
+
+
 def test_no_rows_still_reach_every_parameter(folder: Path) -> None:
     model = load_model(folder)
     tokens, masked = noised()

@@ -113,7 +113,7 @@ def test_knobs_come_from_the_environment():
 
 def test_one_rank_per_gpu_as_many_as_divide_the_batch(tmp_path):
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\nfor number in 0 1 2 3 4 5; do echo \"GPU $number: Toy (UUID: GPU-$number)\"; done\n")
+    fake.write_text('#!/bin/sh\nfor number in 0 1 2 3 4 5; do echo "GPU $number: Toy (UUID: GPU-$number)"; done\n')
     fake.chmod(0o755)
     here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}
 

@@ -1,0 +1,144 @@
+"""A step on tensors without values: nothing in it waits for the device, and nothing mixes devices."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, attention, build_inputs, noise
+from megatron_tide.diffusion.attention import TILE
+from megatron_tide.hosting.backend import NoTeacher, ReplicatedTeacher
+from megatron_tide.models import backbone_a2d, fresh_model, grouped
+from megatron_tide.objectives import Counts, Strategy
+from megatron_tide.train.step import TrainContext, train_step
+from tests.diffusion.samples import STUDENT_BLOCK, STUDENT_MASK, TEACHER_BLOCK, TEACHER_MASK, collate, make
+from tests.objectives.test_strategy import CASES, built
+from tests.support.models import tiny_student_config, tiny_teacher_config
+from tests.support.no_device import model_without_values, without_a_build, without_values
+
+VOCAB = 1024
+CHECKED = ["bd3lm", "tide-cross", "kl, one vocabulary", "tide-shared, two vocabularies", "tide-bridge"]
+ATOMICS = ("index_add", "index_add_", "scatter_add", "scatter_reduce", "bincount", "histc")
+
+
+def micro_batch(strategy: Strategy) -> DistillBatch:
+    spans = [(1, 1), (2, 1), (1, 1), (1, 3), (2, 0), (1, 1), (3, 2)]
+    batch = collate([make(5, (3, 6), spans), make(6, (2, 0), spans[::-1], ended=False), make(7, (9, 4), [(1, 1)])])
+    drawn = noise(batch, seed=3, epoch=0, masking=strategy.masking, t=torch.tensor([0.5, 0.8, 0.9]))
+    layout = TeacherLayout(ATTENTION_LAYOUTS["full"], TEACHER_BLOCK, TEACHER_MASK, strategy.compdemo)
+    teacher = layout if strategy.needs_teacher else None
+    return build_inputs(batch, drawn, student_block=STUDENT_BLOCK, student_mask_id=STUDENT_MASK, teacher=teacher)
+
+
+def model_of(config: dict[str, Any], mode: FakeTensorMode, device: str, trained: bool) -> Any:
+    model = fresh_model(config, 0).eval()
+    return model_without_values(model if trained else model.bfloat16(), mode, device, trained)
+
+
+def context_of(strategy: Strategy, mode: FakeTensorMode, device: str) -> TrainContext:
+    trains = device == "cpu"
+    student = model_of(tiny_student_config(vocab_size=VOCAB), mode, device, trains)
+    backward = (lambda loss, scale_wrt_gas: loss.backward()) if trains else (lambda loss, scale_wrt_gas: None)
+    engine = SimpleNamespace(module=student, backward=backward, step=lambda: None)
+    world = SimpleNamespace(size=1, trace=SimpleNamespace(heartbeat=lambda: None))
+    backend: Any = NoTeacher()
+    if strategy.needs_teacher:
+        backend = ReplicatedTeacher(model_of(tiny_teacher_config(vocab_size=VOCAB), mode, device, False), strategy)
+    if strategy.rows is not None:  # columns of the vocabularies are placed once, and waiting is allowed there
+        for side in (strategy.rows.vocabulary._student, strategy.rows.vocabulary._teacher):
+            columns = side.columns(torch.empty(1, VOCAB))
+            parts = [c if isinstance(c, slice) else without_values(c, mode, device) for c in columns]
+            at = torch.device(device, 0) if device == "cuda" else torch.device(device)
+            side._columns[at, VOCAB] = type(columns)(*parts)
+    return TrainContext(
+        engine=engine, backend=backend, strategy=strategy, world=world, clock=lambda part: nullcontext()
+    )  # type: ignore[arg-type]
+
+
+class Kinds(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def step(case: str, device: str) -> tuple[Any, set[str]]:
+    """One step of two micro-batches on tensors without values; the operations in it."""
+    strategy, mode = built(*CASES[case][:2]), FakeTensorMode()
+    batch = micro_batch(strategy)
+    if device == "cuda":
+        batch = batch.padded(TILE)
+    context = context_of(strategy, mode, device)
+    inputs = batch._each(lambda tensor: without_values(tensor, mode, device))
+    counts = Counts(maskable=9, chunks=5, pairs=3, next_tokens=0)
+    with mode, Kinds() as kinds:
+        return train_step(context, [inputs, inputs], counts, 0.3), kinds.names
+
+
+@pytest.mark.parametrize("case", CHECKED)
+def test_a_step_never_waits_for_the_device(case: str) -> None:
+    found, _ = step(case, "cpu")
+    assert found.losses["loss/total"].shape == ()
+
+
+def test_the_stand_in_raises_where_a_device_would_be_waited_for() -> None:
+    with FakeTensorMode():
+        values = torch.ones(3)
+        for waiting in (lambda: values.sum().item(), lambda: values.nonzero(), lambda: values[values > 0]):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                waiting()
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that checks its inputs, because compiling needs a device; a card with torch's own grouped kernel."""
+
+    def flex(query: Any, key: Any, value: Any, *, block_mask: Any, scale: float, enable_gqa: bool) -> Any:
+        tensors = [query, key, value, *(part for part in block_mask.as_tuple() if isinstance(part, torch.Tensor))]
+        assert all(tensor.is_cuda for tensor in tensors)
+        assert query.shape[2] % TILE == 0
+        return query + value.mean() + key.mean()
+
+    def tiles(rule: Any, samples: int, heads: None, queries: int, keys: int, device: Any) -> BlockMask:
+        places = [torch.arange(size, device=device) for size in (samples, queries, keys)]
+        seen = rule(places[0][:, None, None], heads, places[1][:, None], places[2])
+        shape = samples, 1, queries // TILE
+        counts, lists = (seen.new_zeros(size, dtype=torch.int32) for size in (shape, (*shape, keys // TILE)))
+        return BlockMask.from_kv_blocks(
+            counts, lists, mask_mod=rule, seq_lengths=(queries, keys), compute_q_blocks=False
+        )
+
+    monkeypatch.setattr(backbone_a2d, "_flex", lambda device_type: flex)
+    monkeypatch.setattr(attention, "create_block_mask", tiles)
+    monkeypatch.setattr(grouped, "_capability", lambda device: 9)
+    without_a_build(monkeypatch)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("case", CHECKED)
+def test_a_step_mixes_no_devices(case: str) -> None:
+    with torch.inference_mode():
+        found, kinds = step(case, "cuda")
+    assert found.losses["loss/total"].is_cuda
+    assert not kinds & set(ATOMICS)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_tensor_left_on_the_host_is_noticed() -> None:
+    strategy, mode = built(*CASES["tide-cross"][:2]), FakeTensorMode()
+    context = context_of(strategy, mode, "cuda")
+    inputs = micro_batch(strategy)._each(lambda tensor: without_values(tensor, mode, "cuda"))
+    inputs = replace(inputs, student_targets=without_values(inputs.student_targets, mode, "cpu"))
+    with mode, torch.inference_mode(), pytest.raises(Exception, match=r"(?i)device"):
+        train_step(context, [inputs], Counts(maskable=9, chunks=5, pairs=3, next_tokens=0), 0.3)
