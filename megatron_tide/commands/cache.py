@@ -44,16 +44,13 @@ def run(args: Args) -> int:
         raise ValueError("--teacher-hosting cached: there is no teacher to ask; leave it out, or use another hosting")
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    from megatron_tide.train.distributed import destroy_distributed, init_distributed, launched_ranks
+    from megatron_tide.train.distributed import group_for_a_run, launched_ranks
 
     if args.dry_run:
         foretell(config, args, launched_ranks())
         return 0
-    world = init_distributed()
-    try:
+    with group_for_a_run() as world:
         return ask(config, args, world)
-    finally:
-        destroy_distributed()
 
 
 def foretell(config: DistillConfig, args: Args, ranks: int) -> Any:

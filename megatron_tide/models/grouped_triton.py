@@ -58,7 +58,7 @@ def _by_rows(rows_RK: Tensor, weight_EKN: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _tiles(ends_E: Tensor, rows: int) -> Tensor:
-    """int32 [3, T]: of each tile its expert, its first row, the row behind its expert's last; spare ones have no rows."""
+    """int32 [3, T]: each tile's expert, its first row, the row behind its expert's last; spare tiles have no rows."""
     experts = len(ends_E)
     ends_E = ends_E.long()
     starts_E = torch.cat([ends_E.new_zeros(1), ends_E[:-1]])
