@@ -149,6 +149,17 @@ DISTRIBUTION_OBJECTIVES = Table(
     }
 )
 
+DISTRIBUTION_ROWS = Table(
+    {
+        "pairs": Choice("chunks of one student and one teacher token, averaged over chunks", False),
+        "byte_prefix": Choice(
+            "the first row of every chunk: a teacher's token counts as the longest student token that its bytes begin "
+            "with; weighted by 1 / masking rate over all maskable tokens, as denoising is",
+            True,
+        ),
+    }
+)
+
 TIDAL_USES = Table(
     {
         "off": Choice("target is the teacher alone", "objectives.tidal:OFF"),

@@ -23,6 +23,7 @@ from megatron_tide.choices import (
     COMPDEMO_SPLITS,
     COMPDEMO_UNITS,
     DISTRIBUTION_OBJECTIVES,
+    DISTRIBUTION_ROWS,
     LR_SCHEDULES,
     MASK_COUNTS,
     MASKINGS,
@@ -87,10 +88,12 @@ class StrategyConfig:
     )
     distribution_objective: str | None = flag(
         None,
-        "Objective on full vocabulary distributions, at chunks of one student and one teacher token. "
-        f"{DISTRIBUTION_OBJECTIVES}",
+        f"Objective on full vocabulary distributions. {DISTRIBUTION_OBJECTIVES}",
         choices=or_none(DISTRIBUTION_OBJECTIVES),
         shown=BY_STRATEGY,
+    )
+    distribution_rows: str = flag(
+        "pairs", f"Rows at which distributions are compared. {DISTRIBUTION_ROWS}", choices=DISTRIBUTION_ROWS
     )
     temperature: float = flag(2.0, "Temperature T of every distillation objective", low=1e-3, high=1e3)
     distill_weight: float = flag(1.0, "Weight of the distillation loss; the denoising loss has weight 1", low=0)

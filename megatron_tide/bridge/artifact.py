@@ -1,8 +1,9 @@
 """The bridge between two tokenizers: vocabulary map, text -> chunks, and its folder on disk.
 
 A folder with ``manifest.json`` (fingerprints of both tokenizers, special ids, shared prefix, coverage on a sample) and
-``vocab_map.safetensors`` (``student_ids``, ``teacher_ids`` int64 [K]: pairs of ids with the same bytes). Both are
-covered by checksums; the manifest is written last: a folder that has one is complete.
+``vocab_map.safetensors`` (``student_ids``, ``teacher_ids`` int64 [K]: pairs of ids with the same bytes; ``prefix_ids``
+int64 [V_t], see ``map_prefixes``, which folders of earlier versions lack). Both are covered by checksums; the manifest
+is written last: a folder that has one is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file, save
 from megatron_tide.bounds import MOST_IDS
 from megatron_tide.bridge.align import TEXTS_AT_ONCE, Spelling, align_batch, align_spans
 from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
-from megatron_tide.bridge.vocabulary import map_vocabularies, shared_prefix
+from megatron_tide.bridge.vocabulary import map_prefixes, map_vocabularies, shared_prefix, spelling
 from megatron_tide.files import atomic_write, write_json
 from megatron_tide.files import fingerprint as fingerprint_of
 
@@ -80,8 +81,10 @@ class Bridge:
         student_ids: np.ndarray,
         teacher_ids: np.ndarray,
         tokenizers: tuple[TextTokenizer, TextTokenizer] | None = None,
+        prefix_ids: np.ndarray | None = None,
     ) -> None:
         self.manifest = manifest
+        self.prefix_ids = prefix_ids
         self.student_ids = student_ids
         self.teacher_ids = teacher_ids
         self._tokenizers = tokenizers
@@ -101,7 +104,7 @@ class Bridge:
         ValueError for a sample without text.
         """
         prefix, identical = shared_prefix(student, teacher)
-        sample, same_ids = _measure(student, teacher, texts, same=identical)
+        sample, same_ids, used = _measure(student, teacher, texts, same=identical)
         if not sample["bytes"]:
             raise ValueError("the bridge's sample has no text to measure coverage on; use data with assistant turns")
         shared = identical and same_ids
@@ -109,9 +112,12 @@ class Bridge:
         manifest: dict[str, Any] = {"format": FORMAT}
         manifest.update({side: tok.describe() for side, tok in zip(_SIDES, (student, teacher))})
         manifest.update(shared=shared, shared_prefix=prefix, mapped=len(pairs[0]))
+        prefixes = map_prefixes(student, teacher, prefix if shared else None)
+        sample["spelling"] = _shares(spelling(student, teacher, prefixes), used)
         manifest.update(vocab_map_sha256=_map_fingerprint(*pairs), sample=sample, request=dict(request or {}))
+        manifest.update(prefix_map_sha256=_map_fingerprint(prefixes))
         manifest["fingerprint"] = _fingerprint(manifest)
-        return cls(manifest, *pairs, tokenizers=(student, teacher))
+        return cls(manifest, *pairs, tokenizers=(student, teacher), prefix_ids=prefixes)
 
     @classmethod
     def load(cls, folder: str | Path) -> Bridge:
@@ -122,10 +128,13 @@ class Bridge:
             record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             pairs = load_file(folder / VOCAB_MAP)
             manifest, checksum = record["manifest"], record["sha256"]
-            student_ids, teacher_ids = pairs["student_ids"], pairs["teacher_ids"]
+            student_ids, teacher_ids, prefix_ids = pairs["student_ids"], pairs["teacher_ids"], pairs.get("prefix_ids")
             intact = manifest["format"] == FORMAT and checksum == fingerprint_of(manifest)
             intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
             intact = intact and manifest["vocab_map_sha256"] == _map_fingerprint(student_ids, teacher_ids)
+            prefixes = None if prefix_ids is None else _map_fingerprint(prefix_ids)
+            intact = intact and manifest.get("prefix_map_sha256") == prefixes
+            intact = intact and (prefix_ids is None or _is_prefix_map(prefix_ids, manifest))
         except FileNotFoundError as error:
             raise ValueError(f"{folder}: no bridge here ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
@@ -135,15 +144,16 @@ class Bridge:
             raise ValueError(f"{folder}: shared_prefix {sizes[0]} of vocabularies of {sizes[1:]} ids cannot be; {hint}")
         if not intact:
             raise ValueError(f"{folder}: the bridge's checksums do not match its content; {hint}")
-        return cls(manifest, student_ids, teacher_ids)
+        return cls(manifest, student_ids, teacher_ids, prefix_ids=prefix_ids)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder, the manifest last; each file is written atomically."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"manifest": self.manifest, "sha256": fingerprint_of(self.manifest)}
-        pairs = save({"student_ids": self.student_ids, "teacher_ids": self.teacher_ids})
-        atomic_write(folder / VOCAB_MAP, pairs)
+        maps = {"student_ids": self.student_ids, "teacher_ids": self.teacher_ids}
+        maps |= {} if self.prefix_ids is None else {"prefix_ids": self.prefix_ids}
+        atomic_write(folder / VOCAB_MAP, save(maps))
         write_json(folder / MANIFEST, record)
 
     def check_vocabularies(self, student: TextTokenizer, teacher: TextTokenizer) -> None:
@@ -281,7 +291,9 @@ def _has_byteless_tokens(left: Encoding, right: Encoding, student: TextTokenizer
 
 def _measure(
     student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str], same: bool
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[dict[str, Any], bool, np.ndarray]:
+    """Totals over ``texts``, whether both sides have the same ids, and how often each teacher id occurs, [V_t]."""
+    used = np.zeros(teacher.vocab_size, np.int64)
     totals = dict.fromkeys(
         ("texts", "bytes", "covered_bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one"), 0
     )
@@ -295,7 +307,20 @@ def _measure(
         totals["teacher_tokens"] += len(aligned.teacher_ids)
         totals["chunks"] += aligned.n_chunks
         totals["one_to_one"] += aligned.one_to_one()
-    return {**totals, "coverage": totals["covered_bytes"] / max(totals["bytes"], 1)}, same_ids
+        used += np.bincount(aligned.teacher_ids, minlength=len(used))
+    return {**totals, "coverage": totals["covered_bytes"] / max(totals["bytes"], 1)}, same_ids, used
+
+
+def _shares(kinds: np.ndarray, used: np.ndarray) -> dict[str, dict[str, float]]:
+    """The shares of the teacher's tokens that are one student token, several, or unknown to the student: of those in
+    the sample, and of the vocabulary.
+    """
+    names = {2: "one_token", 1: "several_tokens", 0: "none"}
+    weights = {"sample": used, "vocabulary": np.ones_like(used)}
+    return {
+        where: {name: float(weight[kinds == kind].sum() / max(weight.sum(), 1)) for kind, name in names.items()}
+        for where, weight in weights.items()
+    }
 
 
 def _aligned(student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str], same: bool) -> Iterator[Aligned]:
@@ -315,5 +340,12 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
     return fingerprint_of(relevant)
 
 
-def _map_fingerprint(student_ids: np.ndarray, teacher_ids: np.ndarray) -> str:
-    return hashlib.sha256(student_ids.astype("<i8").tobytes() + teacher_ids.astype("<i8").tobytes()).hexdigest()
+def _is_prefix_map(prefix_ids: np.ndarray, manifest: Mapping[str, Any]) -> bool:
+    """Whether there is one student id, or -1, for each of the teacher's."""
+    student, teacher = (manifest[side]["vocab_size"] for side in _SIDES)
+    fits = prefix_ids.dtype == np.int64 and prefix_ids.shape == (teacher,)
+    return bool(fits and (prefix_ids >= -1).all() and (prefix_ids < student).all())
+
+
+def _map_fingerprint(*maps: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(ids.astype("<i8").tobytes() for ids in maps)).hexdigest()

@@ -73,6 +73,10 @@ def summary(bridge: Bridge) -> str:
     )
     share = sample["one_to_one"] / max(sample["chunks"], 1)
     lines.append(f"coverage: {bridge.coverage:.4f} of bytes in chunks; one-to-one: {share:.4f} of chunks")
+    if shares := sample.get("spelling"):
+        where = {"in the sample": shares["sample"], "in the vocabulary": shares["vocabulary"]}
+        texts = [f"{of['one_token']:.4f} / {of['several_tokens']:.4f} {name}" for name, of in where.items()]
+        lines.append(f"teacher's tokens that are one / several student tokens: {', '.join(texts)}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Two vocabularies side by side: where they are equal id by id, and which ids have the same bytes."""
+"""Two vocabularies side by side: where they are equal id by id, and which ids have the same bytes or begin alike."""
 
 from __future__ import annotations
 
@@ -40,6 +40,37 @@ def map_vocabularies(
         pairs[ends[0]] = ends[1]
     ordered = np.array(sorted(pairs.items()), dtype=np.int64).reshape(-1, 2)
     return np.ascontiguousarray(ordered[:, 0]), np.ascontiguousarray(ordered[:, 1])
+
+
+def map_prefixes(student: TextTokenizer, teacher: TextTokenizer, shared: int | None) -> np.ndarray:
+    """int64 [V_t]: of each teacher id the student id with its bytes, else the longest one that its bytes begin with; -1
+    where there is none, as for special tokens (the end-of-response token has the student's).
+
+    ``shared``: the tokenizers are the same up to this id, so that every id there is its own.
+    """
+    if shared is not None:
+        ids = np.arange(teacher.vocab_size, dtype=np.int64)
+        return np.where(ids < shared, ids, -1)
+    ours, found = _by_bytes(student), np.full(teacher.vocab_size, -1, np.int64)
+    longest = max(map(len, ours), default=0)
+    for index in np.flatnonzero(teacher.is_ordinary()).tolist():
+        data = (teacher.id_to_bytes(index) or b"")[:longest]
+        found[index] = next((ours[data[:n]] for n in range(len(data), 0, -1) if data[:n] in ours), -1)
+    ends = (student.describe()["eos_id"], teacher.describe()["eos_id"])
+    if None not in ends:
+        found[ends[1]] = ends[0]
+    return found
+
+
+def spelling(student: TextTokenizer, teacher: TextTokenizer, prefixes: np.ndarray) -> np.ndarray:
+    """int8 [V_t] for ``map_prefixes``: 2 where a teacher id is its student id, 1 where that is only how it begins, so
+    that the student needs several tokens for it, 0 where it has none.
+    """
+    kinds = np.zeros(len(prefixes), np.int8)
+    for index in np.flatnonzero(prefixes >= 0).tolist():
+        data = teacher.id_to_bytes(index)
+        kinds[index] = 2 if data is None or data == student.id_to_bytes(int(prefixes[index])) else 1
+    return kinds
 
 
 def _meaning(tokenizer: TextTokenizer, index: int) -> tuple[bytes | None, str | None]:

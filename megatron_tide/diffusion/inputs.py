@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 class TeacherLayout:
     """The teacher's input: attention layout (of ATTENTION_LAYOUTS), block size, mask token, CompDemo or one pass.
 
-    ``mask_id`` has no meaning where ``predicts_next(context)``.
+    ``mask_id`` has no meaning where ``predicts_next(context)``. ``first_rows``: whether the first rows of chunks of
+    several tokens are compared too (``DistillBatch.pair_several``).
     """
 
     context: AttentionLayout
     block: int
     mask_id: int
     compdemo: CompDemo | None = None
+    first_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class DistillBatch(TensorDataclass):
     teacher (None without one): its rows are the scored tokens of the active chunks, in (sample, position) order;
     teacher_targets [R], teacher_chunk [R]. An active chunk is masked completely on both sides; chunk_level [K]: its
     noise. Pairs are the active chunks of exactly one scored token on each side: pair_student_index [P] into M,
-    pair_teacher_index [P] into R, pair_chunk [P] into K. maskable: number of maskable student tokens of the
+    pair_teacher_index [P] into R, pair_chunk [P] into K. With ``TeacherLayout.first_rows`` there is a pair for every
+    active chunk, of its first row on each side; pair_several indexes those of more than one token (None: there is no
+    such pair). maskable: number of maskable student tokens of the
     micro-batch, 0 if nothing is denoised; tokens: number of all its student tokens, without padding. Without a teacher
     K = R = P = 0. keys int64 [B]: the samples' own numbers; draw: (seed, epoch) of the noise.
     """
@@ -67,6 +71,7 @@ class DistillBatch(TensorDataclass):
     tokens: int = 0
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     draw: tuple[int, int] = (0, 0)
+    pair_several: torch.Tensor | None = None
 
     def padded(self, multiple: int) -> DistillBatch:
         """Both models' inputs with lengths that are multiples of ``multiple`` (:meth:`ModelInput.padded`)."""
@@ -106,7 +111,8 @@ def build_inputs(
     )
     student_chunk_M = _active(batch.student, chunk_id_BC)[sample_M, position_M]
     teacher_input, targets_R, teacher_chunk_R = _teacher_input(batch, noise, chunk_id_BC, teacher)
-    pair_student_P, pair_teacher_P, pair_chunk_P = _pairs(student_chunk_M, teacher_chunk_R, len(chunk_level_K))
+    first_rows = teacher is not None and teacher.first_rows
+    pairs = _pairs(student_chunk_M, teacher_chunk_R, len(chunk_level_K), first_rows)
     return DistillBatch(
         rate=noise.rate.float(),
         inverse_weight=noise.inverse_weight.float(),
@@ -119,9 +125,10 @@ def build_inputs(
         teacher_targets=targets_R,
         teacher_chunk=teacher_chunk_R,
         chunk_level=chunk_level_K,
-        pair_student_index=pair_student_P,
-        pair_teacher_index=pair_teacher_P,
-        pair_chunk=pair_chunk_P,
+        pair_student_index=pairs[0],
+        pair_teacher_index=pairs[1],
+        pair_chunk=pairs[2],
+        pair_several=pairs[3] if first_rows else None,
         maskable=int(response(batch.student).sum()) * student.denoise,
         tokens=int(batch.student.length.sum()),
         keys=batch.keys,
@@ -173,20 +180,25 @@ def _active(tokens: Tokens, chunk_id_BC: torch.Tensor) -> torch.Tensor:
 
 
 def _pairs(
-    student_chunk_M: torch.Tensor, teacher_chunk_R: torch.Tensor, chunks: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the chunks with one row on each side: the student's row, the teacher's row, the chunk; [P] each."""
-    single_student_K, student_row_K = _single(student_chunk_M, chunks)
-    single_teacher_K, teacher_row_K = _single(teacher_chunk_R, chunks)
-    pair_chunk_P = (single_student_K & single_teacher_K).nonzero()[:, 0]
-    return student_row_K[pair_chunk_P], teacher_row_K[pair_chunk_P], pair_chunk_P
+    student_chunk_M: torch.Tensor, teacher_chunk_R: torch.Tensor, chunks: int, first_rows: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the chunks with one row on each side, or of all (``first_rows``): the student's first row, the teacher's, the
+    chunk, [P] each; and which of them have more rows on a side.
+    """
+    student_rows_K, student_row_K = _first_row(student_chunk_M, chunks)
+    teacher_rows_K, teacher_row_K = _first_row(teacher_chunk_R, chunks)
+    single_K = (student_rows_K == 1) & (teacher_rows_K == 1)
+    pair_chunk_P = (single_K | first_rows).nonzero()[:, 0]
+    several = (~single_K[pair_chunk_P]).nonzero()[:, 0]
+    return student_row_K[pair_chunk_P], teacher_row_K[pair_chunk_P], pair_chunk_P, several
 
 
-def _single(chunk_of_row: torch.Tensor, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [K], whether a chunk has exactly one row; int64 [K], that row (any of them if there are more)."""
+def _first_row(chunk_of_row: torch.Tensor, chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [K]: how many rows a chunk has, and the first of them."""
     row = (chunk_of_row >= 0).nonzero()[:, 0]
     chunk = chunk_of_row[row]
-    return torch.bincount(chunk, minlength=chunks) == 1, torch.zeros(chunks, dtype=torch.int64).scatter(0, chunk, row)
+    first_K = torch.full((chunks,), len(chunk_of_row)).scatter_reduce(0, chunk, row, "amin")
+    return torch.bincount(chunk, minlength=chunks), first_K
 
 
 def _twice(tokens: Tokens) -> Tokens:

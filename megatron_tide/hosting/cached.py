@@ -169,7 +169,14 @@ def deciding(
     """All that decides the answers to a run, but for the teacher's weights and the seed; by name, JSON.
 
     ``data``, ``bridge``: their fingerprints. Distributions depend on T and on how many categories are kept.
+
+    Raises:
+        ValueError: the strategy compares rows that a cache has no place for.
     """
+    if strategy.first_rows is not None:
+        raise ValueError(
+            "a cache holds the distributions of one-to-one chunks: leave out --distribution-rows, or host the teacher"
+        )
     built, rows = strategy.describe(), strategy.rows
     found = {name: value for name, value in built.items() if name.startswith(_ASKING)}
     growth = config.strategy.block_growth if strategy.noise_sampling.per_block else ""

@@ -152,3 +152,76 @@ def _take(logits_mV: Tensor, columns: slice | Tensor) -> Tensor:
     if isinstance(columns, slice):
         return logits_mV[:, columns]  # a view: a shared vocabulary needs no gather
     return logits_mV.index_select(1, columns)
+
+
+class PrefixMap:
+    """Categories of what comes next, where a token of one side is several of the other's: byte prefixes.
+
+    At the first row of any chunk both sides predict the same next bytes. Each of the teacher's tokens gives its mass to
+    the student's token of its bytes, else to the longest one that its bytes begin with: ``prefix_ids`` int64 [V_t], -1
+    for none. A category is a student id that is reached (from one or more of the teacher's), and one bucket has the
+    rest of both sides. It has the methods of ``VocabMap``, which is more exact where a chunk is one token on each side.
+    ``whole_ids`` int64 [K]: the teacher's ids that are a student token themselves.
+    """
+
+    def __init__(self, prefix_ids: Tensor, whole_ids: Tensor) -> None:
+        self._prefix_ids, self._whole_ids, reached = prefix_ids, whole_ids, prefix_ids[prefix_ids >= 0].unique()
+        if reached.numel() == 0:
+            raise ValueError("no token of the teacher begins with one of the student; use a chunk objective")
+        self.strings, self.bucket = reached.numel(), True
+        self._student, self._reached = _Side(reached, "student"), reached
+        self._category: dict[tuple[torch.device, int], Tensor] = {}
+
+    def categories(
+        self, student_logits_mV: Tensor, teacher_logits_mV: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides' logits [m, D] over the categories, divided by T, as in ``VocabMap.categories``."""
+        return (
+            self.of_student(student_logits_mV, teacher_logits_mV.shape[-1], temperature),
+            self.of_teacher(teacher_logits_mV, student_logits_mV.shape[-1], temperature),
+        )
+
+    def of_student(self, logits_mV: Tensor, teacher_width: int, temperature: float) -> Tensor:
+        """The student's part of :meth:`categories`; ``teacher_width``: the number of the teacher's logits."""
+        with_bucket = self._with_bucket(logits_mV.shape[-1], teacher_width)
+        return _over_categories(logits_mV, self._student.columns(logits_mV), temperature, with_bucket)
+
+    def of_teacher(self, logits_mV: Tensor, student_width: int, temperature: float) -> Tensor:
+        """The teacher's part of :meth:`categories`: the logsumexp of the logits / T of all ids that reach a category.
+
+        A softmax then gives each the sum of the probabilities of its ids, however small.
+        """
+        scaled_mV, index_V = logits_mV / temperature, self._categories(logits_mV)
+        columns = self.strings + 1
+        index_mV = index_V.expand_as(scaled_mV)
+        top_mD = scaled_mV.new_full((len(scaled_mV), columns), -torch.inf)
+        top_mD = top_mD.scatter_reduce(1, index_mV, scaled_mV, "amax")
+        sums_mD = torch.zeros_like(top_mD).scatter_add(1, index_mV, (scaled_mV - top_mD.gather(1, index_mV)).exp())
+        scores_mD = top_mD + sums_mD.log()
+        return scores_mD if self._with_bucket(student_width, logits_mV.shape[-1]) else scores_mD[:, :-1]
+
+    def spelled(self, logits_mV: Tensor) -> tuple[Tensor, Tensor]:
+        """[m] each: the teacher's mass on strings that are a student token, and on those that only begin with one."""
+        probability_mV = logits_mV.softmax(-1)
+        whole_m = probability_mV.index_select(1, self._whole_ids.to(logits_mV.device)).sum(-1)
+        reached_m = (probability_mV * (self._categories(logits_mV) < self.strings)).sum(-1)
+        return whole_m, (reached_m - whole_m).clamp(min=0)
+
+    def _with_bucket(self, student_width: int, teacher_width: int) -> bool:
+        has_rest = teacher_width > len(self._prefix_ids) or bool((self._prefix_ids < 0).any())
+        return has_rest and self.strings < student_width
+
+    def _categories(self, logits_mV: Tensor) -> Tensor:
+        """int64 [V_t]: the category of each output of the teacher's head, which may be wider than the table."""
+        device, width, known = logits_mV.device, logits_mV.shape[-1], len(self._prefix_ids)
+        if (device, width) not in self._category:
+            used, beyond = self._prefix_ids[:width], self._prefix_ids[width:]
+            if bool((beyond >= 0).any()):
+                raise ValueError(
+                    f"the teacher's head has {width} outputs, but the bridge has {known} of its tokens; "
+                    "use the tokenizer that the teacher was trained with, and build the bridge from it"
+                )
+            found = torch.full((width,), self.strings)
+            found[: len(used)] = torch.where(used >= 0, torch.searchsorted(self._reached, used), self.strings)
+            self._category[device, width] = found.to(device)
+        return self._category[device, width]

@@ -41,13 +41,15 @@ class TeacherOutputs:
 @dataclass(frozen=True)
 class StudentScores:
     """``target_logprobs`` [M] of the student's masked tokens; ``next_logprobs`` [Q] of the next tokens; ``divergence``
-    [P] per pair (T^2 included) or None; ``covered`` [P]: the teacher's mass in categories that are compared singly.
+    [P] per pair (T^2 included) or None; ``covered`` [P]: the teacher's mass in categories that are compared singly;
+    ``spelled`` [P] each: its mass on strings that are one of the student's tokens, and on those that are several.
     """
 
     target_logprobs: Tensor
     next_logprobs: Tensor
     divergence: Tensor | None
     covered: Tensor | None = None
+    spelled: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ tokens, K active chunks, P pairs (one-to-one chunks), V vocabulary, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,11 @@ from megatron_tide.diffusion import CompDemo, DistillBatch, Masking, NoiseSampli
 from megatron_tide.models.head import score_rows, target_logprobs
 from megatron_tide.objectives.chunk import ChunkObjective, chunk_logp, student_bernoulli, teacher_bernoulli
 from megatron_tide.objectives.common import Metrics, at_least_fp32, mean_over, means_by_bin, shares_by_bin
-from megatron_tide.objectives.distribution import DistributionObjective, VocabMap, coarsened, most_likely
+from megatron_tide.objectives.distribution import DistributionObjective, PrefixMap, VocabMap, coarsened, most_likely
 from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
 from megatron_tide.objectives.tidal import TidalUse, midrange_weight, tidal_strength
+
+SPELLED = ("one_token_mass", "several_tokens_mass")  # of the teacher, by how the student spells its tokens
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class DistributionTerm:
     objective: DistributionObjective
     tidal: TidalUse
     temperature: float
-    vocabulary: VocabMap
+    vocabulary: VocabMap | PrefixMap
     top: int = 0
 
     def target(self, teacher_mV: Tensor, student_width: int) -> tuple[Tensor, ...]:
@@ -92,7 +95,9 @@ class Strategy:
     """A distillation loss with its settings, and the student's own losses (``student``).
 
     ``chunk`` scores chunks by their target tokens, ``rows`` compares full distributions on pairs. With both, each
-    active chunk is counted once: pairs use the distribution term, the others the chunk term.
+    active chunk is counted once: pairs use the distribution term, the others the chunk term. With ``first_rows`` the
+    first row of each of the others is compared too, over byte prefixes, and the distribution terms are weighted as
+    denoising is: by 1 / masking rate, over all maskable tokens.
     """
 
     name: str
@@ -106,6 +111,7 @@ class Strategy:
     masking: Masking
     distill_weight: float
     provenance: dict[str, Any]
+    first_rows: DistributionTerm | None = None
 
     @property
     def needs_target_logprobs(self) -> bool:
@@ -149,22 +155,37 @@ class Strategy:
         ``slice_rows``: number of rows of logits at once; None: chosen by the head.
         """
         targets_L = torch.cat([batch.student_targets, batch.next_targets])
+        spelled: tuple[Tensor, ...] = ()
         if self.rows is None:
             logprobs_L = target_logprobs(hidden_LH, head_weight_VH, targets_L, slice_rows)
             divergence_P = covered_P = None
         else:
             pairs_P, others_O = batch.pair_student_index, _complement(batch.pair_student_index, hidden_LH.shape[0])
-            pair_args = targets_L[pairs_P], strength_N[batch.chunk_level[batch.pair_chunk]], *teacher.of_pairs
-            pair_fn = _PairScores(self.rows, teacher)
-            of_pairs_P, divergence_P, *covered = score_rows(
-                pair_fn, hidden_LH[pairs_P], head_weight_VH, pair_args, slice_rows
-            )
-            covered_P = covered[0] if covered else None
+            strength_P, columns = strength_N[batch.chunk_level[batch.pair_chunk]], []
+            terms = self._terms(batch)
+            for term, index in terms:
+                rows = pairs_P[index]
+                pair_args = targets_L[rows], strength_P[index], *(part[index] for part in teacher.of_pairs)
+                pair_fn = _PairScores(term, teacher, self.first_rows)
+                columns.append(score_rows(pair_fn, hidden_LH[rows], head_weight_VH, pair_args, slice_rows))
+            of_pairs_P, divergence_P, *more = _in_place(columns, [index for _, index in terms])
+            if self.first_rows is None:
+                covered_P = more[0] if more else None
+            else:
+                covered_P, spelled = None, tuple(more)
             of_others_O = target_logprobs(hidden_LH[others_O], head_weight_VH, targets_L[others_O], slice_rows)
             logprobs_L = torch.cat([of_pairs_P, of_others_O])
             logprobs_L = torch.zeros_like(logprobs_L).index_copy(0, torch.cat([pairs_P, others_O]), logprobs_L)
         logprobs_M, next_logprobs_Q = logprobs_L.split([len(batch.student_targets), len(batch.next_targets)])
-        return StudentScores(logprobs_M, next_logprobs_Q, divergence_P, covered_P)
+        return StudentScores(logprobs_M, next_logprobs_Q, divergence_P, covered_P, spelled)
+
+    def _terms(self, batch: DistillBatch) -> list[tuple[DistributionTerm, Tensor | slice]]:
+        """The distribution terms, with the pairs that they compare: one-to-one chunks, and first rows of the others."""
+        assert self.rows is not None
+        if self.first_rows is None or batch.pair_several is None:
+            return [(self.rows, slice(None))]
+        single = _complement(batch.pair_several, batch.pair_chunk.numel())
+        return [(self.rows, single), (self.first_rows, batch.pair_several)]
 
     def loss(
         self, scores: StudentScores, teacher: TeacherOutputs, batch: DistillBatch, strength_N: Tensor, counts: Counts
@@ -172,7 +193,8 @@ class Strategy:
         """This micro-batch's share of the distillation loss (a scalar), and metrics with a fixed set of names.
 
         The loss, not yet times ``distill_weight``, is a sum over local chunks and pairs divided by GLOBAL counts: the
-        active chunks, or the pairs where only the rows' objective is on. It is 0 with a graph where there are none.
+        active chunks, or the pairs where only the rows' objective is on (with ``first_rows``: the chunks' part over the
+        active chunks, the rows' over the maskable tokens). It is 0 with a graph where there are none.
         """
         total, metrics = scores.target_logprobs.new_zeros(()), self._common_metrics(scores, batch, strength_N)
         weight_N = self.curve.level_weight(batch.rate)
@@ -183,9 +205,14 @@ class Strategy:
             assert scores.divergence is not None
             level_P = batch.chunk_level[batch.pair_chunk]
             weight_P = self.rows.tidal.weight(strength_N[level_P]) * weight_N[level_P]
-            total = total + (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
             metrics["distill/kl"] = _summed(scores.divergence)
             metrics |= {} if scores.covered is None else {"distill/covered_mass": _summed(scores.covered)}
+            if self.first_rows is not None:
+                metrics |= {f"spelled/{name}": _summed(mass) for name, mass in zip(SPELLED, scores.spelled)}
+                weight_P = weight_P / batch.inverse_weight[level_P]
+                rows_total = (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
+                return mean_over(total, counts.chunks) + mean_over(rows_total, counts.maskable), metrics
+            total = total + (scores.divergence * weight_P.to(scores.divergence.dtype)).sum()
         return mean_over(total, counts.pairs if self.chunk is None else counts.chunks), metrics
 
     def _chunk_part(
@@ -205,7 +232,8 @@ class Strategy:
         term_K = term.chunks(student_lp_K, teacher_lp_K, strength_N[level_K])
         taken_K = torch.ones_like(term_K)
         if self.rows is not None:
-            taken_K = taken_K.index_fill(0, batch.pair_chunk, 0.0)
+            _, single = self._terms(batch)[0]
+            taken_K = taken_K.index_fill(0, batch.pair_chunk[single], 0.0)
         weight_K = term.tidal.weight(strength_N[level_K]) * weight_N[level_K]
         break_even = -term.temperature * math.log(2)
         student_p_K = (student_lp_K.detach() / term.temperature).exp()
@@ -226,35 +254,49 @@ class Strategy:
             return {}
         dtype = scores.target_logprobs.dtype
         chunks = scores.target_logprobs.new_full((), batch.chunk_level.numel())
+        several = 0 if batch.pair_several is None else batch.pair_several.numel()
         return {
             "chunk/active_share": _summed((batch.student_chunk >= 0).to(dtype)),
-            "chunk/pair_share": (torch.full_like(chunks, batch.pair_chunk.numel()), chunks),
+            "chunk/pair_share": (torch.full_like(chunks, batch.pair_chunk.numel() - several), chunks),
             "tidal/strength": _summed(strength_N),
         }
 
 
 class _PairScores:
     """What the head computes from the logits of a slice of pairs: (target log-prob, divergence), each [m], and with
-    fewer than all categories the teacher's mass in those that are compared singly.
+    fewer than all categories the teacher's mass in those that are compared singly; with ``first_rows`` its masses
+    ``SPELLED``.
 
     The teacher's logits of the same rows are computed here from its hidden states, without gradient, if it has them.
     """
 
-    def __init__(self, term: DistributionTerm, teacher: TeacherOutputs) -> None:
-        self._term = term
+    def __init__(self, term: DistributionTerm, teacher: TeacherOutputs, first_rows: DistributionTerm | None) -> None:
+        self._term, self._prefixes = term, first_rows.vocabulary if first_rows is not None else None
         self._head_VH = teacher.head_weight
         self._width = teacher.vocab_size if teacher.head_weight is None else len(teacher.head_weight)
 
     def __call__(
         self, logits_mV: Tensor, targets_m: Tensor, strength_m: Tensor, *teacher: Tensor
     ) -> tuple[Tensor, ...]:
+        spelled: tuple[Tensor, ...] = ()
         if self._head_VH is not None:
             with torch.no_grad():
-                teacher = self._term.target(at_least_fp32(teacher[0] @ self._head_VH.T), logits_mV.shape[-1])
+                teacher_mV = at_least_fp32(teacher[0] @ self._head_VH.T)
+                teacher = self._term.target(teacher_mV, logits_mV.shape[-1])
+                if isinstance(self._prefixes, PrefixMap):
+                    spelled = self._prefixes.spelled(teacher_mV)
         target_logit_m = logits_mV.gather(1, targets_m.unsqueeze(1)).squeeze(1)
         divergence_m = self._term.rows(logits_mV, self._width, strength_m, *teacher)
         covered = () if len(teacher) == 1 else (-torch.expm1(teacher[0][:, -1]),)
-        return target_logit_m - logits_mV.logsumexp(-1), divergence_m, *covered
+        return target_logit_m - logits_mV.logsumexp(-1), divergence_m, *covered, *spelled
+
+
+def _in_place(parts: Sequence[tuple[Tensor, ...]], indices: Sequence[Tensor | slice]) -> list[Tensor]:
+    """The columns of ``parts``, joined so that each row stands at its index; a single part has all rows."""
+    if len(parts) == 1:
+        return list(parts[0])
+    place = torch.cat([index for index in indices if isinstance(index, Tensor)])
+    return [torch.zeros_like(torch.cat(column)).index_copy(0, place, torch.cat(column)) for column in zip(*parts)]
 
 
 def _complement(some_P: Tensor, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron_tide.choices import (
     COMPDEMO_SPLITS,
     COMPDEMO_UNITS,
     DISTRIBUTION_OBJECTIVES,
+    DISTRIBUTION_ROWS,
     MASK_COUNTS,
     MASKINGS,
     NOISE_SCHEDULES,
@@ -26,7 +28,7 @@ from megatron_tide.choices import (
 )
 from megatron_tide.config import StrategyConfig
 from megatron_tide.diffusion import CompDemo, NoiseSampling, StudentLayout, predicts_next
-from megatron_tide.objectives.distribution import VocabMap
+from megatron_tide.objectives.distribution import PrefixMap, VocabMap
 from megatron_tide.objectives.strategy import ChunkTerm, DistributionTerm, Strategy, TidalCurve
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         if rows is None
         else DistributionTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge), config.teacher_top)
     )
+    first_rows = _first_rows(config, row_term, bridge)
     _warn(chunk_term, row_term, split if compdemo else None, bridge)
     return Strategy(
         name=config.strategy,
@@ -76,6 +79,7 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         ),
         chunk=chunk_term,
         rows=row_term,
+        first_rows=first_rows,
         curve=TidalCurve(
             config.tidal_init, config.tidal_peak, config.tidal_ramp, config.tidal_axes, config.tidal_midrange
         ),
@@ -133,6 +137,23 @@ def _check_nothing_distilled(config: StrategyConfig) -> None:
             )
 
 
+def _first_rows(
+    config: StrategyConfig, rows: DistributionTerm | None, bridge: Bridge | None
+) -> DistributionTerm | None:
+    """The term of the first rows of chunks of several tokens; None if only one-to-one chunks are compared."""
+    if not DISTRIBUTION_ROWS[config.distribution_rows]:
+        return None
+    what = f"--distribution-rows {config.distribution_rows}"
+    if rows is None:
+        raise ValueError(f"{what}: strategy {config.strategy!r} compares no distributions; use tide-bridge or kl")
+    if config.teacher_top:
+        raise ValueError(f"{what}: --teacher-top counts the categories of one-to-one chunks; leave out one of the two")
+    if bridge is None or bridge.prefix_ids is None:
+        raise ValueError(f"{what}: the bridge has no byte prefixes; build it again with --fresh (prepared data stay)")
+    prefixes = PrefixMap(torch.as_tensor(bridge.prefix_ids), torch.as_tensor(bridge.teacher_ids))
+    return replace(rows, vocabulary=prefixes)
+
+
 def _vocabulary(config: StrategyConfig, bridge: Bridge | None) -> VocabMap:
     if bridge is None:
         raise ValueError(
@@ -187,6 +208,7 @@ def _provenance(
     if rows is not None:
         plain |= {"distribution_tidal": rows.tidal.name, "compared_strings": rows.vocabulary.strings}
         plain["bucket"] = rows.vocabulary.bucket
+        plain["distribution_rows"] = config.distribution_rows
         plain |= {"teacher_top": rows.top} if rows.top else {}
     if any(term is not None and term.tidal.name != "off" for term in (chunk, rows)):
         plain |= {key: getattr(config, key) for key in ("tidal_axes", "tidal_ramp", "tidal_init", "tidal_peak")}

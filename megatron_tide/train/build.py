@@ -67,6 +67,7 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
             block=inputs.data.manifest["teacher"]["block"],
             mask_id=mask_of(inputs.data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context]),
             compdemo=strategy.compdemo,
+            first_rows=strategy.first_rows is not None,
         )
     return MicrobatchLoader(
         data=inputs.data,

@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tide.bridge import Aligned, Bridge, TextTokenizer, align_text, align_texts, load_tokenizer
+from megatron_tide.bridge.artifact import _map_fingerprint
+from megatron_tide.bridge.build import summary
+from megatron_tide.files import fingerprint
 from tests.bridge.texts import DECOMPOSED, HARD_TEXTS
 from tests.support.tokenizers import TEXTS, train_byte_bpe
 
@@ -89,6 +92,50 @@ def test_map_prefers_what_text_becomes_over_byte_fallback(
     letter = int(student.encode("e")[0])
     assert pairs[letter] == int(teacher.encode("e")[0])
     assert teacher.id_to_token(pairs[letter]) == "e"
+
+
+@pytest.mark.parametrize("pair", [("student", "teacher"), ("prefixed", "student")], ids="-".join)
+def test_a_teacher_token_is_sent_to_the_longest_student_token_that_it_begins_with(
+    tokenizers: Mapping[str, TextTokenizer], pair: tuple[str, str]
+) -> None:
+    student, teacher = (tokenizers[name] for name in pair)
+    bridge = Bridge.build(student, teacher, TEXTS)
+    spelled = {index: student.id_to_bytes(index) for index in np.flatnonzero(student.is_ordinary()).tolist()}
+    equal = dict(zip(bridge.teacher_ids.tolist(), bridge.student_ids.tolist()))
+    kinds = {"one_token": 0, "several_tokens": 0, "none": 0}
+    for index in range(teacher.vocab_size):
+        data, found = teacher.id_to_bytes(index), int(bridge.prefix_ids[index])
+        if index in equal:
+            assert found == equal[index]
+        begins = [spelled[s] for s in spelled if data and spelled[s] and data.startswith(spelled[s])]
+        if not (teacher.is_ordinary()[index] and begins):
+            assert found == (student.eos_id if index == teacher.eos_id else -1)
+        else:
+            assert spelled[found] == max(begins, key=len)
+        whole = found >= 0 and (index == teacher.eos_id or data == student.id_to_bytes(found))
+        kinds["none" if found < 0 else "one_token" if whole else "several_tokens"] += 1
+    assert kinds["several_tokens"] > 0
+    shares = bridge.manifest["sample"]["spelling"]
+    assert shares["vocabulary"] == pytest.approx({name: n / teacher.vocab_size for name, n in kinds.items()})
+    ids = np.concatenate([teacher.encode(text) for text in TEXTS])
+    reached = [int(bridge.prefix_ids[i]) >= 0 for i in ids]
+    assert shares["sample"]["one_token"] + shares["sample"]["several_tokens"] == pytest.approx(np.mean(reached))
+    line = f"{shares['sample']['one_token']:.4f} / {shares['sample']['several_tokens']:.4f} in the sample"
+    assert line in summary(bridge)
+
+
+def test_a_bridge_of_an_earlier_version_has_no_prefixes_and_is_the_same_bridge(tmp_path: Path, bridge: Bridge) -> None:
+    bridge.save(tmp_path)
+    record = json.loads((tmp_path / "manifest.json").read_text())
+    del record["manifest"]["prefix_map_sha256"], record["manifest"]["sample"]["spelling"]
+    record["sha256"] = fingerprint(record["manifest"])
+    (tmp_path / "manifest.json").write_text(json.dumps(record))
+    maps = load_file(tmp_path / "vocab_map.safetensors")
+    assert np.array_equal(maps.pop("prefix_ids"), bridge.prefix_ids)
+    save_file(maps, tmp_path / "vocab_map.safetensors")
+    loaded = Bridge.load(tmp_path)
+    assert (loaded.prefix_ids, loaded.fingerprint) == (None, bridge.fingerprint)
+    assert "one / several" not in summary(loaded)
 
 
 def test_one_to_one_chunks_of_a_text_are_mapped(tokenizers: Mapping[str, TextTokenizer], bridge: Bridge) -> None:
@@ -255,6 +302,7 @@ def test_artifact_comes_back_whole(tmp_path: Path, tokenizers: Mapping[str, Text
     assert loaded.fingerprint == bridge.fingerprint
     assert (loaded.student_ids == bridge.student_ids).all()
     assert (loaded.teacher_ids == bridge.teacher_ids).all()
+    assert (loaded.prefix_ids == bridge.prefix_ids).all()
     with pytest.raises(ValueError, match="call check"):
         loaded.align_text("x")
     loaded.check(tokenizers["student"], tokenizers["teacher"])
@@ -293,6 +341,17 @@ def tamper_manifest(folder: Path, key: str, value: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
 
 
+def out_of_range(folder: Path) -> None:
+    """Checksums can be made to match; an id that the student has not is refused all the same."""
+    maps = load_file(folder / "vocab_map.safetensors")
+    maps["prefix_ids"][3] = 10**9
+    save_file(maps, folder / "vocab_map.safetensors")
+    record = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    record["manifest"]["prefix_map_sha256"] = _map_fingerprint(maps["prefix_ids"])
+    record["sha256"] = fingerprint(record["manifest"])
+    (folder / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
+
+
 def tamper_map(folder: Path) -> None:
     pairs = load_file(folder / "vocab_map.safetensors")
     pairs["teacher_ids"] = pairs["teacher_ids"][::-1].copy()
@@ -305,6 +364,7 @@ DAMAGES = {
     "sample": lambda folder: tamper_manifest(folder, "sample", {"coverage": 1.0}),
     "format": lambda folder: tamper_manifest(folder, "format", "megatron_tide.bridge/0"),
     "map": tamper_map,
+    "prefixes": out_of_range,
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "no map": lambda folder: (folder / "vocab_map.safetensors").unlink(),
     "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"manifest": {', encoding="utf-8"),

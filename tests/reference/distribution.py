@@ -39,3 +39,28 @@ DIVERGENCES = {
     "forward_kl": lambda student, target: kl(target, student),
     "reverse_kl": lambda student, target: kl(student, target),
 }
+
+
+def reached(prefix_ids: Sequence[int]) -> list[int]:
+    """The student ids that some teacher id begins with, ascending."""
+    return sorted({s for s in prefix_ids if s >= 0})
+
+
+def prefix_categories(
+    student_V: torch.Tensor, teacher_V: torch.Tensor, temperature: float, prefix_ids: Sequence[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Both sides' probabilities of what comes next: each reached student id, then everything else.
+
+    A teacher token's whole probability goes to its student id in ``prefix_ids`` (-1: to everything else).
+    """
+    student, teacher = probabilities(student_V, temperature), probabilities(teacher_V, temperature)
+    ids, nothing = reached(prefix_ids), torch.zeros((), dtype=torch.float64)
+    ours = [student[s] for s in ids] + [sum((p for s, p in enumerate(student) if s not in ids), start=nothing)]
+    theirs = []
+    for s in [*ids, -1]:
+        mass = nothing
+        for v, p in enumerate(teacher):
+            if (prefix_ids[v] if v < len(prefix_ids) else -1) == s:
+                mass = mass + p
+        theirs.append(mass)
+    return ours, theirs
