@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -34,21 +33,26 @@ Runs = dict[str, dict[str, Any]]
 def run(bench: Bench) -> None:
     chain = make_chain(bench.folder / "chain")
     groups = groups_of(bench.tiny)
-    processes = {
-        name: start(words_of(chain, bench.folder, runs), bench.folder / f"{name}.log") for name, runs in groups.items()
-    }
+    words = {name: words_of(chain, bench.folder, runs) for name, runs in groups.items()}
+    processes = {name: start(called, bench.folder / f"{name}.log") for name, called in words.items()}
     with bench.part("kill"):
-        wait_for(lambda: steps_logged(bench.folder / KILLED) >= 2, processes[KILLED], bench.left)
-        processes[KILLED].send_signal(signal.SIGKILL)
-        processes[KILLED].wait()
-        again = start(words_of(chain, bench.folder, groups[KILLED]), bench.folder / "resumed.log")
-        bench.note(steps_before_the_kill=steps_logged(bench.folder / KILLED))
+        bench.note(**killed(processes[KILLED], bench.folder / KILLED, bench.left))
+        processes[KILLED] = start(words[KILLED], bench.folder / f"{KILLED}.log")
     for name, runs in groups.items():
         with bench.part(name):
-            log = "resumed" if name == KILLED else name
-            finish(again if name == KILLED else processes[name], bench.folder / f"{log}.log", bench.left)
+            finish(processes[name], bench.folder / f"{name}.log", bench.left)
             for run_name, flags in runs.items():
                 bench.note(**{run_name: judged(bench.folder / run_name, flags)})
+
+
+def killed(process: Any, out: Path, seconds: float) -> dict[str, Any]:
+    """End a run without notice after two steps, each of which it has saved."""
+    wait_for(lambda: steps_logged(out) >= 2, process, seconds)
+    was_at_work = process.poll() is None
+    process.kill()
+    while process.poll() is None:
+        time.sleep(0.02)
+    return {"killed_at_work": was_at_work, "steps_before_the_kill": steps_logged(out)}
 
 
 def groups_of(tiny: bool) -> dict[str, Runs]:

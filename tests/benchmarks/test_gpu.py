@@ -175,6 +175,7 @@ def test_runs_are_held_against_golden_losses(chain: Chain, tmp_path: Path, monke
     bench = toy(tmp_path / "e")
     training.run(bench)
     assert "failed" not in bench.figures
+    assert bench.figures["killed_at_work"]
     assert 2 <= bench.figures["steps_before_the_kill"] <= training.STEPS
     for name in ("zero2, fp32", training.KILLED):
         assert max(bench.figures[name]["apart"].values()) < 1e-3
