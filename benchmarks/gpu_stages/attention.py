@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from benchmarks.gpu_stages.bench import Bench, relative_error
 from megatron_tide.diffusion.attention import BlockDiffusionMask
@@ -18,6 +18,7 @@ from megatron_tide.models.backbone_a2d import attend, attention_mask_for
 HEADS = {"student": (16, 8, 128), "teacher": (16, 4, 128)}  # query heads, key heads, size
 CONTEXTS = ("full", "block_causal", "staircase")
 SCALE = 128**-0.5
+TILE = 128  # lengths are padded to full tiles, as in training
 SAMPLES, BLOCK, LONGEST, STEP = (1, 4, 8), 32, 2048, 32
 WRONG = 2e-2  # relative error in bf16 that rounding does not explain
 
@@ -70,6 +71,11 @@ def mask_of(case: Case, device: torch.device) -> BlockDiffusionMask:
     return BlockDiffusionMask(block.int(), noised, position < ends).to(device)
 
 
+def padded(mask: BlockDiffusionMask, more: int) -> BlockDiffusionMask:
+    """With so many positions of padding behind every sequence."""
+    return BlockDiffusionMask(*(pad(tensor, (0, more)) for tensor in (mask.block, mask.noised, mask.valid)))
+
+
 def inputs(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     heads, kv_heads, size = HEADS[case.heads]
     generator = torch.Generator(device).manual_seed(case.length)
@@ -91,8 +97,10 @@ def compare(bench: Bench, case: Case) -> dict[str, float]:
     mask, parts = mask_of(case, bench.device), inputs(case, bench.device, torch.bfloat16)
     exact = [part.detach().float().requires_grad_(bench.cuda) for part in parts]
     wanted = dense(*exact, mask.dense())
-    block_mask = attention_mask_for(mask.flex(), torch.bfloat16)
-    found = attend(*parts, block_mask, SCALE)
+    more = -case.length % TILE
+    block_mask = attention_mask_for(padded(mask, more).flex(), torch.bfloat16)
+    whole = [pad(part, (0, 0, 0, more)) for part in parts]
+    found = attend(*whole, block_mask, SCALE)[:, :, : case.length]
     errors = {"value": relative_error(found.detach(), wanted.detach())}
     if not bench.cuda:
         return errors

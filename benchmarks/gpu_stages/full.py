@@ -152,13 +152,13 @@ class Subject:
         sums = train_step(context, to_device(inputs, self.world.device), counts, 0.5)
         return {name: float(value) for name, value in sums.losses.items()}
 
-    def useful_flops(self, window: list[Item]) -> float:
+    def useful_flops(self, window: list[Item]) -> dict[str, float]:
         """Of a step: student forward and backward, teacher forward."""
-        total = 0.0
+        total = {"student": 0.0, "teacher": 0.0}
         for item in window:
-            total += 3 * forward_flops(self.shapes["student"], item.inputs.student)
+            total["student"] += 3 * forward_flops(self.shapes["student"], item.inputs.student)
             assert item.inputs.teacher is not None
-            total += forward_flops(self.shapes["teacher"], item.inputs.teacher)
+            total["teacher"] += forward_flops(self.shapes["teacher"], item.inputs.teacher)
         return total
 
 

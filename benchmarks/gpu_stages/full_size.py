@@ -37,8 +37,12 @@ def large_micro_batches(bench: Bench, subject: Subject, small: int) -> None:
     ours = with_part(bench, f"tide-cross, {size}", lambda: measured(subject, "tide-cross"))
     bench.note(goal_met=ours.get("of_measured_peak", 0.0) >= GOAL)
     for loops in (True, False):
-        name = f"the usual way, {'a loop over' if loops else 'our'} experts, micro-batch {small}"
-        with_part(bench, name, lambda loops=loops: the_usual_way(subject, loops, small))
+        way = f"the usual way, {'a loop over' if loops else 'our'} experts"
+        usual_way = with_part(
+            bench, f"{way}, micro-batch {small}", lambda loops=loops: the_usual_way(subject, loops, small)
+        )
+        if ours and usual_way:
+            bench.note(**{f"speed over {way}": ours["tokens_a_second"] / usual_way["tokens_a_second"]})
     with_part(bench, f"tide-bridge, {size}", lambda: measured(subject, "tide-bridge"))
     with_part(bench, f"tide-cross, mixed lengths, {size}", lambda: measured(subject, "tide-cross", True))
 
@@ -57,8 +61,15 @@ def measured(subject: Subject, name: str, mixed: bool = False) -> dict[str, Any]
     strategy = subject.strategy(name, compdemo=False)
     context, window = subject.context(strategy), subject.window(strategy, mixed)
     found = timed_step(subject, window, lambda: subject.step(context, window))
-    found["milliseconds_a_micro_batch"] = found["step_ms"] / len(window)
-    return {**found, "milliseconds_of_parts": time_of_parts(subject, context, window)}
+    spent, flops = time_of_parts(subject, context, window), subject.useful_flops(window)
+    sides = {"teacher": spent["teacher"], "student": sum(spent.values()) - spent["teacher"] - spent["copies"]}
+    alone = {side: subject.bench.shares(flops[side], taken) for side, taken in sides.items()}
+    return {
+        **found,
+        "milliseconds_a_micro_batch": found["step_ms"] / len(window),
+        "milliseconds_of_parts": spent,
+        "each_alone": alone,
+    }
 
 
 def timed_step(subject: Subject, window: list[Item], step: Callable[[], Any]) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def timed_step(subject: Subject, window: list[Item], step: Callable[[], Any]) ->
         torch.cuda.reset_peak_memory_stats()
     first = bench.seconds(step)
     (taken,) = bench.milliseconds([step], rounds=2, warmup=1)
-    flops, tokens = subject.useful_flops(window), sum(item.inputs.tokens for item in window)
+    flops, tokens = sum(subject.useful_flops(window).values()), sum(item.inputs.tokens for item in window)
     found = {"step_ms": taken, "first_step_s": first, "micro_batches": len(window), "useful_tflop": flops / 1e12}
     found |= {"tokens_a_second": tokens / taken * 1e3, **bench.shares(flops, taken)}
     if bench.cuda:

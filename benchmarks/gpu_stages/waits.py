@@ -19,6 +19,7 @@ from benchmarks.gpu_stages.full_size import parts
 
 LAYERS = 2  # of both models: one of the teacher's is dense, one has experts
 MAY_WAIT = {"optimizer"}
+WAITED = "called a synchronizing CUDA operation"  # torch's words
 
 
 def run(bench: Bench) -> None:
@@ -67,7 +68,7 @@ def watched(bench: Bench, places: list[str]) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    places += [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    places += [f"{w.filename}:{w.lineno}" for w in caught if WAITED in str(w.message)]
 
 
 @contextmanager
