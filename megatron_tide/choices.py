@@ -200,7 +200,7 @@ LR_SCHEDULES = Table(
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(
     {
-        "replicated": Choice("a full copy on each rank", "hosting.backend:ReplicatedTeacher"),
+        "replicated": Choice("a full copy on each rank", "hosting.replicated:ReplicatedTeacher"),
         "zero3": Choice("a shard of every layer on each rank's GPU", "hosting.zero3:Zero3Teacher"),
         "zero3_cpu": Choice("shards in host memory", "hosting.zero3:Zero3Teacher"),
         "zero3_nvme": Choice("shards on a fast local disk", "hosting.zero3:Zero3Teacher"),

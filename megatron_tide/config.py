@@ -247,6 +247,12 @@ class TrainConfig:
         "Recompute the student's layers in the backward pass: less memory, a third more compute",
         affects_loss=False,
     )
+    compile_layers: bool | None = flag(
+        None,
+        "Compile the student's decoder layers (torch.compile): faster on a GPU, after a minute of compilation",
+        shown="on with a GPU",
+        affects_loss=False,
+    )
     seed: int = flag(42, "Random seed for the data order and the noise", low=0, high=2**31)
     deepspeed: str = flag(
         "ds_configs/zero1.json",

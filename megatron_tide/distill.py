@@ -67,6 +67,7 @@ def train(config: DistillConfig, world: Any) -> int:
         context, loader = build.build(config, inputs, world)
         build.record_models(config, inputs, world)
         state = build.starting_point(config, inputs, context)
+        build.check_compiled(config, context, loader, state)
         build.probe(config, inputs, context, loader, state)
         world.on_main(lambda: write_json(out / "run.json", inputs.run))
         measure = build.measurement(config, inputs, context)

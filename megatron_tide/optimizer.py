@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_tide.config import TrainConfig
+from megatron_tide.fast import is_on
 
 FP32 = 4  # bytes
 MUON_TEMPORARIES = 20  # bytes per number of the matrix at work: the update in fp32 and bf16, products, what torch keeps
@@ -60,17 +61,21 @@ class AdamW:
         return FP32 * len(self.moments) * sizes.parameters
 
     def update_bytes(self, sizes: Sizes, ranks: int, *, has_gpus: bool, offloads: bool) -> float:
-        """Bytes of temporaries of each rank's update: torch's AdamW has some, DeepSpeed's CPU Adam none."""
-        return 0 if offloads else (FP32 if has_gpus else 2 * FP32) * sizes.parameters / ranks
+        """Bytes of temporaries of each rank's update: torch's AdamW has some, fused or DeepSpeed's on the CPU none."""
+        if offloads or (has_gpus and is_on("adam")):
+            return 0
+        return (FP32 if has_gpus else 2 * FP32) * sizes.parameters / ranks
 
-    def deepspeed(self, train: TrainConfig, offloads: bool) -> dict[str, Any]:
-        """Keys of the DeepSpeed configuration."""
+    def deepspeed(self, train: TrainConfig, offloads: bool, fused: bool) -> dict[str, Any]:
+        """Keys of the DeepSpeed configuration; ``fused``: torch's AdamW as one kernel."""
         # torch's AdamW needs no compiled op; with offload, DeepSpeed's CPU Adam is the faster one.
         betas = [train.beta1, train.beta2]
         params = {"lr": train.lr, "betas": betas, "eps": train.adam_eps, "torch_adam": not offloads}
+        if fused and not offloads:
+            params["fused"] = True
         return {"optimizer": {"type": "AdamW", "params": params}}
 
-    def client(self, train: TrainConfig, offloads: bool) -> Callable[[Any], torch.optim.Optimizer] | None:
+    def client(self, train: TrainConfig, offloads: bool, fused: bool) -> Callable[[Any], torch.optim.Optimizer] | None:
         """What makes an optimizer of parameter groups; None: DeepSpeed makes it by its configuration."""
         return None
 
@@ -87,8 +92,9 @@ class AdamW:
 
     def state(self, optimizer: Any, group: dict[str, Any], flat: Tensor) -> dict[str, Any]:
         """The state of a group's flat parameter before the first step."""
-        # torch's Adam counts steps in a tensor, DeepSpeed's CPU Adam in an int.
-        step = torch.tensor(0.0) if isinstance(optimizer, torch.optim.AdamW) else 0
+        # torch's Adam counts steps in a tensor, the fused one where the weights are, DeepSpeed's CPU Adam in an int.
+        where = flat.device if group.get("fused") else "cpu"
+        step = torch.tensor(0.0, device=where) if isinstance(optimizer, torch.optim.AdamW) else 0
         return {"step": step, **{moment: torch.zeros_like(flat.data) for moment in group["moments"]}}
 
 
@@ -123,11 +129,13 @@ class Muon(AdamW):
         rest = super().update_bytes(_rest(sizes), ranks, has_gpus=has_gpus, offloads=offloads)
         return max(rest, MUON_TEMPORARIES * sizes.largest_matrix)
 
-    def deepspeed(self, train: TrainConfig, offloads: bool) -> dict[str, Any]:
+    def deepspeed(self, train: TrainConfig, offloads: bool, fused: bool) -> dict[str, Any]:
         return {}
 
-    def client(self, train: TrainConfig, offloads: bool) -> Callable[[Any], torch.optim.Optimizer]:
-        settings = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+    def client(self, train: TrainConfig, offloads: bool, fused: bool) -> Callable[[Any], torch.optim.Optimizer]:
+        settings: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2), "eps": train.adam_eps}
+        if fused and not offloads:
+            settings["fused"] = True
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
         adam: type[torch.optim.Optimizer] = torch.optim.AdamW

@@ -14,7 +14,7 @@ from megatron_tide import choices, cli
 from megatron_tide.choices import CHUNK_OBJECTIVES, NOISE_SCHEDULES, STRATEGIES, TEACHER_HOSTINGS, Choice, StrategySpec
 from megatron_tide.config import DistillArgs
 from megatron_tide.diffusion import NoiseSchedule
-from megatron_tide.hosting.backend import ReplicatedTeacher
+from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.objectives.chunk import ChunkObjective
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import train_and_tell

@@ -24,6 +24,7 @@ ORDER = [
     "clock",
     "gpus",
     "machine",
+    "fast",
     "presets",
     "config",
     "ds_config",

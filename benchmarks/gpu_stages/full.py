@@ -25,10 +25,11 @@ from megatron_tide.data.batch import Batch, Tokens
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, ModelInput, TeacherLayout, build_inputs, noise
 from megatron_tide.diffusion.masking import Noise
 from megatron_tide.files import read_json
-from megatron_tide.hosting.backend import ReplicatedTeacher
 from megatron_tide.hosting.memory import ModelShape
-from megatron_tide.models import read_config
+from megatron_tide.hosting.replicated import ReplicatedTeacher
+from megatron_tide.models import compile_layers, read_config
 from megatron_tide.objectives import Strategy, build_strategy
+from megatron_tide.train.build import compiles
 from megatron_tide.train.distributed import DistContext, init_distributed
 from megatron_tide.train.engine import build_engine
 from megatron_tide.train.step import TrainContext, global_counts, to_device, train_step
@@ -111,6 +112,8 @@ class Subject:
         }
         self.config: DistillConfig = from_flat(given)
         model = random_model(bench, self.configs["student"], torch.float32).train()
+        if compiles(self.config, world):
+            compile_layers(model)
         self.engine = build_engine(model, self.config, world)
         self.teacher = teacher
         self.shapes = {side: ModelShape(config) for side, config in self.configs.items()}
@@ -127,7 +130,11 @@ class Subject:
     def window(self, strategy: Strategy, mixed: bool = False) -> list[Item]:
         """The micro-batches of one optimizer step; ``mixed``: of lengths from an eighth of S to S."""
         made = [self._item(strategy, start, mixed) for start in range(0, self.batch, self.micro_batch)]
-        return made if not self.bench.cuda else [replace(item, inputs=item.inputs.pin_memory()) for item in made]
+        return (
+            made
+            if not self.bench.cuda
+            else [replace(item, inputs=item.inputs.with_tiles().pin_memory()) for item in made]
+        )
 
     def _item(self, strategy: Strategy, first: int, mixed: bool) -> Item:
         lengths = torch.full((self.micro_batch,), self.length)

@@ -16,9 +16,10 @@ from benchmarks.gpu_stages.full import config_of, training
 from benchmarks.hosting import GOLD, make_window, write_teacher
 from megatron_tide.config import from_flat
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.hosting.backend import ReplicatedTeacher, TeacherBackend
+from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import named_hosting
 from megatron_tide.hosting.memory import Machine, ModelShape, RunShape, TeacherNeeds, estimate_memory
+from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.hosting.zero3 import Zero3Teacher
 from megatron_tide.train.distributed import DistContext
 

@@ -78,6 +78,10 @@ class DistillBatch(TensorDataclass):
         teacher = self.teacher and self.teacher.padded(multiple)
         return replace(self, student=self.student.padded(multiple), teacher=teacher)
 
+    def with_tiles(self) -> DistillBatch:
+        """Both models' inputs with flex_attention's lists of tiles."""
+        return replace(self, student=self.student.with_tiles(), teacher=self.teacher and self.teacher.with_tiles())
+
 
 def build_inputs(
     batch: Batch,

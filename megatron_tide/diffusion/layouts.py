@@ -6,7 +6,7 @@ M scored rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -49,6 +49,10 @@ class ModelInput(TensorDataclass):
         attention = BlockDiffusionMask(pad(rules.block), pad(rules.noised), pad(rules.valid))
         rows = self.rows + self.rows // length * more
         return ModelInput(pad(self.input_ids), pad(self.position_ids), attention, rows)
+
+    def with_tiles(self) -> ModelInput:
+        """With the lists of tiles that flex_attention needs (``BlockDiffusionMask.with_tiles``)."""
+        return replace(self, attention=self.attention.with_tiles())
 
 
 class AttentionLayout(Protocol):

@@ -24,6 +24,15 @@ class TensorDataclass:
         """A copy in page-locked memory (a loader with ``pin_memory=True`` calls this); needs an accelerator."""
         return self._each(torch.Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of its tensors until what ``stream`` has been given so far is done."""
+
+        def record(tensor: torch.Tensor) -> torch.Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._each(record)
+
     def _each(self: Self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         changed: dict[str, Any] = {}
         for field in fields(self):  # type: ignore[arg-type]

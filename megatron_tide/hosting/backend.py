@@ -2,8 +2,6 @@
 
 Where its weights are (a copy on every rank, shards, host memory, disk, pipeline stages) is internal to the backend: all
 backends return the same numbers.
-
-Shapes: R target positions of a micro-batch, P one-to-one chunks ("pairs"), H the teacher's hidden size.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.models import masked_hidden_states, target_logprobs
-from megatron_tide.objectives import Strategy, TeacherOutputs
+from megatron_tide.objectives import TeacherOutputs
 
 
 class Ranks(Protocol):
@@ -57,33 +54,3 @@ class NoTeacher(TeacherBackend):
 
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         return [TeacherOutputs() for _ in microbatches]
-
-
-class ReplicatedTeacher(TeacherBackend):
-    """A full copy on each rank, one forward per micro-batch: the reference for the tests of every other backend."""
-
-    def __init__(self, model: Any, strategy: Strategy) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.strategy = strategy
-
-    @classmethod
-    def open(
-        cls, folder: str, settings: dict[str, Any], dtype: torch.dtype, strategy: Strategy, ranks: Ranks
-    ) -> ReplicatedTeacher:
-        from megatron_tide.models import load_model
-
-        return cls(load_model(folder, dtype, device=str(ranks.device)), strategy)
-
-    @torch.no_grad()
-    def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
-        return [self._score(batch) for batch in microbatches]
-
-    def _score(self, batch: DistillBatch) -> TeacherOutputs:
-        assert batch.teacher is not None
-        head = self.model.head_weight
-        hidden_RH = masked_hidden_states(self.model, batch.teacher)
-        needed = self.strategy.needs_target_logprobs
-        targets_R = target_logprobs(hidden_RH, head, batch.teacher_targets) if needed else None
-        if not self.strategy.needs_hidden:
-            return TeacherOutputs(target_logprobs=targets_R)
-        return TeacherOutputs(target_logprobs=targets_R, hidden=hidden_RH[batch.pair_teacher_index], head_weight=head)

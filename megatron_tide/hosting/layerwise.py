@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tide.diffusion import DistillBatch, ModelInput
+from megatron_tide.diffusion.attention import TILE
+from megatron_tide.fast import piece_sizes
 from megatron_tide.hosting.backend import Ranks, TeacherBackend
 from megatron_tide.models import resolve_folder, target_logprobs
 from megatron_tide.models.backbone_a2d import Mask, attention_mask_for
 from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors, tied_aliases
-from megatron_tide.models.layer_specs import LayerSpec, LayerSpecs, layer_specs_of
+from megatron_tide.models.layer_specs import Flow, LayerSpec, LayerSpecs, layer_specs_of
 from megatron_tide.models.load import check_keys, check_shapes
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import Strategy, TeacherOutputs
 
 ALIGNMENT = 128  # bytes: every tensor is aligned for the fastest kernels
-TOKENS_AT_ONCE = 4096  # through a layer's experts: enough rows for each, and bounded memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class TeacherInputs:
     @classmethod
     def of(cls, batch: DistillBatch) -> TeacherInputs:
         assert batch.teacher is not None
-        return cls(batch.teacher, batch.teacher_targets, batch.pair_teacher_index)
+        given = batch.teacher.padded(TILE) if batch.teacher.input_ids.is_cuda else batch.teacher
+        return cls(given, batch.teacher_targets, batch.pair_teacher_index)
 
 
 class ForwardState:
@@ -70,9 +72,14 @@ class ForwardState:
         """Hidden states of the target positions, [R, H], before the last norm."""
         return self.hidden.flatten(0, 1).index_select(0, self.inputs.input.rows)
 
-    def finish(self, target_logprobs: Tensor, hidden_RH: Tensor) -> None:
-        """After the head: keep the log-probs [R] and the hidden states of the pairs [P, H], free everything else."""
-        self.target_logprobs = target_logprobs
+    def score(self, hidden_RH: Tensor, head: Tensor, score_targets: bool) -> None:
+        """After the last norm: keep the log-probs [R], if they are needed, and the hidden states of the pairs [P, H];
+        free everything else.
+        """
+        targets = self.inputs.targets
+        self.target_logprobs = torch.zeros_like(targets, dtype=torch.float32)
+        if score_targets:
+            self.target_logprobs = target_logprobs(hidden_RH, head, targets)
         self.pair_hidden = hidden_RH.index_select(0, self.inputs.pair_index)
         self.hidden = self.cos = self.sin = torch.empty(0)
         self.mask = None
@@ -153,21 +160,26 @@ class FlatDecoderLayer(FlatLayer):
 
     def forward(self, states: Sequence[ForwardState]) -> None:
         tensors = self.tensors(self.parts[0])
-        for group in _groups(states):
-            flows = [(state.hidden, state.cos, state.sin, state.mask) for state in group]
-            for state, hidden in zip(group, self.specs.run_layer(self.number, tensors, flows)):
-                state.hidden = hidden
+        run_together(states, lambda flows: self.specs.run_layer(self.number, tensors, flows))
+
+
+def run_together(states: Sequence[ForwardState], layer: Callable[[list[Flow]], list[Tensor]]) -> None:
+    """Run a layer over all micro-batches, those together that its experts may take at once."""
+    for group in _groups(states):
+        flows = [(state.hidden, state.cos, state.sin, state.mask) for state in group]
+        for state, hidden in zip(group, layer(flows)):
+            state.hidden = hidden
 
 
 def _groups(states: Sequence[ForwardState]) -> list[list[ForwardState]]:
-    """Micro-batches that run through a layer together: at most :data:`TOKENS_AT_ONCE` tokens, unless a single one has
-    more.
+    """Micro-batches that run through a layer together: at most as many tokens as :func:`piece_sizes` says, unless a
+    single one has more.
     """
     groups: list[list[ForwardState]] = []
-    tokens = 0
+    tokens, most = 0, piece_sizes(states[0].hidden.device).tokens if states else 0
     for state in states:
         size = state.inputs.input.input_ids.numel()
-        if not groups or tokens + size > TOKENS_AT_ONCE:
+        if not groups or tokens + size > most:
             groups.append([])
             tokens = 0
         groups[-1].append(state)
@@ -191,12 +203,7 @@ class FlatHead(FlatLayer):
         if head is None:
             head = self.tensors(self.parts[1])["weight"]
         for state in states:
-            hidden_RH = self.specs.run_norm(norm, state.rows())
-            targets = state.inputs.targets
-            scored_R = torch.zeros_like(targets, dtype=torch.float32)
-            if self.score_targets:
-                scored_R = target_logprobs(hidden_RH, head, targets)
-            state.finish(scored_R, hidden_RH)
+            state.score(self.specs.run_norm(norm, state.rows()), head, self.score_targets)
 
 
 class LayerwiseForward(nn.Module):
@@ -275,13 +282,16 @@ class LayerwiseTeacher(TeacherBackend):
             yield layer
 
     def _outputs(self, states: Sequence[ForwardState]) -> list[TeacherOutputs]:
-        """One per micro-batch, with the fields that the strategy needs."""
-        needs = self.strategy
-        return [
-            TeacherOutputs(
-                target_logprobs=state.target_logprobs if needs.needs_target_logprobs else None,
-                hidden=state.pair_hidden if needs.needs_hidden else None,
-                head_weight=self.head_weight,
-            )
-            for state in states
-        ]
+        return outputs_of(states, self.strategy, self.head_weight)
+
+
+def outputs_of(states: Sequence[ForwardState], strategy: Strategy, head_weight: Tensor | None) -> list[TeacherOutputs]:
+    """One per micro-batch, with the fields that the strategy needs."""
+    return [
+        TeacherOutputs(
+            target_logprobs=state.target_logprobs if strategy.needs_target_logprobs else None,
+            hidden=state.pair_hidden if strategy.needs_hidden else None,
+            head_weight=head_weight if strategy.needs_hidden else None,
+        )
+        for state in states
+    ]

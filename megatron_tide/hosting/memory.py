@@ -31,13 +31,13 @@ import torch
 from megatron_tide.choices import OPTIMIZERS
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import offload_of, read_ds_config
+from megatron_tide.fast import ON_CPU, PieceSizes, is_on, on_gpu
 from megatron_tide.hosting.build import DTYPES
-from megatron_tide.hosting.layerwise import TOKENS_AT_ONCE, make_flat_layers
+from megatron_tide.hosting.layerwise import make_flat_layers
 from megatron_tide.hosting.pipeline import balanced
 from megatron_tide.hosting.zero3 import BUFFERS
 from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
-from megatron_tide.models.head import LOGIT_BYTES
 from megatron_tide.models.layer_specs import layer_specs_of
 from megatron_tide.optimizer import FP32, Sizes, hidden_matrices
 
@@ -96,6 +96,10 @@ class Machine:
     @property
     def has_gpus(self) -> bool:
         return self.gpu_bytes > 0
+
+    @property
+    def piece_sizes(self) -> PieceSizes:
+        return on_gpu(self.gpu_bytes) if self.has_gpus else ON_CPU
 
 
 class ModelShape:
@@ -250,7 +254,9 @@ def estimate_memory(run: RunShape, machine: Machine, settings: dict[str, Any]) -
     _add_activations(estimate, run)
     if run.teacher is not None:
         _add_teacher(estimate, run, run.teacher, settings)
-        _add_teacher_forward(estimate, run, run.teacher, run.accumulation if "zero_optimization" in settings else 1)
+        # Pipelines, and a replicated teacher on a CPU, take one micro-batch after the other.
+        window = "zero_optimization" in settings or (not settings and machine.has_gpus and is_on("window"))
+        _add_teacher_forward(estimate, run, run.teacher, run.accumulation if window else 1)
     return estimate
 
 
@@ -317,7 +323,10 @@ def _add_activations(estimate: MemoryEstimate, run: RunShape) -> None:
     estimate.transient("student activations", positions * size * saved, BACKWARD)
     if not estimate.machine.has_gpus:  # attention on a CPU takes a dense additive mask
         estimate.transient("attention masks", positions * size * run.student_length, BACKWARD)
-    logits = min(LOGIT_BYTES, FP32 * train.micro_batch_size * run.needs.student_tokens * student.vocab)
+    logits = min(
+        estimate.machine.piece_sizes.logit_bytes,
+        FP32 * train.micro_batch_size * run.needs.student_tokens * student.vocab,
+    )
     slices = COMPARED_SLICES if run.needs.hidden else 1 if size == FP32 else 2
     estimate.transient("head's logits", slices * logits, BACKWARD)
     estimate.transient("head's gradients", size * student.vocab * student.hidden, BACKWARD)
@@ -355,12 +364,12 @@ def _add_teacher_forward(estimate: MemoryEstimate, run: RunShape, teacher: Model
     """Hidden states and rotary tables of ``micro_batches`` at once, one layer at work, a slice of the head's logits."""
     size, positions = run.teacher_dtype.itemsize, run.teacher_positions
     kept = micro_batches * positions * (teacher.hidden + 2 * teacher.config.head_dim)
-    together = max(positions, min(micro_batches * positions, TOKENS_AT_ONCE))  # positions in one layer
+    together = max(positions, min(micro_batches * positions, estimate.machine.piece_sizes.tokens))  # in one layer
     estimate.transient("teacher activations", size * (kept + together * WORKING * max(teacher.widths)), FORWARD)
     if not estimate.machine.has_gpus:
         masks = (micro_batches + 1) * positions * run.teacher_length * size
         estimate.transient("attention masks", masks, FORWARD)
     if run.needs.target_logprobs:
         rows = run.config.train.micro_batch_size * run.needs.teacher_tokens
-        logits = min(LOGIT_BYTES, FP32 * rows * teacher.vocab)
+        logits = min(estimate.machine.piece_sizes.logit_bytes, FP32 * rows * teacher.vocab)
         estimate.transient("head's logits", logits * (1 if size == FP32 else 1.5), FORWARD)

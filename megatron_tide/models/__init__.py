@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from megatron_tide.models.head import rows_per_slice, score_rows, target_logprobs
-from megatron_tide.models.hidden_states import masked_hidden_states, recompute_layers
+from megatron_tide.models.hidden_states import compile_layers, masked_hidden_states, recompute_layers
 
 if TYPE_CHECKING:
     from megatron_tide.models.families import fresh_model, generation_of, meta_model, parameter_count, read_config
@@ -29,6 +29,7 @@ _HOME = {
 
 __all__ = [
     "DTYPES",
+    "compile_layers",
     "fresh_model",
     "generation_of",
     "load_model",

@@ -81,7 +81,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: 
     """
     grouped = query.shape[1] != key.shape[1]
     if isinstance(mask, BlockMask):
-        flex = _flex(query.device.type)
+        # Inside a compiled layer it is a part of that layer's graph.
+        flex = flex_attention if torch.compiler.is_compiling() else _flex(query.device.type)
         return flex(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
     if grouped and mask is not None and query.device.type != "cpu":
         return grouped_attention(query, key, value, mask, scale)

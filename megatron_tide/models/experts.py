@@ -7,12 +7,15 @@ Shapes: T tokens, E experts, G groups, K experts per token, H hidden size, I exp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from megatron_tide.fast import is_on
 from megatron_tide.models.grouped import grouped_linear
 
 
@@ -82,11 +85,27 @@ class Experts(nn.Module):
         out_RH = grouped_linear(silu(gate_RI) * up_RI, self.down_proj, ends_E)
         # Back to the tokens' own order by a permutation, not by index_add: no atomics, so the same sum on every run.
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        # One of the K at a time: all of them at once, in fp32, would be the largest tensor of a layer by far.
-        sum_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-        for place_T, share_T in zip(place_R.view(tokens, chosen).unbind(1), weight_TK.unbind(1)):
-            sum_TH.addcmul_(out_RH.index_select(0, place_T).float(), share_T[:, None])
-        return sum_TH.to(hidden_TH.dtype)
+        return _sum_for(out_RH)(out_RH, place_R.view(tokens, chosen), weight_TK)
+
+
+def weighted_sum(out_RH: Tensor, place_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The rows ``place_TK`` of ``out_RH`` times ``weight_TK``, summed over K in fp32 and in order: [T, H]."""
+    # One of the K at a time: all of them at once, in fp32, would be the largest tensor of a layer by far.
+    sum_TH = torch.zeros(len(place_TK), out_RH.shape[1], dtype=torch.float32, device=out_RH.device)
+    for place_T, share_T in zip(place_TK.unbind(1), weight_TK.unbind(1)):
+        sum_TH.addcmul_(out_RH.index_select(0, place_T).float(), share_T[:, None])
+    return sum_TH.to(out_RH.dtype)
+
+
+@functools.cache
+def compiled_sum(backend: str = "inductor") -> Callable[..., Any]:
+    """:func:`weighted_sum` as one kernel, which reads each row once and keeps the sum in registers."""
+    return torch.compile(weighted_sum, backend=backend, dynamic=True, fullgraph=True)
+
+
+def _sum_for(out_RH: Tensor) -> Callable[..., Any]:
+    # The compiled one's gradient adds up with atomics; the teacher, whose experts these are, has none.
+    return compiled_sum() if out_RH.is_cuda and not out_RH.requires_grad and is_on("sum") else weighted_sum
 
 
 def _take(rows_TH: Tensor, index_R: Tensor) -> Tensor:

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGIT_BYTES = 64 * 2**20  # of one piece's fp32 logits
+from megatron_tide.fast import ON_CPU, piece_sizes
 
 RowFn = Callable[..., tuple[Tensor, ...]]
 
 
-def rows_per_slice(vocab_size: int, logit_bytes: int = LOGIT_BYTES) -> int:
+def rows_per_slice(vocab_size: int, logit_bytes: int = ON_CPU.logit_bytes) -> int:
     """How many rows of fp32 logits over ``vocab_size`` fit ``logit_bytes`` (at least one)."""
     return max(1, logit_bytes // (4 * vocab_size))
 
@@ -42,12 +42,13 @@ def target_logprobs(hidden_MH: Tensor, weight_VH: Tensor, targets_M: Tensor, sli
     """log softmax(hidden W^T) at the target token: [M], fp32.
 
     ``targets_M`` int64. Differentiable in hidden and weight. Logits take at most the memory of ``slice_rows`` complete
-    rows; None means :data:`LOGIT_BYTES`.
+    rows; None: by the device (:func:`piece_sizes`).
     """
     assert hidden_MH.dtype == weight_VH.dtype, (hidden_MH.dtype, weight_VH.dtype)
     rows, vocab = len(hidden_MH), len(weight_VH)
-    width = (slice_rows or rows_per_slice(vocab)) * vocab // max(rows, 1)
-    return _TargetLogprobs.apply(hidden_MH, weight_VH, targets_M, _pieces(vocab, max(1, width)))
+    sizes = piece_sizes(hidden_MH.device)
+    width = (slice_rows or rows_per_slice(vocab, sizes.logit_bytes)) * vocab // max(rows, 1)
+    return _TargetLogprobs.apply(hidden_MH, weight_VH, targets_M, _pieces(vocab, width, sizes.multiple))
 
 
 def score_rows(
@@ -62,14 +63,20 @@ def score_rows(
     """
     assert hidden_MH.dtype == weight_VH.dtype, (hidden_MH.dtype, weight_VH.dtype)
     assert all(len(arg) == len(hidden_MH) for arg in row_args), "row_args must have one entry per row"
-    chunks = _pieces(len(hidden_MH), slice_rows or rows_per_slice(len(weight_VH)))
+    sizes = piece_sizes(hidden_MH.device)
+    most = slice_rows or rows_per_slice(len(weight_VH), sizes.logit_bytes)
+    chunks = _pieces(len(hidden_MH), most, sizes.multiple)
     return _ScoreRows.apply(fn, chunks, hidden_MH, weight_VH, *row_args)
 
 
-def _pieces(total: int, most: int) -> list[slice]:
-    """The smallest number of equal slices with at most ``most`` each; one empty slice for 0."""
+def _pieces(total: int, most: int, multiple: int = 1) -> list[slice]:
+    """The smallest number of equal slices with at most ``most`` each; one empty slice for 0.
+
+    Sizes are multiples of ``multiple``, except the last one's; one of that size is never too large.
+    """
+    most = max(1, most // multiple) * multiple
     count = max(1, -(-total // most))
-    size = -(-total // count)
+    size = -(-total // (count * multiple)) * multiple
     return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), max(size, 1))]
 
 

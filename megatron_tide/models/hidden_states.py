@@ -26,6 +26,23 @@ def masked_hidden_states(model: Any, inputs: ModelInput) -> Tensor:
     return hidden.flatten(0, 1).index_select(0, inputs.rows)
 
 
+def compile_layers(model: Any, backend: str = "inductor") -> None:
+    """Compile each decoder layer, its forward and its backward pass, when it first runs.
+
+    All layers share one compiled graph; another length or batch makes a second one, for any. What leaves a layer is
+    rounded as before; inside, fused operations keep fp32 where separate ones round to bf16. Layers with experts stay as
+    they are: grouped matmuls are kernels already.
+    """
+    from megatron_tide.models.backbone_a2d import refuse_uncompiled  # imports transformers
+    from megatron_tide.models.families import family_of
+
+    layout = family_of(model).layout
+    refuse_uncompiled()
+    if not layout.joint_mlp:
+        for layer in model.get_submodule(layout.layers):
+            layer.compile(backend=backend)
+
+
 def recompute_layers(model: Any) -> None:
     """Keep one hidden state per layer for the backward pass and recompute the rest (activation checkpointing)."""
     # The first name is transformers 5's, which warns about the second, which is transformers 4's.

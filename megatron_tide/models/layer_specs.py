@@ -61,7 +61,7 @@ class LayerSpecs:
     def run_layer(self, number: int, tensors: Tensors, flows: Sequence[Flow]) -> list[Tensor]:
         """One layer over several micro-batches, with masks from ``attention_mask_for``: their next hidden states."""
         layout = self.family.layout
-        layer = _Layer(self.model.get_submodule(f"{layout.layers}.{number}"), layout.joint_mlp)
+        layer = JointLayer(self.model.get_submodule(f"{layout.layers}.{number}"), layout.joint_mlp)
         return functional_call(layer, {f"layer.{name}": tensor for name, tensor in tensors.items()}, (flows,))
 
     def run_norm(self, tensors: Tensors, rows: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class LayerSpecs:
         return functional_call(self.model.get_submodule(self.family.layout.norm), dict(tensors), (rows,))
 
 
-class _Layer(nn.Module):
+class JointLayer(nn.Module):
     """A decoder layer over several micro-batches: one after the other, or with one MLP call for all their tokens."""
 
     def __init__(self, layer: nn.Module, joint_mlp: bool) -> None:

@@ -27,20 +27,23 @@ def sums_at(place_N: Tensor, value_N: Tensor, size: int) -> Tensor:
 
 BINS = 10  # of [0, 1], equally wide; the last one holds 1 too
 Metrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> (sum, count), both scalars on the device; the mean is for whoever prints it."""
+"""Name -> (sum, count) on the device, both scalars, or [BINS] for ``name/0.0`` .. ``name/0.9``; the mean is for whoever
+prints it."""
 
 
 def means_by_bin(name: str, place_N: Tensor, value_N: Tensor) -> Metrics:
     """The mean of ``value_N`` in each bin of ``place_N``, numbers in [0, 1]: ``name/0.0`` .. ``name/0.9``."""
-    sums, counts = _binned(place_N, value_N)
-    return {f"{name}/{i / BINS:.1f}": (sums[i], counts[i]) for i in range(BINS)}
+    return {name: _binned(place_N, value_N)}
 
 
 def shares_by_bin(name: str, place_N: Tensor) -> Metrics:
     """The share of ``place_N``, numbers in [0, 1], in each bin: ``name/0.0`` .. ``name/0.9``."""
     _, counts = _binned(place_N, place_N)
-    total = counts.sum()
-    return {f"{name}/{i / BINS:.1f}": (counts[i], total) for i in range(BINS)}
+    return {name: (counts, counts.sum().expand(BINS))}
+
+
+def bin_names(name: str) -> list[str]:
+    return [f"{name}/{i / BINS:.1f}" for i in range(BINS)]
 
 
 def _binned(place_N: Tensor, value_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout, mask_of, predicts_next
@@ -18,14 +20,21 @@ from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.plan import check_plan
 from megatron_tide.hub import stated_block_size
-from megatron_tide.models import load_model, read_config, recompute_layers, resolve_folder
+from megatron_tide.models import (
+    compile_layers,
+    load_model,
+    masked_hidden_states,
+    read_config,
+    recompute_layers,
+    resolve_folder,
+)
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.train import checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import build_engine
 from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.microbatches import MicrobatchLoader
-from megatron_tide.train.step import TrainContext
+from megatron_tide.train.step import TrainContext, to_device
 from megatron_tide.train.teacher_probe import check_teacher
 from megatron_tide.training_checkpoint import TrainState, newest_complete, read_description, step_folders, verify
 
@@ -50,6 +59,8 @@ def build(
         world.print_rank0(f"blocks of {block} tokens, as {inputs.data.folder} has; {config.paths.student} had {stated}")
     if config.train.activation_checkpointing:
         recompute_layers(model)
+    if compiles(config, world):
+        compile_layers(model)
     engine = build_engine(model, config, world)
     if strategy.needs_teacher and inputs.cache is None:
         check_shift(config, world)
@@ -81,6 +92,40 @@ def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) ->
         rank=world.rank,
         for_cuda=world.device.type == "cuda",
     )
+
+
+def compiles(config: DistillConfig, world: DistContext) -> bool:
+    """Whether the student's layers are compiled; by default with a GPU only."""
+    given = config.train.compile_layers
+    return world.device.type == "cuda" if given is None else given
+
+
+def check_compiled(config: DistillConfig, context: TrainContext, loader: MicrobatchLoader, state: TrainState) -> None:
+    """Compile the layers now, by a forward and a backward pass over the next step's first micro-batch.
+
+    Raises:
+        ValueError: they cannot be compiled here; names the flag that trains without.
+    """
+    if not compiles(config, context.world) or state.step >= state.total_steps:
+        return
+    context.world.print_rank0("compiling the student's layers (--no-compile-layers trains without)")
+    model = context.engine.module
+    (batch,) = to_device(loader(state.step)[:1], context.world.device)
+
+    def compiled() -> None:
+        first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+        try:  # no gradient is kept
+            torch.autograd.grad(masked_hidden_states(model, batch.student).sum(), first)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of dynamo, inductor, Triton, a C compiler
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(
+                f"the student's layers cannot be compiled here ({type(error).__name__}: {reason}); "
+                "--no-compile-layers trains without"
+            ) from error
+
+    context.world.on_all(compiled)
 
 
 def check_shift(config: DistillConfig, world: DistContext) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from megatron_tide.choices import OPTIMIZERS
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import read_ds_config, section
+from megatron_tide.fast import is_on
 from megatron_tide.train.distributed import DistContext
 
 
@@ -34,8 +35,8 @@ def student_ds_config(path: str) -> dict[str, Any]:
     return settings
 
 
-def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of the student."""
+def engine_settings(config: DistillConfig, world_size: int, fused: bool = False) -> dict[str, Any]:
+    """The complete DeepSpeed configuration of the student; ``fused``: with torch's fused AdamW."""
     train = config.train
     settings = student_ds_config(train.deepspeed)
     offloads = "offload_optimizer" in settings["zero_optimization"]
@@ -47,7 +48,7 @@ def engine_settings(config: DistillConfig, world_size: int) -> dict[str, Any]:
         # micro-batch of a step would count as often as there are micro-batches.
         "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},
         "steps_per_print": 10**12,
-        **OPTIMIZERS[train.optimizer].deepspeed(train, offloads),
+        **OPTIMIZERS[train.optimizer].deepspeed(train, offloads, fused),
     }
     if train.precision == "fp32":  # the fp32 path has no separate accumulation type
         settings.pop("data_types", None)
@@ -61,9 +62,9 @@ def build_engine(model: nn.Module, config: DistillConfig, world: DistContext) ->
     from deepspeed.utils import safe_set_full_fp32_param
 
     exact = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = OPTIMIZERS[config.train.optimizer]
-    groups, settings = optimizer.groups(model, config.train), engine_settings(config, world.size)
-    client = optimizer.client(config.train, "offload_optimizer" in settings["zero_optimization"])
+    optimizer, fused = OPTIMIZERS[config.train.optimizer], world.device.type == "cuda" and is_on("adam")
+    groups, settings = optimizer.groups(model, config.train), engine_settings(config, world.size, fused)
+    client = optimizer.client(config.train, "offload_optimizer" in settings["zero_optimization"], fused)
     if "offload_optimizer" in settings["zero_optimization"] and world.device.type == "cuda":
         share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory tables

@@ -19,7 +19,7 @@ from megatron_tide.train.metrics import MetricAccumulator, MetricLogger, peak_me
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.nonfinite import NonFiniteGuard
 from megatron_tide.train.schedule import learning_rate
-from megatron_tide.train.step import TrainContext, global_counts, to_device, train_step
+from megatron_tide.train.step import TrainContext, global_counts, train_step
 from megatron_tide.training_checkpoint import TrainState
 
 Measure = Callable[[], dict[str, float]]
@@ -59,14 +59,15 @@ class Loop:
         logger = MetricLogger(self.folder, context.world, total, state.step)
         nonfinite = NonFiniteGuard(self.folder, self.loader, context.world)
         accumulator, since, saved = MetricAccumulator(), time.perf_counter(), state.step
-        for microbatches in self.loader.from_step(state.step, total):
+        for microbatches in self.loader.from_step(state.step, total, context.world.device):
             context.world.trace.heartbeat(state.step + 1)
             counts, stopped = global_counts(microbatches, context.world, bool(stop.signal))
             if stopped:
                 break
             set_learning_rates(context.engine, partial(self._learning_rate, state))
-            phase, inputs = self.loader.phases.at(state.step), to_device(microbatches, context.world.device)
-            step_sums = train_step(context.with_strategy(phase.strategy), inputs, counts, phase.progress(state.step))
+            phase = self.loader.phases.at(state.step)
+            progress = phase.progress(state.step)
+            step_sums = train_step(context.with_strategy(phase.strategy), microbatches, counts, progress)
             if skipped(context.engine):
                 nonfinite.skipped(state, step_sums)
             else:

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from megatron_tide.files import atomic_write
-from megatron_tide.objectives.common import means_by_bin
+from megatron_tide.objectives.common import bin_names, means_by_bin
 from megatron_tide.ranks import on_main
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.training_checkpoint import METRICS
 
-Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count
+Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count: scalars, or one of each bin
 
 
 class MetricAccumulator:
@@ -52,14 +52,15 @@ class MetricAccumulator:
 
     def reduce(self, world: DistContext) -> dict[str, float]:
         """Global values: one collective, one synchronisation. Means with count 0 are omitted."""
-        names, losses = sorted(self.means), sorted(self.losses)
-        context = [*(self.losses[n] / self.loss_steps[n] for n in losses), *(x for n in names for x in self.means[n])]
-        flat = torch.stack([part.detach().to(world.device, torch.float64).reshape(()) for part in context])
-        tokens = torch.tensor([self.tokens], dtype=torch.float64, device=world.device)
-        values = world.sum_tensor_(torch.cat([tokens, flat])).tolist()
-        result = {"tokens": values[0], **dict(zip(losses, values[1:]))}
-        pairs = iter(values[1 + len(losses) :])
-        for name, total, count in zip(names, pairs, pairs):
+        metrics, losses = sorted(self.means), sorted(self.losses)
+        names = [one for name in metrics for one in (bin_names(name) if self.means[name][0].ndim else [name])]
+        parts = [torch.tensor(float(self.tokens)), *(self.losses[name] / self.loss_steps[name] for name in losses)]
+        parts += [values for half in (0, 1) for values in (self.means[name][half] for name in metrics)]
+        flat = torch.cat([part.detach().to(world.device, torch.float64).reshape(-1) for part in parts])
+        tokens, *values = world.sum_tensor_(flat).tolist()
+        of_losses, means = values[: len(losses)], values[len(losses) :]
+        result = {"tokens": tokens, **dict(zip(losses, of_losses))}
+        for name, total, count in zip(names, means[: len(names)], means[len(names) :], strict=True):
             if count:
                 result[name] = total / count
         return result

@@ -2,7 +2,7 @@
 
     sampler (which samples)  ->  collate (one batch)  ->  noise (rates, masks)  ->  build_inputs (model inputs, indices)
 
-All of it runs on the CPU; a thread prepares micro-batches ahead of the step that uses them.
+All of it runs on the CPU; a thread prepares micro-batches ahead of the step that uses them, and copies them to the GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
+
+import torch
 
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.data.batch import read_batch
@@ -26,7 +28,9 @@ from megatron_tide.diffusion import (
     noise,
 )
 from megatron_tide.diffusion.attention import TILE
+from megatron_tide.fast import is_on
 from megatron_tide.train.phases import Phases
+from megatron_tide.train.step import to_device
 
 AHEAD = 2  # steps prepared before they are needed
 S = TypeVar("S")
@@ -47,7 +51,7 @@ class MicrobatchLoader:
     seed: int
     rank: int
     for_cuda: bool
-    """Lengths in full tiles of flex_attention, and page-locked memory."""
+    """Lengths in full tiles of flex_attention, its lists of tiles, and page-locked memory."""
 
     def __call__(self, step: int) -> list[DistillBatch]:
         shares = zip(self.sampler.microbatches(step, self.rank), self.sampler.strata(step, self.rank))
@@ -73,11 +77,49 @@ class MicrobatchLoader:
             student_mask_id=self.data.manifest["student"]["mask_id"],
             teacher=self.teacher if strategy.needs_teacher else None,
         )
-        return inputs.padded(TILE).pin_memory() if self.for_cuda else inputs
+        if not self.for_cuda:
+            return inputs
+        inputs = inputs.padded(TILE)
+        return (inputs.with_tiles() if is_on("masks") else inputs).pin_memory()
 
-    def from_step(self, first: int, total: int) -> Iterator[list[DistillBatch]]:
-        """Micro-batches of steps first .. total - 1, prepared ahead by a thread."""
-        return ahead(self, range(first, total))
+    def from_step(self, first: int, total: int, device: torch.device) -> Iterator[list[DistillBatch]]:
+        """Micro-batches of steps first .. total - 1 on the device, prepared and copied ahead by a thread."""
+        upload = Upload(device)
+        for sent in ahead(lambda step: upload.send(self(step)), range(first, total)):
+            yield upload.receive(sent)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Micro-batches on their way to the device; ``ready``: when they are there."""
+
+    microbatches: list[DistillBatch]
+    ready: torch.cuda.Event | None = None
+
+
+class Upload:
+    """Copies micro-batches to a GPU on a stream of its own, from the loader's thread: the step waits for no copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and is_on("upload") else None
+
+    def send(self, microbatches: list[DistillBatch]) -> Sent:
+        """From any thread."""
+        if self.stream is None:
+            return Sent(microbatches)
+        with torch.cuda.stream(self.stream):
+            return Sent(to_device(microbatches, self.device), self.stream.record_event())
+
+    def receive(self, sent: Sent) -> list[DistillBatch]:
+        """For the stream that the step runs on."""
+        if sent.ready is None:
+            return to_device(sent.microbatches, self.device)
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(sent.ready)
+        for batch in sent.microbatches:
+            batch.record_stream(stream)  # made on the other stream, whose allocations do not know of this one
+        return sent.microbatches
 
 
 def ahead(make: Callable[[S], T], steps: Iterable[S]) -> Iterator[T]:

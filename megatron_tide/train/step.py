@@ -77,4 +77,5 @@ def global_counts(microbatches: Sequence[DistillBatch], world: DistContext, stop
 
 
 def to_device(microbatches: Sequence[DistillBatch], device: torch.device) -> list[DistillBatch]:
-    return [batch.to(device) for batch in microbatches]
+    """Copies that do not wait: page-locked memory is kept until they are done."""
+    return [batch.to(device, non_blocking=True) for batch in microbatches]

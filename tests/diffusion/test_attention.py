@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_tide.diffusion import BlockDiffusionMask, staircase_mask
+from megatron_tide.data.batch import Tokens
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, BlockDiffusionMask, ModelInput, StudentLayout, staircase_mask
 from tests.reference import views as reference
 
 
@@ -80,3 +81,47 @@ def test_flex_attention_equals_dense() -> None:
     assert not blocks.all()
     everything = scaled_dot_product_attention(q, k, v)
     assert not torch.allclose(everything, dense, atol=1e-2)
+
+
+STUDENTS = {
+    "blocks": StudentLayout(),
+    "joint": StudentLayout(next_token=True),
+    "causal": StudentLayout(denoise=False, next_token=True),
+}
+
+
+def _layout(context: str, lengths: list[int], prompts: list[int], block: int) -> ModelInput:
+    """A layout's input for samples of these lengths, in which every third token is masked."""
+    length, prompt = torch.tensor(lengths), torch.tensor(prompts)
+    ids = torch.arange(max(lengths)).expand(len(lengths), -1).contiguous()
+    masked = (ids % 3 == 0) & (ids >= prompt[:, None]) & (ids < length[:, None])
+    tokens = Tokens(ids, torch.zeros_like(ids).int(), length, prompt, length - 1)
+    scored = masked.nonzero(as_tuple=True)
+    if context in STUDENTS:
+        layout, nothing = STUDENTS[context], (scored[0][:0], scored[0][:0])
+        return layout.input(tokens, layout.masked(masked), scored, nothing, block=block, mask_id=0)
+    return ATTENTION_LAYOUTS[context](tokens, masked, *scored, block=block, mask_id=0)
+
+
+@pytest.mark.parametrize("context", [*STUDENTS, *ATTENTION_LAYOUTS])
+@pytest.mark.parametrize("block", [4, 32, 128, 256])
+def test_tiles_from_codes_are_those_of_the_whole_mask(context: str, block: int) -> None:
+    """For every layout, lengths below, at and above full tiles, prompts of none, part and most of a sample."""
+    cases = [([256, 512, 130], [0, 200, 129]), ([640, 640], [0, 513]), ([96, 31], [5, 0]), ([513, 260, 512], [1, 2, 3])]
+    for lengths, prompts in cases:
+        mask = _layout(context, lengths, prompts, block).attention
+        made, samples, length = mask.flex(), *mask.block.shape
+        wanted = create_block_mask(made.mask_mod, samples, None, length, length, device="cpu")
+        assert made.shape == wanted.shape
+        assert made.BLOCK_SIZE == wanted.BLOCK_SIZE
+        for of in ("kv", "full_kv", "q", "full_q"):
+            counts, theirs = getattr(made, f"{of}_num_blocks"), getattr(wanted, f"{of}_num_blocks")
+            assert torch.equal(counts, theirs)
+            listed, order = getattr(made, f"{of}_indices"), getattr(wanted, f"{of}_indices")
+            assert listed.dtype == order.dtype == counts.dtype == torch.int32
+            used = torch.arange(listed.shape[-1]) < counts[..., None]
+            assert torch.equal(listed[used], order[used])
+        ahead = mask.with_tiles()
+        assert ahead.tiles is not None
+        assert torch.equal(ahead.flex().kv_indices, made.kv_indices)
+        assert torch.equal(ahead.dense(), mask.dense())

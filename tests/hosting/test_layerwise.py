@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megatron_tide.hosting.layerwise import (
     make_flat_layers,
     open_layer_specs,
 )
+from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import load_model, masked_hidden_states, target_logprobs
 from megatron_tide.models.layer_specs import layer_bytes, layer_specs_of
 from megatron_tide.train import build
@@ -80,6 +82,27 @@ def test_a_sweep_is_the_whole_model(folder, dtype, head_elsewhere):
         torch.testing.assert_close(state.target_logprobs, expected, rtol=0, atol=bound)
         torch.testing.assert_close(state.pair_hidden, rows[state.inputs.pair_index], rtol=0, atol=bound)
         assert state.hidden.numel() == 0, "nothing that was under way is kept"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_full_copy_is_the_model_and_takes_a_window(folder, dtype):
+    """On a CPU, where it takes one micro-batch at a time, to the last bit; a window of all of them within rounding."""
+    strategy = SimpleNamespace(needs_hidden=True, needs_target_logprobs=True)
+    teacher = ReplicatedTeacher.open(str(folder), {}, dtype, strategy, SimpleNamespace(device=CPU))
+    model, batches, expected = load_model(folder, dtype), [], []
+    for given in (inputs(11, 9, 1), inputs(24, 17, 2), inputs(5, 0, 3)):
+        batches.append(
+            SimpleNamespace(teacher=given.input, teacher_targets=given.targets, pair_teacher_index=given.pair_index)
+        )
+        rows = masked_hidden_states(model, given.input)
+        expected.append((target_logprobs(rows, model.head_weight, given.targets), rows[given.pair_index]))
+    for window, bound in ((1, 0.0), (None, 1e-5 if dtype == torch.float32 else 0.05)):
+        teacher.window = window
+        for outputs, (logprobs, hidden) in zip(teacher.score(batches), expected, strict=True):
+            torch.testing.assert_close(outputs.target_logprobs, logprobs, rtol=0, atol=bound)
+            torch.testing.assert_close(outputs.hidden, hidden, rtol=0, atol=bound)
+            assert torch.equal(outputs.head_weight, model.head_weight)
+    assert teacher.score([]) == []
 
 
 def test_flat_layers_hold_every_tensor_of_the_checkpoint_once(folder):

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_tide.fast import PieceSizes
+from megatron_tide.models import head as head_module
 from megatron_tide.models import rows_per_slice, score_rows, target_logprobs
+from megatron_tide.models.head import _pieces
 from tests.reference import head as reference
 
 ROWS, HIDDEN, VOCAB = 13, 8, 37
@@ -150,3 +153,31 @@ def test_no_tensor_of_all_rows_by_vocabulary_is_ever_made() -> None:
 def test_rows_per_chunk_keeps_the_budget() -> None:
     assert rows_per_slice(1000, 4 * 1000 * 7 + 3) == 7
     assert rows_per_slice(10**9, 1) == 1
+
+
+@pytest.mark.parametrize(("total", "most", "multiple"), [(37, 12, 1), (37, 12, 8), (151936, 20000, 128), (300, 5, 128)])
+def test_pieces_cover_everything_in_multiples(total: int, most: int, multiple: int) -> None:
+    pieces = _pieces(total, most, multiple)
+    assert [number for piece in pieces for number in range(piece.start, piece.stop)] == list(range(total))
+    sizes = [piece.stop - piece.start for piece in pieces]
+    assert all(size % multiple == 0 for size in sizes[:-1])
+    assert max(sizes) <= max(most, multiple)
+    assert _pieces(0, most, multiple) == [slice(0, 0)]
+
+
+def test_pieces_of_a_gpu_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, gold = make(torch.float64)
+    wanted = reference.target_logprobs(hidden, weight, gold)
+    sizes = PieceSizes(logit_bytes=4 * VOCAB * 5, multiple=8, tokens=0)
+    monkeypatch.setattr(head_module, "piece_sizes", lambda device: sizes)
+    actual = target_logprobs(hidden, weight, gold)
+    args = (torch.rand(ROWS, VOCAB, dtype=torch.float64).softmax(-1), torch.rand(ROWS, dtype=torch.float64))
+    pairs = [(actual, wanted)]
+    pairs += zip(*(how.score_rows(entropy_and_target, hidden, weight, args) for how in (head_module, reference)))
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+        gradients = (
+            torch.autograd.grad(of.square().sum(), (hidden, weight), retain_graph=True) for of in (ours, theirs)
+        )
+        for one, other in zip(*gradients):
+            torch.testing.assert_close(one, other)

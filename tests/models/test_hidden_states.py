@@ -10,7 +10,7 @@ import torch
 
 from megatron_tide.data.batch import Tokens
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, ModelInput, staircase_mask
-from megatron_tide.models import load_model, masked_hidden_states
+from megatron_tide.models import compile_layers, load_model, masked_hidden_states, recompute_layers
 from tests.diffusion.samples import STUDENT_BLOCK, STUDENT_MASK, collate, make
 from tests.support.models import tiny_student_config, tiny_teacher_config, write_hub_folder
 
@@ -89,3 +89,34 @@ def test_no_rows_still_reach_every_parameter(folder: Path) -> None:
     rows.sum().backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert without <= {"lm_head.weight"}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_compiled_layers_give_the_same_rows_and_gradients(folder: Path) -> None:
+    """Traced and lowered as on a GPU, without the code generator: one graph for the layers, a second for any length."""
+    torch._dynamo.reset()
+    plain, compiled = load_model(folder).train(), load_model(folder).train()
+    compile_layers(compiled, "aot_eager")
+    tokens, masked = noised()
+    for first in (0, 1, 2):
+        some = Tokens(**{name: value[first:] for name, value in vars(tokens).items()})
+        inputs = ask(some, masked[first:], "staircase")
+        found = []
+        for model in (plain, compiled):
+            rows = masked_hidden_states(model, inputs)
+            trained = list(model.model.parameters())
+            found.append((rows, *torch.autograd.grad(rows.square().sum(), trained, allow_unused=True)))
+        for mine, theirs in zip(*found, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, theirs)
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    with torch.no_grad():  # flex_attention has a backward pass on a GPU only
+        masks = inputs.attention.flex(), inputs.attention.dense()
+        by_tiles, by_pairs = (compiled.backbone(inputs.input_ids, mask, inputs.position_ids) for mask in masks)
+    torch.testing.assert_close(by_tiles, by_pairs, rtol=1e-4, atol=1e-5)
+    recompute_layers(compiled)
+    rows, wanted = masked_hidden_states(compiled, inputs), masked_hidden_states(plain, inputs)
+    weights = (model.model.layers[0].input_layernorm.weight for model in (compiled, plain))
+    mine, theirs = (torch.autograd.grad(of.sum(), weight)[0] for of, weight in zip((rows, wanted), weights))
+    torch.testing.assert_close(mine, theirs)

@@ -10,7 +10,7 @@ import torch
 from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models import load_model, recompute_layers
 from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors
-from megatron_tide.models.experts import Experts
+from megatron_tide.models.experts import Experts, compiled_sum, weighted_sum
 from megatron_tide.models.families import family_of
 from megatron_tide.models.llada2 import rotary, rotate
 from tests.reference import llada2 as reference
@@ -187,3 +187,18 @@ def test_casts_do_not_reach_the_router_bias(folder: Any) -> None:
     assert kept.dtype == torch.float32
     assert torch.equal(kept, bias)
     assert model.model.layers[1].mlp.gate.weight.dtype == torch.bfloat16
+
+
+def test_the_fused_sum_over_experts_is_the_same() -> None:
+    """As a GPU compiles it, once for all numbers of tokens; here traced and lowered, without the code generator."""
+    fused = compiled_sum("aot_eager")
+    for tokens in (5, 9, 1, 300):
+        generator = torch.Generator().manual_seed(tokens)
+        rows = torch.randn(tokens * 3, 16, generator=generator).bfloat16()
+        place = torch.randperm(tokens * 3, generator=generator).view(tokens, 3)
+        weight = torch.rand(tokens, 3, generator=generator)
+        found = fused(rows, place, weight)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, weighted_sum(rows, place, weight))
+        plain = (rows.double()[place] * weight.double()[..., None]).sum(1)
+        torch.testing.assert_close(found.double(), plain, rtol=2**-8, atol=1e-6)

@@ -12,7 +12,7 @@ from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.config import from_flat
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate import scoring_inputs
-from megatron_tide.hosting.backend import ReplicatedTeacher
+from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import load_model
 from megatron_tide.train import build
 from megatron_tide.train.inputs import read_run_inputs

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, attention, build_inputs, noise
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, build_inputs, noise
 from megatron_tide.diffusion.attention import TILE
-from megatron_tide.hosting.backend import NoTeacher, ReplicatedTeacher
-from megatron_tide.models import backbone_a2d, fresh_model, grouped
+from megatron_tide.hosting.backend import NoTeacher
+from megatron_tide.hosting.replicated import ReplicatedTeacher
+from megatron_tide.models import backbone_a2d, experts, fresh_model, grouped
 from megatron_tide.objectives import Counts, Strategy
 from megatron_tide.train.step import TrainContext, train_step
 from tests.diffusion.samples import STUDENT_BLOCK, STUDENT_MASK, TEACHER_BLOCK, TEACHER_MASK, collate, make
@@ -110,17 +110,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
         assert query.shape[2] % TILE == 0
         return query + value.mean() + key.mean()
 
-    def tiles(rule: Any, samples: int, heads: None, queries: int, keys: int, device: Any) -> BlockMask:
-        places = [torch.arange(size, device=device) for size in (samples, queries, keys)]
-        seen = rule(places[0][:, None, None], heads, places[1][:, None], places[2])
-        shape = samples, 1, queries // TILE
-        counts, lists = (seen.new_zeros(size, dtype=torch.int32) for size in (shape, (*shape, keys // TILE)))
-        return BlockMask.from_kv_blocks(
-            counts, lists, mask_mod=rule, seq_lengths=(queries, keys), compute_q_blocks=False
-        )
-
     monkeypatch.setattr(backbone_a2d, "_flex", lambda device_type: flex)
-    monkeypatch.setattr(attention, "create_block_mask", tiles)
+    monkeypatch.setattr(experts, "compiled_sum", lambda: experts.weighted_sum)
     monkeypatch.setattr(grouped, "_capability", lambda device: 9)
     without_a_build(monkeypatch)
 
