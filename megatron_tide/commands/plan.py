@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SHAPES = Path(__file__).resolve().parents[1] / "models" / "configs"
 EXIT_NOTHING_FITS = 1
 GIB, GB = 2**30, 10**9  # memory is sold in the first, disks in the second
+USABLE = 0.98  # of a GPU's stated memory: the driver keeps the rest (79.1 GiB are left of 80, 23.6 of 24)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def _machine(given: MachineArgs, config: DistillConfig) -> Machine:
     disk = 0 if other else here.disk_bytes
     return Machine(
         ranks=here.ranks if given.gpus is None else max(1, given.gpus),
-        gpu_bytes=0 if given.gpus == 0 else int(given.gpu_mem * GIB) if given.gpu_mem else here.gpu_bytes,
+        gpu_bytes=0 if given.gpus == 0 else int(USABLE * given.gpu_mem * GIB) if given.gpu_mem else here.gpu_bytes,
         host_bytes=int(given.host_mem * GIB) if given.host_mem else here.host_bytes,
         disk_bytes=disk if given.nvme is None else int(given.nvme * GB),
         nodes=given.nodes,

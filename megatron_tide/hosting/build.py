@@ -15,6 +15,7 @@ import torch
 from megatron_tide.choices import TEACHER_HOSTINGS
 from megatron_tide.config import CACHED, TeacherConfig
 from megatron_tide.ds_config import offload_of, read_ds_config, section
+from megatron_tide.ds_ops import refuse_missing_disk_tools
 from megatron_tide.hosting.backend import NoTeacher, Ranks, TeacherBackend
 from megatron_tide.objectives import Strategy
 
@@ -77,6 +78,7 @@ def hosting_of(teacher: TeacherConfig, ranks: int) -> Hosting:
         offload["nvme_path"] = folder = nvme or offload.get("nvme_path")
         if not folder or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
             raise ValueError(f"{where}: {folder} is not a writable folder; set --teacher-nvme to one on a fast disk")
+        refuse_missing_disk_tools()
     elif nvme:
         raise ValueError(f"--teacher-nvme {nvme}: {where} does not use a disk; use --teacher-hosting zero3_nvme")
     stages = settings.get("pipeline", {}).get("stages", 1)

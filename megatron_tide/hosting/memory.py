@@ -19,6 +19,7 @@ has been measured yet.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,6 +147,11 @@ class RunShape:
     def deepspeed(self) -> dict[str, Any]:
         """The ``zero_optimization`` of the student's DeepSpeed JSON."""
         return read_ds_config(self.config.train.deepspeed, "--deepspeed")["zero_optimization"]
+
+    @property
+    def pins_student(self) -> bool:
+        """Whether the offloaded optimizer's memory is page-locked."""
+        return bool(self.deepspeed.get("offload_optimizer", {}).get("pin_memory", False))
 
     @property
     def student_dtype(self) -> torch.dtype:
@@ -277,11 +283,12 @@ def _add_student(estimate: MemoryEstimate, run: RunShape) -> None:
     share, offload, gpus = count / run.ranks, "offload_optimizer" in run.deepspeed, estimate.machine.has_gpus
     optimizer = OPTIMIZERS[run.config.train.optimizer]
     estimate.persistent("student weights", size * count)
-    estimate.persistent("student master weights", FP32 * share, host=offload)
+    locked = _page_locked if gpus and run.pins_student else float
+    estimate.persistent("student master weights", locked(FP32 * share), host=offload)
     estimate.persistent("student moments", optimizer.state_bytes(run.student.sizes) / run.ranks, host=offload)
     if offload:  # a flat copy of the weights, the gradients again, buffers for the largest tensor on both sides
         largest = size * run.student.largest_tensor
-        estimate.persistent("student buffers", (size + FP32) * share + largest, host=True)
+        estimate.persistent("student buffers", locked(size * share) + locked(FP32 * share) + largest, host=True)
         estimate.persistent("student buffers", largest)
     if temporaries := optimizer.update_bytes(run.student.sizes, run.ranks, has_gpus=gpus, offloads=offload):
         estimate.transient("optimizer's temporaries", temporaries, UPDATE)
@@ -293,6 +300,11 @@ def _add_student(estimate: MemoryEstimate, run: RunShape) -> None:
     estimate.disk["student checkpoints"] = checkpoints * (FP32 * count + optimizer.state_bytes(run.student.sizes))
 
 
+def _page_locked(size: float) -> int:
+    """Bytes that torch takes for page-locked memory of ``size`` bytes: the next power of two."""
+    return 1 << (math.ceil(size) - 1).bit_length()
+
+
 def _add_gradients(estimate: MemoryEstimate, run: RunShape) -> None:
     zero, count, size = run.deepspeed, run.student.parameters, run.student_dtype.itemsize
     share, offload, first = count / run.ranks, "offload_optimizer" in zero, zero["stage"] == 1
@@ -302,7 +314,10 @@ def _add_gradients(estimate: MemoryEstimate, run: RunShape) -> None:
         if count < BUCKET:  # more than a bucket is reduced in place
             estimate.transient("reduce buckets", FP32 * count, REDUCE)
         return
-    estimate.transient("student gradients", FP32 * (count if first else share), BACKWARD, REDUCE, UPDATE, host=offload)
+    gradients: float = FP32 * (count if first else share)
+    if estimate.machine.has_gpus and run.pins_student:
+        gradients = _page_locked(gradients)
+    estimate.transient("student gradients", gradients, BACKWARD, REDUCE, UPDATE, host=offload)
     bucket = zero.get("reduce_bucket_size", BUCKET)
     filled = min(bucket, count)  # on a CPU, memory that is not written to does not count
     buckets = (2 if zero.get("overlap_comm", False) else 1) * bucket if estimate.machine.has_gpus else filled
@@ -348,8 +363,8 @@ def _add_teacher(estimate: MemoryEstimate, run: RunShape, teacher: ModelShape, s
     if device == "nvme":
         estimate.persistent("teacher buffers", BUFFERS * max(shares), since=LOAD_TEACHER, host=True)
         estimate.disk["teacher weights"] = sum(layers) // estimate.machine.nodes
-    elif device == "cpu" and gpus and offload.get("pin_memory", False):  # torch pins memory in powers of two
-        loaded(sum(1 << (share - 1).bit_length() for share in shares), host=True)
+    elif device == "cpu" and gpus and offload.get("pin_memory", False):
+        loaded(sum(_page_locked(share) for share in shares), host=True)
         estimate.transient("teacher layer before it is pinned", max(shares), LOAD_TEACHER, host=True)
     else:
         loaded(sum(shares), host=device == "cpu")

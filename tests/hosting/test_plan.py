@@ -98,6 +98,18 @@ def test_what_costs_more_needs_more(paper):
     assert need(student_tokens=1000) > need()
 
 
+def test_page_locked_memory_of_an_offloaded_optimizer_is_a_power_of_two(paper):
+    run, held = paper(deepspeed="ds_configs/zero2_offload.json"), {}
+    for gpu in (0, 80 * GIB):  # on a CPU nothing is page-locked
+        estimate = estimate_memory(run, Machine(1, gpu, 512 * GIB), {})
+        held[gpu > 0] = estimate.at("optimizer update", host=True).parts
+    weights = 4 * run.student.parameters
+    assert held[False]["student master weights"] == weights < 2**32
+    assert held[True]["student master weights"] == 2**32
+    assert held[True]["student gradients"] == 2**32
+    assert held[True]["student moments"] == held[False]["student moments"] == 2 * weights
+
+
 def test_estimate_finds_the_fullest_phase():
     estimate = MemoryEstimate(Machine(2, 0, 0))
     estimate.persistent("weights", 100 * GB)
