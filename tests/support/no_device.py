@@ -39,6 +39,7 @@ def without_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
     Only in ``torch.inference_mode()``: gradients of such tensors end the process.
     """
     get, put, copy = torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.copy_
+    contiguous = torch.Tensor.contiguous
 
     def indexing(tensor: torch.Tensor, index: Any) -> torch.Tensor:
         return _indexed(tensor, index) if tensor.is_cuda else get(tensor, index)
@@ -49,7 +50,11 @@ def without_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
     def copying(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten.copy_(tensor, value) if tensor.is_cuda else copy(tensor, value)
 
+    def making_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone(memory_format=torch.contiguous_format) if tensor.is_cuda else contiguous(tensor)
+
     monkeypatch.setattr(torch.Tensor, "copy_", copying)
+    monkeypatch.setattr(torch.Tensor, "contiguous", making_contiguous)
     monkeypatch.setattr(torch.Tensor, "__getitem__", indexing)
     monkeypatch.setattr(torch.Tensor, "__setitem__", setting)
     monkeypatch.setattr(torch.Tensor, "__invert__", lambda mask: mask.eq(False))
