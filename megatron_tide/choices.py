@@ -197,6 +197,14 @@ LR_SCHEDULES = Table(
     }
 )
 
+# Code: a class opened as (folder, first step, flags of the run), with ``write`` and ``close``.
+METRIC_LOGS = Table(
+    {
+        "tensorboard": Choice("TensorBoard", "train.metric_logs:TensorBoard"),
+        "wandb": Choice("TensorBoard and Weights & Biases", "train.metric_logs:WeightsAndBiases"),
+    }
+)
+
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(
     {

@@ -27,6 +27,7 @@ from megatron_tide.choices import (
     LR_SCHEDULES,
     MASK_COUNTS,
     MASKINGS,
+    METRIC_LOGS,
     NOISE_SCHEDULES,
     OPTIMIZERS,
     STRATEGIES,
@@ -278,6 +279,12 @@ class SaveConfig:
         affects_loss=False,
     )
     log_every: int = flag(10, "Number of steps between log lines and TensorBoard points", low=1, affects_loss=False)
+    log_to: str = flag(
+        "tensorboard",
+        f"Where metrics go beside metrics.jsonl in --out. {METRIC_LOGS}",
+        choices=METRIC_LOGS,
+        affects_loss=False,
+    )
     eval_every: int = flag(
         0, "Number of steps between evaluations on --validation; 0: never", low=0, affects_loss=False
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
+from megatron_tide.choices import METRIC_LOGS
 from megatron_tide.config import CACHED, DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
@@ -46,6 +47,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     paths = config.paths
     engine_settings(config, world_size)
     hosting_of(config.teacher, world_size)
+    METRIC_LOGS[config.save.log_to].check()
     data = PreparedData.open(paths.data)
     student = load_tokenizer(paths.student, trust_remote_code=paths.trust_remote_code)
     bridge, teacher = _bridge_and_teacher(config, student) if paths.bridge else (None, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_tide.choices import METRIC_LOGS
 from megatron_tide.config import DistillConfig
 from megatron_tide.train import checkpoint
 from megatron_tide.train.engine import set_learning_rates, skipped
@@ -56,7 +57,8 @@ class Loop:
         ``measure()`` evaluates on held-out data (a collective), every ``eval_every`` steps.
         """
         context, save, total = self.context, self.config.save, state.total_steps
-        logger = MetricLogger(self.folder, context.world, total, state.step)
+        board, about = METRIC_LOGS[save.log_to], self.run["config"]
+        logger = MetricLogger(self.folder, context.world, total, state.step, board, about)
         nonfinite = NonFiniteGuard(self.folder, self.loader, context.world)
         accumulator, since, saved = MetricAccumulator(), time.perf_counter(), state.step
         for microbatches in self.loader.from_step(state.step, total, context.world.device):

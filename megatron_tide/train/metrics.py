@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from megatron_tide.files import atomic_write
 from megatron_tide.objectives.common import bin_names, means_by_bin
 from megatron_tide.ranks import on_main
 from megatron_tide.train.distributed import DistContext
+from megatron_tide.train.metric_logs import TensorBoard
 from megatron_tide.training_checkpoint import METRICS
 
 Metric = tuple[torch.Tensor, torch.Tensor]  # sum, count: scalars, or one of each bin
@@ -83,19 +85,26 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 class MetricLogger:
-    """Rank 0's logs: metrics.jsonl, TensorBoard, and one line on the terminal. Other ranks write nothing.
+    """Rank 0's logs: metrics.jsonl, TensorBoard or another ``board``, and one line on the terminal. Other ranks write
+    nothing. ``about``: the flags of the run.
 
     A resumed run removes the lines of the steps it will repeat, so that each step appears once.
     """
 
-    def __init__(self, folder: Path, world: DistContext, total_steps: int, first_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: DistContext,
+        total_steps: int,
+        first_step: int,
+        board: type[TensorBoard] = TensorBoard,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self._main = world.is_main
         self._total, self._first, self._started = total_steps, first_step, time.monotonic()
-        on_main(world, lambda: self._open(folder, first_step))
+        on_main(world, lambda: self._open(folder, first_step, board, about or {}))
 
-    def _open(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def _open(self, folder: Path, first_step: int, board: type[TensorBoard], about: Mapping[str, Any]) -> None:
         path = folder / METRICS
         kept = []
         if path.exists():
@@ -103,14 +112,13 @@ class MetricLogger:
             kept = [line for line in lines if _step_of(line) <= first_step]
         atomic_write(path, "".join(line + "\n" for line in kept).encode())
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._board = board(folder, first_step, about)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if not self._main:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, values)
 
     def print_rank0(self, step: int, values: dict[str, float], phase: str = "") -> None:
         """Print the progress line: step, its phase, losses, speed, time left."""

@@ -1,0 +1,84 @@
+"""--log-to: Weights & Biases beside TensorBoard, by a module that stands in for it, and itself where installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_tide.choices import METRIC_LOGS
+from megatron_tide.config import from_flat
+from megatron_tide.train.distributed import DistContext
+from megatron_tide.train.inputs import read_run_inputs
+from megatron_tide.train.metrics import MetricLogger
+from megatron_tide.training_checkpoint import METRICS
+
+WORLD = DistContext(rank=0, size=1, device=torch.device("cpu"), host_group=None)
+ABOUT = {"train": {"lr": 0.5}}
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Everything that a stand-in of the package is told."""
+    told = []
+
+    def init(**settings):
+        told.append(("init", settings))
+        return SimpleNamespace(
+            log=lambda values, step: told.append(("log", step, values)), finish=lambda: told.append(("finish",))
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):  # which opening sets, and monkeypatch then removes
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return told
+
+
+def log_two_steps(folder, first):
+    logger = MetricLogger(folder, WORLD, 4, first, METRIC_LOGS["wandb"], ABOUT)
+    for step in (first + 1, first + 2):
+        logger.write(step, {"loss/total": 1.0 / step})
+    logger.close()
+
+
+def test_a_resumed_run_goes_on_with_its_own_run(tmp_path, stand_in):
+    (tmp_path / "run").mkdir()
+    for first in (0, 1):
+        log_two_steps(tmp_path / "run", first)
+    (_, first), *logged, (_, second), again, _, _ = stand_in
+    assert logged == [("log", 1, {"loss/total": 1.0}), ("log", 2, {"loss/total": 0.5}), ("finish",)]
+    assert again == ("log", 2, {"loss/total": 0.5})
+    assert first == second
+    assert (first["config"], first["resume"], first["dir"]) == (ABOUT, "allow", str(tmp_path / "run"))
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / METRICS).read_text().splitlines()] == [1, 2, 3]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_what_is_missing_is_one_line_before_anything_is_loaded(chain, tmp_path, monkeypatch, stand_in):
+    config = from_flat(chain.run(tmp_path, log_to="wandb"))
+    read_run_inputs(config, 1)
+
+    def refuse(**_):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(ValueError, match=r"--log-to wandb: api_key not configured .*log in .* or set WANDB_MODE=off"):
+        log_two_steps(tmp_path, 0)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"--log-to wandb: not installed; pip install -r requirements-wandb.txt"):
+        read_run_inputs(config, 1)
+
+
+def test_the_package_itself_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="NOT TESTED: wandb is not installed (requirements-wandb.txt)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.setenv(name, "tests")
+    log_two_steps(tmp_path, 0)
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert written.stat().st_size > 0
