@@ -247,17 +247,21 @@ class MemoryEstimate:
         return Peak(phase, {part: int(size) for part, size in parts.items() if size >= 1})
 
 
-def estimate_memory(run: RunShape, machine: Machine, settings: dict[str, Any]) -> MemoryEstimate:
-    """All parts of a run; ``settings``: the DeepSpeed JSON of the teacher's hosting, {} for a replicated one.
+def estimate_memory(
+    run: RunShape, machine: Machine, settings: dict[str, Any], *, trains: bool = True
+) -> MemoryEstimate:
+    """All parts of a run; ``settings``: the DeepSpeed JSON of the teacher's hosting, {} for a replicated one. Without
+    ``trains``: the teacher alone.
 
     Raises:
         ValueError: more pipeline stages than the teacher has layers.
     """
     estimate = MemoryEstimate(machine)
     _add_process(estimate, run, "pipeline" in settings)
-    _add_student(estimate, run)
-    _add_gradients(estimate, run)
-    _add_activations(estimate, run)
+    if trains:
+        _add_student(estimate, run)
+        _add_gradients(estimate, run)
+        _add_activations(estimate, run)
     if run.teacher is not None:
         _add_teacher(estimate, run, run.teacher, settings)
         # Pipelines, and a replicated teacher on a CPU, take one micro-batch after the other.

@@ -84,9 +84,13 @@ class Plan:
         return " and ".join(lines)
 
 
-def plan(run: RunShape, machine: Machine, hosting: Hosting, rates: Rates = RATES) -> Plan:
-    """One hosting on one machine. ValueError for more pipeline stages than the teacher has layers."""
-    estimate = estimate_memory(run, machine, hosting.settings)
+def plan(run: RunShape, machine: Machine, hosting: Hosting, rates: Rates = RATES, *, trains: bool = True) -> Plan:
+    """One hosting on one machine, with the student (``trains``) or the teacher alone.
+
+    Raises:
+        ValueError: more pipeline stages than the teacher has layers.
+    """
+    estimate = estimate_memory(run, machine, hosting.settings, trains=trains)
     return Plan(
         hosting=hosting,
         machine=machine,

@@ -37,8 +37,8 @@ from megatron_tide.hosting.cached import (
     widths,
     write_answers,
 )
-from megatron_tide.hosting.plan import local_machine, nvme_folder, run_shape, teacher_needs
-from megatron_tide.hosting.speed import Rates, teacher_seconds
+from megatron_tide.hosting.plan import local_machine, nvme_folder, plan, run_shape, teacher_needs
+from megatron_tide.hosting.speed import Rates
 from megatron_tide.models import read_config, resolve_folder
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.train.build import check_shift
@@ -78,7 +78,11 @@ class Forecast:
 
 
 def forecast(config: DistillConfig, inputs: RunInputs, loader: MicrobatchLoader, seeds: int, rates: Rates) -> Forecast:
-    """Counted in a few steps of the first rank's ``loader``; no weights are loaded."""
+    """Counted in a few steps of the first rank's ``loader``; no weights are loaded.
+
+    Raises:
+        ValueError: the teacher does not fit into the memory of this machine.
+    """
     first, end, ranks = inputs.phases.last.start, inputs.total_steps, loader.sampler.world
     looked = np.unique(np.linspace(first, end - 1, LOOKED_AT).astype(int)).tolist()
     asked = [batch for step in looked for batch in loader(step)]
@@ -88,11 +92,15 @@ def forecast(config: DistillConfig, inputs: RunInputs, loader: MicrobatchLoader,
     size = 4 * tokens * inputs.strategy.needs_target_logprobs + 4 * pairs * (shape["categories"] + shape["kept"])
     longest = inputs.data.stats.student_length.max(), inputs.data.stats.teacher_length.max()
     run = run_shape(config, ranks, teacher_needs(config.strategy, _shared(inputs), *map(int, longest)))
-    settings = hosting_of(config.teacher, ranks).settings
-    machine = local_machine(ranks, nvme_folder(settings, config.teacher.teacher_nvme))
-    assert run.teacher is not None
-    seconds = teacher_seconds(run, run.teacher, machine, settings, rates)
-    return Forecast(tokens, pairs, size + 28 * samples, seeds * (end - first), seconds)
+    hosting = hosting_of(config.teacher, ranks)
+    machine = local_machine(ranks, nvme_folder(hosting.settings, config.teacher.teacher_nvme))
+    planned = plan(run, machine, hosting, rates, trains=False)
+    if not (planned.fits or config.teacher.skip_plan):
+        raise ValueError(
+            f"{hosting.flags} does not fit: {planned.complaint()}; `python -m megatron_tide plan` shows what does "
+            "(--skip-plan skips this check)"
+        )
+    return Forecast(tokens, pairs, size + 40 * samples, seeds * (end - first), planned.seconds)
 
 
 def _vocabularies(config: DistillConfig) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from megatron_tide import cli, distill
 from megatron_tide.commands import cache as cache_command
 from megatron_tide.config import from_flat
 from megatron_tide.hosting.cached import AnswerCache, CachedTeacher
+from megatron_tide.hosting.memory import Machine
 from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import load_model
 from megatron_tide.objectives import Counts
@@ -288,6 +289,9 @@ def test_the_forecast_is_what_it_takes(chain, folder, tmp_path, capsys, monkeypa
     assert 8 * step_bytes(chain, tmp_path) == pytest.approx(taken, rel=0.1)
     monkeypatch.setattr(sweeping.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(ValueError, match=r"are free; use --teacher-top, fewer steps or another disk"):
+        command("cache")([*flags, "--dry-run"])
+    monkeypatch.setattr(sweeping, "local_machine", lambda ranks, disk: Machine(ranks, 0, 2**20))
+    with pytest.raises(ValueError, match="--teacher-hosting replicated does not fit: host memory: needs "):
         command("cache")([*flags, "--dry-run"])
     none = chain.flags(tmp_path / "answers", strategy="bd3lm", max_steps=8)
     with pytest.raises(ValueError, match="--strategy bd3lm asks no teacher"):
