@@ -11,14 +11,14 @@
 #             and samples, and two-sided p, Holm-corrected over all hypotheses below (megatron_tide/evaluate/study.py):
 #             results/study.json, results/study.png and results/index.html
 #
-# Machine:  SIZE=cpu: 2 cores, about 2 h 20 min. SIZE=gpu: larger models, one GPU, sized for ten minutes (not measured).
+# Machine:  SIZE=cpu: 2 cores, about 2 h 30 min. SIZE=gpu: larger models, one GPU, sized for ten minutes (not measured).
 # Launch:   bash recipes/study.sh                  a second run skips what has finished; --fresh starts over
 #           DRY_RUN=1 bash recipes/study.sh        print the commands, and the time they should take
 
 set -euo pipefail
 
 # --- registered before the first run: "A < B" says that arm A has fewer bits per byte on the test split than arm B ---
-# To add an arm, add its line and its hypothesis. To come, with their features: H8 byte-prefix rows < one-to-one rows;
+# To add an arm, add its line and its hypothesis. To come, with their features:
 # H9 on-policy < off-policy at equal student tokens; H10 with the row of an autoregressive teacher < without it.
 hypotheses=(
   "H1  tide-cross < bd3lm: TIDE-Cross against denoising only"
@@ -29,6 +29,7 @@ hypotheses=(
   "H6  tide-bridge < one-timestep: one timestep per block, against one per sample"
   "H7a compdemo < tide-bridge: with CompDemo, against without"
   "H7b tidal < tide-bridge: with TIDAL, against without"
+  "H8  byte-prefix < tide-bridge: first rows of all chunks by byte prefixes, weighted as denoising, against one-to-one rows"
 )
 # Name, whose tuned settings, and the flags in which arms that share settings differ.
 plain="--strategy tide-bridge --teacher-context staircase --tidal off --no-compdemo"
@@ -42,6 +43,7 @@ arms=(
   "one-timestep tide-bridge $plain --timesteps sample"
   "compdemo     tide-bridge $plain --compdemo"
   "tidal        tide-bridge --strategy tide-bridge --teacher-context staircase --no-compdemo"
+  "byte-prefix  tide-bridge $plain --distribution-rows byte_prefix"
 )
 
 # --- settings: edit here, or set them in the environment ---
@@ -178,7 +180,7 @@ seed() {
       --seed "$s" "${distilling[@]}" "${flags[@]}" --then)
     scored+=(--student "$run/seed-$s/$name")
   done
-  timed $((DISTILL_STEPS * 7 / 3 + 130)) "seed-$s" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
+  timed $((DISTILL_STEPS * 13 / 5 + 140)) "seed-$s" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
     --data "$run/data-test" --samples "$EVAL_SAMPLES" --likelihood-noise block --student start="$run/start-$s" "${scored[@]}" \
     --teacher "$run/teacher" --baseline bd3lm --per-sample --json "$run/seed-$s/scores.json"
 }

@@ -74,13 +74,14 @@ def test_arms_of_a_seed_share_start_and_noise_and_differ_by_their_flags(tmp_path
         "one-timestep": {"timesteps"},
         "compdemo": {"compdemo"},
         "tidal": {"tidal"},
+        "byte-prefix": {"distribution_rows"},
     }
 
 
 def test_a_dry_run_says_how_long_it_takes() -> None:
     last = run(RECIPE, DRY_RUN="1").stdout.splitlines()[-1]
     assert last.startswith("# expected on 2 cores: ")
-    assert int(last.split()[-2]) <= 150
+    assert int(last.split()[-2]) <= 155
     assert "expected" not in run(RECIPE, DRY_RUN="1", SIZE="gpu").stdout
 
 
