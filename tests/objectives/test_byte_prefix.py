@@ -71,9 +71,9 @@ def test_mass_by_spelling():
         assert several[m].item() == pytest.approx(sum(p[v] for v in begins).item())
 
 
-def batch_of_first_rows():
+def batch_of_first_rows(some=SAMPLES):
     """The handmade micro-batch with a pair for every chunk."""
-    made = micro_batch(SAMPLES)
+    made = micro_batch(some)
     student, teacher = made.noised.student_chunk.tolist(), made.noised.teacher_chunk.tolist()
     chunks = range(len(made.noised.chunk_level))
     several = [k for k in chunks if (student.count(k), teacher.count(k)) != (1, 1)]
@@ -83,7 +83,6 @@ def batch_of_first_rows():
         "pair_chunk": torch.tensor(list(chunks)),
         "pair_several": torch.tensor(several),
     }
-    assert 0 < len(several) < len(chunks)
     return made, replace(made, noised=replace(made.noised, **pairs))
 
 
@@ -124,8 +123,22 @@ def test_the_loss_is_the_loop_over_chunks(chunk, tidal):
     assert pairs == len(noised.pair_chunk) - len(noised.pair_several) < chunks
 
 
+def test_micro_batches_add_up_to_the_batch():
+    """Also one without chunks of several tokens: local sums over global counts, as on any number of ranks."""
+    strategy, weights = build_strategy(StrategyConfig(**OPTION), BRIDGE), heads()
+    (_, batch), *parts = batch_of_first_rows(), *(batch_of_first_rows((sample,)) for sample in SAMPLES)
+    counts = batch.local_counts
+    whole = losses(strategy, batch, weights, counts)[1]
+    shares = [losses(strategy, part, weights, counts)[1] for _, part in parts]
+    assert [len(part.noised.pair_several) for _, part in parts] == [2, 0, 2]
+    torch.testing.assert_close(sum(shares), whole, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(loss, weights.student_VH)[0] for loss in (whole, sum(shares))]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
 def test_one_to_one_chunks_are_compared_as_without_the_option():
     plain, batch = batch_of_first_rows()
+    assert 0 < len(batch.noised.pair_several) < len(batch.noised.pair_chunk)
     weights, scores = heads(), {}
     for name, made in (("pairs", plain), ("byte_prefix", batch)):
         strategy = build_strategy(StrategyConfig(**(OPTION | {"distribution_rows": name})), BRIDGE)

@@ -67,6 +67,13 @@ def test_every_strategy_is_in_the_table():
     assert set(STRATEGIES) == set(re.findall(r"^\| `([a-z][a-z0-9-]+)` \|", README, flags=re.M))
 
 
+def test_every_family_is_in_the_table():
+    from megatron_tide.models.families import FAMILIES
+
+    table = README.partition("### Models")[2].partition("\n## ")[0]
+    assert set(FAMILIES) == set(re.findall(r"^\| [^|`]*(?:`[^`|]*`[^|`]*)* \| `([a-z0-9_-]+)` \|", table, flags=re.M))
+
+
 def test_the_tables_that_contributing_names_exist():
     from megatron_tide import __main__, choices
     from megatron_tide.models import families
