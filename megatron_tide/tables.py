@@ -23,8 +23,12 @@ from megatron_tide.hub import hub_errors
 
 Message = dict[str, Any]
 ASSISTANT = "assistant"
-FIELDS = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "name", "tools")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+FIELDS = (*THOUGHTS, "tool_calls", "function_call", "tool_call_id", "name", "tools", "refusal")
 """Keys of a message beside role and content that chat templates write."""
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Keys of a message, and columns beside it, for what is no text: no template here writes it."""
+_TEXTS = ("text", "input_text", "output_text")  # types of a part of a content that is text
 
 _BOM = b"\xef\xbb\xbf"
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
@@ -65,15 +69,34 @@ def parse_messages(value: Any, where: str) -> list[Message]:
         role, content = message.get("role"), _text(message.get("content"))
         if not isinstance(role, str) or content is None:
             raise ValueError(f"{where}: message {number}: role and content must be text")
-        kept = {field: message[field] for field in FIELDS if message.get(field)}
+        kept = {field: message[field] for field in (*FIELDS, *MEDIA) if message.get(field)}
         messages.append({"role": role, "content": content, **kept})
     return messages
+
+
+def conversation(row: dict[str, Any], column: str, where: str) -> list[Message]:
+    """The messages in a row's ``column``; the first also has the row's ``tools``, and pictures and sound beside it."""
+    messages = parse_messages(row[column], where)
+    more = {"tools": _listed(row.get("tools"))}
+    more |= {name: row.get(name) for name in MEDIA if not isinstance(row.get(name), str)}  # text only tells of one
+    for message in messages[:1]:
+        message |= {name: value for name, value in more.items() if value}
+    return messages
+
+
+def _listed(tools: Any) -> Any:
+    """The tools of a row, which many data sets hold as JSON text."""
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        return tools
 
 
 def _text(content: Any) -> str | None:
     """Text of a message's content; None if it is not text (an image part, a number)."""
     if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
+        known = (part for part in content if isinstance(part, dict) and part.get("type", "text") in _TEXTS)
+        parts = [part.get("text") for part in known]
         texts = [part for part in parts if isinstance(part, str)]
         return "".join(texts) if len(texts) == len(content) else None
     return content if isinstance(content, str) else "" if content is None else None
@@ -174,7 +197,7 @@ class ArrowTable:
         return len(self.table)
 
     def get(self, row: int) -> dict[str, Any]:
-        return dict(self.table[row])
+        return {column: _dense(value) for column, value in self.table[row].items()}
 
     def where(self, row: int) -> str:
         return f"{self.label} row {row}"
@@ -182,6 +205,13 @@ class ArrowTable:
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
         for batch in self.table.select_columns(list(columns)).iter(batch_size=_SCAN):
             yield from zip(*(batch[column] for column in columns))
+
+
+def _dense(value: Any) -> Any:
+    """``value`` without the keys that hold nothing: Arrow gives every object of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    return [_dense(item) for item in value] if isinstance(value, list) else value
 
 
 Table = JsonLinesTable | ArrowTable

@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from megatron_tide.tables import JsonLinesTable, parse_messages, read_rows
+from megatron_tide.tables import JsonLinesTable, conversation, open_table, parse_messages, read_rows
 
 TURN = {"role": "user", "content": "x"}
 
@@ -80,7 +82,30 @@ def test_content_may_be_parts_of_text() -> None:
     assert messages == [{"role": "user", "content": "one two"}, {"role": "user", "content": "", "name": "n"}]
 
 
-@pytest.mark.parametrize("content", [["one"], [{"type": "image"}], [{"type": "text", "text": "x"}, {}], 3, {}])
+@pytest.mark.parametrize(
+    "content",
+    [["one"], [{"type": "image"}], [{"type": "image_url", "text": ""}], [{"type": "text", "text": "x"}, {}], 3, {}],
+)
 def test_content_that_is_no_text_is_refused(content: object) -> None:
     with pytest.raises(ValueError, match=r"^here: message 1: role and content must be text"):
         parse_messages(json.loads(json.dumps([TURN, TURN | {"content": content}])), "here")
+
+
+def test_what_stands_beside_the_messages_of_a_row_comes_with_the_first() -> None:
+    tools = [{"name": "weather"}]
+    row = {"messages": [TURN, TURN], "tools": json.dumps(tools), "images": [{"path": "a.png"}], "image": "no picture"}
+    first, second = conversation(row, "messages", "here")
+    assert first == {**TURN, "tools": tools, "images": [{"path": "a.png"}]}
+    assert second == TURN
+    assert conversation({"messages": []}, "messages", "here") == []
+
+
+def test_keys_that_arrow_adds_to_objects_are_not_read(tmp_path: Path) -> None:
+    """One row's call has a city, another's a day; Arrow gives both to both."""
+    calls = [[{"function": {"name": "f", "arguments": {key: 1}}}] for key in ("city", "day")]
+    rows = [{"messages": [{**TURN, "tool_calls": one}], "empty": None} for one in calls]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    table = open_table(str(path), tmp_path, name=None, split="train", revision=None)
+    assert [table.get(number)["messages"][0]["tool_calls"] for number in range(2)] == calls
+    assert "empty" in table.get(0)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Protocol
 
 from megatron_tide.bridge.template import TemplateLimit
+from megatron_tide.tables import MEDIA, THOUGHTS
 
 Range = tuple[int, int]
-SPOKEN = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+SPOKEN = ("content", *THOUGHTS, "tool_calls", "function_call", "refusal", "name")
 """Fields of a message that hold something said: a template that leaves one out changes the conversation."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+TOOLS = ("tool", "function")  # roles whose name is that of a tool, which its call has said
 _PRIVATE = range(0xF0000, 0xFFFFE)
 BLANK = "\ue000"  # a private-use character that is in no vocabulary
 _NOT_SAID = ("id", "type", "index")  # of a tool call
@@ -183,25 +184,29 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     ``shown`` renders a conversation of the same roles: a short text may be in ``rendered`` by chance, a mark cannot.
     Thoughts of an assistant's earlier turns may be left out: templates of reasoning models do so on purpose.
     """
-    marked = [{**one, "content": chr(_PRIVATE[n])} if _text(one) else one for n, one in enumerate(messages)]
-    try:
-        marks = shown(marked)
-    except ValueError:
-        marks = "".join(chr(_PRIVATE[n]) for n in range(len(messages)))  # a template that looks at the text
+    if 2 * len(messages) > len(_PRIVATE):
+        raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_PRIVATE) // 2}")
+    letters = {field: map(chr, _PRIVATE[start::2]) for start, field in enumerate(("content", "name"))}
+    marked = [{**one, **{k: next(letters[k]) for k in letters if _text(one, k)}} for one in messages]
+    marks = _try(shown, marked)  # None: a template that looks at the text
     for number, message in enumerate(messages):
         earlier = message.get("role") == "assistant" and number < len(messages) - 1
         for field in SPOKEN:
-            said = [] if earlier and field in THOUGHTS else [*_said(message.get(field))]
+            silent = (earlier and field in THOUGHTS) or (field == "name" and message.get("role") in TOOLS)
+            said = [] if silent else [text for text in _said(message.get(field)) if text.strip()]
             if earlier:
                 said = [text.rpartition("</think>")[2] for text in said]
             lost = [text for text in said if not _found(text, rendered)]
-            if field == "content" and _text(message) and chr(_PRIVATE[number]) not in marks:
-                lost = [_text(message)]
+            if marks is not None and said and field in letters and marked[number][field] not in marks:
+                lost = [_text(message, field)]
             if lost:
                 raise LeftOut(
                     f"the chat template leaves out {lost[0].strip()[:40]!r}, {field} of message {number} "
                     f"(role {message.get('role')!r})"
                 )
+        for medium in MEDIA:
+            if message.get(medium):
+                raise LeftOut(f"the chat template leaves out {medium} of message {number}: only text is rendered")
     given = [message["tools"] for message in messages if message.get("tools")]
     for tool in [one for tools in given for one in (tools if isinstance(tools, list) else [tools])]:
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
@@ -210,9 +215,9 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
             raise LeftOut(f"the chat template leaves out the tool {str(name)[:40]!r}")
 
 
-def _text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    return content.strip() if isinstance(content, str) else ""
+def _text(message: dict[str, Any], field: str) -> str:
+    text = message.get(field)
+    return text.strip() if isinstance(text, str) else ""
 
 
 def _found(text: str, rendered: str) -> bool:

@@ -26,6 +26,7 @@ from megatron_tide.bridge.chat import BLANK, Range, blank
 # call them special. Text that contains one must not open a turn or become a mask.
 _MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _IMPOSSIBLE_SCORE = -1e9
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _USUAL = 64  # characters of a special token
 
 
@@ -38,6 +39,8 @@ class Codec(Protocol):
     """[V] bytes of each id; None for special, unknown and missing ids."""
     added: dict[str, int]
     """Tokens added to the model's own vocabulary, special or not."""
+    flags: dict[str, list[str]]
+    """Of added tokens: how a text around them changes what they are found in (lstrip, ...), where it does."""
     special: dict[str, int]
     """Tokens that ordinary text never becomes."""
     unknown: int | None
@@ -83,6 +86,8 @@ class FastCodec:
         for token, index in vocabulary.items():
             self.strings[index] = token
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        flags = {token["content"]: [flag for flag in _FLAGS if token.get(flag)] for token in spec["added_tokens"]}
+        self.flags = {token: found for token, found in flags.items() if found}
         marked = {token["content"] for token in spec["added_tokens"] if token["special"]}
         marked |= {token for token in self.added if _MARKER.fullmatch(token)} | set(named)
         self.special = {token: vocabulary[token] for token in marked if token in vocabulary}
@@ -98,26 +103,26 @@ class FastCodec:
         self.core = _digest({key: spec[key] for key in ("normalizer", "pre_tokenizer", "model")})
 
     def encode(self, text: str) -> list[int]:
-        return self._text.encode(text, add_special_tokens=False).ids
+        return _encode(self._text, text).ids
 
     def spans(self, text: str) -> np.ndarray:
         """int64 [n, 2]: the bytes of ``text`` that each token of ``encode(text)`` stands for, as the library has it."""
         sizes = np.fromiter((len(letter.encode()) for letter in text), np.int64, len(text))
-        found = self._text.encode(text, add_special_tokens=False).offsets
+        found = _encode(self._text, text).offsets
         return np.concatenate([[0], np.cumsum(sizes)])[np.array(found, np.int64).reshape(-1, 2)]
 
     def encode_prompt(self, text: str) -> list[int]:
-        return self._prompt.encode(text, add_special_tokens=False).ids
+        return _encode(self._prompt, text).ids
 
     def encode_rest(self, text: str) -> list[int]:
         """Ordinary text that goes on after other tokens: without the space that some write before a text."""
-        return self._rest.encode(text, add_special_tokens=False).ids
+        return _encode(self._rest, text).ids
 
     def controls(self, text: str) -> list[Range]:
         """The ranges of ``text`` that ``encode_prompt`` makes special tokens of."""
         if not self._control or not (self._control.search(text) or self._control.search(self._normal(text))):
             return []
-        encoded = self._prompt.encode(text, add_special_tokens=False)
+        encoded = _encode(self._prompt, text)
         # Without the spaces around that a token may take.
         ranges = [(start, text[start:stop]) for _, start, stop in self._found(text, encoded)]
         return [(at + len(own) - len(own.lstrip()), at + len(own.rstrip())) for at, own in ranges if own.strip()]
@@ -135,7 +140,7 @@ class FastCodec:
         message text that is in no special token.
         """
         shown = blank(text, content)
-        encoded = self._prompt.encode(shown, add_special_tokens=False)
+        encoded = _encode(self._prompt, shown)
         tokens = self._found(shown, encoded)
         token = place = 0
         for number, start, stop in [*tokens, (len(encoded.ids), len(text), len(text))]:
@@ -191,6 +196,7 @@ class SentencePieceCodec:
         silent = {index for index in range(size) if processor.is_control(index) or processor.is_unused(index)}
         silent |= {ids[token] for token in named if token in ids} | {unknown, *added.values()}
         self.added = dict(added)
+        self.flags: dict[str, list[str]] = {}
         self.special = {token: index for token, index in ids.items() if index in silent}
         self.token_bytes = [
             None if token is None or index in silent else metaspace_bytes(token)
@@ -293,6 +299,16 @@ def _kinds(component: Any) -> Iterable[str]:
         for name in ("decoders", "pretokenizers"):
             for part in component.get(name, ()):
                 yield from _kinds(part)
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """ValueError where the library panics, which is no Exception in Python (ten million spaces are enough)."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer fails on a text of {len(text)} characters ({error})") from None
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str] | None:

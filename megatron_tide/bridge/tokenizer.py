@@ -36,7 +36,9 @@ class Encoding:
 
 _ROLES = ("system", "user", "assistant", "tool", "developer", "function")
 _WORDS = re.compile(r"\.(\w+)|'(\w+)'|\"(\w+)\"")  # fields that a template reads, and strings that it compares with
-_CHANGING = re.compile(r"\b(strftime_now|lipsum)\b|\|\s*random\b")  # of Jinja's names, those without a fixed value
+_CHANGING = re.compile(
+    r"\b(strftime_now|lipsum)\b|(\||\bfilter\b|\bmap\s*\(\s*['\"])\s*random\b"
+)  # of Jinja's names, those without a fixed value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ class TextTokenizer:
                 "core": self._codec.core,
                 "added": self._codec.added,
                 "special": sorted(self._codec.special.items()),
+                **({"flags": self._codec.flags} if self._codec.flags else {}),
             }
             self._fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()
         return self._fingerprint
@@ -266,9 +269,11 @@ class TextTokenizer:
             )
         said = list(messages)
         options = {**names, "add_generation_prompt": add_generation_prompt}
-        rendered = render_guarded(said, partial(self._write, options), self._codec, self._known)
         try:
+            rendered = render_guarded(said, partial(self._write, options), self._codec, self._known)
             check_said(said, rendered, partial(self._show, options))
+        except RecursionError:
+            raise ValueError(f"{self.name}: the conversation is nested too deeply for its chat template") from None
         except LeftOut as error:
             raise LeftOut(f"{self.name}: {error}; use a template that writes it, or omit the row") from None
         return rendered + start

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from megatron_tide.bridge import SPOKEN, Aligned, Bridge, EncodedPair, LeftOut, TemplateLimit, TextTokenizer
 from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
-from megatron_tide.tables import ASSISTANT, Message
+from megatron_tide.tables import ASSISTANT, MEDIA, Message
 
 NO_ASSISTANT = "no assistant turn"
 EMPTY_PROMPT = "nothing before the response"
 EMPTY_RESPONSE = "empty response"
 NO_ROOM = "no response chunk fits"
 NOT_WRITTEN = "a message that the chat template does not write"
-MORE_THAN_TEXT = "a response with reasoning or tool calls beside its text"
+MORE_THAN_TEXT = "a response with reasoning, tool calls or a name beside its text"
 REFUSED = "refused by a tokenizer or template"
 
 # Of rows into samples, part of a folder's settings. 2: prompts hold message text as text; 3: also where it is joined.
@@ -173,7 +173,7 @@ def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
     prompt, response = messages[: turns[-1]], messages[turns[-1]]["content"]
     if not prompt:
         return EMPTY_PROMPT
-    if any(messages[turns[-1]].get(field) for field in SPOKEN if field != "content"):
+    if any(messages[turns[-1]].get(field) for field in (*SPOKEN[1:], *MEDIA)):
         return MORE_THAN_TEXT
     if not response.strip():
         return EMPTY_RESPONSE

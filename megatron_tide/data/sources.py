@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_tide.files import atomic_write, fingerprint, read_json
 from megatron_tide.tables import Message, Table, open_table, parse_messages
+from megatron_tide.tables import conversation as read_conversation
 
 UNREADABLE_SHARE = 0.01  # of a mixture's rows; a larger share means an error in the data or in the column settings
 _CONTAINS = "contains"
@@ -125,11 +126,7 @@ class DataSource:
                 raise ValueError(f"{where}: no column {column!r}; it has {', '.join(content)}")
             values.append(content[column])
         if self.spec.prompt_column is None:
-            messages = parse_messages(values[0], where)
-            tools = _listed(content.get("tools"))
-            if messages and tools:
-                messages[0]["tools"] = tools
-            return messages
+            return read_conversation(content, self.spec.messages_column, where)
         prompt, response = values
         return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
 
@@ -227,14 +224,6 @@ def read_mixture(path: str) -> list[SourceSpec]:
         found = f"unknown field {unknown[0]!r}" if unknown else 'no list "sources"'
         raise ValueError(f'{path}: {found}; a mixture is {{"sources": [{{"path": ...}}, ...]}}')
     return [SourceSpec.parse(entry, f"{path}: sources[{number}]") for number, entry in enumerate(entries)]
-
-
-def _listed(tools: Any) -> Any:
-    """The tools of a row, which many data sets hold as JSON text."""
-    try:
-        return json.loads(tools) if isinstance(tools, str) else tools
-    except (ValueError, RecursionError):
-        return tools
 
 
 def _select(spec: SourceSpec, rows: Table) -> NDArray[np.int64]:

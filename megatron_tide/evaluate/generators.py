@@ -129,6 +129,7 @@ class Generator:
         files = [self.folder / name for name in ("config.json", "generation_config.json")]
         configs = [read_json(file) if file.is_file() else None for file in files]
         identity = [type(self.model).__name__, configs, tokenizer.fingerprint, tokenizer.template_fingerprint, _code()]
+        identity.append(self.encode("", {"chat_template": False}).tolist())  # what stands before a prompt
         digest.update(json.dumps(identity, sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

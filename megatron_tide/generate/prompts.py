@@ -16,7 +16,7 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.cli import say
 from megatron_tide.data import PreparedData
 from megatron_tide.generate.complete import Completion, prompt_ids
-from megatron_tide.tables import ASSISTANT, parse_messages, read_rows
+from megatron_tide.tables import ASSISTANT, conversation, read_rows
 
 HOLE = re.compile(r"<mask:(\d+)>")
 
@@ -93,7 +93,7 @@ def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prom
     if "messages" not in row:
         raise ValueError(f"{where}: needs messages or prompt")
     try:
-        return from_messages(tokenizer, parse_messages(row["messages"], where))
+        return from_messages(tokenizer, conversation(row, "messages", where))
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
 

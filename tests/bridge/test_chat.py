@@ -283,3 +283,63 @@ def test_slices_and_sums_of_a_prompt_keep_its_text(tokenizers: Mapping[str, Text
         assert controls(tokenizer, tokenizer.encode_prompt(same)) == whole
     for longer in (rendered + special, special + rendered, rendered[:-5] + special + rendered[-5:]):
         assert controls(tokenizer, tokenizer.encode_prompt(longer)) == whole
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ({"role": "user", "content": "Hi", "name": "user"}, "leaves out 'user', name of message 0"),
+        ({"role": "assistant", "content": "", "refusal": "I cannot."}, "refusal of message 0"),
+        ({"role": "user", "content": "See", "images": [{"bytes": b"x"}]}, "images of message 0"),
+        ({"role": "user", "content": "Hear", "audio": "a.wav"}, "audio of message 0"),
+    ],
+)
+def test_fields_that_a_template_does_not_know_are_refused(
+    qwen_like: TextTokenizer, message: dict[str, Any], lost: str
+) -> None:
+    with pytest.raises(LeftOut, match=lost):
+        qwen_like.render([message, *user("Well?")])
+
+
+def test_names_are_kept_where_the_template_writes_them_and_tools_are_named_by_their_calls(
+    tmp_path: Path, folders: Mapping[str, Path], qwen_like: TextTokenizer
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = "{% for m in messages %}{{ m.name }}: {{ m.content }}{% endfor %}"
+
+    named = [{"role": "user", "content": "Hi", "name": "Ann"}]
+    assert "Ann: Hi" in variant(tmp_path, folders["student"], change).render(named)
+    qwen_like.render([{"role": "tool", "content": "rain", "name": "weather"}, *user("Well?")])
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(
+    tokenizers: Mapping[str, TextTokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """As Rust's libraries raise it."""
+
+    class Panics:
+        def encode(self, text: str, add_special_tokens: bool) -> Any:
+            raise PanicException("retry-limit-in-match over")
+
+    monkeypatch.setattr(tokenizers["student"]._codec, "_text", Panics())
+    with pytest.raises(ValueError, match=r"fails on a text of 3 characters .*retry-limit"):
+        tokenizers["student"].encode("abc")
+
+
+@pytest.mark.parametrize("choice", ["{{ [1, 2] | random }}", "{{ x|random }}", "{% filter random %}ab{% endfilter %}"])
+def test_random_choices_are_refused(tmp_path: Path, folders: Mapping[str, Path], choice: str) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = "{{ messages[0].content }} a random word" + choice
+
+    with pytest.raises(ValueError, match="random choice"):
+        variant(tmp_path, folders["student"], change).render(user("Hi"))
+
+
+def test_nesting_that_exceeds_the_stack_is_one_line(tokenizers: Mapping[str, TextTokenizer]) -> None:
+    deep: Any = "x"
+    for _ in range(3000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply") as refused:
+        tokenizers["student"].render([{"role": "user", "content": "Hi", "tool_calls": deep}])
+    assert "\n" not in str(refused.value)

@@ -275,3 +275,19 @@ def test_no_message_is_longer_than_a_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tokenizer") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_how_an_added_token_takes_its_surroundings_is_part_of_the_fingerprint(
+    tmp_path: Path, folders: Mapping[str, Path], flag: str
+) -> None:
+    found = []
+    for value in (False, True):
+        folder = shutil.copytree(folders["student"], tmp_path / str(value))
+        spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        (token,) = [one for one in spec["added_tokens"] if one["content"] == "<|mask|>"]
+        token[flag] = value
+        (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+        found.append(load_tokenizer(folder).fingerprint)
+    assert found[0] != found[1]
+    assert found[0] == load_tokenizer(folders["student"]).fingerprint

@@ -238,6 +238,9 @@ def test_what_the_template_or_the_response_leaves_out_is_dropped_and_counted(pai
     calls = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
     lost: list[tuple[Message, str]] = [
         ({"role": "assistant", "content": "", "tool_calls": calls}, NOT_WRITTEN),
+        ({"role": "assistant", "content": "", "refusal": "No."}, NOT_WRITTEN),
+        ({"role": "assistant", "content": "Yes.", "name": "Ann"}, NOT_WRITTEN),
+        ({"role": "assistant", "content": "Look.", "images": [1]}, NOT_WRITTEN),
     ]
     for message, reason in lost:
         row = encode(encoder, [message, *_messages("Yes.")])
