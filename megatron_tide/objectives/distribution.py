@@ -154,6 +154,16 @@ def _take(logits_mV: Tensor, columns: slice | Tensor) -> Tensor:
     return logits_mV.index_select(1, columns)
 
 
+class _Segments(NamedTuple):
+    """The outputs of the teacher's head, by category: their order, the category of each, and how many it has."""
+
+    order_V: Tensor
+    category_V: Tensor
+    lengths_D: Tensor
+    reached_V: Tensor
+    whole_V: Tensor
+
+
 class PrefixMap:
     """Categories of what comes next, where a token of one side is several of the other's: byte prefixes.
 
@@ -165,12 +175,14 @@ class PrefixMap:
     """
 
     def __init__(self, prefix_ids: Tensor, whole_ids: Tensor) -> None:
-        self._prefix_ids, self._whole_ids, reached = prefix_ids, whole_ids, prefix_ids[prefix_ids >= 0].unique()
-        if reached.numel() == 0:
+        self._prefix_ids, self._whole_ids = prefix_ids, whole_ids
+        self._reached = prefix_ids[prefix_ids >= 0].unique()
+        if self._reached.numel() == 0:
             raise ValueError("no token of the teacher begins with one of the student; use a chunk objective")
-        self.strings, self.bucket = reached.numel(), True
-        self._student, self._reached = _Side(reached, "student"), reached
-        self._category: dict[tuple[torch.device, int], Tensor] = {}
+        self.strings, self.bucket = self._reached.numel(), True
+        self._student = _Side(self._reached, "student")
+        self._some_unreached = bool((prefix_ids < 0).any())
+        self._segments: dict[tuple[torch.device, int], _Segments] = {}
 
     def categories(
         self, student_logits_mV: Tensor, teacher_logits_mV: Tensor, temperature: float
@@ -183,45 +195,47 @@ class PrefixMap:
 
     def of_student(self, logits_mV: Tensor, teacher_width: int, temperature: float) -> Tensor:
         """The student's part of :meth:`categories`; ``teacher_width``: the number of the teacher's logits."""
-        with_bucket = self._with_bucket(logits_mV.shape[-1], teacher_width)
+        with_bucket = self._has_rest(teacher_width) and self.strings < logits_mV.shape[-1]
         return _over_categories(logits_mV, self._student.columns(logits_mV), temperature, with_bucket)
 
     def of_teacher(self, logits_mV: Tensor, student_width: int, temperature: float) -> Tensor:
         """The teacher's part of :meth:`categories`: the logsumexp of the logits / T of all ids that reach a category.
 
-        A softmax then gives each the sum of the probabilities of its ids, however small.
+        A softmax then gives each the sum of the probabilities of its ids, however small. No gradient; sums are in a
+        fixed order on every device.
         """
-        scaled_mV, index_V = logits_mV / temperature, self._categories(logits_mV)
-        columns = self.strings + 1
-        index_mV = index_V.expand_as(scaled_mV)
-        top_mD = scaled_mV.new_full((len(scaled_mV), columns), -torch.inf)
-        top_mD = top_mD.scatter_reduce(1, index_mV, scaled_mV, "amax")
-        sums_mD = torch.zeros_like(top_mD).scatter_add(1, index_mV, (scaled_mV - top_mD.gather(1, index_mV)).exp())
-        scores_mD = top_mD + sums_mD.log()
-        return scores_mD if self._with_bucket(student_width, logits_mV.shape[-1]) else scores_mD[:, :-1]
+        by = self._by_category(logits_mV)
+        sorted_Vm = (logits_mV.detach() / temperature).index_select(1, by.order_V).T.contiguous()
+        top_Dm = torch.segment_reduce(sorted_Vm, "max", lengths=by.lengths_D, axis=0, unsafe=True)
+        shares_Vm = (sorted_Vm - top_Dm.index_select(0, by.category_V)).exp()
+        sums_Dm = torch.segment_reduce(shares_Vm, "sum", lengths=by.lengths_D, axis=0, unsafe=True)
+        scores_mD = (top_Dm + sums_Dm.log()).T
+        return scores_mD if self.strings < student_width else scores_mD[:, : self.strings]
 
     def spelled(self, logits_mV: Tensor) -> tuple[Tensor, Tensor]:
         """[m] each: the teacher's mass on strings that are a student token, and on those that only begin with one."""
-        probability_mV = logits_mV.softmax(-1)
-        whole_m = probability_mV.index_select(1, self._whole_ids.to(logits_mV.device)).sum(-1)
-        reached_m = (probability_mV * (self._categories(logits_mV) < self.strings)).sum(-1)
-        return whole_m, (reached_m - whole_m).clamp(min=0)
+        by, probability_mV = self._by_category(logits_mV), logits_mV.softmax(-1)
+        whole_m = (probability_mV * by.whole_V).sum(-1)
+        return whole_m, (probability_mV * (by.reached_V & ~by.whole_V)).sum(-1)
 
-    def _with_bucket(self, student_width: int, teacher_width: int) -> bool:
-        has_rest = teacher_width > len(self._prefix_ids) or bool((self._prefix_ids < 0).any())
-        return has_rest and self.strings < student_width
+    def _has_rest(self, teacher_width: int) -> bool:
+        return self._some_unreached or teacher_width > len(self._prefix_ids)
 
-    def _categories(self, logits_mV: Tensor) -> Tensor:
-        """int64 [V_t]: the category of each output of the teacher's head, which may be wider than the table."""
-        device, width, known = logits_mV.device, logits_mV.shape[-1], len(self._prefix_ids)
-        if (device, width) not in self._category:
+    def _by_category(self, logits_mV: Tensor) -> _Segments:
+        """For the teacher's head, which may be wider than the table; made once."""
+        device, width = logits_mV.device, logits_mV.shape[-1]
+        if (device, width) not in self._segments:
             used, beyond = self._prefix_ids[:width], self._prefix_ids[width:]
             if bool((beyond >= 0).any()):
                 raise ValueError(
-                    f"the teacher's head has {width} outputs, but the bridge has {known} of its tokens; "
+                    f"the teacher's head has {width} outputs, the bridge has {len(self._prefix_ids)} of its tokens; "
                     "use the tokenizer that the teacher was trained with, and build the bridge from it"
                 )
-            found = torch.full((width,), self.strings)
-            found[: len(used)] = torch.where(used >= 0, torch.searchsorted(self._reached, used), self.strings)
-            self._category[device, width] = found.to(device)
-        return self._category[device, width]
+            category_V = torch.full((width,), self.strings)
+            category_V[: len(used)] = torch.where(used >= 0, torch.searchsorted(self._reached, used), self.strings)
+            order_V = category_V.argsort(stable=True)
+            lengths_D = torch.bincount(category_V, minlength=self.strings)
+            whole_V = torch.zeros(width, dtype=torch.bool).index_fill(0, self._whole_ids, True)
+            parts = order_V, category_V[order_V], lengths_D, category_V < self.strings, whole_V
+            self._segments[device, width] = _Segments(*(part.to(device) for part in parts))
+        return self._segments[device, width]

@@ -81,7 +81,7 @@ def batch_of_first_rows(some=SAMPLES):
         "pair_student_index": torch.tensor([student.index(k) for k in chunks]),
         "pair_teacher_index": torch.tensor([teacher.index(k) for k in chunks]),
         "pair_chunk": torch.tensor(list(chunks)),
-        "pair_several": torch.tensor(several),
+        "pair_several": torch.tensor(several, dtype=torch.long),
     }
     return made, replace(made, noised=replace(made.noised, **pairs))
 
