@@ -46,6 +46,10 @@ arms=(
   "byte-prefix  tide-bridge $plain --distribution-rows byte_prefix"
 )
 
+# Arms of chunk likelihoods alone: no setting that is tuned changes what their teacher is asked, so it is asked once. An
+# answer to distributions depends on the temperature, and the seeds' arms differ in noise or attention.
+asked_once="tide-cross tide-shared"
+
 # --- settings: edit here, or set them in the environment ---
 SIZE=${SIZE:-cpu}
 NAME=${NAME:-study_$SIZE}
@@ -134,38 +138,49 @@ arm() {
 
 # tune SECONDS NAME ROUND TRIAL...: arm NAME with each TRIAL (a string of flags), from the best settings of the rounds
 # before; the best of all trials of NAME goes to tuning/NAME/best-ROUND.json. SECONDS: of one trial.
+# Trials of an arm of asked_once train from the same answers of the teacher, which are the numbers of the teacher itself.
 tune() {
-  local name=$2 round=$3 folder=$run/tuning/$2 words=() scored=() trial out whose flags more
+  local name=$2 round=$3 folder=$run/tuning/$2 seconds=$(($1 * ($# - 3))) words=() scored=() cached=() trial out whose flags more
   arm "$name"
   [[ $name == "${tuned:-}" ]] || rounds=() tuned=$name
   ((${#rounds[@]} == 0)) || flags+=(--config "$best")
+  local shared=(--student "$run/start-$TUNING_SEED" --seed "$TUNING_SEED" "${distilling[@]}" "${flags[@]}")
+  if [[ " $asked_once " == *" $name "* ]]; then
+    cached=(--teacher-hosting cached --teacher-cache "$folder/answers")
+    read -ra more <<<"$4"
+    if ((${#rounds[@]} == 0)); then
+      words=(cache --out "$folder/answers" "${shared[@]}" "${more[@]}" --then)
+      seconds=$((seconds + DISTILL_STEPS / 6))
+    fi
+  fi
   for trial in "${@:4}"; do
     out=${trial//--/} out=$folder/${out// /-}
     read -ra more <<<"$trial"
-    words+=(distill --out "$out" --student "$run/start-$TUNING_SEED" --seed "$TUNING_SEED" "${distilling[@]}"
-      "${flags[@]}" "${more[@]}" --then)
+    words+=(distill --out "$out" "${shared[@]}" ${cached[@]+"${cached[@]}"} "${more[@]}" --then)
     scored+=(--student "$out")
   done
   rounds+=("$folder/round-$round.json")
-  timed $(($1 * ($# - 3))) "tune-$name-$round" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
+  timed "$seconds" "tune-$name-$round" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
     --data "$run/data-validation" --samples "$EVAL_SAMPLES" --likelihood-noise block --mc-samples 4 "${scored[@]}" --json "${rounds[@]: -1}"
   best=$folder/best-$round.json
   timed 1 "choose-$name-$round" "$PYTHON" recipes/study/choose.py "${rounds[@]}" --out "$best"
 }
 
 tuning() {
-  local best='' tuned='' rounds=() trials=() lr steps name lrs
+  local best='' tuned='' rounds=() trials=() lr steps name lrs pace
   local first="--max-steps $DISTILL_STEPS --temperature 2 --distill-weight"
   for lr in $LRS_BD3LM; do
     for steps in $STEPS_BD3LM; do trials+=("--lr $lr --max-steps $steps"); done
   done
   tune $((DISTILL_STEPS / 11 + 9)) bd3lm last "${trials[@]}"
   read -ra lrs <<<"$LRS"
-  tune $((DISTILL_STEPS / 3 + 9)) tide-shared last "${lrs[@]/#/$first 1 --lr }"
+  tune $((DISTILL_STEPS / 8 + 9)) tide-shared last "${lrs[@]/#/$first 1 --lr }"
   for name in tide-cross tide-bridge; do
-    tune $((DISTILL_STEPS / 4 + 9)) "$name" 1 "${lrs[@]/#/$first 2 --lr }"
-    tune $((DISTILL_STEPS / 4 + 9)) "$name" 2 "${temperatures[@]/#/--temperature }"
-    tune $((DISTILL_STEPS / 4 + 9)) "$name" last "${weights[@]/#/--distill-weight }"
+    pace=4 # steps per second
+    [[ " $asked_once " != *" $name "* ]] || pace=8
+    tune $((DISTILL_STEPS / pace + 9)) "$name" 1 "${lrs[@]/#/$first 2 --lr }"
+    tune $((DISTILL_STEPS / pace + 9)) "$name" 2 "${temperatures[@]/#/--temperature }"
+    tune $((DISTILL_STEPS / pace + 9)) "$name" last "${weights[@]/#/--distill-weight }"
   done
 }
 
