@@ -212,7 +212,8 @@ class AnswerCache:
         path = Path(folder) / MANIFEST
         manifest = read_json(path, f"the teacher has not (or not completely) been swept: {AGAIN}")
         stated = {name: value for name, value in manifest.items() if name != "fingerprint"}
-        if manifest.get("format") != FORMAT or fingerprint(stated) != manifest.get("fingerprint"):
+        whole = fingerprint(stated) == manifest.get("fingerprint") and _is_manifest(manifest)
+        if manifest.get("format") != FORMAT or not whole:
             raise ValueError(f"{path}: edited, corrupt or of another version; {AGAIN}")
         return cls(Path(folder), manifest)
 
@@ -296,6 +297,22 @@ class AnswerCache:
         return shard
 
 
+def _is_manifest(content: dict[str, Any]) -> bool:
+    """Whether all that is read from a manifest is there, of its type."""
+    try:
+        numbers = [content["settings"][name] for name in ("categories", "kept", "teacher_vocab")]
+        for seed, swept in content["seeds"].items():
+            numbers += [int(seed), swept["first"], swept["end"], *swept["shards"]]
+        texts = [content["settings"]["teacher"], content["teacher_name"]]
+        return (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and isinstance(content["covered_mass"], float | None)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:12] + "..."
@@ -322,12 +339,15 @@ class CachedTeacher(TeacherBackend):
 
     def _score(self, batch: DistillBatch) -> TeacherOutputs:
         found = [self.cache.answer(question) for question in questions(batch)]
-        rows, pairs = len(batch.teacher_targets), len(batch.pair_chunk)
+        rows, pairs, term = len(batch.teacher_targets), len(batch.pair_chunk), self.strategy.rows
+        most = term.vocabulary.strings + term.vocabulary.bucket if term else 0
 
         def joined(name: str, width: int, count: int) -> Tensor:
             values = np.concatenate([answer[name] for answer in found])
             if len(values) != width * count:
                 raise ValueError(f"{self.cache.folder}: {len(values)} {name}, not {width * count}; {AGAIN}")
+            if name == "top" and len(values) and not 0 <= values.min() <= values.max() < most:
+                raise ValueError(f"{self.cache.folder}: a category outside the {most} compared ones; {AGAIN}")
             return torch.from_numpy(values).to(batch.keys.device)
 
         logprobs = joined("logprobs", 1, rows) if self.strategy.needs_target_logprobs else None

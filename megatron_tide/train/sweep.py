@@ -70,10 +70,12 @@ class Forecast:
 
     def __str__(self) -> str:
         each = self.step_bytes / max(self.tokens, 1.0)
+        rows = f" and {self.pairs:,.0f} distributions" if self.pairs else ""
+        size = f"{self.bytes / 1e9:,.1f} GB" if self.bytes > 1e9 else f"{self.bytes / 1e6:,.1f} MB"
+        hours = clock_text(self.steps * self.seconds)
         return (
-            f"{self.steps} steps of {self.tokens:,.0f} scored tokens and {self.pairs:,.0f} distributions: "
-            f"{self.bytes / 1e9:.3g} GB ({each:,.0f} bytes per token), {self.steps * self.seconds / 3600:.2g} hours "
-            "by the plan"
+            f"{self.steps} steps of {self.tokens:,.0f} scored tokens{rows}: {size} ({each:,.0f} bytes per token), "
+            f"{hours} (h:min:s) by the plan"
         )
 
 
@@ -100,6 +102,7 @@ def forecast(config: DistillConfig, inputs: RunInputs, loader: MicrobatchLoader,
             f"{hosting.flags} does not fit: {planned.complaint()}; `python -m megatron_tide plan` shows what does "
             "(--skip-plan skips this check)"
         )
+    pairs *= shape["categories"] > 0
     return Forecast(tokens, pairs, size + 40 * samples, seeds * (end - first), planned.seconds)
 
 

@@ -13,6 +13,7 @@ import torch
 from megatron_tide import cli, distill
 from megatron_tide.commands import cache as cache_command
 from megatron_tide.config import from_flat
+from megatron_tide.files import fingerprint
 from megatron_tide.hosting.cached import AnswerCache, CachedTeacher
 from megatron_tide.hosting.memory import Machine
 from megatron_tide.hosting.replicated import ReplicatedTeacher
@@ -109,8 +110,12 @@ def test_bit_for_bit_the_live_teachers_numbers(chain, folder):
     assert pairs > 100
 
 
-@pytest.mark.parametrize("flags", [{"micro_batch_size": 1}, {"micro_batch_size": 8}], ids=["one-by-one", "at-once"])
-def test_other_micro_batches_ask_the_same(chain, folder, flags):
+@pytest.mark.parametrize(
+    "flags",
+    [{"micro_batch_size": 1}, {"micro_batch_size": 8}, {"pretraining": "ar:0.5"}],
+    ids=["one-by-one", "at-once", "only-the-last-phase"],
+)
+def test_other_micro_batches_and_phases_ask_the_same(chain, folder, flags):
     for _, live, stored in outputs_of(chain, folder, **flags)[1]:
         for one, other in zip(live, stored):
             torch.testing.assert_close(other.target_logprobs, one.target_logprobs, rtol=0, atol=1e-5)
@@ -211,6 +216,11 @@ def test_another_text_or_teacher_is_refused(chain, folder, tmp_path):
     lacking = AnswerCache(folder, {**manifest, "settings": {**manifest["settings"], "distributions": False}})
     with pytest.raises(ValueError, match="has no distributions, which this strategy needs"):
         lacking.refuse_other(manifest["settings"], 42, 0, 8)
+    forged = {name: value for name, value in manifest.items() if name not in ("fingerprint", "seeds")}
+    forged["seeds"] = {"42": {"first": 0, "end": 8, "shards": ["../../elsewhere"]}}
+    (tmp_path / "manifest.json").write_text(json.dumps({**forged, "fingerprint": fingerprint(forged)}))
+    with pytest.raises(ValueError, match="edited, corrupt or of another version"):
+        AnswerCache.open(tmp_path)
     inputs, _ = reading(chain, folder)
     config = from_flat(chain.run(tmp_path, **ASKS))
     record_models(config, inputs, WORLD)
@@ -282,8 +292,8 @@ def test_the_forecast_is_what_it_takes(chain, folder, tmp_path, capsys, monkeypa
     assert command("cache")([*flags, "--dry-run"]) == 0
     line = capsys.readouterr().out
     assert "8 steps of" in line
-    assert "GB" in line
-    assert "hours" in line
+    assert "MB (" in line
+    assert "(h:min:s) by the plan" in line
     assert not (tmp_path / "answers").exists()
     taken = sum(path.stat().st_size for path in folder.glob("*.arrow"))
     assert 8 * step_bytes(chain, tmp_path) == pytest.approx(taken, rel=0.1)
