@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +14,19 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_tide.config import from_flat
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, build_inputs, noise
 from megatron_tide.diffusion.attention import TILE
 from megatron_tide.hosting.backend import NoTeacher
+from megatron_tide.hosting.layerwise import ForwardState, LayerwiseForward, TeacherInputs, make_flat_layers
 from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import backbone_a2d, experts, fresh_model, grouped
+from megatron_tide.models.layer_specs import layer_specs_of
 from megatron_tide.objectives import Counts, Strategy
+from megatron_tide.train.build import make_loader
+from megatron_tide.train.distributed import DistContext
+from megatron_tide.train.engine import share_cores
+from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.step import TrainContext, train_step
 from tests.diffusion.samples import STUDENT_BLOCK, STUDENT_MASK, TEACHER_BLOCK, TEACHER_MASK, collate, make
 from tests.objectives.test_strategy import CASES, built
@@ -123,6 +132,57 @@ def test_a_step_mixes_no_devices(case: str) -> None:
         found, kinds = step(case, "cuda")
     assert found.losses["loss/total"].is_cuda
     assert not kinds & set(ATOMICS)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_layerwise_teacher_never_waits_and_mixes_no_devices(device: str) -> None:
+    """What every rank does with the layers of a sharded or offloaded teacher, or of a pipeline's stage."""
+    strategy, mode = built(*CASES["tide-cross"][:2]), FakeTensorMode()
+    layers = make_flat_layers(
+        layer_specs_of(tiny_teacher_config(vocab_size=VOCAB)), torch.bfloat16, head_weight=None, score_targets=True
+    )
+    model_without_values(layers[0].specs.rotary, mode, device, False)
+    for layer in layers:
+        layer.flat = torch.nn.Parameter(without_values(layer.flat, mode, device), False)
+        layer.exact = {name: without_values(tensor, mode, device) for name, tensor in layer.exact.items()}
+    batch = micro_batch(strategy).padded(TILE)._each(lambda tensor: without_values(tensor, mode, device))
+    states = [ForwardState(TeacherInputs.of(batch)) for _ in range(2)]
+    with mode, torch.inference_mode():
+        LayerwiseForward(layers)(states)
+    for state in states:
+        assert state.target_logprobs.shape == batch.teacher_targets.shape
+        assert state.target_logprobs.device.type == device
+
+
+def test_on_a_gpu_lengths_are_full_tiles(chain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DistillBatch, "pin_memory", lambda batch: batch)
+    config = from_flat(chain.run(tmp_path / "run", strategy="tide-cross"))
+    inputs = read_run_inputs(config, 1)
+    plain, wide = (
+        make_loader(config, inputs, DistContext(0, 1, torch.device(device), None))(0) for device in ("cpu", "cuda")
+    )
+    for mine, theirs in zip(plain, wide, strict=True):
+        for short, long in ((mine.student, theirs.student), (mine.teacher, theirs.teacher)):
+            assert short is not None
+            assert long is not None
+            assert long.input_ids.shape[1] == -(-short.input_ids.shape[1] // TILE) * TILE
+            assert torch.equal(long.input_ids.flatten()[long.rows], short.input_ids.flatten()[short.rows])
+            assert not long.attention.valid[:, short.input_ids.shape[1] :].any()
+
+
+def test_cpu_adam_gets_the_cores_that_torchrun_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    for said, local_ranks, threads in (("1", 4, [4]), (None, 1, [16]), ("1", 32, [1]), ("6", 4, [])):
+        given.clear()
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if said:
+            monkeypatch.setenv("OMP_NUM_THREADS", said)
+        share_cores(local_ranks)
+        assert given == threads
+        assert os.environ["OMP_NUM_THREADS"] == str(*(threads or [said]))
 
 
 @pytest.mark.usefixtures("card")
