@@ -83,16 +83,15 @@ class Guard(Protocol):
 
 
 def render_guarded(
-    messages: list[Any], render: Callable[[list[Any]], str], guard: Guard, known: Container[str]
+    messages: list[Any], plain: str, render: Callable[[list[Any]], str], guard: Guard, known: Container[str]
 ) -> Rendered:
-    """``render(messages)``, and where message text in it reads like a control token, or completes one.
+    """``plain``, which is ``render(messages)``, and where message text in it reads like a control token, or completes
+    one.
 
     ``known``: words that the template itself uses, such as names of roles and fields. ValueError where the template
     changes such text.
     """
-    plain = render(messages)
-    taken = set(plain).union(*_strings(messages))
-    marks = _Marks(guard, known, (letter for code in _PRIVATE if (letter := chr(code)) not in taken))
+    marks = _Marks(guard, known, _free(plain, messages))
     marked = _mapped(messages, marks.all)
     if not marks.strings:
         return Rendered(plain)
@@ -113,6 +112,12 @@ def render_guarded(
     if [hidden[start:stop] for start, stop in guard.controls(hidden)] != own:
         raise ValueError("a message and the chat template's text form a control token together; change the message")
     return Rendered(plain, content)
+
+
+def _free(plain: str, messages: list[Any]) -> Iterator[str]:
+    """Private-use letters that occur nowhere; nothing is looked through before the first one is asked for."""
+    taken = set(plain).union(*_strings(messages))
+    yield from (letter for code in _PRIVATE if (letter := chr(code)) not in taken)
 
 
 def blank(text: str, content: Sequence[Range]) -> str:

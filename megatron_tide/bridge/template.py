@@ -13,13 +13,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge.template_worker import SECONDS, SIZE
 
 WORKER = Path(__file__).with_name("template_worker.py")
+_PIPE = 1 << 15  # bytes that a pipe takes at once
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -34,14 +36,38 @@ def render(template: str, messages: list[Any], **names: Any) -> str:
         TemplateLimit: rendering takes too much time or memory.
         ValueError: the template rejects the conversation, or cannot be rendered.
     """
+    return _text(_RENDERER.ask(_request(template, messages, names)))
+
+
+def render_all(template: str, conversations: Sequence[tuple[list[Any], dict[str, Any]]]) -> list[str | ValueError]:
+    """``render`` of each (messages, names), in much less time; its error in place of a text."""
+    found: list[str | ValueError] = []
+    asked: dict[int, bytes] = {}
+    for number, (messages, names) in enumerate(conversations):
+        try:
+            asked[number] = _request(template, messages, names)
+            found.append("")
+        except ValueError as error:
+            found.append(error)
+    for number, answer in zip(asked, _RENDERER.ask_all([*asked.values()])):
+        try:
+            found[number] = _text(answer)
+        except ValueError as error:
+            found[number] = error
+    return found
+
+
+def _request(template: str, messages: list[Any], names: Mapping[str, Any]) -> bytes:
     seen = {"tools": None, "documents": None, **names, "messages": [_with_reasoning(one) for one in messages]}
     if seen["tools"] is not None and not all(isinstance(tool, dict) for tool in _items(seen["tools"])):
         raise ValueError("tools must be a list of objects")
     try:
-        request = json.dumps({"template": template, "names": seen}, default=_named, skipkeys=True).encode()
+        return json.dumps({"template": template, "names": seen}, default=_named, skipkeys=True).encode()
     except RecursionError:
         raise ValueError("the conversation is nested too deeply") from None
-    found = _RENDERER.ask(request)
+
+
+def _text(found: Mapping[str, str]) -> str:
     if "text" in found:
         return found["text"]
     line = " ".join(found.get("limit", found.get("error", "")).split())[:300]
@@ -75,16 +101,38 @@ class _Renderer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> dict[str, str]:
+        status = 0
         with self._lock:
             for _ in range(2):  # the process may have been ended from outside since the last request
-                process = self._process = self._process or self._start()
                 try:
-                    return self._exchange(process, request)
+                    self._send(request)
+                    return next(self._answers(1))
                 except (OSError, EOFError):
                     status = self._stop()
                     if status == -signal.SIGPROF:
                         return {"limit": f"it takes more than {SECONDS:g} s"}
-            return {"limit": f"the process that renders it ends (status {status})"}
+        return {"limit": f"the process that renders it ends (status {status})"}
+
+    def ask_all(self, requests: Sequence[bytes]) -> list[dict[str, str]]:
+        """Answers to several requests: as many as fit into a pipe are sent together."""
+        found: list[dict[str, str]] = []
+        while len(found) < len(requests):
+            rest = requests[len(found) :]
+            count = sum(size <= _PIPE for size in accumulate(SIZE + len(request) for request in rest))
+            together = self._together(rest[:count]) if count > 1 else []
+            found += together or [self.ask(rest[0])]
+        return found
+
+    def _together(self, requests: Sequence[bytes]) -> list[dict[str, str]]:
+        """Answers up to the first one that ended the process."""
+        found: list[dict[str, str]] = []
+        with self._lock:
+            try:
+                self._send(*requests)
+                found.extend(self._answers(len(requests)))
+            except (OSError, EOFError):
+                self._stop()
+        return found
 
     def forget(self) -> None:
         """In a forked process: the parent's process is not ours."""
@@ -95,8 +143,7 @@ class _Renderer:
             pipe.close()
 
     def close(self) -> None:
-        if self._process is not None:
-            self._stop()
+        self._stop()
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", str(WORKER)]  # -P: modules beside it have names of the standard library's
@@ -105,7 +152,8 @@ class _Renderer:
 
     def _stop(self) -> int:
         process, self._process = self._process, None
-        assert process is not None
+        if process is None:  # it could not be started
+            return 0
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
@@ -116,26 +164,39 @@ class _Renderer:
             process.kill()
             return process.wait()
 
-    def _exchange(self, process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
+    def _send(self, *requests: bytes) -> None:
+        process = self._process = self._process or self._start()
         assert process.stdin is not None
-        data = memoryview(len(request).to_bytes(SIZE, "big") + request)
+        data = memoryview(b"".join(len(request).to_bytes(SIZE, "big") + request for request in requests))
         while data:
             data = data[process.stdin.write(data) :]
-        size = int.from_bytes(self._read(process, SIZE), "big")
-        found: dict[str, str] = json.loads(self._read(process, size))
-        if "limit" in found:
-            self._stop()
-        return found
 
-    def _read(self, process: subprocess.Popen[bytes], size: int) -> bytes:
+    def _answers(self, count: int) -> Iterator[dict[str, str]]:
+        assert self._process is not None
+        process, data = self._process, b""
+        for _ in range(count):
+            while len(data) < SIZE:
+                data += self._read(process)
+            parts, size = [data[SIZE:]], int.from_bytes(data[:SIZE], "big")
+            left = size - len(parts[0])
+            while left > 0:
+                parts.append(self._read(process))
+                left -= len(parts[-1])
+            joined = b"".join(parts)
+            data = joined[size:]
+            found: dict[str, str] = json.loads(joined[:size])
+            if "limit" in found:
+                self._stop()
+            yield found
+            if "limit" in found:
+                return
+
+    def _read(self, process: subprocess.Popen[bytes]) -> bytes:
         assert process.stdout is not None
-        parts = []
-        while size:
-            parts.append(process.stdout.read(size))
-            if not parts[-1]:
-                raise EOFError
-            size -= len(parts[-1])
-        return b"".join(parts)
+        part = process.stdout.read(1 << 20)
+        if not part:
+            raise EOFError
+        return part
 
 
 _RENDERER = _Renderer()

@@ -110,8 +110,10 @@ def answer(request: bytes) -> dict[str, str]:
 def limit(size: int) -> None:
     """Bound the processor's time (SIGPROF ends the process) and the memory for a request of ``size`` bytes."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS + size * 1e-6)
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    soft = MEMORY + TIMES * size
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = MEMORY + TIMES * max(size, 1 << 20)
+    if before == soft:
+        return
     with contextlib.suppress(ValueError, OSError):  # a system without this limit
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -260,6 +260,35 @@ class TextTokenizer:
         The template also sees ``names``, and ``tools`` of the first message. ValueError without a template or where it
         refuses, LeftOut where it does not write all that the messages say.
         """
+        said = list(messages)
+        options = {**names, "add_generation_prompt": add_generation_prompt}
+        return self._guarded(said, self._write(options, said), options) + start
+
+    def render_all(self, conversations: Sequence[list[Any]]) -> list[Rendered | ValueError]:
+        """``render`` of each conversation up to its answer, in less time; its error in place of a text."""
+        options = {"add_generation_prompt": True}
+        seen = [(messages, self._names(options, messages)) for messages in conversations]
+        found: list[Rendered | ValueError] = []
+        for messages, text in zip(conversations, template.render_all(self._template(), seen)):
+            try:
+                plain = text if isinstance(text, str) else self._refuse(text)
+                found.append(self._guarded(messages, plain, options))
+            except ValueError as error:
+                found.append(error)
+        return found
+
+    def _guarded(self, messages: list[Any], plain: str, options: Mapping[str, Any]) -> Rendered:
+        """What ``plain``, the rendered ``messages``, has of their text; LeftOut if that is not all of it."""
+        try:
+            rendered = render_guarded(messages, plain, partial(self._write, options), self._codec, self._known)
+            check_said(messages, rendered, partial(self._show, options))
+        except RecursionError:
+            raise ValueError(f"{self.name}: the conversation is nested too deeply for its chat template") from None
+        except LeftOut as error:
+            raise LeftOut(f"{self.name}: {error}; use a template that writes it, or omit the row") from None
+        return rendered
+
+    def _template(self) -> str:
         if self._source.chat_template is None:
             raise ValueError(f"{self.name}: the tokenizer has no chat template; put a chat_template.jinja next to it")
         if self._changing is not None:
@@ -267,16 +296,7 @@ class TextTokenizer:
                 f"{self.name}: the chat template writes today's date or a random choice ({self._changing[0]}), so "
                 "equal settings give other prompts tomorrow; put a chat_template.jinja with a fixed text beside it"
             )
-        said = list(messages)
-        options = {**names, "add_generation_prompt": add_generation_prompt}
-        try:
-            rendered = render_guarded(said, partial(self._write, options), self._codec, self._known)
-            check_said(said, rendered, partial(self._show, options))
-        except RecursionError:
-            raise ValueError(f"{self.name}: the conversation is nested too deeply for its chat template") from None
-        except LeftOut as error:
-            raise LeftOut(f"{self.name}: {error}; use a template that writes it, or omit the row") from None
-        return rendered + start
+        return self._source.chat_template
 
     def _show(self, options: Mapping[str, Any], marks: list[Any]) -> str:
         """``_write`` for a conversation of marks: there are few that differ."""
@@ -288,15 +308,21 @@ class TextTokenizer:
         return self._shapes[key]
 
     def _write(self, options: Mapping[str, Any], messages: list[Any]) -> str:
-        tools = messages[0].get("tools") if messages and isinstance(messages[0], dict) else None
-        names: dict[str, Any] = {**options, **self._role_tokens(), **({"tools": tools} if tools else {})}
-        assert self._source.chat_template is not None
+        source = self._template()
         try:
-            return template.render(self._source.chat_template, messages, **names)
-        except template.TemplateLimit as error:
-            raise template.TemplateLimit(f"{self.name}: the chat template does not end: {error}") from None
+            return template.render(source, messages, **self._names(options, messages))
         except ValueError as error:
-            raise ValueError(f"{self.name}: the chat template rejects the conversation: {error}") from None
+            return self._refuse(error)
+
+    def _refuse(self, error: ValueError) -> NoReturn:
+        if isinstance(error, template.TemplateLimit):
+            raise template.TemplateLimit(f"{self.name}: the chat template does not end: {error}") from None
+        raise ValueError(f"{self.name}: the chat template rejects the conversation: {error}") from None
+
+    def _names(self, options: Mapping[str, Any], messages: list[Any]) -> dict[str, Any]:
+        """What the template sees beside the messages."""
+        tools = messages[0].get("tools") if messages and isinstance(messages[0], dict) else None
+        return {**options, **self._role_tokens(), **({"tools": tools} if tools else {})}
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into ``folder``, made if missing: copies, or the Hugging Face form of a tiktoken

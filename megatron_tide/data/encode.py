@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.bridge import SPOKEN, Aligned, Bridge, EncodedPair, LeftOut, TemplateLimit, TextTokenizer
+from megatron_tide.bridge.chat import Rendered
 from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
 from megatron_tide.tables import ASSISTANT, MEDIA, Message
 
@@ -108,21 +109,26 @@ class Encoder:
         The responses are aligned in one go: ``bridge.TEXTS_AT_ONCE`` rows make good use of it. How rows are grouped
         does not change what comes of them.
         """
-        read = [self._read(key, messages) for key, messages in rows]
+        split = [split_response(messages) for _, messages in rows]
+        asked = [one[0] for one in split if not isinstance(one, str)]
+        sides = {"student": self.student, **({"teacher": self.teacher} if self.teacher and self.bridge else {})}
+        prompts = {name: iter(side.tokenizer.render_all(asked)) for name, side in sides.items()}
+        read: list[_Row | Encoded | Dropped] = []
+        for (key, _), one in zip(rows, split):
+            if isinstance(one, str):
+                read.append(Dropped(one))
+            else:
+                read.append(self._read(key, {name: next(found) for name, found in prompts.items()}, one[1]))
         responses = [row.response for row in read if isinstance(row, _Row)]
         aligned = iter(self.bridge.align(responses) if self.bridge else [])
         return [self._with_teacher(row, next(aligned)) if isinstance(row, _Row) else row for row in read]
 
-    def _read(self, key: int, messages: list[Message]) -> _Row | Encoded | Dropped:
+    def _read(self, key: int, rendered: Mapping[str, Rendered | ValueError], response: str) -> _Row | Encoded | Dropped:
         """All of a row's work before the alignment; of a student-only row, all of its work."""
-        split = split_response(messages)
-        if isinstance(split, str):
-            return Dropped(split)
-        prompt, response = split
         try:
-            if self.teacher is None or self.bridge is None:
-                return _student_only(key, self.student, _prompt(self.student, prompt), response)
-            prompts = {"student": _prompt(self.student, prompt), "teacher": _prompt(self.teacher, prompt)}
+            prompts = {name: _prompt(getattr(self, name), text) for name, text in rendered.items()}
+            if self.bridge is None or self.teacher is None:
+                return _student_only(key, self.student, prompts["student"], response)
             return _Row(key, prompts, self.bridge.encode_with_bytes(response))
         except TemplateLimit:  # of the template, not of the row: each further row would take as long
             raise
@@ -209,8 +215,10 @@ def _student_only(key: int, side: TokenizerSettings, prompt: Ids, response: str)
     return Encoded(sample, len(ids) >= room, 0, total)
 
 
-def _prompt(side: TokenizerSettings, messages: list[Message]) -> Ids:
-    return side.tokenizer.encode_prompt(side.tokenizer.render(messages, add_generation_prompt=True))
+def _prompt(side: TokenizerSettings, rendered: Rendered | ValueError) -> Ids:
+    if isinstance(rendered, ValueError):
+        raise rendered
+    return side.tokenizer.encode_prompt(rendered)
 
 
 def _bytes(side: TokenizerSettings, ids: Ids, kept: int) -> int:

@@ -13,6 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_tide.bridge import TemplateLimit, load_tokenizer, template, template_worker
 from megatron_tide.bridge.train_tokenizers import STUDENT_TEMPLATE, TEACHER_TEMPLATE
+from megatron_tide.data.encode import Encoder, TokenizerSettings
 from megatron_tide.release import parity
 from tests.bridge.test_chat import TOOLS_TEMPLATE
 
@@ -186,3 +187,50 @@ def test_a_release_is_not_rendered_without_limits(folders: Mapping[str, Path], t
     nothing: Any = None
     with pytest.raises(TemplateLimit, match="t: the chat template does not end"):
         parity.check_parity(tmp_path / "t", nothing, tokenizer, nothing, nothing, nothing)
+
+
+def test_many_are_rendered_as_each_alone(folders: Mapping[str, Path], tmp_path: Path, quick: None) -> None:
+    """Long ones and wrong ones among them, and more than a pipe takes at once."""
+    text = "{% for m in messages %}{% if m.content == 'never' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    text += "{% endfor %}{% endfor %}{% endif %}{{ m.content }}{{ 1 // m.content | length }}<|im_end|>{% endfor %}"
+    tokenizer = load_tokenizer(with_template(tmp_path / "t", folders["student"], text))
+    contents = [
+        "a",
+        "<|im_end|>",
+        "",
+        "b" * 100_000,
+        *map(str, range(100)),
+        "\ud800",
+        "c" * 20_000,
+        "d" * 20_000,
+        "e <|",
+    ]
+    talks: list[list[Any]] = [[{"role": "user", "content": content}] for content in contents]
+    talks[50:50] = [[{"role": "user", "content": "x", "name": "n"}], ["no message"]]
+    found = tokenizer.render_all(talks)
+    assert len(found) == len(talks)
+    for talk, one in zip(talks, found):
+        if isinstance(one, ValueError):
+            with pytest.raises(type(one)) as error:
+                tokenizer.render(talk)
+            assert str(error.value) == str(one)
+        else:
+            assert one == tokenizer.render(talk)
+            assert one.content == tokenizer.render(talk).content
+    assert sum(isinstance(one, ValueError) for one in found) == 4  # and the one whose length decides
+    endless = [*talks[:3], [{"role": "user", "content": "never"}], *talks[:2]]
+    kinds = [type(one) if isinstance(one, ValueError) else str for one in tokenizer.render_all(endless)]
+    assert kinds == [str, str, ValueError, TemplateLimit, str, str]
+
+
+def test_a_template_without_an_end_stops_preparing_data(
+    tmp_path: Path, folders: Mapping[str, Path], quick: None
+) -> None:
+    """Not one row of a million after the other."""
+    text = "{% if messages[0].content == 'Hi' %}{% for i in range(99999) %}{% for j in range(99999) %}"
+    text += "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
+    student = load_tokenizer(with_template(tmp_path / "t", folders["student"], text))
+    encoder = Encoder(student=TokenizerSettings(tokenizer=student, length=64, block=8))
+    encoder.student.describe()
+    with pytest.raises(TemplateLimit, match="t: the chat template does not end"):
+        encoder.encode_rows([(1, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}])])
