@@ -220,7 +220,7 @@ def test_many_are_rendered_as_each_alone(folders: Mapping[str, Path], tmp_path: 
     assert sum(isinstance(one, ValueError) for one in found) == 4  # and the one whose length decides
     endless = [*talks[:3], [{"role": "user", "content": "never"}], *talks[:2]]
     kinds = [type(one) if isinstance(one, ValueError) else str for one in tokenizer.render_all(endless)]
-    assert kinds == [str, str, ValueError, TemplateLimit, str, str]
+    assert kinds == [str, ValueError, ValueError, TemplateLimit, str, ValueError]
 
 
 def test_a_template_without_an_end_stops_preparing_data(
