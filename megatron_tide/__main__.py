@@ -59,7 +59,11 @@ def main(argv: list[str]) -> int:
     for words in split_commands(argv):  # all of them are understood before the first one runs
         called = command(words[0])
         calls.append((called, cli.parse(called, words[1:], f"{cli.PROGRAM} {words[0]}")))
-    return next((status for called, args in calls if (status := called.run(args) or 0)), 0)
+    for called, args in calls:
+        cli.check_paths(args)  # now: the command before may have written what this one reads
+        if status := called.run(args) or 0:
+            return status
+    return 0
 
 
 def split_commands(argv: list[str]) -> Iterator[list[str]]:

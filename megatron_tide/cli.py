@@ -56,7 +56,8 @@ def flag(
     """A dataclass field that is a flag. ``default=...``: it must be given.
 
     Numbers must be in [``low``, ``high``]. ``shown`` replaces the default in the help. ``kind``: "flag";
-    "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata.
+    "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata;
+    ``reads`` ("folder", "file" or "model") or ``writes`` ("file"): what a path names (``check_paths``).
     """
     about = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar, "shown": shown}
     return dataclasses.field(default=MISSING if default is ... else default, metadata={**about, "kind": kind, **more})
@@ -146,6 +147,22 @@ def check(args: Any) -> None:
             _check(info, item)
 
 
+def check_paths(args: Any) -> None:
+    """ValueError for a path of a flag that cannot be read or written, before the seconds that imports take."""
+    for info, value in values_of(args):
+        if not {"reads", "writes"} & set(info.metadata):
+            continue
+        for item in value if isinstance(value, tuple) else () if value is None else (value,):
+            _check_path(info.metadata, flag_name(info), Path(item))
+
+
+def check_model_path(path: str) -> None:
+    """ValueError unless ``path`` is a folder, or could be a name on the hub."""
+    local = path.count("/") != 1 or path.startswith((".", "/", "~"))
+    if not Path(path).is_dir() and local and not path.endswith(".gguf"):
+        raise ValueError(f"{path}: no such folder" + ("" if "/" in path else ", and no hub name (organisation/model)"))
+
+
 def parse(command: Any, argv: Sequence[str], prog: str = PROGRAM) -> Any:
     """The checked ``Args`` of a command's module. Its ``defaults(given)``, if it has one, may change defaults."""
     values = given(command.Args, argv, command.__doc__ or "", prog)
@@ -155,7 +172,9 @@ def parse(command: Any, argv: Sequence[str], prog: str = PROGRAM) -> Any:
 
 def call(command: Any, argv: Sequence[str], prog: str) -> int:
     """Run a command's module; its exit status."""
-    return command.run(parse(command, argv, prog)) or 0
+    args = parse(command, argv, prog)
+    check_paths(args)
+    return command.run(args) or 0
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -310,3 +329,18 @@ def _check(info: Field[Any], value: Any) -> None:
     if isinstance(value, (int, float)) and not low <= value <= high:
         bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
         raise ValueError(f"{flag_name(info)} {value}: must be {bound}")
+
+
+def _check_path(about: Mapping[str, Any], name: str, path: Path) -> None:
+    reads = about.get("reads")
+    if reads == "model":
+        check_model_path(str(path))
+    elif reads == "folder" and not path.is_dir():
+        raise ValueError(f"{path}: no such folder ({name})")
+    elif reads == "file" and not path.is_file():
+        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'} ({name})")
+    elif about.get("writes") == "file":
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"{name} {path}: {'is a folder' if path.is_dir() else f'no such folder {path.parent}'}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{name} {path}: cannot be written")

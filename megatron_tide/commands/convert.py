@@ -22,7 +22,9 @@ from megatron_tide.cli import flag, say
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    checkpoint: str = flag(..., "step-* folder of a run, or a run folder (its newest step)", kind="positional")
+    checkpoint: str = flag(
+        ..., "step-* folder of a run, or a run folder (its newest step)", kind="positional", reads="folder"
+    )
     out: Path = flag(..., "Folder to write; must not exist without --overwrite", kind="positional")
     dtype: str = flag("bfloat16", "Precision of the released weights", choices=("bfloat16", "float16", "float32"))
     format: str = flag(

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
-from megatron_tide.cli import flag, say
+from megatron_tide.cli import check_model_path, flag, say
 from megatron_tide.machine import DEVICE_HELP, device_of
 
 LIKELIHOOD = "likelihood"
@@ -46,7 +46,9 @@ LIKELIHOOD = "likelihood"
 class LikelihoodArgs:
     """Likelihood."""
 
-    data: Path | None = flag(None, "Folder of prepared data that no model was trained on", metavar="DIR")
+    data: Path | None = flag(
+        None, "Folder of prepared data that no model was trained on", metavar="DIR", reads="folder"
+    )
     teacher_context: str = flag(
         "staircase",
         "Attention mask of teachers; staircase: same as students",
@@ -111,8 +113,10 @@ class Args:
         (), "Model, scored as a teacher; repeatable", metavar="[NAME=]PATH", kind="repeated"
     )
     tasks: tuple[str, ...] = flag((LIKELIHOOD,), "Tasks: likelihood, benchmarks, or tasks of lm-eval", metavar="TASK")
-    out: Path | None = flag(None, "Folder for cached answers and samples", metavar="DIR", shown="MODEL/evaluation")
-    json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE")
+    out: Path | None = flag(
+        None, "Folder for cached answers and samples", metavar="DIR", shown="MODEL-evaluation, beside MODEL"
+    )
+    json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE", writes="file")
     card: bool = flag(False, "Also write the scores of each release into its model card")
     seed: int = flag(0, "Random seed for masks, sampling and bootstrap")
     block_layout: str | None = flag(
@@ -141,6 +145,8 @@ def run(args: Args) -> None:
     unknown = [name for name in args.likelihood.baseline if name not in names]
     if unknown:
         raise ValueError(f"--baseline {unknown[0]}: no model has this name; choose of {', '.join(names)}")
+    for _, path in models:
+        check_model_path(path)
     from megatron_tide.release import card_scores, has_card, write_scores
 
     cards = [path for _, path in models if args.card and has_card(path)]
@@ -238,9 +244,10 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
 
 
 def _results_folder(name: str, path: str, out: Path | None) -> Path:
-    """The folder for a model's answers: below ``--out``, or in the model's folder."""
+    """The folder for a model's answers: below ``--out``, or beside the model's folder."""
     if out:
         return out / name
     if not Path(path).is_dir():
-        raise ValueError(f"{path}: not a local folder, so answers cannot be cached in it; add --out FOLDER")
-    return Path(path) / "evaluation"
+        raise ValueError(f"{path}: not a local folder, so answers cannot be cached beside it; add --out FOLDER")
+    folder = Path(path).resolve()  # beside it: a folder that is converted again is replaced
+    return folder.with_name(f"{folder.name}-evaluation")

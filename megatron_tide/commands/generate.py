@@ -1,7 +1,9 @@
 """Generate text: a chat, or answers to prompts from the command line, a file or prepared data.
 
-MODEL is a release, an a2d-qwen3 or llada2_moe folder or hub name, or a training checkpoint (for a run folder, its
-newest step). A chat shows the current block while its masks resolve.
+MODEL is a release, a folder or hub name of any model that decodes in blocks, or a training checkpoint (for a run
+folder, its newest step); or any causal language model of transformers, which writes token by token. A chat shows the
+current block while its masks resolve. Answers are printed, and appended to --json, as they come; a command that was
+stopped, run again with the same --json, answers the rest.
 
 Examples:
   python -m megatron_tide generate runs/quickstart/hf --chat
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.choices import BLOCK_LAYOUTS
-from megatron_tide.cli import flag
+from megatron_tide.cli import flag, say
 from megatron_tide.machine import DEVICE_HELP, device_of
 
 
@@ -47,22 +49,34 @@ class DecodingArgs:
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    model: str = flag(..., "Model: release, hub-format folder, hub name, run folder or step folder", kind="positional")
+    model: str = flag(
+        ..., "Model: release, hub-format folder, hub name, run folder or step folder", kind="positional", reads="model"
+    )
     chat: bool = flag(False, "Chat in the terminal")
     prompt: tuple[str, ...] = flag((), "User message; repeat the flag for several", metavar="TEXT", kind="repeated")
     file: Path | None = flag(
-        None, 'JSONL file of prompts, one {"prompt": TEXT} or {"messages": [...]} per line', metavar="FILE"
+        None,
+        'JSONL file of prompts, one {"prompt": TEXT} or {"messages": [...]} per line',
+        metavar="FILE",
+        reads="file",
     )
-    data: Path | None = flag(None, "Folder of prepared data to take prompts from, evenly spaced", metavar="DIR")
+    data: Path | None = flag(
+        None, "Folder of prepared data to take prompts from, evenly spaced", metavar="DIR", reads="folder"
+    )
     system: str | None = flag(None, "System message before each --prompt, or of the chat", metavar="TEXT")
     infill: str | None = flag(
         None, "Answer to --prompt with gaps to fill in; <mask:N> is a gap of N tokens", metavar="ANSWER"
     )
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
-    batch_size: int = flag(8, "Number of prompts per batch")
+    batch_size: int = flag(8, "Number of prompts per batch", low=1)
     dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP, metavar="DEVICE")
-    json: Path | None = flag(None, "Also write the answers to this file, as JSONL", metavar="FILE")
+    json: Path | None = flag(
+        None,
+        "Also write the answers to this file, as JSONL; those that it has already are kept",
+        metavar="FILE",
+        writes="file",
+    )
     show_reference: bool = flag(False, "Also print the recorded answers of --file or --data")
     decoding: DecodingArgs = field(default_factory=DecodingArgs)
 
@@ -70,26 +84,61 @@ class Args:
 def run(args: Args) -> None:
     _check(args)
     from megatron_tide.bridge import load_tokenizer
-    from megatron_tide.generate import chat, complete, print_answers, write_answers
+    from megatron_tide.generate import BLOCKS, IN_ORDER, chat
     from megatron_tide.models import DTYPES
-    from megatron_tide.training_checkpoint import open_model
+    from megatron_tide.models.autoregressive import load_autoregressive
+    from megatron_tide.training_checkpoint import generation_of, open_model
 
-    opened = open_model(args.model, DTYPES[args.dtype], device_of(args.device))
-    tokenizer = load_tokenizer(opened.folder)
+    dtype, device = DTYPES[args.dtype], device_of(args.device)
+    if generation_of(args.model) == "autoregressive":
+        writer = IN_ORDER
+        model, folder = load_autoregressive(args.model, dtype, device)
+    else:
+        writer, opened = BLOCKS, open_model(args.model, dtype, device)
+        model, folder = opened.model, opened.folder
+    tokenizer = load_tokenizer(folder)
     decoding = dataclasses.asdict(args.decoding) | ({"max_new_tokens": 0} if args.infill else {})
     if args.chat:
-        tokens, seconds = chat(opened.model, tokenizer, system=args.system, **decoding)
+        tokens, seconds = chat(writer.stream, model, tokenizer, system=args.system, **decoding)
     else:
-        prompts = _prompts(args, tokenizer)
         started = time.perf_counter()
-        ids = [prompt.ids for prompt in prompts]
-        answers = complete(opened.model, tokenizer, ids, batch_size=args.batch_size, **decoding)
+        tokens = _answer(args, writer, model, tokenizer, decoding)
         seconds = time.perf_counter() - started
-        print_answers(tokenizer, prompts, answers, args.show_reference)
-        if args.json:
-            write_answers(args.json, tokenizer, prompts, answers)
-        tokens = sum(len(a.ids) + int((p.ids == tokenizer.mask_id).sum()) for p, a in zip(prompts, answers))
     print(f"{tokens} tokens in {seconds:.1f} s: {tokens / max(seconds, 1e-9):.1f} tokens/s")
+
+
+def _answer(args: Args, writer: Any, model: Any, tokenizer: Any, decoding: dict[str, Any]) -> int:
+    """Answer the prompts, printing and writing each batch as it comes; -> tokens written now."""
+    from tqdm import tqdm
+
+    from megatron_tide.generate import AnswerFile, print_answer
+    from megatron_tide.models import weights_sha256
+
+    prompts, first_seed = _prompts(args, tokenizer), decoding.pop("seed")
+    seeds = [first_seed + place if args.decoding.temperature else 0 for place in range(len(prompts))]
+    file, places, tokens = None, list(range(len(prompts))), 0
+    if args.json:
+        decides = [weights_sha256(model), args.dtype, decoding]
+        file = AnswerFile(args.json, tokenizer, prompts, seeds, decides)
+        places = file.missing
+        if len(places) < len(prompts):
+            say(f"{args.json}: {len(prompts) - len(places)} of {len(prompts)} answers are there from before")
+    settings = {**decoding, "batch_size": args.batch_size, "seed": [seeds[place] for place in places]}
+    hidden = len(places) <= args.batch_size
+    with tqdm(total=len(prompts), initial=len(prompts) - len(places), desc="answers", disable=hidden) as bar:
+        for batch in writer.answers(model, tokenizer, [prompts[place].ids for place in places], **settings):
+            found = {places[number]: answer for number, answer in batch.items()}
+            if file:
+                file.add(found)
+            with tqdm.external_write_mode():
+                for place, answer in sorted(found.items()):
+                    title = f"prompt {place + 1} of {len(prompts)}"
+                    print_answer(tokenizer, prompts[place], answer, title, args.show_reference)
+                    tokens += len(answer.ids) + int((prompts[place].ids == tokenizer.mask_id).sum())
+            bar.update(len(found))
+    if file:
+        file.close()
+    return tokens
 
 
 def _check(args: Args) -> None:
@@ -100,6 +149,8 @@ def _check(args: Args) -> None:
         raise ValueError("use --steps or --tokens-per-step, not both")
     if args.infill and not args.prompt:
         raise ValueError("--infill fills in an answer to --prompt; add --prompt TEXT")
+    if args.chat and args.json:
+        raise ValueError("--json is for answers to prompts, not for --chat; leave one of them out")
 
 
 def _prompts(args: Args, tokenizer: Any) -> list[Any]:

@@ -20,9 +20,13 @@ PROMPT = "Write a Python function that returns the sum of a list of numbers."
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    student: str = flag(..., "Student: release, hub-format folder, hub name or training checkpoint", metavar="MODEL")
-    teacher: str = flag(..., "Teacher, in the same forms", metavar="MODEL")
-    out: Path = flag(..., "JSON file to write; the report looks for RUN/inference_benchmark.json", metavar="FILE")
+    student: str = flag(
+        ..., "Student: release, hub-format folder, hub name or training checkpoint", metavar="MODEL", reads="model"
+    )
+    teacher: str = flag(..., "Teacher, in the same forms", metavar="MODEL", reads="model")
+    out: Path = flag(
+        ..., "JSON file to write; the report looks for RUN/inference_benchmark.json", metavar="FILE", writes="file"
+    )
     student_mask: str | None = flag(
         None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
     )
@@ -37,8 +41,6 @@ class Args:
 
 
 def run(args: Args) -> None:
-    if not args.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {args.out}: no such folder {args.out.parent}")
     from megatron_tide.evaluate.inference_benchmark import compare
 
     names = ("dtype", "prompt", "new_tokens", "repeats")

@@ -28,7 +28,9 @@ class Args:
     data: tuple[str, ...] = flag(..., "Data: mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
     student: str = flag(..., "Tokenizer of the student: folder, hub name or file", metavar="TOKENIZER")
     teacher: str | None = flag(None, "Tokenizer of the teacher; needs --bridge", metavar="TOKENIZER")
-    bridge: Path | None = flag(None, "Folder made by the bridge command; needs --teacher", metavar="DIR")
+    bridge: Path | None = flag(
+        None, "Folder made by the bridge command; needs --teacher", metavar="DIR", reads="folder"
+    )
     out: Path = flag(..., "Folder to write", metavar="DIR")
     student_length: int = flag(
         512, "Maximum length of the student's sequence, in tokens; longer responses are cut at a chunk boundary"

@@ -18,7 +18,7 @@ from megatron_tide.cli import flag, say
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    data: Path = flag(..., 'Training text: JSONL, one {"messages": [...]} per line', metavar="FILE")
+    data: Path = flag(..., 'Training text: JSONL, one {"messages": [...]} per line', metavar="FILE", reads="file")
     student_out: Path = flag(..., "Folder to write the student's tokenizer to", metavar="DIR")
     teacher_out: Path = flag(..., "Folder to write the teacher's tokenizer to", metavar="DIR")
     student_vocab: int = flag(2048, "Vocabulary size of the student's tokenizer, special tokens included", low=1)

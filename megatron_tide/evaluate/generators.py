@@ -6,7 +6,6 @@ request itself (prompt and generation settings) and in the model's fingerprint: 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import sqlite3
@@ -21,7 +20,6 @@ import torch
 from lm_eval.api.model import LM, CachingLM, hash_args
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
-from safetensors import SafetensorError
 from sqlitedict import SqliteDict
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -33,7 +31,8 @@ from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
 from megatron_tide.files import fingerprint, read_json, sha256_file
 from megatron_tide.generate import complete
-from megatron_tide.models import resolve_folder
+from megatron_tide.models import weights_sha256
+from megatron_tide.models.autoregressive import end_tokens, load_autoregressive
 from megatron_tide.training_checkpoint import generation_of, open_model
 
 _CODE = ("bridge/*.py", "generate/*.py", "models/*.py", "evaluate/generators.py", "evaluate/thoughts.py")
@@ -125,16 +124,12 @@ class Generator:
         """sha256 hex of weights (as they are in memory), config files, tokenizer, chat template, and of the code that
         turns a prompt into an answer: this project's and the versions of libraries.
         """
-        tokenizer, digest = self.text_tokenizer, hashlib.sha256()
+        tokenizer = self.text_tokenizer
         files = [self.folder / name for name in ("config.json", "generation_config.json")]
         configs = [read_json(file) if file.is_file() else None for file in files]
         identity = [type(self.model).__name__, configs, tokenizer.fingerprint, tokenizer.template_fingerprint, _code()]
         identity.append(self.encode("", {"chat_template": False}).tolist())  # what stands before a prompt
-        digest.update(json.dumps(identity, sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
-        return digest.hexdigest()
+        return fingerprint([*identity, weights_sha256(self.model)])
 
 
 class BlockDiffusionGenerator(Generator, LM):
@@ -183,10 +178,8 @@ class AutoregressiveGenerator(Generator, HFLM):
     def __init__(self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int) -> None:
         from transformers import GenerationConfig
 
-        named = [model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_id]
-        ends = {index for ids in named if ids is not None for index in (ids if isinstance(ids, list) else [ids])}
         # In place of the checkpoint's own: its top-k, top-p and temperature would apply.
-        model.generation_config = GenerationConfig(eos_token_id=sorted(ends))
+        model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer.eos_id))
         self.text_tokenizer, self.folder = tokenizer, folder
         super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)
 
@@ -277,24 +270,6 @@ def _code() -> str:
     return fingerprint([versions, [(file.name, sha256_file(file)) for file in files]])
 
 
-def _open_autoregressive(path: str, dtype: torch.dtype, device: str, batch_size: int) -> Generator:
-    from transformers import AutoModelForCausalLM
-
-    folder = resolve_folder(path)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as a causal language model ({reason})") from None
-    model, found = loaded
-    wrong = sorted(str(name) for names in found.values() for name in names)
-    if wrong:  # transformers fills in what is missing with random numbers
-        raise ValueError(f"{path}: its tensors are not those of the model that config.json describes ({wrong[0]}, ...)")
-    return AutoregressiveGenerator(model.to(device), load_tokenizer(folder), folder, batch_size)
-
-
 def open_generator(
     path: str, dtype: torch.dtype, device: str, batch_size: int, thinking: bool | None = None
 ) -> Generator:
@@ -309,7 +284,8 @@ def open_generator(
     if batch_size < 1:
         raise ValueError(f"evaluate: batch size {batch_size}; give 1 or more")
     if generation_of(path) == "autoregressive":
-        generator = _open_autoregressive(path, dtype, device, batch_size)
+        model, folder = load_autoregressive(path, dtype, device)
+        generator: Generator = AutoregressiveGenerator(model, load_tokenizer(folder), folder, batch_size)
     else:
         opened = open_model(path, dtype, device)
         generator = BlockDiffusionGenerator(opened.model, load_tokenizer(opened.folder), opened.folder, batch_size)

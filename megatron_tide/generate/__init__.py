@@ -3,15 +3,16 @@
 The sampler itself is ``megatron_tide.models.decoding_a2d`` and ``sampling_a2d``, shared with every release.
 """
 
-from megatron_tide.generate.complete import Completion, complete, prompt_ids, stream
+from megatron_tide.generate.answer_file import AnswerFile
+from megatron_tide.generate.complete import BLOCKS, Completion, complete, prompt_ids, stream
+from megatron_tide.generate.in_order import IN_ORDER
 from megatron_tide.generate.prompts import (
     Prompt,
     from_prepared,
     from_text,
-    print_answers,
+    print_answer,
     read_prompts,
     with_holes,
-    write_answers,
 )
 from megatron_tide.generate.terminal import chat
 from megatron_tide.models.decoding_a2d import BlockDecoder
@@ -19,6 +20,9 @@ from megatron_tide.models.generation_a2d import decoding_rule
 from megatron_tide.models.sampling_a2d import DecodingRule
 
 __all__ = [
+    "BLOCKS",
+    "IN_ORDER",
+    "AnswerFile",
     "BlockDecoder",
     "Completion",
     "DecodingRule",
@@ -28,10 +32,9 @@ __all__ = [
     "decoding_rule",
     "from_prepared",
     "from_text",
-    "print_answers",
+    "print_answer",
     "prompt_ids",
     "read_prompts",
     "stream",
     "with_holes",
-    "write_answers",
 ]

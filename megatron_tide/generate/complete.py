@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from megatron_tide.models.families import family_of
 from megatron_tide.models.generation_a2d import decoding_rule
 from megatron_tide.models.sampling_a2d import DecodingRule
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a character whose last bytes are still to come
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for a character whose last bytes are still to come
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,49 @@ def complete(
     Raises:
         ValueError: an empty prompt or a wrong option.
     """
-    if batch_size < 1:
-        raise ValueError(f"generate: batch size {batch_size}; give 1 or more")
-    for place, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"generate: prompt {place} is empty")
+    found: dict[int, Completion] = {}
+    for batch in answers(model, tokenizer, prompts, batch_size=batch_size, seed=seed, **options):
+        found |= batch
+        if progress is not None:
+            progress(len(found))
+    return [found[place] for place in range(len(prompts))]
+
+
+def answers(
+    model: Any,
+    tokenizer: TextTokenizer,
+    prompts: Sequence[np.ndarray | Sequence[int]],
+    *,
+    batch_size: int = 8,
+    seed: int | Sequence[int] = 0,
+    **options: Any,
+) -> Iterator[dict[int, Completion]]:
+    """As ``complete``, batch by batch: {place of the prompt: its answer}, prompts of similar length together."""
+    check_prompts(prompts, batch_size)
     rule = _rule(model, tokenizer, options)
     seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    answers: dict[int, Completion] = {}
     for first in range(0, len(order), batch_size):
         places = order[first : first + batch_size]
         batch = [torch.as_tensor(np.asarray(prompts[place]), dtype=torch.int64) for place in places]
         decoder = BlockDecoder(model, batch, rule, [seeds[place] for place in places])
         for _ in decoder.run():
             pass
+        done: dict[int, Completion] = {}
         for place, answer, prompt_ids in zip(places, decoder.completions(), decoder.prompts()):
             found = answer.tolist()
             ended = bool(found) and found[-1] in rule.eos_token_ids
-            text = tokenizer.decode(found)
-            answers[place] = Completion(found, text, ended, decoder.passes, prompt_ids.tolist())
-        if progress is not None:
-            progress(len(answers))
-    return [answers[place] for place in range(len(prompts))]
+            done[place] = Completion(found, tokenizer.decode(found), ended, decoder.passes, prompt_ids.tolist())
+        yield done
+
+
+def check_prompts(prompts: Sequence[np.ndarray | Sequence[int]], batch_size: int) -> None:
+    """ValueError for an empty prompt, or an impossible batch size."""
+    if batch_size < 1:
+        raise ValueError(f"generate: batch size {batch_size}; give 1 or more")
+    for place, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"generate: prompt {place} is empty")
 
 
 @dataclass(frozen=True)
@@ -109,7 +129,7 @@ def stream(
     for block_is_done in decoder.run():
         text = shown
         if block_is_done:
-            text = tokenizer.decode(decoder.completions(settled=True)[0].tolist()).rstrip(_UNFINISHED)
+            text = tokenizer.decode(decoder.completions(settled=True)[0].tolist()).rstrip(UNFINISHED)
         yield _moment(decoder, text[len(shown) :])
         shown = text
     text = tokenizer.decode(decoder.completions()[0].tolist())
@@ -132,3 +152,13 @@ def _rule(model: Any, tokenizer: TextTokenizer, options: dict[str, Any]) -> Deco
         )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return decoding_rule(model, None, ids | options)
+
+
+class Writer(NamedTuple):
+    """How models of one kind write: batches of answers, and one answer as it comes."""
+
+    answers: Callable[..., Iterator[dict[int, Completion]]]
+    stream: Callable[..., Iterator[Moment]]
+
+
+BLOCKS = Writer(answers, stream)

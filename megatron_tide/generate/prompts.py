@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -116,31 +114,13 @@ def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0, 
     return prompts
 
 
-def print_answers(
-    tokenizer: TextTokenizer, prompts: Sequence[Prompt], answers: Sequence[Completion], with_reference: bool
+def print_answer(
+    tokenizer: TextTokenizer, prompt: Prompt, answer: Completion, title: str, with_reference: bool
 ) -> None:
-    """Each prompt and its answer; before it the recorded answer, ``with_reference``."""
-    for number, (prompt, answer) in enumerate(zip(prompts, answers), 1):
-        say(f"--- prompt {number} of {len(prompts)}\n{prompt.shown.strip()}")
-        if with_reference and prompt.reference is not None:
-            say(f"--- reference\n{prompt.reference.rstrip()}")
-        cut = not answer.finished and not prompt.begun
-        text = prompt.answer(tokenizer, answer).rstrip()
-        say(f"--- answer{' (cut at --max-new-tokens)' if cut else ''}\n{text}\n")
-
-
-def write_answers(
-    path: Path, tokenizer: TextTokenizer, prompts: Sequence[Prompt], answers: Sequence[Completion]
-) -> None:
-    """JSONL: ``prompt``, ``answer``, ``tokens``, ``finished`` and ``reference`` of each."""
-    rows = (
-        {
-            "prompt": prompt.shown,
-            "answer": prompt.answer(tokenizer, answer),
-            "tokens": len(answer.ids),
-            "finished": answer.finished,
-            "reference": prompt.reference,
-        }
-        for prompt, answer in zip(prompts, answers)
-    )
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """A prompt and its answer; before it the recorded answer, ``with_reference``."""
+    say(f"--- {title}\n{prompt.shown.strip()}")
+    if with_reference and prompt.reference is not None:
+        say(f"--- reference\n{prompt.reference.rstrip()}")
+    cut = not answer.finished and not prompt.begun
+    text = prompt.answer(tokenizer, answer).rstrip()
+    say(f"--- answer{' (cut at --max-new-tokens)' if cut else ''}\n{text}\n", flush=True)

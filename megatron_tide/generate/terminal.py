@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.cli import printable
-from megatron_tide.generate.complete import Moment, prompt_ids, stream
+from megatron_tide.generate.complete import BLOCKS, Moment, prompt_ids
 
 MASKED = "░"
+QUOTES = '"""'
 _CLEAR_LINE = "\r\033[K"
-HELP = "an empty line ends the chat; /new forgets what was said"
+HELP = "/exit or Ctrl-D ends the chat; Ctrl-C stops an answer; /new forgets what was said; /help"
+MORE = '''A line is a message, so a pasted list is answered line by line; empty lines are skipped.
+""" on a line of its own begins a message of several lines, and ends it.
+/new forgets what was said, /exit or Ctrl-D ends the chat, Ctrl-C stops an answer.'''
 
 
 class LiveText:
@@ -51,6 +56,7 @@ class LiveText:
 
 
 def chat(
+    stream: Callable[..., Iterator[Moment]],
     model: Any,
     tokenizer: TextTokenizer,
     *,
@@ -60,31 +66,54 @@ def chat(
     out: TextIO | None = None,
     **options: Any,
 ) -> tuple[int, float]:
-    """Talk until an empty line or the end of input; -> (tokens written, seconds they took).
+    """Talk until /exit or the end of input; -> (tokens written, seconds they took).
 
-    ``options``: fields of ``DecodingRule``. ``ask(prompt)`` reads the user's next line; ``out`` None: standard output.
+    ``stream``: that of ``complete`` or ``in_order``, with its ``options``. ``ask(prompt)`` reads the user's next line;
+    ``out`` None: standard output.
     """
     out = out or sys.stdout
     opening = [{"role": "system", "content": system}] if system else []
     said, tokens, seconds, turn = list(opening), 0, 0.0, 0
-    out.write(f"({HELP}; blocks begin at the {options.get('block_layout', 'sequence')})\n")
-    while True:
-        try:
-            line = ask("you> ").strip()
-        except EOFError:
-            line = ""
-        if not line:
-            return tokens, seconds
-        if line == "/new":
+    blocks = f"; blocks begin at the {options.get('block_layout', 'sequence')}" if stream is BLOCKS.stream else ""
+    out.write(f"({HELP}{blocks})\n")
+    for message in _messages(ask, out):
+        if message == "/new":
             said = list(opening)
             continue
-        said.append({"role": "user", "content": line})
+        said.append({"role": "user", "content": message})
         live, started, answer, moment = LiveText(tokenizer, out), time.perf_counter(), "", None
-        for moment in stream(model, tokenizer, prompt_ids(tokenizer, said), seed=seed + turn, **options):
-            answer += moment.new_text
-            live.show(moment)
+        with contextlib.suppress(KeyboardInterrupt):
+            for moment in stream(model, tokenizer, prompt_ids(tokenizer, said), seed=seed + turn, **options):
+                answer += moment.new_text
+                live.show(moment)
         live.close()
         seconds += time.perf_counter() - started
         tokens += len(moment.ids) if moment else 0
         said.append({"role": "assistant", "content": answer})
         turn += 1
+    return tokens, seconds
+
+
+def _messages(ask: Callable[[str], str], out: TextIO) -> Iterator[str]:
+    """The user's messages and /new, until /exit or the end of input."""
+    lines: list[str] | None = None  # of a message between two lines of quotes
+    while True:
+        try:
+            line = ask("you> " if lines is None else "...> ")
+        except EOFError:
+            line = "/exit" if lines is None else QUOTES
+        word = line.strip()
+        if word == QUOTES:
+            if lines is not None and any(map(str.strip, lines)):
+                yield "\n".join(lines)
+            lines = [] if lines is None else None
+        elif lines is not None:
+            lines.append(line)
+        elif word == "/exit":
+            return
+        elif word == "/help":
+            out.write(MORE + "\n")
+        elif word.startswith("/") and word != "/new" and word[1:].isalpha():
+            out.write(f"{printable(word)}: no such command; /help lists them\n")
+        elif word:
+            yield word

@@ -13,7 +13,7 @@ from megatron_tide.models.hidden_states import compile_layers, masked_hidden_sta
 
 if TYPE_CHECKING:
     from megatron_tide.models.families import fresh_model, generation_of, meta_model, parameter_count, read_config
-    from megatron_tide.models.load import DTYPES, load_model, resolve_folder, write_folder
+    from megatron_tide.models.load import DTYPES, load_model, resolve_folder, weights_sha256, write_folder
 
 _HOME = {
     "DTYPES": "load",
@@ -24,6 +24,7 @@ _HOME = {
     "parameter_count": "families",
     "read_config": "families",
     "resolve_folder": "load",
+    "weights_sha256": "load",
     "write_folder": "load",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "rows_per_slice",
     "score_rows",
     "target_logprobs",
+    "weights_sha256",
     "write_folder",
 ]
 

@@ -9,6 +9,7 @@ run, and nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ def write_folder(
 
     write_shards(out, pairs(), max_shard_bytes)
     write_json(out / "config.json", config_dict(model, dtype or next(model.parameters()).dtype))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 in hex of names, types, shapes and values of all weights, as they are in memory."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: torch.device) -> None:

@@ -259,16 +259,29 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     card = Path(folder) / "README.md"
     if not has_card(folder):
         raise ValueError(f"{folder}: no model card to write scores into; the convert command creates one")
-    text = card.read_text(encoding="utf-8")
-    lines = _kept(text, {(_cell(score.task), _cell(score.metric)) for score in scores})
+    lines = _kept(card.read_text(encoding="utf-8"), {(_cell(score.task), _cell(score.metric)) for score in scores})
     lines += [
         f"| {_cell(s.task)} | {_cell(s.metric)} | {s.value:.4g} "
         f"| {s.low:.4g} to {s.high:.4g} | {s.count} | {_cell(s.how)} |"
         for s in scores
     ]
+    _write_rows(card, lines)
+
+
+def has_scores(folder: Path) -> bool:
+    """Whether ``folder`` is a release with scores in its card."""
+    return has_card(folder) and bool(_kept((folder / "README.md").read_text(encoding="utf-8"), set()))
+
+
+def keep_scores(old: Path, new: Path) -> None:
+    """Write the scores in the card of the release ``old`` into that of the release ``new``."""
+    _write_rows(new / "README.md", _kept((old / "README.md").read_text(encoding="utf-8"), set()))
+
+
+def _write_rows(card: Path, lines: list[str]) -> None:
     head = ["| task | metric | score | 95 % interval | samples | settings |", "|---|---|---|---|---|---|"]
     section = "\n".join([HEADING, "", *head, *lines]) + "\n\n"
-    text = _SECTION.sub("", text).replace(PLACE, section + PLACE, 1)
+    text = _SECTION.sub("", card.read_text(encoding="utf-8")).replace(PLACE, section + PLACE, 1)
     atomic_write(card, text.encode())
 
 

@@ -5,10 +5,12 @@ Weights are read one tensor at a time and written one shard at a time.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from huggingface_hub.utils import validate_repo_id
 
 import megatron_tide.models
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
-from megatron_tide.files import AtomicFolder, read_json, write_json
+from megatron_tide.cli import say
+from megatron_tide.files import AtomicFolder, read_json, sha256_file, write_json
 from megatron_tide.hub import hub_errors
 from megatron_tide.lock import lock_beside
 from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import FAMILIES, config_dict, family_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.release.card import check_card_text, model_card, public_run
+from megatron_tide.release.card import check_card_text, has_scores, keep_scores, model_card, public_run
 from megatron_tide.release.parity import check_parity
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
 
@@ -98,7 +101,45 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
     with lock_beside(out), AtomicFolder(out) as draft:
-        return _fill(draft, trained, options, name)
+        parity = _fill(draft, trained, options, name)
+        if out.exists():
+            _keep(out, draft)
+        return parity
+
+
+def _keep(old: Path, draft: Path) -> None:
+    """Say what of the release ``old`` goes for good. What no loader reads (folders, results, notes) comes into
+    ``draft``, and so do the card's scores if the weights are the same ones.
+    """
+    new, released = {path.name for path in draft.iterdir()}, released_files(old)
+    gone = []
+    for path in sorted(old.iterdir()):
+        if path.name in new:
+            continue
+        if path.name in released:
+            gone.append(path.name)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, draft / path.name, symlinks=True, copy_function=os.link)
+        else:
+            os.link(path, draft / path.name, follow_symlinks=False)
+    if gone:
+        say(f"{old}: {', '.join(gone)} of the release before are removed")
+    if has_scores(old) and _same_weights(old, draft):
+        keep_scores(old, draft)
+    elif has_scores(old):
+        say(f"{old}: the card's scores were of other weights, and are left out; evaluate --card measures again")
+
+
+def released_files(folder: Path) -> list[str]:
+    """The names of the files in ``folder`` that are of a release, or that a loader would read; results are not."""
+    files = [path.name for path in folder.iterdir() if path.is_file()]
+    return sorted(name for name in files if name in RELEASED or any(fnmatch(name, one) for one in READ_BY_LOADERS))
+
+
+def _same_weights(old: Path, new: Path) -> bool:
+    files = [sorted(folder.glob("*.safetensors")) for folder in (old, new)]
+    names, sums = ([[of(path) for path in found] for found in files] for of in (lambda path: path.name, sha256_file))
+    return names[0] == names[1] and sums[0] == sums[1]
 
 
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:
@@ -213,9 +254,26 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
-# What loaders read in a repository: of a release that is replaced, none of it stays beside the new files.
-_REPLACED = [f"*.{suffix}" for suffix in ("safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx")]
-_REPLACED += [f"*.{suffix}" for suffix in ("json", "jinja", "model", "tiktoken", "txt", "py")]
+# What loaders read in a folder: of a release that is replaced, none of it stays beside the new files.
+_SUFFIXES = (
+    "safetensors",
+    "bin",
+    "pt",
+    "pth",
+    "ckpt",
+    "h5",
+    "msgpack",
+    "gguf",
+    "onnx",
+    "jinja",
+    "model",
+    "tiktoken",
+    "txt",
+    "py",
+)
+READ_BY_LOADERS = [f"*.{suffix}" for suffix in _SUFFIXES]
+READ_BY_LOADERS += [f"*{word}*.json" for word in ("config", "index", "token", "vocab", "template")]
+RELEASED = ("README.md", "parity.json", "provenance.json")
 
 
 class Hub:
@@ -240,8 +298,8 @@ class Hub:
             self._check_private()
 
     def push(self, folder: Path) -> str:
-        """Upload every file of ``folder`` and remove those of the release it replaces, as one commit; -> the address of
-        the repository's page.
+        """Upload the release in ``folder``, not what else is there, and remove the one it replaces, as one commit;
+        -> the address of the repository's page.
 
         Raises:
             ValueError: the hub cannot be reached or refuses, or the repository is public and should be private.
@@ -254,7 +312,8 @@ class Hub:
                 repo_id=self._repository,
                 folder_path=folder,
                 commit_message=f"Release {folder.name}",
-                delete_patterns=_REPLACED,
+                allow_patterns=released_files(folder),
+                delete_patterns=READ_BY_LOADERS,
             )
         return str(url)
 

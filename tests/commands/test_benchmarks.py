@@ -13,13 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide import cli
-from megatron_tide.data import PreparedData
-from megatron_tide.evaluate import evaluate_likelihood, scoring_inputs
 from megatron_tide.evaluate.benchmark_presets import published_row
 from megatron_tide.evaluate.generators import BlockDiffusionGenerator
-from megatron_tide.lock import RunLock
-from megatron_tide.models import load_model
 from tests.support.answering import write_autoregressive
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
@@ -146,64 +141,9 @@ def cached(file: Path) -> int:
         return 0
 
 
-def test_results_are_kept_in_the_models_folder(lab: Lab, tmp_path: Path) -> None:
+def test_results_are_kept_beside_the_models_folder(lab: Lab, tmp_path: Path) -> None:
     step = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
     evaluate([str(step.parent), "--tasks", "humaneval", "--limit", "1", *SHORT])
-    assert len(list((step.parent / "evaluation").glob("humaneval_instruct_sandboxed-*.jsonl"))) == 1
-    assert len(list((step.parent / "evaluation").glob("cache-*.sqlite"))) == 1
-
-
-def test_likelihood_of_models_by_their_tokenizers(lab: Lab, tmp_path: Path) -> None:
-    scores = tmp_path / "scores.json"
-    flags = ["--tasks", "likelihood", "--data", str(lab.data), "--mc-samples", "2", "--json", str(scores)]
-    evaluate([f"a={lab.student}", f"b={lab.teacher}", *flags])
-    found = json.loads(scores.read_text())["models"]
-    data = PreparedData.open(lab.data)
-    student = evaluate_likelihood(load_model(lab.student), data, scoring_inputs(data, "student"), mc_samples=2)
-    teacher = evaluate_likelihood(load_model(lab.teacher), data, scoring_inputs(data, "teacher"), mc_samples=2)
-    assert [one["side"] for one in found] == ["student", "teacher"]
-    assert found[0]["bits_per_byte"] == student.bits_per_byte.to_dict()
-    assert found[1]["minus"]["a"] == teacher.minus(student).to_dict()
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        (["STUDENT"], "add --data with a prepared folder"),
-        (
-            ["STUDENT", "--tasks", "humaneval", "gsm8k", "--samples-per-problem", "2", "--temperature", "1"],
-            "gsm8k: several",
-        ),
-        (["STUDENT", "--tasks", "humaneval", "--samples-per-problem", "2"], "add --temperature"),
-        (["STUDENT", "--tasks", "humaneval", "--max-new-tokens", "0"], "humaneval: 0 new tokens"),
-        (["some/model", "--tasks", "humaneval"], "add --out FOLDER"),
-        (["./nowhere", "--tasks", "humaneval", "--out", "OUT"], "nowhere: no such folder"),
-        (["BASELINE", "--data", "DATA"], "has no diffusion bound"),
-        (["STUDENT", "--data", "TEACHERS"], "prepared for models with other tokenizers"),
-        (["a=STUDENT", "a=BASELINE", "--tasks", "humaneval"], "two models have the name 'a'"),
-    ],
-)
-def test_mistakes_are_one_line(
-    lab: Lab, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], word: str
-) -> None:
-    real = {
-        "STUDENT": lab.student,
-        "BASELINE": baseline,
-        "DATA": lab.data,
-        "TEACHERS": lab.teacher_data,
-        "OUT": tmp_path,
-    }
-    for name, path in real.items():
-        flags = [flag.replace(name, str(path)) for flag in flags]
-    with pytest.raises(SystemExit) as ended:
-        cli.run(evaluate, [*flags, *(["--limit", "1"] if "humaneval" in flags else [])])
-    error = capsys.readouterr().err.strip()
-    assert ended.value.code == 2
-    assert word in error
-    assert error.count("error: ") == 1
-    assert error.splitlines()[-1].startswith("error: ")
-
-
-def test_two_evaluations_do_not_write_to_one_folder(lab: Lab, tmp_path: Path) -> None:
-    with RunLock(tmp_path / "s"), pytest.raises(ValueError, match="in use by"):
-        evaluate([f"s={lab.student}", "--tasks", "humaneval", "--limit", "1", *SHORT, "--out", str(tmp_path)])
+    kept = step.parent.with_name(f"{step.parent.name}-evaluation")
+    assert len(list(kept.glob("humaneval_instruct_sandboxed-*.jsonl"))) == 1
+    assert len(list(kept.glob("cache-*.sqlite"))) == 1

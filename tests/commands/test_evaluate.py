@@ -133,7 +133,7 @@ def test_a_model_on_the_wrong_side_is_refused(
         (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be at least 1"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
         (
-            ["--data", "DATA", "--student", "x", "--likelihood-noise", "block", "--teacher-context", "full"],
+            ["--data", "DATA", "--student", "STUDENT", "--likelihood-noise", "block", "--teacher-context", "full"],
             "likelihood noise 'block' needs teacher context staircase",
         ),
         (

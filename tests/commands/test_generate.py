@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli
+from megatron_tide.cli import printable
+from tests.support.answering import write_autoregressive
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
 
@@ -52,13 +54,16 @@ def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--file", "nowhere.jsonl", "--infill", "<mask:1>"], "--infill"),
+        (["--chat", "--infill", "<mask:1>"], "--infill"),
+        (["--chat", "--json", "a.jsonl"], "--json"),
+        (["--prompt", "x", "--json", "nowhere/a.jsonl"], "no such folder nowhere"),
+        (["--prompt", "x", "--json", "."], "is a folder"),
         (["--prompt", "x", "--infill", "no hole"], "<mask:N>"),
         (["--prompt", "x", "--steps", "0"], "steps"),
         (["--prompt", "x", "--threshold", "7"], "threshold"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "nowhere"], "nowhere"),
-        (["--prompt", "x", "--batch-size", "0"], "batch size"),
+        (["--prompt", "x", "--batch-size", "0"], "--batch-size 0"),
     ],
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
@@ -69,6 +74,39 @@ def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], fla
     assert error.startswith("error: ")
     assert word in error
     assert "\n" not in error
+
+
+def test_a_stopped_file_of_prompts_goes_on(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, out, whole = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "whole.jsonl"))
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {'x' * n}."}) + "\n" for n in (9, 1, 5, 3, 7)))
+    flags = [str(lab.student), "--file", str(prompts), "--max-new-tokens", "6", "--batch-size", "2"]
+    flags += ["--temperature", "1"]
+    generate([*flags, "--json", str(whole)])
+    rows = whole.read_text().splitlines(keepends=True)
+    assert [json.loads(row)["prompt"] for row in rows] == [f"Say {'x' * n}." for n in (9, 1, 5, 3, 7)]
+    out.write_text(rows[2] + rows[0] + rows[4][:20])  # killed while it wrote the third answer
+    capsys.readouterr()
+    generate([*flags, "--json", str(out)])
+    printed = capsys.readouterr().out
+    assert "2 of 5 answers are there from before" in printed
+    assert printed.count("--- answer") == 3
+    assert out.read_text() == whole.read_text()
+    with pytest.raises(ValueError, match=r"answers.jsonl:1: an answer of another model, prompt or setting"):
+        generate([*flags, "--json", str(out), "--seed", "1"])
+
+
+def test_an_autoregressive_model_writes_token_by_token(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(write_autoregressive(tmp_path / "ar", lab.student))
+    generate([model, "--prompt", "Hello", "--max-new-tokens", "5", "--json", str(tmp_path / "answers.jsonl")])
+    answer = json.loads((tmp_path / "answers.jsonl").read_text())["answer"]
+    assert f"--- answer (cut at --max-new-tokens)\n{answer.rstrip()}" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+    generate([model, "--chat", "--max-new-tokens", "5"])
+    assert printable(answer) in capsys.readouterr().out
+    with pytest.raises(ValueError, match="autoregressive and writes token by token, so --threshold does not apply"):
+        generate([model, "--prompt", "Hello", "--threshold", "0.5"])
 
 
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_tide.cli import LAYOUT, printable
 from megatron_tide.data import PreparedData
 from megatron_tide.generate import chat, complete, from_prepared, from_text, read_prompts, stream, with_holes
 from megatron_tide.generate.complete import Completion, Moment
-from megatron_tide.generate.prompts import Prompt, from_messages, print_answers
+from megatron_tide.generate.prompts import Prompt, from_messages, print_answer
 from megatron_tide.generate.terminal import MASKED, LiveText
 from megatron_tide.models import load_model
 from tests.support.lab import Lab, response
@@ -100,9 +101,9 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_chat_remembers_and_shows_masks(model: Any, tokenizer: TextTokenizer, is_terminal: bool) -> None:
-    lines, screen = iter(["hello", "and?", "/new", "hello", ""]), Screen(is_terminal)
+    lines, screen = iter(["hello", "", "and?", "/new", "hello", "/exit"]), Screen(is_terminal)
     options: dict[str, Any] = {"max_new_tokens": 18, "tokens_per_step": 2}
-    tokens, seconds = chat(model, tokenizer, ask=lambda _: next(lines), out=screen, **options)
+    tokens, seconds = chat(stream, model, tokenizer, ask=lambda _: next(lines), out=screen, **options)
     first = complete(model, tokenizer, [from_text(tokenizer, "hello").ids], **options)[0]
     turns = [("user", "hello"), ("assistant", first.text), ("user", "and?")]
     talk = from_messages(tokenizer, [{"role": role, "content": content} for role, content in turns])
@@ -129,7 +130,7 @@ def test_a_terminal_never_acts_on_generated_text(
     assert said.startswith(shown)
     assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(said)
     prompt = Prompt(np.array(ids), hostile, hostile)
-    print_answers(tokenizer, [prompt], [Completion(ids, hostile, True, 1, ids)], True)
+    print_answer(tokenizer, prompt, Completion(ids, hostile, True, 1, ids), "prompt 1 of 1", True)
     printed = capsys.readouterr().out
     assert printed.count(shown) >= 2
     assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(printed)
@@ -139,7 +140,25 @@ def test_a_chat_ends_with_its_input(model: Any, tokenizer: TextTokenizer) -> Non
     def ask(_: str) -> str:
         raise EOFError
 
-    assert chat(model, tokenizer, ask=ask, out=io.StringIO()) == (0, 0.0)
+    assert chat(stream, model, tokenizer, ask=ask, out=io.StringIO()) == (0, 0.0)
+
+
+def test_what_a_chat_takes_as_a_message(model: Any, tokenizer: TextTokenizer) -> None:
+    lines = iter(["/help", "/what", '"""', "a", "", "b", '"""', "", "c", "/exit"])
+    asked, screen = [], io.StringIO()
+
+    def listen(_model: Any, _tokenizer: TextTokenizer, prompt: Any, **options: Any) -> Iterator[Moment]:
+        asked.append(tokenizer.decode(prompt))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield Moment([5], [True], "yes")
+
+    assert chat(listen, model, tokenizer, ask=lambda _: next(lines), out=screen)[0] == 1
+    assert len(asked) == 2
+    assert "a\n\nb" in asked[0]
+    assert "a\n\nb" in asked[1]
+    assert "pasted list" in screen.getvalue()
+    assert "/what: no such command" in screen.getvalue()
 
 
 def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer, tmp_path: Path) -> None:

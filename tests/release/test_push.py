@@ -41,13 +41,21 @@ class FolderHub:
         return SimpleNamespace(private=self.private)
 
     def upload_folder(
-        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+        self,
+        *,
+        repo_id: str,
+        folder_path: Path,
+        commit_message: str,
+        allow_patterns: list[str],
+        delete_patterns: list[str],
     ) -> None:
         assert commit_message == f"Release {folder_path.name}"
         for file in (self.folder / repo_id).iterdir():
             if list(filter_repo_objects([file.name], allow_patterns=delete_patterns)):
                 file.unlink()
-        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            shutil.copyfile(folder_path / name, self.folder / repo_id / name)
 
 
 @pytest.fixture
@@ -95,6 +103,9 @@ def test_files_of_the_release_before_do_not_stay(tmp_path: Path, release: Path) 
     for name in (*old, "figure.png", "LICENSE"):
         (place / name).write_text("old")
     (release / "README.md").write_text("new")
+    (release / "scores.json").write_text("of this machine")
+    (release / "evaluation").mkdir()
+    (release / "evaluation/config.json").write_text("of this machine")
     Hub("me/student", private=False, overwrite=True, api=FolderHub(tmp_path / "hub")).push(release)
     assert {file.name for file in place.iterdir()} == {"config.json", "README.md", "figure.png", "LICENSE"}
 

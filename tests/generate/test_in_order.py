@@ -1,0 +1,71 @@
+"""Answers of an autoregressive model: those of a plain loop, in any batch, streamed or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.generate import from_text
+from megatron_tide.generate.in_order import answers, stream
+from megatron_tide.models.autoregressive import load_autoregressive
+from tests.support.answering import write_autoregressive
+from tests.support.lab import Lab
+
+NEW = 7
+
+
+@pytest.fixture(scope="module")
+def made(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TextTokenizer]:
+    folder: Path = write_autoregressive(tmp_path_factory.mktemp("ar") / "ar", lab.student)
+    return load_autoregressive(folder, torch.float32, "cpu")[0], load_tokenizer(folder)
+
+
+def plain(model: Any, ids: list[int], ends: int) -> list[int]:
+    """The likeliest tokens, each from a pass over the whole text."""
+    written: list[int] = []
+    while len(written) < NEW and ends not in written:
+        with torch.inference_mode():
+            written.append(int(model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax()))
+    return written
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_likeliest_tokens(made: tuple[Any, TextTokenizer], batch_size: int) -> None:
+    model, tokenizer = made
+    prompts = [from_text(tokenizer, text).ids for text in ("a long question " * 4, "hi", "what is it, and why?")]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.0, "seed": 0}
+    found = {}
+    for batch in answers(model, tokenizer, prompts, batch_size=batch_size, **options):
+        found |= batch
+    for place, prompt in enumerate(prompts):
+        expected = plain(model, prompt.tolist(), tokenizer.eos_id)
+        assert found[place].ids == expected
+        moments = list(stream(model, tokenizer, prompt, **options))
+        assert moments[-1].ids == expected
+        assert "".join(moment.new_text for moment in moments) == found[place].text
+
+
+def test_draws_do_not_depend_on_the_batch(made: tuple[Any, TextTokenizer]) -> None:
+    model, tokenizer = made
+    prompts = [from_text(tokenizer, text).ids for text in ("one", "two and more", "three")]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0}
+    whole = {}
+    for batch in answers(model, tokenizer, prompts, batch_size=8, seed=4, **options):
+        whole |= batch
+    (alone,) = answers(model, tokenizer, prompts[1:2], seed=[5], **options)
+    assert alone[0].ids == whole[1].ids
+    assert whole[0].ids != whole[2].ids
+
+
+def test_the_least_number_of_tokens(made: tuple[Any, TextTokenizer]) -> None:
+    model, tokenizer = made
+    prompt = from_text(tokenizer, "hi").ids
+    model.config.eos_token_id = plain(model, prompt.tolist(), -1)[0]  # what it would write first ends an answer now
+    options: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": 3, "temperature": 0.0, "seed": 0}
+    (found,) = answers(model, tokenizer, [prompt], **options)
+    assert len(found[0].ids) >= 3
+    assert list(stream(model, tokenizer, prompt, **options))[-1].ids == found[0].ids
