@@ -23,16 +23,19 @@ from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig, from_flat
 from megatron_tide.data.batch import Batch, Tokens
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, ModelInput, TeacherLayout, build_inputs, noise
+from megatron_tide.diffusion.attention import TILE
 from megatron_tide.diffusion.masking import Noise
+from megatron_tide.fast import is_on
 from megatron_tide.files import read_json
-from megatron_tide.hosting.memory import ModelShape
+from megatron_tide.hosting.memory import Machine, ModelShape, RunShape, TeacherNeeds, estimate_memory
 from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import compile_layers, read_config
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.build import compiles
 from megatron_tide.train.distributed import DistContext, init_distributed
 from megatron_tide.train.engine import build_engine
-from megatron_tide.train.step import TrainContext, global_counts, to_device, train_step
+from megatron_tide.train.microbatches import Sent, Upload
+from megatron_tide.train.step import TrainContext, global_counts, train_step
 
 CONFIGS = Path(__file__).parents[2] / "megatron_tide/models/configs"
 SIZES = {"student": "qwen3_0.6b.json", "teacher": "llada2_mini.json"}
@@ -97,10 +100,12 @@ class Item:
 
 
 class Subject:
-    """One rank's training: engine of the student, resident teacher, strategy, and windows of micro-batches."""
+    """One rank's training: engine of the student, teacher, strategies, and windows of micro-batches."""
 
-    def __init__(self, bench: Bench, world: DistContext, teacher: Any, micro_batch: int, layers: int = 0) -> None:
-        self.bench, self.world, self.micro_batch = bench, world, micro_batch
+    def __init__(
+        self, bench: Bench, world: DistContext, teacher: Any, micro_batch: int, layers: int = 0, **flags: Any
+    ) -> None:
+        self.bench, self.world, self.teacher, self.micro_batch = bench, world, teacher, micro_batch
         self.batch = 2 * micro_batch if bench.tiny else BATCH
         self.length = 64 if bench.tiny else 512
         self.configs = {side: config_of(side, bench.tiny, layers) for side in SIZES}
@@ -110,31 +115,33 @@ class Subject:
             "precision": "bf16",
             "max_steps": 100,
         }
-        self.config: DistillConfig = from_flat(given)
+        self.config: DistillConfig = from_flat({**given, **flags})
         model = random_model(bench, self.configs["student"], torch.float32).train()
         if compiles(self.config, world):
             compile_layers(model)
         self.engine = build_engine(model, self.config, world)
-        self.teacher = teacher
         self.shapes = {side: ModelShape(config) for side, config in self.configs.items()}
+        self.upload = Upload(world.device)
+        self._ahead: tuple[list[Item], Sent] | None = None
 
     def strategy(self, name: str, **flags: Any) -> Strategy:
         return build_strategy(replace(self.config.strategy, strategy=name, **flags), some_bridge(self.configs))
 
     def context(self, strategy: Strategy) -> TrainContext:
-        backend = ReplicatedTeacher(self.teacher, strategy)
-        return TrainContext(
-            engine=self.engine, backend=backend, strategy=strategy, world=self.world, clock=Clock(self.world.device)
-        )
+        backend, clock = ReplicatedTeacher(self.teacher, strategy), Clock(self.world.device)
+        return TrainContext(engine=self.engine, backend=backend, strategy=strategy, world=self.world, clock=clock)
 
     def window(self, strategy: Strategy, mixed: bool = False) -> list[Item]:
         """The micro-batches of one optimizer step; ``mixed``: of lengths from an eighth of S to S."""
         made = [self._item(strategy, start, mixed) for start in range(0, self.batch, self.micro_batch)]
-        return (
-            made
-            if not self.bench.cuda
-            else [replace(item, inputs=item.inputs.with_tiles().pin_memory()) for item in made]
-        )
+        return [replace(item, inputs=self._as_loaded(item.inputs)) for item in made]
+
+    def _as_loaded(self, inputs: DistillBatch) -> DistillBatch:
+        """What the loader adds to inputs for a GPU."""
+        if not self.bench.cuda:
+            return inputs
+        inputs = inputs.padded(TILE)
+        return (inputs.with_tiles() if is_on("masks") else inputs).pin_memory()
 
     def _item(self, strategy: Strategy, first: int, mixed: bool) -> Item:
         lengths = torch.full((self.micro_batch,), self.length)
@@ -154,10 +161,36 @@ class Subject:
 
     def step(self, context: TrainContext, window: list[Item]) -> dict[str, float]:
         """One optimizer step as the loop takes it; -> its losses, read when it is done."""
-        inputs = [item.inputs for item in window]
-        counts, _ = global_counts(inputs, self.world, False)
-        sums = train_step(context, to_device(inputs, self.world.device), counts, 0.5)
+        counts, _ = global_counts([item.inputs for item in window], self.world, False)
+        sums = train_step(context, self._received(window), counts, 0.5)
         return {name: float(value) for name, value in sums.losses.items()}
+
+    def _received(self, window: list[Item]) -> list[DistillBatch]:
+        """On the device; the next step's are sent before this one begins, as the loader's thread does."""
+        made = [item.inputs for item in window]
+        if self._ahead is None or self._ahead[0] is not window:
+            self._ahead = window, self.upload.send(made)
+        sent, self._ahead = self._ahead[1], (window, self.upload.send(made))
+        return self.upload.receive(sent)
+
+    def planned_bytes(self, strategy: Strategy) -> int:
+        """The peak on the card that the planner expects."""
+        needs = TeacherNeeds(
+            target_logprobs=strategy.needs_target_logprobs,
+            hidden=strategy.needs_hidden,
+            compdemo=strategy.compdemo is not None,
+            student_tokens=self.length,
+            teacher_tokens=self.length,
+        )
+        run = RunShape(config=self.config, ranks=1, needs=needs, **self.shapes)
+        machine = Machine(ranks=1, gpu_bytes=self.bench.limits.get("memory_bytes", 80 * 2**30), host_bytes=2**37)
+        return estimate_memory(run, machine, {}).peak(host=False).bytes
+
+    def close(self) -> None:
+        """Give the engine's memory back: DeepSpeed's hooks would keep it."""
+        self.engine.destroy()
+        self.engine = None
+        self.bench.clean()
 
     def useful_flops(self, window: list[Item]) -> dict[str, float]:
         """Of a step: student forward and backward, teacher forward."""

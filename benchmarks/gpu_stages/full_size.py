@@ -23,11 +23,12 @@ def run(bench: Bench) -> None:
         teacher = random_teacher(bench)
         bench.note(goal=GOAL, teacher_parameters=sum(p.numel() for p in teacher.parameters()))
         large, small = (2, 1) if bench.tiny else (8, 4)
-        large_micro_batches(bench, Subject(bench, world, teacher, large), small)
-        bench.clean()
-        subject = Subject(bench, world, teacher, small)
+        subject = Subject(bench, world, teacher, large)
+        large_micro_batches(bench, subject, small)
+        subject.close()
+        other = Subject(bench, world, teacher, small)
         for name in ("tide-cross", "tide-bridge"):
-            with_part(bench, f"{name}, micro-batch {small}", lambda name=name: measured(subject, name))
+            with_part(bench, f"{name}, micro-batch {small}", lambda name=name: measured(other, name))
 
 
 def large_micro_batches(bench: Bench, subject: Subject, small: int) -> None:
@@ -69,6 +70,7 @@ def measured(subject: Subject, name: str, mixed: bool = False) -> dict[str, Any]
         "milliseconds_a_micro_batch": found["step_ms"] / len(window),
         "milliseconds_of_parts": spent,
         "each_alone": alone,
+        "planned_peak_bytes": subject.planned_bytes(strategy),
     }
 
 

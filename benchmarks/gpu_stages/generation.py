@@ -6,7 +6,9 @@ for the teacher, 4.99 s for an autoregressive model of the student's size.
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -27,6 +29,8 @@ def run(bench: Bench) -> None:
         for batch in (1, 2 if bench.tiny else 64):
             with bench.part(f"student, batch {batch}"):
                 bench.note(**{f"student, batch {batch}": by_blocks(bench, model, config, batch)})
+        with bench.part("without graphs"), patch.dict(os.environ, A2D_GRAPHS="0"):
+            bench.note(**{"student, batch 1, without CUDA graphs": by_blocks(bench, model, config, 1)})
         with bench.part("autoregressive"):
             causal = autoregressive_model(model, config).to(bench.device)
             bench.note(autoregressive=by_tokens(bench, causal, config))

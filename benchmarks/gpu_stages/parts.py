@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import silu
 
 from benchmarks.gpu_stages.bench import Bench, relative_error
 from benchmarks.hosting import loop_over_experts
-from megatron_tide.models import target_logprobs
+from megatron_tide.models import grouped, target_logprobs
 from megatron_tide.models.experts import Experts
 
 EXPERTS = {"hidden": 2048, "width": 512, "experts": 256}
@@ -21,15 +22,20 @@ CHOSEN = 8
 
 def experts(bench: Bench) -> None:
     """Values, time, and time over the roofline's: the longer of FLOPs at the peak and bytes at the bandwidth."""
-    tokens = (16,) if bench.tiny else (2048, 16384)
     for dtype in (torch.bfloat16, torch.float32):
         layer = random_experts(bench, dtype)
-        for count in tokens:
-            for spread, share in (("all experts", 1.0), ("three quarters of them empty", 0.25)):
-                name = f"{str(dtype).removeprefix('torch.')}, {count} tokens, {spread}"
-                with bench.part(name):
-                    bench.note(**{name: one_routing(bench, layer, count, share)})
-        del layer
+        several_routings(bench, layer, str(dtype).removeprefix("torch."))
+        if bench.cuda and grouped._has_grouped_mm(bench.device, dtype):  # what a card without torch's kernel runs
+            with patch.object(grouped, "_has_grouped_mm", return_value=False):
+                several_routings(bench, layer, f"{dtype} by our Triton kernel".removeprefix("torch."))
+
+
+def several_routings(bench: Bench, layer: Experts, how: str) -> None:
+    for count in (16,) if bench.tiny else (2048, 16384):
+        for spread, share in (("all experts", 1.0), ("three quarters of them empty", 0.25)):
+            name = f"{how}, {count} tokens, {spread}"
+            with bench.part(name):
+                bench.note(**{name: one_routing(bench, layer, count, share)})
 
 
 def random_experts(bench: Bench, dtype: torch.dtype) -> Experts:

@@ -19,28 +19,33 @@ from benchmarks.gpu_stages.full import Item, Subject
 from benchmarks.hosting import loop_over_experts
 from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models.experts import Experts
-from megatron_tide.objectives import Strategy, TeacherOutputs, denoise_loss
+from megatron_tide.objectives import Counts, Strategy, TeacherOutputs, denoise_loss
 from megatron_tide.objectives.outputs import StudentScores
 from megatron_tide.train.step import global_counts
 
 
 def step(subject: Subject, strategy: Strategy, window: list[Item]) -> dict[str, float]:
     """One optimizer step; -> its losses."""
-    inputs, device, engine = [item.inputs for item in window], subject.world.device, subject.engine
+    inputs = [item.inputs for item in window]
     counts, _ = global_counts(inputs, subject.world, False)
-    sums = {"total": torch.zeros((), device=device, dtype=torch.float64)}
-    for item in window:
-        batch = item.inputs.to(device)
-        outputs = TeacherOutputs(target_logprobs=teacher_logprobs(subject.teacher, batch))
-        strength = strategy.strength(0.5, batch.rate)
-        scores = StudentScores(student_logprobs(subject, item, batch), torch.empty(0, device=device), None)
-        denoise = denoise_loss(scores.target_logprobs, batch.inverse_weight[batch.student_level], counts.maskable)
-        distill, _ = strategy.loss(scores, outputs, batch, strength, counts)
-        loss = denoise + strategy.distill_weight * distill
-        engine.backward(loss, scale_wrt_gas=False)
-        engine.step()
-        sums["total"] += loss.detach()
-    return {f"loss/{name}": float(value) for name, value in sums.items()}
+    total = torch.zeros((), device=subject.world.device, dtype=torch.float64)
+    with torch.compiler.set_stance("force_eager"):  # compiled layers of the student run as they are written
+        for item in window:
+            loss = micro_batch_loss(subject, strategy, item, counts)
+            subject.engine.backward(loss, scale_wrt_gas=False)
+            subject.engine.step()
+            total += loss.detach()
+    return {"loss/total": float(total)}
+
+
+def micro_batch_loss(subject: Subject, strategy: Strategy, item: Item, counts: Counts) -> Tensor:
+    batch = item.inputs.to(subject.world.device)
+    outputs = TeacherOutputs(target_logprobs=teacher_logprobs(subject.teacher, batch))
+    strength = strategy.strength(0.5, batch.rate)
+    scores = StudentScores(student_logprobs(subject, item, batch), batch.rate.new_empty(0), None)
+    denoise = denoise_loss(scores.target_logprobs, batch.inverse_weight[batch.student_level], counts.maskable)
+    distill, _ = strategy.loss(scores, outputs, batch, strength, counts)
+    return denoise + strategy.distill_weight * distill
 
 
 @torch.no_grad()
