@@ -1,4 +1,4 @@
-"""Ask a teacher once, and train from its answers: they go to a folder, for distill --teacher-hosting cached.
+"""Ask a teacher once and train from its answers: a folder for distill --teacher-hosting cached.
 
 Give it the flags of the training, with another --out. Noise depends on (seed, epoch, sample) alone, so the answers hold
 for any student, objective at the same temperature, restart and number of ranks. Training then needs no teacher, and its

@@ -13,7 +13,7 @@ from megatron_tide import cli
 from megatron_tide.__main__ import COMMANDS, command, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LONGEST_HELP = {"distill": 150, "evaluate": 85, "plan": 190}
+LONGEST_HELP = {"cache": 180, "distill": 170, "evaluate": 85, "plan": 190}
 HELP = """
 import sys
 from megatron_tide.__main__ import main
