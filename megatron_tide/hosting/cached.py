@@ -269,7 +269,7 @@ class AnswerCache:
             shard = read_answers(path)
             if shard.record.get("settings") != origin:
                 raise ValueError(f"{path}: swept with other settings than {MANIFEST} says; {AGAIN}")
-            keys = shard.arrays["key"]
+            keys = shard.arrays["key"].copy()  # a view would keep the file open, and there may be thousands
             found.append((keys, np.stack([np.full(len(keys), number), np.arange(len(keys))], -1).astype(np.int32)))
         keys, places = (np.concatenate(parts) for parts in zip(*found))
         order = np.argsort(keys, kind="stable")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import cache as benchmark
 from megatron_tide import cli, distill
 from megatron_tide.commands import cache as cache_command
 from megatron_tide.config import from_flat
@@ -225,6 +226,10 @@ def test_another_text_or_teacher_is_refused(chain, folder, tmp_path):
     config = from_flat(chain.run(tmp_path, **ASKS))
     record_models(config, inputs, WORLD)
     assert inputs.run["teacher_fingerprint"] == manifest["settings"]["teacher"]
+    live = read_run_inputs(config, 1)
+    record_models(config, live, WORLD)
+    for name in ("teacher_fingerprint", "affects_loss"):  # a run may go on with the other of the two
+        assert live.run[name] == inputs.run[name]
     with pytest.raises(ValueError, match=r"the answers of another teacher than .*student; sweep again"):
         record_models(replace(config, paths=replace(config.paths, teacher=config.paths.student)), inputs, WORLD)
 
@@ -315,7 +320,11 @@ def curves(live, sweep, cached):
         args = cli.parse(cache_command, sweep)
         assert cache_command.ask(args.run, args, world) == 0
         assert distill.train(from_flat(cached), world) == 0
-    return [read_curve(Path(flags["out"])) for flags in (live, cached)]
+        args = cli.parse(benchmark, [*sweep, "--steps", "2", "--rounds", "1"])
+        config = replace(args.run, paths=replace(args.run.paths, out=f"{cached['out']}-benchmark"))
+        config = replace(config, train=replace(config.train, max_steps=2))
+        figures = benchmark.figures(config, args, world)
+    return *(read_curve(Path(flags["out"])) for flags in (live, cached)), figures
 
 
 @pytest.mark.ranks
@@ -326,7 +335,9 @@ def test_two_ranks_train_the_same_curve_without_a_teacher(chain, mixture, tmp_pa
     sweep = chain.flags(answers, teacher=str(mixture), **flags)
     cached = {"teacher_hosting": "cached", "teacher_cache": str(answers), "teacher": ""}
     cached = chain.run(tmp_path / "cached", **flags, **cached)
-    with_teacher, without = run_on_ranks(curves, 2, live, sweep, cached, timeout=280)[0]
+    with_teacher, without, figures = run_on_ranks(curves, 2, live, sweep, cached, timeout=280)[0]
     for name in ("loss/total", "loss/distill", "train/grad_norm"):
         assert without[name] == with_teacher[name]
     assert min(without["loss/distill"]) > 0.1
+    assert figures["bytes"] == pytest.approx(figures["forecast_bytes"], rel=0.3)  # counted on one of two ranks
+    assert figures["step_seconds_from_answers"] > 0
