@@ -123,13 +123,17 @@ def answers(batch: DistillBatch, said: TeacherOutputs, strategy: Strategy, stude
     if strategy.rows is not None:
         assert said.hidden is not None
         assert said.head_weight is not None
-        # As many rows at once as the student's head takes in training.
-        parts = [
-            strategy.rows.target((hidden_mH @ said.head_weight.T).float(), student_width)
-            for hidden_mH in said.hidden.split(rows_per_slice(student_width))
-        ]
-        scores_PD, *rest = (torch.cat(columns) for columns in zip(*parts))
-        top_Pk = rest[0] if rest else top_Pk
+        size = widths(strategy, student_width, len(said.head_weight))
+        scores_PD = said.hidden.new_zeros(len(said.hidden), size["categories"], dtype=torch.float32)
+        top_Pk = scores_PD.new_zeros(len(said.hidden), size["kept"], dtype=torch.int32)
+        for term, index in strategy.terms(batch):
+            # As many rows at once as the student's head takes in training.
+            pieces = said.hidden[index].split(rows_per_slice(student_width))
+            parts = [term.target((hidden_mH @ said.head_weight.T).float(), student_width) for hidden_mH in pieces]
+            target_mD, *top_mk = (torch.cat(columns) for columns in zip(*parts))
+            scores_PD[index, : target_mD.shape[-1]] = target_mD.float()
+            if top_mk:
+                top_Pk[index] = top_mk[0].int()
     logprobs, scores, top = (x.float().cpu().numpy() for x in (logprobs_R, scores_PD, top_Pk))
     return [
         Answer(q.key, q.asked, logprobs[q.rows], scores[q.pairs].ravel(), top[q.pairs].ravel().astype(np.int32))
@@ -169,14 +173,7 @@ def deciding(
     """All that decides the answers to a run, but for the teacher's weights and the seed; by name, JSON.
 
     ``data``, ``bridge``: their fingerprints. Distributions depend on T and on how many categories are kept.
-
-    Raises:
-        ValueError: the strategy compares rows that a cache has no place for.
     """
-    if strategy.first_rows is not None:
-        raise ValueError(
-            "a cache holds the distributions of one-to-one chunks: leave out --distribution-rows, or host the teacher"
-        )
     built, rows = strategy.describe(), strategy.rows
     found = {name: value for name, value in built.items() if name.startswith(_ASKING)}
     growth = config.strategy.block_growth if strategy.noise_sampling.per_block else ""
@@ -185,15 +182,21 @@ def deciding(
     found |= {"steps": total_steps} if growth else {}
     if rows is not None:
         found |= {"temperature": rows.temperature, "teacher_top": rows.top}
+        found |= {"distribution_rows": config.strategy.distribution_rows}
     return found | {"target_logprobs": strategy.needs_target_logprobs, "distributions": rows is not None}
 
 
 def widths(strategy: Strategy, student_vocab: int, teacher_vocab: int) -> dict[str, int]:
     """Numbers per distribution: ``categories``, D of the table above, and ``kept``, D - 1, or 0 for all."""
     none = torch.zeros(0, teacher_vocab)
-    target = () if strategy.rows is None else strategy.rows.target(none, student_vocab)
-    categories, kept = ([part.shape[-1] for part in target] + [0, 0])[:2]
-    return {"categories": categories, "kept": kept, "teacher_vocab": teacher_vocab}
+    terms = [term for term in (strategy.rows, strategy.first_rows) if term is not None]
+    found = [[part.shape[-1] for part in term.target(none, student_vocab)] for term in terms]
+    categories = max((sizes[0] for sizes in found), default=0)
+    return {
+        "categories": categories,
+        "kept": max((sum(s[1:]) for s in found), default=0),
+        "teacher_vocab": teacher_vocab,
+    }
 
 
 class AnswerCache:

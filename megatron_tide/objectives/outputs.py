@@ -21,8 +21,8 @@ class TeacherOutputs:
     carries a gradient.
 
     Instead of ``hidden`` and ``head_weight``, a teacher that was asked before has ``scores`` [P, D], its side of the
-    distribution term (``DistributionTerm.target``), and with fewer than all categories ``top`` int64 [P, D - 1], which
-    they are; ``vocab_size``: the number of its logits.
+    pair's distribution term (``DistributionTerm.target``; D: the most of both terms), and with fewer than all
+    categories ``top`` int64 [P, D - 1], which they are; ``vocab_size``: the number of its logits.
     """
 
     target_logprobs: Tensor | None = None

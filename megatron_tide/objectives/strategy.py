@@ -83,10 +83,12 @@ class DistributionTerm:
     def rows(
         self, student_mV: Tensor, teacher_width: int, strength_m: Tensor, teacher_mD: Tensor, *top_mk: Tensor
     ) -> Tensor:
-        """T^2 times the divergence per row [m], unweighted, from the student's logits and the teacher's ``target``."""
+        """T^2 times the divergence per row [m], unweighted, from the student's logits and the teacher's ``target``
+        (which may be followed by columns without meaning).
+        """
         student_mD = self.vocabulary.of_student(student_mV, teacher_width, self.temperature)
         student_mD = coarsened(student_mD, *top_mk) if top_mk else student_mD
-        target_mD = self.tidal.rows(student_mD, teacher_mD, strength_m)
+        target_mD = self.tidal.rows(student_mD, teacher_mD[:, : student_mD.shape[-1]], strength_m)
         return self.temperature**2 * self.objective.rows(torch.log_softmax(student_mD, dim=-1), target_mD)
 
 
@@ -162,7 +164,7 @@ class Strategy:
         else:
             pairs_P, others_O = batch.pair_student_index, _complement(batch.pair_student_index, hidden_LH.shape[0])
             strength_P, columns = strength_N[batch.chunk_level[batch.pair_chunk]], []
-            terms = self._terms(batch)
+            terms = self.terms(batch)
             for term, index in terms:
                 rows = pairs_P[index]
                 pair_args = targets_L[rows], strength_P[index], *(part[index] for part in teacher.of_pairs)
@@ -179,7 +181,7 @@ class Strategy:
         logprobs_M, next_logprobs_Q = logprobs_L.split([len(batch.student_targets), len(batch.next_targets)])
         return StudentScores(logprobs_M, next_logprobs_Q, divergence_P, covered_P, spelled)
 
-    def _terms(self, batch: DistillBatch) -> list[tuple[DistributionTerm, Tensor | slice]]:
+    def terms(self, batch: DistillBatch) -> list[tuple[DistributionTerm, Tensor | slice]]:
         """The distribution terms, with the pairs that they compare: one-to-one chunks, and first rows of the others."""
         assert self.rows is not None
         if self.first_rows is None or batch.pair_several is None:
@@ -232,7 +234,7 @@ class Strategy:
         term_K = term.chunks(student_lp_K, teacher_lp_K, strength_N[level_K])
         taken_K = torch.ones_like(term_K)
         if self.rows is not None:
-            _, single = self._terms(batch)[0]
+            _, single = self.terms(batch)[0]
             taken_K = taken_K.index_fill(0, batch.pair_chunk[single], 0.0)
         weight_K = term.tidal.weight(strength_N[level_K]) * weight_N[level_K]
         break_even = -term.temperature * math.log(2)

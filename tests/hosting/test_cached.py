@@ -150,6 +150,16 @@ def test_the_most_likely_categories(chain, tmp_path):
     assert 0 < kl < compare_losses(chain, whole, everything)[1]
 
 
+def test_first_rows_of_chunks_of_several_tokens(chain, tmp_path):
+    flags = {"max_steps": 2, "distribution_rows": "byte_prefix"}
+    swept(chain, tmp_path / "answers", **flags)
+    strategy, steps = outputs_of(chain, tmp_path / "answers", **flags)
+    assert sum(len(batch.pair_several) for batches, _, _ in steps for batch in batches) > 10
+    compare_losses(chain, strategy, steps)
+    with pytest.raises(ValueError, match="asked with distribution_rows = byte_prefix, this run has "):
+        reading(chain, tmp_path / "answers", max_steps=2)
+
+
 def compare_losses(chain, strategy, steps):
     """Both losses of every micro-batch, and gradients of the head; (covered mass, mean divergence) of the cache."""
     model = load_model(chain.root / "student", as_student=True)
