@@ -41,6 +41,9 @@ class Args:
     )
     name: str | None = flag(None, "Name of the model in its card", shown="the name of OUT")
     license: str = flag("apache-2.0", "Licence for the model card")
+    language: tuple[str, ...] = flag(
+        (), "Language of the data, for the model card; repeatable", metavar="CODE", shown="en", kind="repeated"
+    )
     skip_parity: bool = flag(False, "Do not compare with the training weights: for a start of further runs, no release")
     push_to_hub: str | None = flag(None, "Hub repository to upload the release to, e.g. me/my-student", metavar="NAME")
     private: bool = flag(False, "Make the repository of --push-to-hub private")
@@ -64,6 +67,8 @@ def run(args: Args) -> None:
         base_model=args.base_model,
         name=args.name,
         license_id=args.license,
+        repository=args.push_to_hub,
+        languages=args.language or ("en",),
         skip_parity=args.skip_parity,
     )
     parity = convert(args.checkpoint, args.out, options)

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Cache
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers import AttentionInterface, Cache, DynamicCache
+from transformers.utils import ModelOutput
 
 from .decoding_a2d import BlockCache
 
 ATTENTION = "a2d"
+CACHE = "a2d_cache"  # the argument of a layer that reaches attention in every version of transformers
 
 GRAPHS = 64  # of one function: torch's limit of 8 is fewer than models, head layouts, batch of one or more, ...
 
@@ -103,6 +105,8 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 def attention_interface(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Mask | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    if (cache := kwargs.get(CACHE)) is not None:
+        key, value = cache.update(key, value, module.layer_idx)
     output = attend(query, key, value, attention_mask, kwargs["scaling"])
     return output.transpose(1, 2).contiguous(), None
 
@@ -119,6 +123,38 @@ def rope_for_every_version(values: dict[str, Any]) -> None:
         values.setdefault("rope_theta", rope["rope_theta"])
         if rope.get("rope_type", "default") != "default":
             values.setdefault("rope_scaling", rope)
+
+
+@dataclass
+class BlockDiffusionOutput(ModelOutput):  # type: ignore[misc]
+    """``logits`` [B, L, V] of the token AT each position; ``hidden_states``: a tuple [B, L, H] of the embeddings and
+    each layer's output, the last one normed; ``loss`` is None. ``cache`` is also called ``past_key_values``, as in
+    transformers before 5.24.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        """``cache``."""
+        return self.cache
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("cache" if key == "past_key_values" else key)
+
+
+def _refuse_others(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name == "labels" and value is not None:
+            raise ValueError(
+                "forward: labels give no loss here: the denoising loss is the cross entropy of masked tokens over t, "
+                "under noise and a mask that training draws; compute it from logits"
+            )
+        if value is not None and value is not False:
+            raise ValueError(f"forward: {name} is not supported; leave it out")
 
 
 class BlockDiffusionBackbone:
@@ -149,6 +185,32 @@ class BlockDiffusionBackbone:
         """The output embedding, [V, H]."""
         return self.lm_head.weight
 
+    def layer_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Mask | None = None,
+        position_ids: Tensor | None = None,
+        cache: BlockCache | Cache | None = None,
+        keep: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Normed hidden states [B, L, H]; ``keep``: behind the embeddings and every other layer's output.
+
+        What transformers' own forward does, without its names for a cache, which change between versions: the cache
+        goes to :func:`attention_interface`.
+        """
+        hidden = self.model.embed_tokens(input_ids)
+        mask = attention_mask_for(attention_mask, hidden.dtype)
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        rotations, states = self.model.rotary_emb(hidden, position_ids), []
+        more = {} if cache is None else {CACHE: cache}
+        for layer in self.model.layers:
+            if keep:
+                states.append(hidden)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotations, **more)
+        return (*states, self.model.norm(hidden))
+
     def backbone(
         self,
         input_ids: Tensor,
@@ -157,14 +219,7 @@ class BlockDiffusionBackbone:
         past_key_values: BlockCache | Cache | None = None,
     ) -> Tensor:
         """Normed hidden states [B, L, H]; ``past_key_values`` is attended to and appended to."""
-        mask = attention_mask_for(attention_mask, self.model.embed_tokens.weight.dtype)
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-        ).last_hidden_state
+        return self.layer_states(input_ids, attention_mask, position_ids, past_key_values)[-1]
 
     def forward(
         self,
@@ -172,11 +227,31 @@ class BlockDiffusionBackbone:
         attention_mask: Mask | None = None,
         position_ids: Tensor | None = None,
         past_key_values: BlockCache | Cache | None = None,
-        **_: Any,
-    ) -> MaskedLMOutput:
-        """Logits [B, L, V]; ``attention_mask`` as :func:`attention_mask_for` takes it, ``position_ids`` [B or 1, L]."""
-        hidden = self.backbone(input_ids, attention_mask, position_ids, past_key_values)
-        return MaskedLMOutput(logits=self.lm_head(hidden))
+        *,
+        cache: BlockCache | Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> BlockDiffusionOutput | tuple[Any, ...]:
+        """Logits [B, L, V]; ``attention_mask`` as :func:`attention_mask_for` takes it, ``position_ids`` [B or 1, L].
+
+        ``past_key_values`` (or ``cache``, its name since transformers 5.24) is attended to and appended to, and
+        returned unless ``use_cache`` is False; without one, ``use_cache`` True makes one. ValueError for an argument
+        that would be without effect.
+        """
+        _refuse_others(others)
+        past_key_values = cache if past_key_values is None else past_key_values
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        keep = bool(output_hidden_states)
+        states = self.layer_states(input_ids, attention_mask, position_ids, past_key_values, keep)
+        output = BlockDiffusionOutput(
+            logits=self.lm_head(states[-1]),
+            cache=None if use_cache is False else past_key_values,
+            hidden_states=states if keep else None,
+        )
+        return output.to_tuple() if return_dict is False else output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # A cast to bf16 must not reach the rotary frequencies: rounded, they would move every position, and differ from

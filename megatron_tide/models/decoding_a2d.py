@@ -126,13 +126,23 @@ class _Passes:
         return graph
 
 
+def _warn_if_longer(model: Any, length: int) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        warnings.warn(
+            f"generate: prompt and answer can have {length} tokens, the model was made for {most} "
+            "(max_position_embeddings); what it writes behind them is unlikely to make sense",
+            stacklevel=3,
+        )
+
+
 class BlockDecoder:
     """One batch of prompts being continued.
 
     ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
-    ``head_weight [V, H]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way; ``rows_A``
-    are the rows still being continued (A of the B), in the order the cache has them. ``static``: passes of fixed
-    shapes, which wait for nothing; None: on a GPU.
+    ``head([..., H]) -> [..., V]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way;
+    ``rows_A`` are the rows still being continued (A of the B), in the order the cache has them. ``static``: passes of
+    fixed shapes, which wait for nothing; None: on a GPU.
     """
 
     def __init__(
@@ -149,6 +159,7 @@ class BlockDecoder:
             raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; pass one per prompt")
         self.model, self.rule, self.passes, self.end = model, rule, 0, 0
         self.device = model.head_weight.device
+        _warn_if_longer(model, max(map(len, prompts)) + rule.max_new_tokens)
         block, count = rule.block_size, len(prompts)
         prompts = [prompt.to("cpu") for prompt in prompts]
         holes = [prompt == rule.mask_token_id for prompt in prompts]
@@ -189,6 +200,7 @@ class BlockDecoder:
         self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], device=self.device)
         self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
         self.live_A = torch.ones(count, dtype=torch.bool, device=self.device)
+        self.most_B = [rule.max_new_tokens] * count
         self.static = self.device.type == "cuda" if static is None else static
         self.cache = BlockCache(length, self.static)
         self._slots: dict[int, torch.Tensor] = {}  # of the queries, by their number
@@ -259,7 +271,7 @@ class BlockDecoder:
         else:
             at_R, places_R = open_Ab.nonzero(as_tuple=True)
         rows_R, slots_R = self.rows_A[at_R], slots_b[places_R]
-        logits_RV = hidden_AbH[at_R, places_R] @ self.model.head_weight.to(hidden_AbH.dtype).T
+        logits_RV = self.model.head(hidden_AbH[at_R, places_R])
         if self.fills or rule.min_new_tokens:  # text follows the filled-in tokens: the answer cannot end there
             too_early_R = slots_R < self.answer_dev_B[rows_R] + rule.min_new_tokens
             logits_RV[:, self.eos] = logits_RV[:, self.eos].masked_fill(too_early_R.unsqueeze(1), float("-inf"))
@@ -329,6 +341,11 @@ class BlockDecoder:
         kept_Ab = ~ended_Ab & (slots_b < limit_A.unsqueeze(1)) & self.live_A.unsqueeze(1)
         return undecided_Ab & (undecided_Ab & kept_Ab).any(-1, keepdim=True)
 
+    def stop(self, row: int, length: int) -> None:
+        """End a row's answer after ``length`` tokens, when a pass has finished its block."""
+        self.most_B[row] = length
+        self.live_A.logical_and_(self.rows_A != row)
+
     def prompts(self) -> list[torch.Tensor]:
         """Each row's prompt, int64, with what was filled in so far."""
         spans = zip(self.tokens_BL, self.shift_B.tolist(), self.prompt_B.tolist())
@@ -342,7 +359,7 @@ class BlockDecoder:
         answers = []
         for row in range(len(self.prompt_B)):
             begin = int(self.shift_B[row] + self.prompt_B[row])
-            answer = self.tokens_BL[row, begin : begin + self.rule.max_new_tokens]
+            answer = self.tokens_BL[row, begin : begin + self.most_B[row]]
             undecided = self.undecided_BL[row, begin : begin + len(answer)]
             if settled and undecided.any():
                 answer = answer[: int(undecided.int().argmax())]

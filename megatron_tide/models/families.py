@@ -171,6 +171,7 @@ _SDAR_CONFIG = HubConfig(config_class=SDARConfig, required=_QWEN3_REQUIRED, opti
 _A2D_LLAMA_CONFIG = HubConfig(config_class=A2DLlamaConfig, required=_REQUIRED, optional=(*_LLAMA_OPTIONAL, *_STUDENT))
 
 
+_AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel")
 _DECODING = ("backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py", "sampling_a2d.py")
 
 
@@ -178,7 +179,7 @@ def _student_release(file: str, config: type[PretrainedConfig], module: type[Pre
     """The files of a student whose own classes are in ``file``.py."""
     return ReleaseFiles(
         code=(f"{file}.py", *_DECODING),
-        auto_map={"AutoConfig": f"{file}.{config.__name__}", "AutoModelForMaskedLM": f"{file}.{module.__name__}"},
+        auto_map={"AutoConfig": f"{file}.{config.__name__}"} | dict.fromkeys(_AUTO, f"{file}.{module.__name__}"),
     )
 
 
@@ -207,6 +208,7 @@ register(
             auto_map={
                 "AutoConfig": "modeling_sdar.SDARConfig",
                 "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+                "AutoModel": "modeling_sdar.SDARForCausalLM",
             },
             of="a2d-qwen3",
             mask_id=151669,

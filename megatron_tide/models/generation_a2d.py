@@ -5,71 +5,197 @@ Copied into releases with ``decoding_a2d.py`` and ``sampling_a2d.py``: it needs 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .decoding_a2d import BlockDecoder
 from .sampling_a2d import DEFAULT_NEW_TOKENS, DecodingRule
+
+# Settings that are honoured, as keywords and as fields of a generation config.
+_RULE = {*DecodingRule.__dataclass_fields__, "eos_token_id", "do_sample", "steps"}
+_CALL = ("max_length", "num_return_sequences", "return_dict_in_generate", "stop_strings")
+# Of each pair, what is stated last counts.
+_SAME = (("max_new_tokens", "max_length"), ("tokens_per_step", "steps"))
+# Values of other settings that ask for nothing, and settings that decide no token.
+_NEUTRAL = {"num_beams": 1, "num_beam_groups": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "typical_p": 1.0}
+_NEUTRAL |= {"min_p": 0.0, "no_repeat_ngram_size": 0, "min_length": 0}
+_NO_EFFECT = {"bos_token_id", "decoder_start_token_id", "transformers_version", "use_cache"}
 
 
 class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
     """Block decoding as a model's ``generate``; its defaults come from ``config`` and ``generation_config``."""
 
+    lm_head: Any
+
     @torch.no_grad()
     def generate(  # type: ignore[override]
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
         generation_config: Any = None,
         *,
+        attention_mask: torch.Tensor | None = None,
         inputs: torch.Tensor | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
         streamer: Any = None,
+        stopping_criteria: Any = None,
+        tokenizer: Any = None,
         **options: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Continue prompts by block decoding; int64 [B, P + longest answer], answers padded behind their end of text.
 
         Args:
             input_ids: [B, P] prompts, padded on either side (``attention_mask`` 0 marks padding); mask tokens in them
                 are filled in. ``inputs`` is the same under transformers' name.
-            seed: one number (row r uses seed + r), or one per row; used when ``temperature`` > 0.
+            generation_config: settings in place of the model's own; its fields mean what the same keywords mean.
+            seed: one number (row r uses seed + r), or one per row; used when tokens are sampled. None: drawn from
+                ``generator``, or from torch's global one.
             streamer: transformers' TextStreamer or the like, for one prompt: gets the prompt, then block after block.
-            options: fields of ``DecodingRule`` (``max_new_tokens``, ``min_new_tokens``, ``eos_in_order``,
-                ``tokens_per_step``, ``threshold``, ``temperature``, ``block_size``, ``mask_token_id``,
-                ``pad_token_id``), ``eos_token_id``, ``do_sample``, and ``steps``: passes for the complete answer, in
-                place of ``tokens_per_step``.
+            stopping_criteria: called with the ids [1, n] of a row after each of its new tokens, as its blocks finish.
+            tokenizer: for ``stop_strings``.
+            options: fields of ``DecodingRule``, ``eos_token_id``, ``do_sample``; ``steps``: passes for the complete
+                answer, in place of ``tokens_per_step``; and transformers' ``max_length``, ``num_return_sequences``
+                (rows of one prompt stand together), ``return_dict_in_generate``, ``stop_strings``.
+
+        Raises:
+            ValueError: a setting that block decoding does not have, or a value out of range.
         """
         ids_BP = input_ids if input_ids is not None else inputs
         if ids_BP is None or ids_BP.dim() != 2:
             raise ValueError("generate: pass input_ids as a [batch, length] tensor")
+        settings = _settings(getattr(self, "generation_config", None), generation_config, options)
+        call = {name: settings.pop(name, None) for name in _CALL}
+        if call["max_length"] is not None:
+            settings["max_new_tokens"] = _new_tokens(call["max_length"], ids_BP.shape[1])
+        rule = decoding_rule(self, None, settings)
+        keep_BP = (torch.ones_like(ids_BP) if attention_mask is None else attention_mask).bool()
+        if (times := call["num_return_sequences"] or 1) > 1:
+            if not rule.temperature:
+                raise ValueError(f"generate: {times} greedy answers are all the same; add do_sample=True")
+            ids_BP, keep_BP = (one.repeat_interleave(times, 0) for one in (ids_BP, keep_BP))
         if streamer is not None and len(ids_BP) > 1:
             raise ValueError(f"generate: a streamer supports one prompt, not {len(ids_BP)}")
-        rule = decoding_rule(self, generation_config or getattr(self, "generation_config", None), options)
-        keep_BP = torch.ones_like(ids_BP) if attention_mask is None else attention_mask
-        prompts = [ids[keep.bool()] for ids, keep in zip(ids_BP, keep_BP)]
-        seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        decoder = BlockDecoder(self, prompts, rule, seeds)
-        _stream(decoder, streamer)
-        answers = decoder.completions()
-        filled_BP = ids_BP.clone()
-        for row, prompt in enumerate(decoder.prompts()):
-            filled_BP[row, keep_BP[row].bool()] = prompt
-        new = ids_BP.new_full((len(answers), max(len(answer) for answer in answers)), rule.pad_token_id)
-        for row, answer in enumerate(answers):
-            new[row, : len(answer)] = answer
-        return torch.cat((filled_BP, new), dim=1)
+        prompts = [ids[keep] for ids, keep in zip(ids_BP, keep_BP)]
+        decoder = BlockDecoder(self, prompts, rule, _seeds(seed, generator, rule, len(prompts)))
+        _run(decoder, streamer, _stops(call["stop_strings"], tokenizer, stopping_criteria))
+        sequences: Any = _sequences(decoder, ids_BP, keep_BP)
+        return GenerateDecoderOnlyOutput(sequences=sequences) if call["return_dict_in_generate"] else sequences
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [..., V] of hidden states: through the module, whose weight can be quantized."""
+        return self.lm_head(hidden)
+
+    def _prepare_generation_config(
+        self, generation_config: Any, use_model_defaults: bool | None = None, **changes: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """For transformers 4's pipelines: the model's own settings come before those of a pipeline, which would sample.
+
+        transformers 5 asks for nothing here and does the same.
+        """
+        own = copy.deepcopy(self.generation_config)
+        if own.max_new_tokens is None:
+            own.max_new_tokens = getattr(generation_config, "max_new_tokens", None)
+        return own, own.update(**changes)
 
 
-def _stream(decoder: BlockDecoder, streamer: Any) -> None:
-    """Run to the end; pass the prompt and each finished block's new tokens to ``streamer`` (None: to none)."""
-    sent = 0
+def _settings(own: Any, passed: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """What the model's generation config, a passed one and keywords state; the later ones count."""
+    found: dict[str, Any] = {}
+    given = {name: value for name, value in options.items() if value is not None}
+    for layer in (_stated(own), _stated(passed), given):
+        for pair in _SAME:
+            if any(name in layer for name in pair):
+                found = {name: value for name, value in found.items() if name not in pair}
+        if layer.get("max_new_tokens") is not None:
+            layer.pop("max_length", None)
+        # A temperature turns sampling on, and so does do_sample, as everywhere in transformers.
+        if layer.get("temperature") and "do_sample" not in layer:
+            layer["do_sample"] = True
+        found |= layer
+    return found
+
+
+def _stated(config: Any) -> dict[str, Any]:
+    """Fields of a generation config that differ from its defaults; of others than transformers', those of the rule."""
+    if config is None:
+        return {}
+    defaults = vars(GenerationConfig())
+    values = {name: value for name, value in vars(config).items() if name in defaults or name in _RULE}
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and value != defaults.get(name) and not name.startswith("_")
+    }
+
+
+def _refuse_others(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        empty = value is None or value is False or (isinstance(value, (list, tuple, dict)) and not value)
+        if name in _RULE or name in _NO_EFFECT or empty or _NEUTRAL.get(name) == value:
+            continue
+        known = ", ".join(sorted({*_RULE, *_CALL}))
+        raise ValueError(f"generate: block decoding has no {name}; leave it out, or use one of {known}")
+
+
+def _new_tokens(max_length: int, prompt: int) -> int:
+    if max_length <= prompt:
+        raise ValueError(f"generate: max_length is {max_length}, and the prompt has {prompt} tokens; use more")
+    return max_length - prompt
+
+
+def _seeds(
+    seed: int | Sequence[int] | None, generator: torch.Generator | None, rule: DecodingRule, rows: int
+) -> list[int]:
+    """One seed per row; nothing is drawn where nothing is sampled."""
+    if seed is None and rule.temperature > 0.0:
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
+    return [(seed or 0) + row for row in range(rows)] if seed is None or isinstance(seed, int) else list(seed)
+
+
+Stops = Callable[[torch.Tensor, torch.Tensor], bool]
+
+
+def _stops(strings: str | Sequence[str] | None, tokenizer: Any, criteria: Any) -> Stops | None:
+    """Whether an answer (ids [n]) to a prompt (ids [p]) ends here; None where nothing can end it."""
+    strings = [strings] if isinstance(strings, str) else list(strings or ())
+    criteria = [criteria] if callable(criteria) else list(criteria or ())
+    if strings and tokenizer is None:
+        raise ValueError("generate: stop_strings need tokenizer=...")
+    if not strings and not criteria:
+        return None
+
+    def stops(prompt: torch.Tensor, answer: torch.Tensor) -> bool:
+        if strings and any(string in tokenizer.decode(answer.tolist()) for string in strings):
+            return True
+        ids = torch.cat((prompt, answer)).unsqueeze(0)
+        return any(bool(torch.as_tensor(one(ids, None)).any()) for one in criteria)
+
+    return stops
+
+
+def _run(decoder: BlockDecoder, streamer: Any, stops: Stops | None) -> None:
+    """Run to the end; after each block, end the answers that ``stops`` ends, and pass new tokens to ``streamer``."""
+    sent, checked = 0, [0] * len(decoder.prompt_B)
     if streamer is not None:
         streamer.put(decoder.prompts()[0].cpu())
     for block_is_done in decoder.run():
-        if streamer is not None and block_is_done:
+        if not block_is_done or (stops is None and streamer is None):
+            continue
+        if stops is not None:
+            prompts, answers = decoder.prompts(), decoder.completions(settled=True)
+            for row in decoder.rows_A.tolist():
+                ends = range(checked[row] + 1, len(answers[row]) + 1)
+                end = next((n for n in ends if stops(prompts[row], answers[row][:n])), None)
+                if end is not None:
+                    decoder.stop(row, end)
+                checked[row] = len(answers[row])
+        if streamer is not None:
             answer = decoder.completions(settled=True)[0].cpu()
             if len(answer) > sent:
                 streamer.put(answer[sent:])
@@ -78,20 +204,30 @@ def _stream(decoder: BlockDecoder, streamer: Any) -> None:
         streamer.end()
 
 
+def _sequences(decoder: BlockDecoder, ids_BP: torch.Tensor, keep_BP: torch.Tensor) -> torch.Tensor:
+    """The prompts as they came, with their masks filled in, and the answers behind them."""
+    answers, filled_BP = decoder.completions(), ids_BP.clone()
+    for row, prompt in enumerate(decoder.prompts()):
+        filled_BP[row, keep_BP[row]] = prompt
+    new = ids_BP.new_full((len(answers), max(len(answer) for answer in answers)), decoder.rule.pad_token_id)
+    for row, answer in enumerate(answers):
+        new[row, : len(answer)] = answer
+    return torch.cat((filled_BP, new), dim=1)
+
+
 def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> DecodingRule:
-    """The rule that ``options`` describe, completed from ``defaults`` (a generation config) and the model's config."""
-    known = set(DecodingRule.__dataclass_fields__) | {"eos_token_id", "do_sample", "steps"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(f"generate: unknown argument {', '.join(unknown)}; use {', '.join(sorted(known))}")
+    """The rule that ``options`` describe, completed from ``defaults`` (a generation config) and the model's config.
+
+    Raises:
+        ValueError: an option that is no part of the rule, or out of range.
+    """
+    settings = _settings(defaults, None, options)
+    _refuse_others(settings)
 
     def find(name: str) -> Any:
-        for source in (options.get(name), getattr(defaults, name, None), getattr(model.config, name, None)):
-            if source is not None:
-                return source
-        return None
+        return settings[name] if settings.get(name) is not None else getattr(model.config, name, None)
 
-    eos = options.get("eos_token_ids", find("eos_token_id"))
+    eos = settings.get("eos_token_ids", find("eos_token_id"))
     eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
     pad = find("pad_token_id")
     pad = pad if pad is not None else (eos_ids[0] if eos_ids else None)
@@ -99,21 +235,21 @@ def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> Decodin
     for name, value in values.items():
         if value is None:
             raise ValueError(f"generate: the model's config has no {name}; pass {name}=...")
-    # A temperature turns sampling on, and so does do_sample, as everywhere in transformers.
-    sample = options.get("do_sample", bool(options.get("temperature")) or getattr(defaults, "do_sample", False))
-    temperature = find("temperature") if sample else 0.0
-    for name in DecodingRule.__dataclass_fields__.keys() - {*values, "eos_token_ids", "temperature"}:
+    drawn = ("temperature", "top_k", "top_p")  # transformers 4 gives every model's config values of these
+    for name in DecodingRule.__dataclass_fields__.keys() - {*values, "eos_token_ids", *drawn}:
         if find(name) is not None:
             values[name] = find(name)
-    if options.get("steps") is not None:
-        values["tokens_per_step"] = _tokens_per_step(options, values.get("max_new_tokens", DEFAULT_NEW_TOKENS))
-    return DecodingRule(eos_token_ids=eos_ids, temperature=1.0 if temperature is None else temperature, **values)
+    if settings.get("do_sample", bool(settings.get("temperature"))):
+        values |= {"temperature": 1.0} | {name: settings[name] for name in drawn if settings.get(name) is not None}
+    if settings.get("steps") is not None:
+        values["tokens_per_step"] = _tokens_per_step(settings, values.get("max_new_tokens", DEFAULT_NEW_TOKENS))
+    return DecodingRule(eos_token_ids=eos_ids, **values)
 
 
-def _tokens_per_step(options: dict[str, Any], max_new_tokens: int) -> int:
+def _tokens_per_step(settings: dict[str, Any], max_new_tokens: int) -> int:
     """How many tokens each pass decides so that the answer takes about ``steps`` passes."""
-    if options.get("tokens_per_step") is not None:
+    if settings.get("tokens_per_step") is not None:
         raise ValueError("generate: steps and tokens_per_step exclude each other; use one of them")
-    if options["steps"] < 1:
-        raise ValueError(f"generate: steps is {options['steps']}; use 1 or more")
-    return max(1, -(-max_new_tokens // options["steps"]))
+    if settings["steps"] < 1:
+        raise ValueError(f"generate: steps is {settings['steps']}; use 1 or more")
+    return max(1, -(-max_new_tokens // settings["steps"]))

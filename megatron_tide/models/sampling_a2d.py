@@ -17,6 +17,9 @@ DEFAULT_NEW_TOKENS = 256
 BLOCKS_AT_ANSWER = {"sequence": False, "answer": True}  # block layouts: whether the answer begins a block
 
 
+_FROM_ZERO = (("min_new_tokens", 0), ("top_k", 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecodingRule:
     """How a block is decided.
@@ -24,9 +27,10 @@ class DecodingRule:
     Every pass predicts all undecided positions and keeps the ``tokens_per_step`` most confident tokens; the others are
     masked again. With a ``threshold`` (LLaDA2's rule, published with 0.95) tokens with a higher probability are kept
     too. ``least_confident_first`` keeps the least confident ones instead (for experiments). ``temperature`` 0 takes the
-    most likely token; above 0, a token is sampled from softmax(logits / temperature). Confidence is the chosen token's
-    probability without temperature. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the masks of
-    the prompt.
+    most likely token; above 0, a token is sampled from softmax(logits / temperature): from its ``top_k`` most likely
+    tokens (0: all), of these from the fewest that together have a probability of ``top_p``. Confidence is the chosen
+    token's probability without any of these. The mask token is never chosen. ``max_new_tokens`` 0 only fills in the
+    masks of the prompt.
 
     End of text fills the blocks behind an answer in training, so a model is often surest of it at the end of a block,
     and an answer may end before its beginning is decided. With ``eos_in_order`` end of text is decided only at the
@@ -45,15 +49,19 @@ class DecodingRule:
     tokens_per_step: int = 1
     threshold: float | None = None
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     least_confident_first: bool = False
     block_layout: str = "sequence"
 
     def __post_init__(self) -> None:
-        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), ("min_new_tokens", 0)):
+        for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), *_FROM_ZERO):
             if getattr(self, name) < least:
                 raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"generate: threshold is {self.threshold}; use a probability from 0 to 1")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"generate: top_p is {self.top_p}; use a probability above 0, to 1")
         if self.block_layout not in BLOCKS_AT_ANSWER:
             raise ValueError(f"generate: block_layout is {self.block_layout!r}; use {' or '.join(BLOCKS_AT_ANSWER)}")
         if self.temperature < 0.0 or not math.isfinite(self.temperature):
@@ -91,9 +99,22 @@ def choose_tokens(
     logits_RV = logits_RV.float()
     logits_RV[:, rule.mask_token_id] = float("-inf")
     # Gumbel-max: a sample from the softmax.
-    tokens_R = (logits_RV if noise_RV is None else logits_RV / rule.temperature + noise_RV).argmax(-1)
+    tokens_R = (logits_RV if noise_RV is None else likely(logits_RV / rule.temperature, rule) + noise_RV).argmax(-1)
     chosen_R = logits_RV.gather(1, tokens_R.unsqueeze(1)).squeeze(1)
     return tokens_R, (chosen_R - logits_RV.logsumexp(-1)).exp()
+
+
+def likely(logits_RV: torch.Tensor, rule: DecodingRule) -> torch.Tensor:
+    """``logits_RV`` without the tokens that ``top_k`` and then ``top_p`` leave out; the most likely one stays."""
+    if rule.top_k:
+        least_R1 = logits_RV.topk(min(rule.top_k, logits_RV.shape[1])).values[:, -1:]
+        logits_RV = logits_RV.masked_fill(logits_RV < least_R1, float("-inf"))
+    if rule.top_p < 1.0:
+        sorted_RV, order_RV = logits_RV.sort(descending=True)
+        share_RV = sorted_RV.softmax(-1)
+        enough_RV = share_RV.cumsum(-1) - share_RV >= rule.top_p  # the tokens before this one suffice
+        logits_RV = logits_RV.masked_fill(enough_RV.scatter(1, order_RV, enough_RV), float("-inf"))
+    return logits_RV
 
 
 def committed(confidence_Bb: torch.Tensor, rule: DecodingRule) -> torch.Tensor:

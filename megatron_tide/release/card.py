@@ -5,6 +5,7 @@ The scores are one section, replaced whenever the model is measured again.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ PAPER = "https://arxiv.org/abs/2604.26951"
 TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
 HEADING = "## Scores"
 PLACE = "## Parity"  # the section after the scores
+NO_REPOSITORY = "NAME/REPO"  # in examples of a release that was not uploaded: where it will be
 # What of a recorded run is published.
 _RUN_KEYS: tuple[str, ...] = (
     "version",
@@ -49,6 +51,7 @@ _DATA_KEYS += ("fingerprint",)
 _LOCAL_KEYS = {"out", "resume", "teacher_nvme", "refused_example", "unreadable", "shards"}
 _HUB_KEYS = {"student", "teacher", "model_folder", "name", "path", "data", "validation"}  # may hold names of the hub
 _ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\"\\`<>]+")
+_INDEX = re.compile(r"^model-index:\n(?:(?: |- ).*\n)*", flags=re.M)
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
 
@@ -60,15 +63,18 @@ def model_card(
     *,
     name: str,
     license_id: str,
+    repository: str | None = None,
+    languages: Sequence[str] = ("en",),
 ) -> str:
-    """README.md of a release called ``name``."""
+    """README.md of a release called ``name``; ``repository``: where on the hub it will be."""
+    repository = repository or (name if HUB_NAME.fullmatch(name) else NO_REPOSITORY)
     name = name if HUB_NAME.fullmatch(name) else public_name(name)
     public = public_run(trained.run)
     metrics = {key: value for key, value in trained.metrics.items() if isinstance(value, int | float)}
     sections = [
-        _front_matter(trained, license_id),
+        _front_matter(trained, license_id, languages),
         f"# {name}\n\n{_summary(trained, ids)}",
-        _usage(name, family, ids),
+        _usage(repository, family, ids),
         _method(trained),
         _table("Settings of the run", _flat_settings(public["config"])),
         _table("Data", {key: value for key, value in public["data"].items() if value is not None}),
@@ -102,16 +108,23 @@ def _public(value: Any, key: str = "") -> Any:
     return public_name(value, key in _HUB_KEYS) if isinstance(value, str) else value
 
 
-def _front_matter(trained: TrainingCheckpoint, license_id: str) -> str:
-    paths = trained.run["config"]["paths"]
-    bases = [name for key in ("student", "teacher") if HUB_NAME.fullmatch(name := public_name(paths.get(key) or ""))]
+def _front_matter(trained: TrainingCheckpoint, license_id: str, languages: Sequence[str]) -> str:
     lines = ["---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation"]
-    if bases:
-        lines += ["base_model:", *(f"- {name}" for name in bases)]
+    lines += ["language:", *(f"- {language}" for language in languages)]
+    if base := _hub_names(trained.run["config"]["paths"]["student"]):
+        lines += ["base_model:", f"- {base[0]}", "base_model_relation: finetune"]
+    sources = trained.run["data"].get("sources") or ()
+    if sets := _hub_names(*(source.get("path") for source in sources)):
+        lines += ["datasets:", *(f"- {name}" for name in sets)]
     strategy = public_name(trained.run["config"]["strategy"]["strategy"], False)
     tags = [*TAGS, *(["distillation"] if _distils(trained) else []), strategy]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join([*lines, "---"])
+
+
+def _hub_names(*paths: Any) -> list[str]:
+    names = dict.fromkeys(public_name(path) for path in paths if isinstance(path, str))
+    return [name for name in names if HUB_NAME.fullmatch(name)]
 
 
 def _distils(trained: TrainingCheckpoint) -> bool:
@@ -160,8 +173,16 @@ prompt = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Write a haiku about the tide."}}], add_generation_prompt=True, tokenize=False
 )
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-output = model.generate(inputs["input_ids"], max_new_tokens=128)
+output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+`pipeline("text-generation", model="{name}", trust_remote_code=True)` works too. In 8 bits (`pip install torchao`):
+
+```python
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+quantize_(model, Int8WeightOnlyConfig())  # or Int8DynamicActivationInt8WeightConfig
 ```
 
 | argument of `generate` | meaning |
@@ -173,7 +194,11 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 | `eos_in_order` | end of text is decided only at the first open position of a block (default False) |
 | `steps` | passes for the whole answer, instead of `tokens_per_step` |
 | `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
-| `temperature`, `seed` | 0 (default) takes the likeliest token; above it, tokens are drawn, reproducibly |
+| `block_layout` | where blocks begin: `sequence` (default, as in training), or `answer` (the published sampler) |
+| `temperature`, `do_sample`, `top_k`, `top_p` | tokens are drawn; by default, the likeliest one is taken |
+| `seed`, `generator` | for drawing; without them, torch's global generator |
+| `stop_strings`, `stopping_criteria` | end an answer early; checked after each block, for each of its tokens |
+| `num_return_sequences`, `max_length`, `return_dict_in_generate` | as in transformers; all others are refused |
 
 Blocks have {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}.{serving}"""
 
@@ -282,7 +307,22 @@ def _write_rows(card: Path, lines: list[str]) -> None:
     head = ["| task | metric | score | 95 % interval | samples | settings |", "|---|---|---|---|---|---|"]
     section = "\n".join([HEADING, "", *head, *lines]) + "\n\n"
     text = _SECTION.sub("", card.read_text(encoding="utf-8")).replace(PLACE, section + PLACE, 1)
+    name = re.search(r"^# (.*)$", text, flags=re.M)
+    index = _model_index(name[1] if name else NO_REPOSITORY, lines)
+    text = _INDEX.sub("", text).replace("\n---\n", f"\n{index}---\n", 1)
     atomic_write(card, text.encode())
+
+
+def _model_index(name: str, rows: Sequence[str]) -> str:
+    """The scores of the card's table as the hub reads them, in YAML: every text is quoted."""
+    lines = ["model-index:", f"- name: {json.dumps(name)}", "  results:"]
+    for row in rows:
+        cells = row.replace("&lt;", "<").strip("| ").split(" | ")
+        task, metric, value = (cell.replace("\\|", "|") for cell in cells[:3])
+        lines += ["  - task:", "      type: text-generation", "    dataset:"]
+        lines += [f"      name: {json.dumps(task)}", f"      type: {json.dumps(task)}", "    metrics:"]
+        lines += [f"    - type: {json.dumps(metric)}", f"      name: {json.dumps(metric)}", f"      value: {value}"]
+    return "\n".join(lines) + "\n"
 
 
 def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:

@@ -68,6 +68,8 @@ class Options:
     """How to convert. ``base_model`` None: the one that the run recorded; ``name`` None: the name of the folder.
 
     ``format``: the model type to write it as, of a family whose ``release.of`` is the trained one; "": its own.
+    ``repository``: the hub name that it will be uploaded to, for the card's examples. ``languages``: of the data, for
+    the card.
     """
 
     dtype: str = "bfloat16"
@@ -76,7 +78,9 @@ class Options:
     overwrite: bool = False
     base_model: str | None = None
     name: str | None = None
+    repository: str | None = None
     license_id: str = "apache-2.0"
+    languages: tuple[str, ...] = ("en",)
     skip_parity: bool = False
 
 
@@ -90,7 +94,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
     """
     out = Path(out)
     name = options.name or out.resolve().name
-    check_card_text(name=name, license=options.license_id)
+    check_card_text(name=name, license=options.license_id, **{"language": " ".join(options.languages)})
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ValueError(f"{out}: exists and is not a folder; choose another name")
     if out.exists() and any(out.iterdir()) and not options.overwrite:
@@ -155,7 +159,16 @@ def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str)
         parity = check_parity(draft, trained, tokenizer, family.release, ids, dtype)
         write_json(draft / "parity.json", parity)
     write_json(draft / "provenance.json", {"run": public_run(trained.run), "state": trained.state})
-    card = model_card(trained, family, ids, parity, name=name, license_id=options.license_id)
+    card = model_card(
+        trained,
+        family,
+        ids,
+        parity,
+        name=name,
+        repository=options.repository,
+        license_id=options.license_id,
+        languages=options.languages,
+    )
     (draft / "README.md").write_text(card, encoding="utf-8")
     return parity
 
@@ -196,21 +209,27 @@ def export(
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {**asdict(ids), "do_sample": False})
     tokenizer.save(out)
-    _clean_tokenizer_config(out / "tokenizer_config.json")
+    _clean_tokenizer_config(out / "tokenizer_config.json", config.get("max_position_embeddings"))
     for name in files.code:
         shutil.copyfile(MODELS / name, out / name)
     for file in out.glob("*.safetensors"):  # safetensors creates them readable by the owner only
         file.chmod((out / "config.json").stat().st_mode)
 
 
-def _clean_tokenizer_config(path: Path) -> None:
-    """Keep the keys on the list; transformers 5 writes a class name that 4 does not have; both accept the older one."""
+def _clean_tokenizer_config(path: Path, longest: int | None) -> None:
+    """Keep the keys on the list; what a tokenizer returns is what the model takes, of up to ``longest`` tokens.
+
+    transformers 5 writes a class name that 4 does not have; both accept the older one.
+    """
     if not path.is_file():
         return
     config = read_json(path)
     kept = {key: value for key, value in config.items() if key in TOKENIZER_KEYS or key.endswith("_token")}
     if kept.get("tokenizer_class") == "TokenizersBackend":
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    kept["model_input_names"] = ["input_ids", "attention_mask"]
+    if longest is not None:
+        kept["model_max_length"] = min(longest, kept.get("model_max_length") or longest)
     if kept != config:
         write_json(path, kept)
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tide.files import sha256_file
 from megatron_tide.hub import public_name
-from megatron_tide.release import Options, convert
+from megatron_tide.release import Options, Score, convert, write_scores
 from tests.support.lab import Lab, write_checkpoint
 
 convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])
@@ -106,3 +106,42 @@ def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert {name: public_name(name) for name in expected} == expected
     assert public_name("org/model-1", may_be_on_hub=False) == "model-1"
+
+
+def test_the_hub_reads_bases_data_language_and_scores(lab: Lab, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data, distilled=True)
+
+    def change(run: dict[str, Any]) -> None:
+        run["config"]["paths"] |= {"student": "org/start", "teacher": "org/teacher"}
+        run["data"]["sources"] = [
+            {"path": name} for name in ("org/texts", "/home/me/rows.jsonl", "org/more", "org/texts")
+        ]
+
+    change_run(checkpoint, change)
+    out = tmp_path / "out"
+    convert(checkpoint, out, Options(base_model=str(lab.student), repository="me/student", languages=("en", "de")))
+    card = ModelCard.load(out / "README.md").data.to_dict()
+    assert (card["base_model"], card["base_model_relation"]) == (["org/start"], "finetune")
+    assert (card["datasets"], card["language"]) == (["org/texts", "org/more"], ["en", "de"])
+    assert "model-index" not in card
+    text = (out / "README.md").read_text()
+    assert text.count('from_pretrained("me/student"') == 2
+    assert "`org/teacher`" in text
+
+    numbers = {"low": 1.0, "high": 2.0, "count": 160, "how": "greedy"}
+    write_scores(out, [Score(task='a "quoted": task', metric="exact match, %", value=1.5, **numbers)])
+    write_scores(out, [Score(task="bits", metric="bits per byte", value=2.25, **numbers)])
+    write_scores(out, [Score(task='a "quoted": task', metric="exact match, %", value=1.75, **numbers)])
+    read = ModelCard.load(out / "README.md").data
+    assert read.model_name == "out"
+    found = {(one.dataset_name, one.metric_type, one.metric_value) for one in read.eval_results}
+    assert found == {('a "quoted": task', "exact match, %", 1.75), ("bits", "bits per byte", 2.25)}
+    assert (out / "README.md").read_text().count("model-index:") == 1
+    assert ModelCard.load(out / "README.md").data.to_dict()["base_model"] == ["org/start"]
+
+
+def test_a_name_or_language_that_breaks_the_front_matter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--language"):
+        convert(tmp_path / "nowhere", tmp_path / "out", Options(languages=("en\nlicense: mit",)))

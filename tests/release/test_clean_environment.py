@@ -19,29 +19,47 @@ from tests.support.lab import Lab, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PINS = dict(line.split("==") for line in (REPOSITORY / "requirements.txt").read_text().split() if "==" in line)
-OLDEST = "4.57.6"
+OLDEST, NEWEST = "4.57.6", "5.24.0"
+TORCHAO = "torchao==0.18.0"
 QUESTIONS = ["Hello!", "Write a function.\n\n" * 5]
 KNOBS = {"max_new_tokens": 20, "tokens_per_step": 2}
 
 PROGRAM = """
-import importlib.util, json, sys
+import importlib.util, json, sys, warnings
+
+warnings.simplefilter("error", FutureWarning)  # of what a release uses and a later version will not have
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, TextStreamer, __version__
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextStreamer, __version__, pipeline
 
 for name in ("megatron_tide", "deepspeed", "datasets", "sentencepiece"):
     assert importlib.util.find_spec(name) is None, name
 torch.set_num_threads(1)
-folder, questions, options = json.loads(sys.stdin.read())
+folder, questions, options, quantizes = json.loads(sys.stdin.read())
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+how = {"trust_remote_code": True, "dtype": torch.float32}
+model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+assert type(AutoModel.from_pretrained(folder, **how)).__name__ == type(model).__name__
+write = pipeline("text-generation", model=folder, return_full_text=False, **how)
 answers = []
 for question in questions:
     chat = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     streamer = TextStreamer(tokenizer, skip_prompt=True)
-    output = model.generate(inputs["input_ids"], streamer=streamer, **options)
+    output = model.generate(**inputs, streamer=streamer, **options)
     answers.append(output[0, inputs["input_ids"].shape[1]:].tolist())
+    # Greedy, too, where a pipeline's own defaults would draw.
+    assert write(chat, **options)[0]["generated_text"] == tokenizer.decode(answers[-1], skip_special_tokens=True)
+    state = model(**inputs, use_cache=True)
+    assert state.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+if quantizes:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+
+    for config in (Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
+        small = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+        quantize_(small, config)
+        assert small.lm_head.weight.__class__ is not torch.nn.Parameter
+        assert small.generate(**inputs, **options).shape[1] > inputs["input_ids"].shape[1]
 print()
 print(json.dumps({"transformers": __version__, "answers": answers}))
 """
@@ -65,7 +83,7 @@ def install(python: Path, *packages: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_loads_and_writes_the_same_tokens(lab: Lab, python: Path, tmp_path: Path) -> None:
-    """Under the oldest transformers we name and under the one we pin, students of both shapes."""
+    """Under the oldest transformers we name, the pinned and the newest; both shapes of students; at last in 8 bits."""
     torch.set_num_threads(1)
     expected = {}
     for shape, start in (("qwen3", lab.student), ("llama", lab.llama(tmp_path / "start"))):
@@ -77,13 +95,13 @@ def test_loads_and_writes_the_same_tokens(lab: Lab, python: Path, tmp_path: Path
         prompts = [from_text(tokenizer, question).ids for question in QUESTIONS]
         answers = complete(load_model(release), tokenizer, prompts, batch_size=1, **KNOBS)
         expected[release] = [answer.ids for answer in answers]
-    for version in (OLDEST, PINS["transformers"]):
-        install(python, f"transformers=={version}")
+    for version in (OLDEST, PINS["transformers"], NEWEST):
+        install(python, f"transformers=={version}", *([TORCHAO] if version == NEWEST else []))
         environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
         for release, answers in expected.items():
             done = subprocess.run(
                 [str(python), "-c", PROGRAM],
-                input=json.dumps([str(release), QUESTIONS, KNOBS]),
+                input=json.dumps([str(release), QUESTIONS, KNOBS, version == NEWEST]),
                 capture_output=True,
                 text=True,
                 env=environment,

@@ -82,7 +82,11 @@ def test_tokenizer_is_the_starting_folders(lab: Lab, release: Path) -> None:
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (release / name).read_bytes() == (lab.student / name).read_bytes()
     ours, theirs = (json.loads((f / "tokenizer_config.json").read_text()) for f in (release, lab.student))
-    assert ours == theirs | {"tokenizer_class": "PreTrainedTokenizerFast"}  # the name that transformers 4 knows as well
+    assert ours == theirs | {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 knows as well
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": json.loads((release / "config.json").read_text())["max_position_embeddings"],
+    }
 
 
 def test_another_chat_template_than_the_runs_is_not_released(lab: Lab, tmp_path: Path) -> None:
@@ -121,7 +125,7 @@ def test_card_tells_the_whole_story(lab: Lab, checkpoint: Path, release: Path) -
         run["bridge_fingerprint"],
         run["data_fingerprint"],
         run["fingerprint"],
-        "AutoModelForMaskedLM",
+        "AutoModelForCausalLM",
         "trust_remote_code=True",
         "## Limits",
         "## Licence",
@@ -133,7 +137,7 @@ def test_card_tells_the_whole_story(lab: Lab, checkpoint: Path, release: Path) -
     ):
         assert fact in card, fact
     for knob, value in run["config"]["train"].items():
-        assert f"| {knob} |" in card, (knob, value)
+        assert value is None or f"| {knob} |" in card, (knob, value)
     assert str(lab.student.parent) not in card + (release / "provenance.json").read_text()
 
 
@@ -147,7 +151,7 @@ def test_card_names_hub_models_as_bases() -> None:
 
 def test_code_in_the_cards_example_runs(release: Path) -> None:
     card = (release / "README.md").read_text()
-    code = card.split("```python\n")[1].split("```")[0].replace('"tiny-student"', repr(str(release)))
+    code = card.split("```python\n")[1].split("```")[0].replace('"NAME/REPO"', repr(str(release)))
     assert str(release) in code
     printed: list[str] = []
     exec(compile(code.replace("max_new_tokens=128", "max_new_tokens=9"), "card", "exec"), {"print": printed.append})
@@ -384,7 +388,8 @@ def test_code_of_the_base_model_is_neither_run_nor_released(lab: Lab, tmp_path: 
     whole = "".join(file.read_text() for file in out.glob("*.json"))
     for word in ("Evil", "someone", "evil/kernels"):
         assert word not in whole
-    assert set(json.loads((out / "config.json").read_text())["auto_map"]) == {"AutoConfig", "AutoModelForMaskedLM"}
+    kinds = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"}
+    assert set(json.loads((out / "config.json").read_text())["auto_map"]) == kinds
 
 
 @pytest.mark.usefixtures("no_gate")

@@ -45,7 +45,10 @@ def test_scores_stand_once_and_the_rest_stays(tmp_path: Path) -> None:
     assert "| humaneval | pass@1 | 0.75 |" in text
     assert "| mbpp | pass@1 | 0.5 |" in text
     before, after = CARD.split("## Scores\n\nNot measured yet.\n\n")
-    assert text.startswith(before)
+    front, index, rest = text.partition("model-index:\n")
+    assert (front + rest[rest.index("---\n") :]).startswith(before)
+    assert index
+    assert 'name: "humaneval"' in rest.partition("---\n")[0]
     assert text.endswith(after)
 
 
