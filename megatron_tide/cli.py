@@ -193,7 +193,14 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 
 
 def tell(error: BaseException) -> int:
-    """Print an error as :func:`run` does; its exit status."""
+    """Print an error as :func:`run` does, once; its exit status."""
+    status = getattr(error, "told", None)
+    if status is None:
+        status = error.told = _tell(error)  # type: ignore[attr-defined]
+    return status
+
+
+def _tell(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):

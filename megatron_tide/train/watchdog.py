@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tide.cli import say
+from megatron_tide.cli import say, tell
 from megatron_tide.train.distributed import DistContext
 
 EXIT_LOST = 3
@@ -122,6 +122,8 @@ class HangWatchdog:
         first = min(range(self._world.size), key=lambda rank: self._seen[rank].failed)
         if time.monotonic() - self._seen[first].failed > GRACE and first != self._world.rank:
             self._leave(first, f"{self._named(first)} failed: {self._seen[first].error}")
+        if self._seen[first].error:
+            return  # the others stand still because of it
         silent = max(range(self._world.size), key=lambda rank: self._seen[rank].silence)
         if self._seen[silent].silence > self._stall:
             self._leave(silent, f"{self._named(silent)} has not responded for {self._seen[silent].silence:.0f} s")
@@ -150,12 +152,20 @@ class HangWatchdog:
             time.sleep(BEAT / 4)
 
     def _publish(self, error: Exception) -> None:
-        """Tell the others this rank's own error, and give them time to read it: the store may end with this rank."""
+        """Tell the user and the others this rank's own error, and give them time to read it and to end.
+
+        The store may end with this rank; and where it leaves a collective of NCCL, torch aborts the others at once,
+        before they can say why.
+        """
+        tell(error)
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         self._error = f"{kind}{' '.join(str(error).split())[:500]}" or type(error).__name__
         deadline = time.monotonic() + 3 * BEAT
         while time.monotonic() < deadline and not all(seen.error for seen in self._seen):
             time.sleep(BEAT / 4)
+        if not all(seen.error for seen in self._seen):
+            self._stopped.set()  # nothing more to ask the store, which may end now
+            time.sleep(GRACE)
 
     def _named(self, rank: int) -> str:
         return f"rank {rank} ({self._seen[rank].place()})"
