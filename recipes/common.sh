@@ -37,6 +37,16 @@ fail() {
   exit 2
 }
 
+# again: the command that continues this recipe, with its settings, to paste into a shell.
+again() {
+  local one rest=()
+  for one in ${RECIPE_ARGUMENTS[@]+"${RECIPE_ARGUMENTS[@]}"}; do [[ $one == --fresh ]] || rest+=("$one"); done
+  settings_of "$RECIPE" recipes/common.sh
+  [[ -z $ONLY ]] || printf 'ONLY=%q ' "$ONLY"
+  printf 'bash %q' "$(realpath --relative-to=. "$RECIPE")"
+  ((${#rest[@]} == 0)) || printf ' %q' "${rest[@]}"
+}
+
 case $TRUST_REMOTE_CODE in
   0 | false | no | "") TRUST_REMOTE_CODE=0 ;;
   1 | true | yes) TRUST_REMOTE_CODE=1 ;;
@@ -113,6 +123,7 @@ plan() {
 LAST_STAMP=
 # stage NAME COMMAND...: run a command once; it runs again if an earlier stage has run since.
 stage() {
+  # shellcheck disable=SC2153 # NAME is the recipe's
   local stage=$1 stamp=$RUNS/$NAME/.stages/$1.json status=0
   shift
   if ! wanted "$stage"; then
@@ -134,7 +145,7 @@ stage() {
   trap 'request_stop INT' INT
   [[ -z $STOP_SIGNAL ]] || exit 130
   "$PYTHON" recipes/stage.py "$stamp" ${LAST_STAMP:+--after "$LAST_STAMP"} --plan "$PLAN" \
-    --expected "${EXPECTED_SECONDS:-}" -- "$@" <&0 &
+    --expected "${EXPECTED_SECONDS:-}" --again "${TIDE_AGAIN:-$(again)}" -- "$@" <&0 &
   CHILD=$!
   [[ -z $STOP_SIGNAL ]] || request_stop "$STOP_SIGNAL" # the signal arrived before CHILD was set
   await "$CHILD" || status=$?

@@ -176,6 +176,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--after", default="", help="stamp of the stage before this one")
     parser.add_argument("--plan", default="", help="names of all stages of the recipe, in order")
     parser.add_argument("--expected", default="", help="their seconds on some machine: NAME=SECONDS ...")
+    parser.add_argument("--again", default="the recipe's command", help="the command that continues the recipe")
     arguments, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     name = Path(arguments.stamp).stem
     mine, before = read(arguments.stamp), read(arguments.after) if arguments.after else {}
@@ -198,10 +199,10 @@ def main(argv: list[str]) -> int:
         return 2
     finished = time.time()
     if child.was_stopped(status):
-        say(f"stage {name}: stopped on request; run the recipe again to continue", flush=True)
+        say(f"stage {name}: stopped on request; to continue: {arguments.again}", flush=True)
         return STOPPED
     if status:
-        say(f"error: stage {name} stopped with status {status}; run the recipe again to continue", file=sys.stderr)
+        say(f"error: stage {name} stopped with status {status}; to continue: {arguments.again}", file=sys.stderr)
         return status
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     after = inputs_of(command, Path(arguments.stamp))

@@ -15,7 +15,7 @@ unset CDPATH # CDPATH makes cd search other folders and print the result
 set -eu # not pipefail: a reader of a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
 ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
-RECIPE='' STOP_SIGNAL='' CHILD='' LOG='' RERUN='' REPORTED=''
+RECIPE='' STOP_SIGNAL='' CHILD='' LOG='' COMMAND='' RERUN='' REPORTED=''
 
 fail() {
   REPORTED=1
@@ -158,8 +158,8 @@ conclude() {
       *" convert "*)
         printf 'finished: %s; next: %s -m megatron_tide generate %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
         ;;
-      *" train"*) printf 'finished: %s in %s; next: ONLY="convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$RERUN" ;;
-      *) printf 'finished: %s in %s; next: ONLY="train convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$RERUN" ;;
+      *" train"*) printf 'finished: %s in %s; next: ONLY="convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$COMMAND" ;;
+      *) printf 'finished: %s in %s; next: ONLY="train convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$COMMAND" ;;
     esac
     exit 0
   fi
@@ -177,12 +177,38 @@ conclude() {
   exit "$status"
 }
 
+# options SCRIPT: the options of sbatch in which this job differs from SCRIPT's own, so that RERUN submits the same job.
+options() {
+  local pair name value own days hours minutes
+  for pair in nodes=SLURM_JOB_NUM_NODES ntasks-per-node=SLURM_NTASKS_PER_NODE gpus-per-node=SLURM_GPUS_PER_NODE \
+    cpus-per-task=SLURM_CPUS_PER_TASK account=SLURM_JOB_ACCOUNT partition=SLURM_JOB_PARTITION qos=SLURM_JOB_QOS; do
+    name=${pair%%=*} value=${pair#*=}
+    value=${!value:-}
+    own=$(sed -nE "s/^#SBATCH --$name=([^ ]*).*/\1/p" "$1")
+    [[ -n $value && $value != "$own" && $value != "(null)" ]] || continue
+    case $name in
+      partition) ! scontrol show partition "$value" 2>/dev/null | grep -q 'Default=YES' || continue ;;
+      qos) [[ $value != normal ]] || continue ;;
+    esac
+    printf ' --%s=%q' "$name" "$value"
+  done
+  if [[ -n ${SLURM_JOB_START_TIME:-} && -n ${SLURM_JOB_END_TIME:-} ]]; then
+    value=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 30) / 60))
+    own=$(sed -nE 's/^#SBATCH --time=(([0-9]+)-)?([0-9]+):([0-9]+):[0-9]+.*/\2 \3 \4/p' "$1")
+    read -r days hours minutes <<<"${own/# /0 }"
+    ((value == (10#$days * 24 + 10#$hours) * 60 + 10#$minutes)) || printf ' --time=%s' "$value"
+  fi
+}
+
 # job RECIPE FLAGS...
 job() {
   local status=0
   RECIPE=$1
   shift
-  RERUN="sbatch slurm/$(basename "$RECIPE")$( (($# == 0)) || printf ' %q' "$@")"
+  COMMAND="$(settings_of "$RECIPE" recipes/common.sh slurm/job.sh)|sbatch$(options "slurm/$(basename "$RECIPE")")"
+  COMMAND+=" slurm/$(basename "$RECIPE")$( (($# == 0)) || printf ' %q' "$@")"
+  RERUN=${COMMAND/|/${ONLY:+ONLY=$(printf '%q' "$ONLY") }} COMMAND=${COMMAND/|/}
+  export TIDE_AGAIN=$RERUN
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "not in a Slurm job; next: $RERUN, or without Slurm: bash $RECIPE"
   trap 'request_stop USR1' USR1
   trap 'request_stop TERM' TERM

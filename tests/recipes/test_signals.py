@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,7 +82,13 @@ def test_recipe_saves_and_stops(chain, tmp_path, ranks, number, to_all):
         recipe.kill()
     assert recipe.returncode == 130, printed[-3000:]
     assert printed.count("stopped on request, checkpoint saved") == 1
-    assert printed.splitlines()[-1] == ("stage train-tide-cross: stopped on request; run the recipe again to continue")
+    said, _, again = printed.splitlines()[-1].partition("; to continue: ")
+    assert said == "stage train-tide-cross: stopped on request"
+    assert shlex.split(again) == [
+        *(f"{name}={options[name]}" for name in ("DATA", "NAME", "NPROC", "PYTHON", "RUNS", "STUDENT", "TEACHER")),
+        "ONLY=train convert",
+        *("bash", "recipes/distill_16b_to_0.6b.sh", *FLAGS),
+    ]
     (saved,) = (run / "tide-cross").glob("step-*")
     assert json.loads((saved / "trainer.json").read_text())["state"]["step"] >= 1
     assert "== convert" not in printed
@@ -107,7 +114,7 @@ def asked(tmp_path, number, shell, program="bash"):
 
 
 LOOP = "for ((i = 0; i < 200; i++)); do sleep 0.1; done\n"
-STOPPED = "stage one: stopped on request; run the recipe again to continue"
+STOPPED = "stage one: stopped on request; to continue: the recipe's command"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 
@@ -21,7 +22,12 @@ def test_cancelled_it_saves(desk, stub, no_process_left):
     desk.cluster.call("scancel", job.number)
     assert job.wait(30) == "CANCELLED"
     wait_for(lambda: "cancelled: " in job.text(), 20, "the last line")  # the job is cancelled before its script ends
-    assert job.last_line.startswith("cancelled: saved; next: sbatch slurm/distill_16b_to_0.6b.sh --precision fp32 ")
+    said, _, again = job.last_line.partition("; next: ")
+    assert said == "cancelled: saved"
+    words = shlex.split(again.removesuffix(" (or wait, if Slurm itself requeues it)"))
+    assert "NAME=cancelled" in words[: words.index("sbatch")]
+    assert "--nodes=2" in words
+    assert " slurm/distill_16b_to_0.6b.sh --precision fp32 " in again
     wait_for(lambda: job.status != 0, 20, "a status that is not 0")
     said = "step 1/2: stopped on request, checkpoint saved"
     assert [job.text(rank).splitlines()[-1] for rank in (0, 1)] == [said] * 2
@@ -84,7 +90,9 @@ def test_a_failure_is_named_and_not_requeued(desk, tmp_path, flags, settings, re
     assert (job.status, job.restarts) == (2, 0)
     assert job.last_line.startswith("failed: ")
     assert reason in job.last_line
-    assert "; next: fix that, then sbatch slurm/distill_16b_to_0.6b.sh" in job.last_line
+    before, _, after = job.last_line.partition("; next: fix that, then ")[2].partition("sbatch ")
+    assert f"NAME=failed-{tmp_path.name} " in before
+    assert "slurm/distill_16b_to_0.6b.sh" in after
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(280)]
         (
             (),
             {"MAX_ATTEMPTS": "1"},
-            "failed: preempted at attempt 1 (MAX_ATTEMPTS=1), saved; next: sbatch slurm/distill_16b",
+            "failed: preempted at attempt 1 (MAX_ATTEMPTS=1), saved; next: ",
         ),
         (("--no-requeue",), {}, "failed: preempted, and not requeued: "),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("
 
 
 def run(*line, folder=REPOSITORY, **environment):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "ONLY"))}
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "ONLY", "PYTHON"))
+    }
     return subprocess.run(
         line, cwd=folder, capture_output=True, text=True, timeout=60, env={**clean, **environment}, check=False
     )
@@ -94,6 +97,19 @@ def test_without_slurm_it_names_both_ways():
     assert len(refused.stdout.splitlines()) == 1
 
 
+def test_the_command_that_goes_on_is_whole():
+    """What of the environment and of sbatch's options makes this run, quoted; and not what the script says itself."""
+    settings = {"NAME": "my run", "TEACHER": "/a b", "ONLY": "train convert", "DRY_RUN": "0", "OMP_NUM_THREADS": "1"}
+    given = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_PER_NODE": "8"}
+    given |= {"SLURM_JOB_PARTITION": "big", "SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "4600"}
+    refused = run("bash", JOBS[0], "--lr", "1e-4", "--name", "a b", **settings, **given)
+    again = refused.stdout.partition("; next: ")[2].partition(", or without Slurm")[0]
+    assert shlex.split(again) == [
+        *("NAME=my run", "TEACHER=/a b", "ONLY=train convert", "sbatch", "--nodes=2", "--ntasks-per-node=4"),
+        *("--partition=big", "--time=60", JOBS[0], "--lr", "1e-4", "--name", "a b"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
@@ -120,7 +136,8 @@ def test_a_prologue_that_ends_the_script_is_told_too(tmp_path):
     ended = run("bash", JOBS[0], PROLOGUE=str(tmp_path / "mine.sh"), **job)
     assert ended.returncode == 5
     assert (tmp_path / "run" / "logs" / "7.log").read_text().splitlines()[1:] == [
-        f"failed: the job script stopped with status 5; next: fix the error above, then sbatch {JOBS[0]}"
+        f"failed: the job script stopped with status 5; next: fix the error above, then "
+        f"NAME=run PROLOGUE={tmp_path}/mine.sh RUNS={tmp_path} sbatch {JOBS[0]}"
     ]
 
 
