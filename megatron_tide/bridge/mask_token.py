@@ -91,13 +91,13 @@ def _name_mask(folder: Path, token: str, new: int | None) -> None:
     config["mask_token"] = token
     if new is not None and (not fast.is_file() or "added_tokens_decoder" in config):
         config["added_tokens_decoder"] = {
-            **config.get("added_tokens_decoder", {}),
+            **(config.get("added_tokens_decoder") or {}),
             str(new): {"content": token, **_FLAGS},
         }
     write_json(settings, config)
     if new is not None and fast.is_file():
         content = read_json(fast)
-        content["added_tokens"] = [*content.get("added_tokens", []), {"id": new, "content": token, **_FLAGS}]
+        content["added_tokens"] = [*(content.get("added_tokens") or []), {"id": new, "content": token, **_FLAGS}]
         write_json(fast, content)
     if (folder / "special_tokens_map.json").is_file():
         roles = read_json(folder / "special_tokens_map.json")

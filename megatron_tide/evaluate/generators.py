@@ -190,13 +190,23 @@ class AutoregressiveGenerator(Generator, HFLM):
     def encode(self, prompt: str, settings: dict[str, Any]) -> np.ndarray:
         return np.array([*self._before(prompt), *super().encode(prompt, settings).tolist()], dtype=np.int64)
 
-    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
+    ) -> list[int]:
         """For likelihoods, as lm-eval does it; but control tokens come from a chat template alone."""
         rendered = isinstance(string, Rendered)
         if not (string.content if isinstance(string, Rendered) else self.text_tokenizer.reads_like_control(string)):
-            return super().tok_encode(string, *args, **kwargs)
+            return super().tok_encode(string, add_special_tokens, left_truncate_len, **more)
         encode = self.text_tokenizer.encode_prompt if rendered else self.text_tokenizer.encode
-        return [*self._before(string), *encode(string).tolist()]
+        before = [] if add_special_tokens is False else self._before(string)
+        return [*before, *encode(string).tolist()][-(left_truncate_len or 0) :]
+
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **more: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return padded["input_ids"], padded["attention_mask"]
 
     def _before(self, prompt: str) -> list[int]:
         """What the tokenizer writes before a text, such as the token of its beginning."""
@@ -285,7 +295,10 @@ def open_generator(
         raise ValueError(f"evaluate: batch size {batch_size}; give 1 or more")
     if generation_of(path) == "autoregressive":
         model, folder = load_autoregressive(path, dtype, device)
-        generator: Generator = AutoregressiveGenerator(model, load_tokenizer(folder), folder, batch_size)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.raw is None:
+            raise ValueError(f"{path}: a baseline needs a tokenizer.json; save its tokenizer with transformers first")
+        generator: Generator = AutoregressiveGenerator(model, tokenizer, folder, batch_size)
     else:
         opened = open_model(path, dtype, device)
         generator = BlockDiffusionGenerator(opened.model, load_tokenizer(opened.folder), opened.folder, batch_size)

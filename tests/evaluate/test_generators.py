@@ -398,6 +398,13 @@ def test_likelihoods_of_text_see_no_control_tokens(baseline: Path, text: str) ->
     special = generator.text_tokenizer.special_ids
     assert not special & {*generator.tok_encode(text)}
     rendered = generator.apply_chat_template([{"role": "user", "content": text}])
+    assert len(special & {*generator.tok_encode(rendered)}) == 2
+    for size in range(1, 30):  # what lm-eval cuts off at the left
+        whole = generator.text_tokenizer.encode_prompt(rendered).tolist()
+        assert generator.tok_encode(rendered, left_truncate_len=size) == whole[-size:]
+        ids, mask = generator.tok_batch_encode([rendered, "x"], left_truncate_len=size)
+        assert ids[0].tolist() == whole[-size:]
+        assert mask[1].sum() == 1
     context, answer = generator._encode_pair(rendered + " ", text)
     assert len(special & {*context}) == 2  # <|im_start|>, <|im_end|>
     assert not special & {*answer}
@@ -507,3 +514,9 @@ def test_mistakes(lab: Lab, baseline: Path, tmp_path: Path) -> None:
         opened(lacking)
     with pytest.raises(ValueError, match="batch size 0"):
         opened(lab.student, batch_size=0)
+    bare = shutil.copytree(baseline, tmp_path / "bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    load_tokenizer(lab.teacher).save(bare)
+    with pytest.raises(ValueError, match=r"bare: a baseline needs a tokenizer\.json"):
+        opened(bare)
