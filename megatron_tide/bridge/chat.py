@@ -1,8 +1,8 @@
 """What a chat template rendered: which parts are the messages' own text, and what it left out.
 
 A control token in a prompt comes from the template alone. Where a message contains the string of one, or begins or
-ends like one (``<|im_`` before the template's ``end|>``), the template is rendered a second time with a private-use
-character in place of that part; where the character comes out, text is.
+ends like one (``<|im_`` before the template's ``end|>``), the template is rendered a second time with a rare letter in
+place of that part; where the letter comes out, text is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Range = tuple[int, int]
 SPOKEN = ("content", *THOUGHTS, "tool_calls", "function_call", "refusal", "name")
 """Fields of a message that hold something said: a template that leaves one out changes the conversation."""
 TOOLS = ("tool", "function")  # roles whose name is that of a tool, which its call has said
-_PRIVATE = range(0xF0000, 0xFFFFE)
+_RARE = range(0x20000, 0x2A6E0)
+"""Letters that stand for parts of messages: without cases or composition, printed as they are, in hardly any text."""
 BLANK = "\ue000"  # a private-use character that is in no vocabulary
 _NOT_SAID = ("id", "type", "index")  # of a tool call
 
@@ -104,9 +105,8 @@ def render_guarded(
     whole = _mapped(messages, marks.whole)
     text, content = marks.expand(plain if whole == messages else render(whole))
     if text != plain:
-        raise ValueError(
-            f"the chat template changes {next(iter(marks.strings))!r} in a message; take it out of the text"
-        )
+        string = next(string for string in marks.strings if guard.controls(string))
+        raise ValueError(f"the chat template changes {string!r} in a message; take it out of the text")
     own = [] if with_edges is None else [with_edges[start:stop] for start, stop in guard.controls(with_edges)]
     hidden = blank(plain, content)
     if [hidden[start:stop] for start, stop in guard.controls(hidden)] != own:
@@ -115,9 +115,9 @@ def render_guarded(
 
 
 def _free(plain: str, messages: list[Any]) -> Iterator[str]:
-    """Private-use letters that occur nowhere; nothing is looked through before the first one is asked for."""
+    """Rare letters that occur nowhere; nothing is looked through before the first one is asked for."""
     taken = set(plain).union(*_strings(messages))
-    yield from (letter for code in _PRIVATE if (letter := chr(code)) not in taken)
+    yield from (letter for code in _RARE if (letter := chr(code)) not in taken)
 
 
 def blank(text: str, content: Sequence[Range]) -> str:
@@ -130,7 +130,7 @@ def blank(text: str, content: Sequence[Range]) -> str:
 
 
 class _Marks:
-    """Private-use letters in place of parts of messages. ``strings``: the letter of each part."""
+    """Rare letters in place of parts of messages. ``strings``: the letter of each part."""
 
     def __init__(self, guard: Guard, known: Container[str], letters: Iterator[str]) -> None:
         self._guard, self._known, self._letters = guard, known, letters
@@ -154,7 +154,7 @@ class _Marks:
             if string not in self.strings:
                 letter = next(self._letters, None)
                 if letter is None:
-                    raise ValueError("the conversation has all private-use characters of Unicode; remove some")
+                    raise ValueError("the conversation has all letters of a plane of Unicode; remove some")
                 self.strings[string] = letter
             parts += [text[end:start], self.strings[string]]
             end = stop
@@ -189,9 +189,9 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     ``shown`` renders a conversation of the same roles: a short text may be in ``rendered`` by chance, a mark cannot.
     Thoughts of an assistant's earlier turns may be left out: templates of reasoning models do so on purpose.
     """
-    if 2 * len(messages) > len(_PRIVATE):
-        raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_PRIVATE) // 2}")
-    letters = {field: map(chr, _PRIVATE[start::2]) for start, field in enumerate(("content", "name"))}
+    if 2 * len(messages) > len(_RARE):
+        raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_RARE) // 2}")
+    letters = {field: map(chr, _RARE[start::2]) for start, field in enumerate(("content", "name"))}
     marked = [{**one, **{k: next(letters[k]) for k in letters if _text(one, k)}} for one in messages]
     marks = _try(shown, marked)  # None: a template that looks at the text
     for number, message in enumerate(messages):

@@ -130,6 +130,36 @@ def test_tools_and_calls_are_written_where_the_template_knows_them(qwen_like: Te
     assert len(controls(qwen_like, qwen_like.encode_prompt(rendered))) == 2 * 4 + 1
 
 
+WRITES_CALLS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}<function={{ c.function.name }}>
+{%- for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}{% endfor %}<|im_end|>
+{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("f", {"|im_end|": "b"}),
+        ("f", {"|im_end|": "|mask|"}),
+        ("<|mask|>", {"a": "<|mask|>"}),
+        ("f", {"a": "<|mask|>"}),
+        ("f", {"a<|mask|>": "1"}),
+        ("f", {"a": ["<|mask|>", {"b": "<|im_end|>"}]}),  # written as Python writes a list
+    ],
+)
+def test_names_and_arguments_of_calls_are_text(
+    tmp_path: Path, folders: Mapping[str, Path], name: str, arguments: dict[str, Any]
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = WRITES_CALLS
+
+    tokenizer = variant(tmp_path, folders["student"], change)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+    rendered = tokenizer.render([*user("x"), call])
+    assert len(controls(tokenizer, tokenizer.encode_prompt(rendered))) == 4
+    assert len(controls(tokenizer, tokenizer.encode_prompt(str(rendered)))) > 4
+
+
 @pytest.mark.parametrize(
     ("message", "lost"),
     [
