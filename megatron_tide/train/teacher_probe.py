@@ -14,7 +14,7 @@ from megatron_tide.train.step import TrainContext, to_device
 
 
 def check_teacher(
-    context: TrainContext, microbatches: Sequence[DistillBatch], vocab_size: int, teacher: str, mask_id: int
+    context: TrainContext, microbatches: Sequence[DistillBatch], vocab_size: int, teacher: str, mask_id: int | None
 ) -> float:
     """Mean log-prob (nats) of the target tokens of ``microbatches`` under the teacher, over all ranks (a collective).
 
@@ -28,9 +28,10 @@ def check_teacher(
     mean, uniform = total / max(count, 1.0), -math.log(vocab_size)
     if count and not mean > uniform:  # a NaN is not greater than anything
         found = f"{mean:.2f} nats" if math.isfinite(mean) else "not finite"
+        wrong_mask = "" if mask_id is None else f"a wrong mask token (id {mask_id}), "
         raise ValueError(
             f"{teacher}: mean log-prob of the data's tokens is {found}, a uniform guess gives {uniform:.2f}: "
-            f"wrong weights, a wrong mask token (id {mask_id}), or another chat template; "
+            f"wrong weights, {wrong_mask}or another chat template; "
             "--skip-teacher-probe skips this check"
         )
     return mean
