@@ -117,6 +117,14 @@ def device_of(name: str) -> str:
     return name
 
 
+def devices_of(name: str) -> list[str]:
+    """:func:`device_of`, and behind it the other GPUs, unless ``name`` is one device."""
+    import torch
+
+    first = device_of(name)
+    return [first, *(f"cuda:{index}" for index in range(1, torch.cuda.device_count()))] if first == "cuda" else [first]
+
+
 DEVICE_HELP = "cpu, cuda, or auto: a GPU if there is one"
 
 

@@ -38,9 +38,10 @@ from typing import Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import check_model_path, flag, say
-from megatron_tide.machine import DEVICE_HELP, device_of
+from megatron_tide.machine import DEVICE_HELP, devices_of
 
 LIKELIHOOD = "likelihood"
+ON_GPU, ON_CPU = {"batch_size": 64, "dtype": "bfloat16"}, {"batch_size": 8, "dtype": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +127,32 @@ class Args:
         choices=BLOCK_LAYOUTS,
         shown="answer for benchmarks, as published; sequence for --data",
     )
-    batch_size: int = flag(8, "Number of samples per batch; affects only speed and memory", low=1)
-    dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
-    device: str = flag("auto", DEVICE_HELP)
+    batch_size: int | None = flag(
+        None, "Number of samples per batch; affects only speed and memory", low=1, shown="64 on a GPU, else 8"
+    )
+    dtype: str | None = flag(
+        None, "Precision of the weights", choices=("bfloat16", "float32"), shown="bfloat16 on a GPU, else float32"
+    )
+    device: str = flag("auto", f"{DEVICE_HELP}. All GPUs share the prompts; name one, e.g. cuda:0, to use it alone")
     likelihood: LikelihoodArgs = field(default_factory=LikelihoodArgs)
     benchmarks: BenchmarkArgs = field(default_factory=BenchmarkArgs)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where and how models run: given flags, else what suits the device. ``devices``: the first, and further GPUs."""
+
+    devices: list[str]
+    batch_size: int
+    dtype: Any
+
+    @classmethod
+    def of(cls, args: Args) -> Where:
+        from megatron_tide.models import DTYPES
+
+        devices = devices_of(args.device)
+        usual: dict[str, Any] = ON_GPU if devices[0].startswith("cuda") else ON_CPU
+        return cls(devices, args.batch_size or usual["batch_size"], DTYPES[args.dtype or usual["dtype"]])
 
 
 def run(args: Args) -> None:
@@ -176,8 +198,8 @@ def _likelihood(args: Args) -> dict[str, Any]:
         raise ValueError("likelihood needs held-out data: add --data with a prepared folder, or choose other --tasks")
     from megatron_tide.data import PreparedData
     from megatron_tide.evaluate import comparison, score_table
-    from megatron_tide.models import DTYPES
 
+    where = Where.of(args)
     how = comparison.LikelihoodSettings(
         data=PreparedData.open(args.likelihood.data),
         teacher_context=args.likelihood.teacher_context,
@@ -185,9 +207,10 @@ def _likelihood(args: Args) -> dict[str, Any]:
         mc_samples=args.likelihood.mc_samples,
         noise=args.likelihood.likelihood_noise,
         seed=args.seed,
-        batch_size=args.batch_size,
-        dtype=DTYPES[args.dtype],
-        device=device_of(args.device),
+        batch_size=where.batch_size,
+        dtype=where.dtype,
+        device=where.devices[0],
+        copies=tuple(where.devices[1:]),
         baselines=args.likelihood.baseline,
         completions=args.likelihood.completions,
         decoding={
@@ -214,7 +237,6 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
     from megatron_tide.evaluate.benchmark_presets import changed_preset
     from megatron_tide.evaluate.harness import EvalContext, benchmark_table, check_benchmarks, run_benchmark
     from megatron_tide.lock import RunLock
-    from megatron_tide.models import DTYPES
 
     given = args.benchmarks
     changes = {name: getattr(given, name) for name in ("steps", "few_shot", "temperature", "chat_template")}
@@ -225,13 +247,14 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
     from megatron_tide.evaluate.generators import open_generator  # imports lm-eval
 
     folders = [_results_folder(name, path, args.out) for name, path in models]
-    results = []
+    results, where = [], Where.of(args)
     for (name, path), folder in zip(models, folders):
-        dtype, device = DTYPES[args.dtype], device_of(args.device)
         context = EvalContext(
             name=name,
             path=path,
-            generator=open_generator(path, dtype, device, args.batch_size, given.thinking),
+            generator=open_generator(
+                path, where.dtype, where.devices[0], where.batch_size, given.thinking, where.devices[1:]
+            ),
             folder=folder,
             seed=args.seed,
             limit=given.limit,

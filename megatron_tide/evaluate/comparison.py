@@ -44,7 +44,8 @@ class LikelihoodSettings:
 
     ``teacher_context``: the attention layout of teachers. ``noise``: a name of ``LIKELIHOOD_NOISE``. ``baselines``:
     names of the rows that each row is compared with; none: the first student. ``completions``: the number of prompts to
-    answer, by the ``decoding`` rule (fields of ``DecodingRule``). ``block_layout``: a name of ``BLOCK_LAYOUTS``, for
+    answer, by the ``decoding`` rule (fields of ``DecodingRule``); ``copies``: further
+    devices whose copies of a model help with that. ``block_layout``: a name of ``BLOCK_LAYOUTS``, for
     both. ``per_sample``: the record has each sample's numbers.
     """
 
@@ -57,6 +58,7 @@ class LikelihoodSettings:
     batch_size: int
     dtype: torch.dtype
     device: str
+    copies: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     completions: int = 0
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +103,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
         how_many: dict[str, Any] = {
             "count": how.completions,
             "batch_size": how.batch_size,
+            "copies": [open_model(path, how.dtype, device).model for device in how.copies],
             "block_layout": how.block_layout,
         }
         answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many, **how.decoding)

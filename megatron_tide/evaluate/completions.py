@@ -10,6 +10,7 @@ import ast
 import textwrap
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +82,12 @@ def completions(
     count: int,
     batch_size: int,
     label: str = "",
+    copies: Sequence[Any] = (),
     **decoding: Any,
 ) -> Completions:
     """Answer ``count`` prompts of ``data``, evenly spaced, from its ``role`` half (student or teacher).
 
-    ``decoding``: fields of ``DecodingRule``.
+    ``decoding``: fields of ``DecodingRule``. ``copies`` of the model, on other GPUs, share the batches.
 
     Raises:
         ValueError: the model is autoregressive, or has another tokenizer or chat template than the data.
@@ -104,6 +106,7 @@ def completions(
             [prompt.ids for prompt in prompts],
             batch_size=batch_size,
             progress=progress,
+            copies=copies,
             block_size=data.manifest[role]["block"],
             **decoding,
         )

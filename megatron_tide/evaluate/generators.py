@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
 from megatron_tide.files import fingerprint, read_json, sha256_file
 from megatron_tide.generate import complete
+from megatron_tide.generate.copies import shared
 from megatron_tide.models import weights_sha256
 from megatron_tide.models.autoregressive import end_tokens, load_autoregressive
 from megatron_tide.training_checkpoint import generation_of, open_model
@@ -46,6 +47,8 @@ class Generator:
 
     decoder: str
     model: Any
+    copies: Sequence[Any] = ()
+    """On other GPUs; they take a share of the batches."""
     text_tokenizer: TextTokenizer
     thinking: bool | None = None
     """What a chat template is told of ``enable_thinking``; None for nothing, as in training."""
@@ -87,8 +90,8 @@ class Generator:
         size = self.batch_size
         batches = [order[first : first + size] for order in groups.values() for first in range(0, len(order), size)]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating answers") as bar:
-            for batch in batches:
-                for n, found in zip(batch, self._complete([ids[n] for n in batch], [requests[n] for n in batch])):
+            for batch, answers in zip(batches, self._completed(batches, ids, requests)):
+                for n, found in zip(batch, answers):
                     prompt, settings = requests[n].args
                     texts[n] = cut(text_of(self.text_tokenizer, found), settings["until"], prompt)
                     if len(ids[n]) > self.room(settings):
@@ -111,8 +114,18 @@ class Generator:
         """The most tokens of a prompt."""
         return float("inf")
 
-    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
-        """The ids of the answers to a batch of prompts."""
+    def _completed(
+        self, batches: Sequence[list[int]], ids: Sequence[np.ndarray], requests: Sequence[Any]
+    ) -> Iterator[list[Sequence[int]]]:
+        """The ids of the answers of each batch, in order; copies of the model share the batches."""
+
+        def work(model: Any, batch: list[int]) -> list[Sequence[int]]:
+            return self._complete(model, [ids[n] for n in batch], [requests[n] for n in batch])
+
+        return shared([self.model, *self.copies], work, batches)
+
+    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
+        """The ids of the answers to a batch of prompts, by the model or a copy of it."""
         raise NotImplementedError
 
     @property
@@ -137,9 +150,12 @@ class BlockDiffusionGenerator(Generator, LM):
 
     decoder = "block diffusion"
 
-    def __init__(self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int, copies: Sequence[Any] = ()
+    ) -> None:
         super().__init__()
         self.model, self.text_tokenizer, self.folder, self.batch_size = model, tokenizer, folder, batch_size
+        self.copies = copies
 
     def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
         # A model decodes in the blocks it was trained with; the paper's models were all trained with the preset's.
@@ -147,12 +163,12 @@ class BlockDiffusionGenerator(Generator, LM):
         stated = {"block_size": block_size, "block_layout": preset.block_layout, "steps": preset.steps}
         return {**super().settings(preset), **stated}
 
-    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
+    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
         names = ("max_new_tokens", "temperature", "block_size", "block_layout", "steps")
         settings = {name: requests[0].args[1][name] for name in names}
         seeds = [_seed(*request.args) for request in requests]
         found = complete(
-            self.model, self.text_tokenizer, prompts, batch_size=len(prompts), seed=seeds, progress=None, **settings
+            model, self.text_tokenizer, prompts, batch_size=len(prompts), seed=seeds, progress=None, **settings
         )
         return [one.ids for one in found]
 
@@ -215,7 +231,7 @@ class AutoregressiveGenerator(Generator, HFLM):
     def room(self, settings: dict[str, Any]) -> float:
         return self.max_length - settings["max_new_tokens"]
 
-    def _complete(self, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
+    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
         settings = requests[0].args[1]
         tokens, heat = settings["max_new_tokens"], settings["temperature"]
         room = int(self.room(settings))
@@ -231,7 +247,7 @@ class AutoregressiveGenerator(Generator, HFLM):
         own = {name: settings.get(name) for name in ("chat_template", "seed", "sample")}
         with torch.random.fork_rng():
             torch.manual_seed(_seed(context.tolist(), own))
-            found = self.model.generate(
+            found = model.generate(
                 **padded,
                 max_new_tokens=tokens,
                 stopping_criteria=StoppingCriteriaList([ends]),
@@ -281,12 +297,18 @@ def _code() -> str:
 
 
 def open_generator(
-    path: str, dtype: torch.dtype, device: str, batch_size: int, thinking: bool | None = None
+    path: str,
+    dtype: torch.dtype,
+    device: str,
+    batch_size: int,
+    thinking: bool | None = None,
+    copies: Sequence[str] = (),
 ) -> Generator:
     """The generator of a folder in hub format, a hub name, or a checkpoint of the trainer.
 
     ``thinking``: whether a chat template that knows ``enable_thinking`` lets the model think before it answers; None:
-    an autoregressive model does not, others are prompted as they were trained.
+    an autoregressive model does not, others are prompted as they were trained. ``copies``: further devices, each with a
+    copy of the model that takes a share of the batches (block diffusion only).
 
     Raises:
         ValueError: no model there, or of a type that cannot generate.
@@ -301,7 +323,9 @@ def open_generator(
         generator: Generator = AutoregressiveGenerator(model, tokenizer, folder, batch_size)
     else:
         opened = open_model(path, dtype, device)
-        generator = BlockDiffusionGenerator(opened.model, load_tokenizer(opened.folder), opened.folder, batch_size)
+        more = [open_model(path, dtype, other).model for other in copies]
+        tokenizer = load_tokenizer(opened.folder)
+        generator = BlockDiffusionGenerator(opened.model, tokenizer, opened.folder, batch_size, more)
     if thinking is not None:
         generator.thinking = thinking
     return generator

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.generate.copies import shared
 from megatron_tide.models.decoding_a2d import BlockDecoder
 from megatron_tide.models.families import family_of
 from megatron_tide.models.generation_a2d import decoding_rule
@@ -46,18 +47,19 @@ def complete(
     batch_size: int = 8,
     seed: int | Sequence[int] = 0,
     progress: Callable[[int], None] | None = None,
+    copies: Sequence[Any] = (),
     **options: Any,
 ) -> list[Completion]:
     """Answer ``prompts`` (ids), in their order. Prompt i draws from seed + i, so batches do not change an answer.
 
     ``options``: fields of ``DecodingRule``; ids and block size come from the model's config and the tokenizer.
-    ``progress(done)`` is called after each batch.
+    ``progress(done)`` is called after each batch. ``copies`` of the model, on other GPUs, share the batches.
 
     Raises:
         ValueError: an empty prompt or a wrong option.
     """
     found: dict[int, Completion] = {}
-    for batch in answers(model, tokenizer, prompts, batch_size=batch_size, seed=seed, **options):
+    for batch in answers(model, tokenizer, prompts, batch_size=batch_size, seed=seed, copies=copies, **options):
         found |= batch
         if progress is not None:
             progress(len(found))
@@ -71,6 +73,7 @@ def answers(
     *,
     batch_size: int = 8,
     seed: int | Sequence[int] = 0,
+    copies: Sequence[Any] = (),
     **options: Any,
 ) -> Iterator[dict[int, Completion]]:
     """As ``complete``, batch by batch: {place of the prompt: its answer}, prompts of similar length together."""
@@ -78,18 +81,21 @@ def answers(
     rule = _rule(model, tokenizer, options)
     seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    for first in range(0, len(order), batch_size):
-        places = order[first : first + batch_size]
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+    def answer(model: Any, places: list[int]) -> dict[int, Completion]:
         batch = [torch.as_tensor(np.asarray(prompts[place]), dtype=torch.int64) for place in places]
         decoder = BlockDecoder(model, batch, rule, [seeds[place] for place in places])
         for _ in decoder.run():
             pass
         done: dict[int, Completion] = {}
-        for place, answer, prompt_ids in zip(places, decoder.completions(), decoder.prompts()):
-            found = answer.tolist()
+        for place, ids, prompt_ids in zip(places, decoder.completions(), decoder.prompts()):
+            found = ids.tolist()
             ended = bool(found) and found[-1] in rule.eos_token_ids
             done[place] = Completion(found, tokenizer.decode(found), ended, decoder.passes, prompt_ids.tolist())
-        yield done
+        return done
+
+    yield from shared([model, *copies], answer, batches)
 
 
 def check_prompts(prompts: Sequence[np.ndarray | Sequence[int]], batch_size: int) -> None:

@@ -29,6 +29,7 @@ A prompt can contain mask tokens: they are filled in block by block, and see eve
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -95,6 +96,8 @@ class _Passes:
     What a pass reads and writes stays where it is; :meth:`forget` when that has changed.
     """
 
+    _one_at_a_time = threading.Lock()  # torch records one graph at a time in a process
+
     def __init__(self, record: bool) -> None:
         self.record = record
         self.forget()
@@ -114,8 +117,8 @@ class _Passes:
     def _recorded(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         stream = torch.cuda.current_stream()
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            graph, own = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            with self._one_at_a_time, torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # torch leaves its own one current

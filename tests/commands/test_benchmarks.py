@@ -121,7 +121,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_results(
     generated: list[int] = []
     complete = BlockDiffusionGenerator._complete
     monkeypatch.setattr(
-        BlockDiffusionGenerator, "_complete", lambda self, ids, rest: generated.append(1) or complete(self, ids, rest)
+        BlockDiffusionGenerator, "_complete", lambda self, *given: generated.append(1) or complete(self, *given)
     )
     evaluate(command(killed))
     assert len(generated) == 24 - before  # batches of one: no answer is generated twice but the one under way

@@ -419,11 +419,11 @@ class Counted:
         self._complete, self._stop_after = generator._complete, stop_after
         generator._complete = self
 
-    def __call__(self, prompts: list[Any], asked: list[Any]) -> list[Any]:
+    def __call__(self, model: Any, prompts: list[Any], asked: list[Any]) -> list[Any]:
         if self._stop_after is not None and sum(self.batches) >= self._stop_after:
             raise KeyboardInterrupt
         self.batches.append(len(prompts))
-        return self._complete(prompts, asked)
+        return self._complete(model, prompts, asked)
 
 
 def test_a_stopped_evaluation_continues_with_the_same_batches(lab: Lab, tmp_path: Path) -> None:
@@ -453,11 +453,11 @@ def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_pa
         generator: Any = opened(baseline)
         complete = generator._complete
 
-        def counted(batch: Any, asked: Any, stop_after: Any = stop_after, complete: Any = complete) -> Any:
+        def counted(one: Any, batch: Any, asked: Any, stop_after: Any = stop_after, complete: Any = complete) -> Any:
             if sum(sizes) == stop_after:
                 raise KeyboardInterrupt
             sizes.append(len(batch))
-            return complete(batch, asked)
+            return complete(one, batch, asked)
 
         generator._complete = counted
         with contextlib.suppress(KeyboardInterrupt), ResponseCache(generator, tmp_path / "c.sqlite") as cache:
@@ -520,3 +520,15 @@ def test_mistakes(lab: Lab, baseline: Path, tmp_path: Path) -> None:
     load_tokenizer(lab.teacher).save(bare)
     with pytest.raises(ValueError, match=r"bare: a baseline needs a tokenizer\.json"):
         opened(bare)
+
+
+def test_copies_of_a_model_share_the_batches(lab: Lab) -> None:
+    """The answers of one, in their order; drawn ones too."""
+    one = open_generator(str(lab.student), torch.float32, "cpu", 1)
+    three = open_generator(str(lab.student), torch.float32, "cpu", 1, copies=("cpu", "cpu"))
+    assert len({id(model) for model in (three.model, *three.copies)}) == 3
+    for preset in (PRESET, replace(PRESET, temperature=0.8)):
+        assert answers(three, PROMPTS, preset) == answers(one, PROMPTS, preset)
+    ids = [one.text_tokenizer.encode(prompt) for prompt in PROMPTS]
+    plainly = complete(one.model, one.text_tokenizer, ids, batch_size=1, max_new_tokens=6)
+    assert complete(one.model, one.text_tokenizer, ids, batch_size=1, max_new_tokens=6, copies=three.copies) == plainly
