@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,3 +30,8 @@ def test_parts_are_switched_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match="unknown part 'speed'") as caught:
         fast.is_on("head")
     assert "\n" not in str(caught.value)
+
+
+def test_the_readme_names_every_switch() -> None:
+    readme = Path(fast.__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    assert all(f"`{fast.VARIABLE}={name}`" in readme for name in fast.SWITCHES)

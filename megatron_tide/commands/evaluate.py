@@ -133,7 +133,7 @@ class Args:
     dtype: str | None = flag(
         None, "Precision of the weights", choices=("bfloat16", "float32"), shown="bfloat16 on a GPU, else float32"
     )
-    device: str = flag("auto", f"{DEVICE_HELP}. All GPUs share the prompts; name one, e.g. cuda:0, to use it alone")
+    device: str = flag("auto", DEVICE_HELP)
     likelihood: LikelihoodArgs = field(default_factory=LikelihoodArgs)
     benchmarks: BenchmarkArgs = field(default_factory=BenchmarkArgs)
 

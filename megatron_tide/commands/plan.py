@@ -11,6 +11,7 @@ Examples:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from megatron_tide.hosting.speed import Rates
 
 if TYPE_CHECKING:
     from megatron_tide.hosting.memory import Machine, RunShape
-    from megatron_tide.hosting.plan import Plan
+    from megatron_tide.hosting.plan import ClusterTime, Plan
 
 SHAPES = Path(__file__).resolve().parents[1] / "models" / "configs"
 EXIT_NOTHING_FITS = 1
@@ -47,6 +48,9 @@ class Args:
 
     student_length: int = flag(512, "Length of the longest sample, in the student's tokens", metavar="TOKENS", low=1)
     teacher_length: int = flag(1024, "Length of the longest sample, in the teacher's tokens", metavar="TOKENS", low=1)
+    tokens: float = flag(
+        1.0, "Length of a run, to tell its hours: billions of student tokens", metavar="BILLIONS", low=0
+    )
     json: str = flag("", "Also write all numbers to FILE, as JSON", metavar="FILE")
     machine: MachineArgs = field(default_factory=MachineArgs)
     rates: Rates = field(default_factory=Rates)
@@ -54,12 +58,14 @@ class Args:
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The paper's pair."""
-    return {"student": str(SHAPES / "qwen3_0.6b.json"), "teacher": str(SHAPES / "llada2_mini.json")}
+    """The paper's pair, and the rates of the card that was measured, if one was."""
+    from megatron_tide.hosting.speed import measured_rates
+
+    return {"student": str(SHAPES / "qwen3_0.6b.json"), "teacher": str(SHAPES / "llada2_mini.json"), **measured_rates()}
 
 
 def run(args: Args) -> int:
-    from megatron_tide.hosting.plan import model_config, plans, run_shape, teacher_needs
+    from megatron_tide.hosting.plan import cluster_times, model_config, plans, run_shape, teacher_needs
     from megatron_tide.models.families import read_config
 
     machine, paths = _machine(args.machine, args.config), args.config.paths
@@ -68,9 +74,13 @@ def run(args: Args) -> int:
     shape = run_shape(args.config, machine.world, needs)
     found = plans(shape, machine, args.rates)
     say("\n".join([*_head(shape, machine), "", *_table(found), "", *_verdict(shape, machine, args.rates, found)]))
+    times = cluster_times(shape, machine, args.rates) if machine.has_gpus else []
+    if times:
+        say("\n".join(["", *_hours(times, shape, args)]))
     if args.json:
         more = [{"hosting": item.hosting.name, "fits": item.fits, "lacks": item.lacks} for item in found]
-        write_json(Path(args.json), {"plans": [asdict(item) | extra for item, extra in zip(found, more)]})
+        content: dict[str, Any] = {"plans": [asdict(item) | extra for item, extra in zip(found, more)]}
+        write_json(Path(args.json), content | {"clusters": [asdict(item) for item in times]})
     return 0 if found[0].fits else EXIT_NOTHING_FITS
 
 
@@ -128,8 +138,27 @@ def _table(found: list[Plan]) -> list[str]:
         lacks = ", ".join(f"{place} needs {size / GIB:.1f} GiB more" for place, size in item.lacks.items())
         disk = f"{sum(item.disk.values()) / GB:.1f}"
         rows.append((item.hosting.name, gpu, host, disk, f"{item.seconds:.2f}", f"no: {lacks}" if lacks else "fits"))
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _hours(times: Sequence[ClusterTime], shape: RunShape, args: Args) -> list[str]:
+    """How long a run takes on several numbers of such GPUs."""
+    rows: list[tuple[str, ...]] = [
+        ("GPUs", "links", "hosting", "s/step", "teacher", "student", "update", "network", "tokens/s", "hours")
+    ]
+    for item in times:
+        step, hours = item.step, args.tokens * 1e9 / item.tokens_per_second / 3600
+        parts = (f"{part:.2f}" for part in (step.total, step.teacher, step.student, step.update, step.network))
+        links, hosting = item.links or "-", item.hosting or "none fits"
+        rows.append((str(item.gpus), links, hosting, *parts, f"{item.tokens_per_second:,.0f}", f"{hours:,.1f}"))
+    batch, longest = shape.config.train.global_batch_size, shape.needs.student_tokens
+    title = f"a run of {args.tokens:g} billion student tokens, {batch} samples of {longest} per step, estimated at"
+    return [f"{title} {args.rates.gpu_tflops:.0f} TFLOP/s of each GPU:", *_aligned(rows)]
 
 
 def _verdict(shape: RunShape, machine: Machine, rates: Rates, found: list[Plan]) -> list[str]:

@@ -29,7 +29,7 @@ from megatron_tide.hosting.memory import (
     TeacherNeeds,
     estimate_memory,
 )
-from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
+from megatron_tide.hosting.speed import RATES, Rates, StepTime, step_time, teacher_seconds
 from megatron_tide.hub import download
 from megatron_tide.machine import free_memory, rss_bytes
 from megatron_tide.objectives import STRATEGIES, Strategy
@@ -111,6 +111,40 @@ def plans(run: RunShape, machine: Machine, rates: Rates = RATES) -> list[Plan]:
         if run.ranks % stages == 0 and stages <= parts:
             found.append(plan(run, machine, hosting, rates))
     return sorted(found, key=lambda item: (not item.fits, item.seconds))
+
+
+@dataclass(frozen=True)
+class ClusterTime:
+    """A run on so many GPUs: the links between them, the hosting expected to be the fastest (None: none fits)."""
+
+    gpus: int
+    links: str
+    hosting: str | None
+    micro_batch: int
+    step: StepTime
+    tokens_per_second: float
+
+
+def cluster_times(run: RunShape, machine: Machine, rates: Rates = RATES) -> list[ClusterTime]:
+    """The run on 1, 8 and 64 GPUs like the machine's, by NVLink or Ethernet, where its batch is large enough for them.
+
+    Micro-batches are as large as the flags say, or as the global batch leaves for a rank.
+    """
+    found, train = [], run.config.train
+    nvlink, ethernet = ("NVLink", rates.nvlink_gbs), ("100 Gb Ethernet", rates.node_gbs)
+    for gpus, (links, link_gbs) in ((1, ("", 1.0)), (8, nvlink), (8, ethernet), (64, nvlink), (64, ethernet)):
+        per_rank = train.global_batch_size // gpus
+        if per_rank * gpus != train.global_batch_size or not per_rank:
+            continue
+        micro = max(size for size in range(1, min(train.micro_batch_size, per_rank) + 1) if per_rank % size == 0)
+        config = replace(run.config, train=replace(train, micro_batch_size=micro))
+        here, own = replace(run, config=config, ranks=gpus), replace(rates, gather_gbs=link_gbs, hop_gbs=link_gbs)
+        local = min(gpus, 8 if links == nvlink[0] or gpus > 8 else 1)
+        best = plans(here, replace(machine, ranks=local, nodes=gpus // local), own if links else rates)[0]
+        step = step_time(here, best.seconds, rates, link_gbs)
+        tokens = train.global_batch_size * run.needs.student_tokens / step.total
+        found.append(ClusterTime(gpus, links, best.hosting.name if best.fits else None, micro, step, tokens))
+    return found
 
 
 def closest(found: Sequence[Plan]) -> Plan:

@@ -40,12 +40,12 @@ def test_disk_hosting_asks_for_a_folder(capsys):
 
 
 def test_savings_that_make_it_fit(capsys):
-    status, printed = printed_by(capsys, "--gpus", "1", "--gpu-mem", "20", "--host-mem", "64")
+    status, printed = printed_by(capsys, "--gpus", "1", "--gpu-mem", "21", "--host-mem", "64")
     assert status == plan.EXIT_NOTHING_FITS
     assert "nothing fits with these flags; closest is zero3_cpu: each GPU: needs" in printed
     assert "set: --activation-checkpointing --teacher-hosting zero3" in printed
     again, printed = printed_by(
-        capsys, "--gpus", "1", "--gpu-mem", "20", "--host-mem", "64", "--activation-checkpointing"
+        capsys, "--gpus", "1", "--gpu-mem", "21", "--host-mem", "64", "--activation-checkpointing"
     )
     assert again == 0
     assert "recomputed layers" in printed

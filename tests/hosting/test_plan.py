@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from megatron_tide.config import from_flat
 from megatron_tide.hosting.build import every_hosting
 from megatron_tide.hosting.build import named_hosting as hosting
 from megatron_tide.hosting.memory import GATHERED_LAYERS, MARGIN, Machine, MemoryEstimate, estimate_memory
-from megatron_tide.hosting.plan import GIB, plan, plans, run_shape, teacher_needs, with_savings
-from megatron_tide.hosting.speed import RATES, Rates, teacher_seconds
+from megatron_tide.hosting.plan import GIB, cluster_times, plan, plans, run_shape, teacher_needs, with_savings
+from megatron_tide.hosting.speed import RATES, Rates, measured_rates, step_time, teacher_seconds
 
 GB = 10**9
 SHAPES = Path(models.__file__).parent / "configs"
@@ -205,6 +206,59 @@ def test_speed_is_the_slower_of_work_and_traffic(paper):
     count = eight.accumulation * 8
     bubble = (count + 7) / count
     assert seconds("pipeline_8", run=eight, on=gpus) > bubble * seconds("replicated", run=eight, on=gpus)
+
+
+def test_a_step_is_the_sum_of_its_parts(paper):
+    """Counted by hand: 64 samples of 512 tokens in the student's layout of 512 + 480 positions."""
+    step = step_time(paper(), 1.5, Rates(gpu_tflops=100.0, memory_gbs=1000.0), link_gbs=1.0)
+    matmuls = 2 * 440e6 + 4 * 28 * 16 * 128 * 992  # of a position: layers, attention
+    head = 2 * 151936 * 1024 * 256  # of a sample: half of its tokens
+    assert step.student == pytest.approx(3 * 64 * (992 * matmuls + head) / 100e12, rel=0.01)
+    assert step.update == pytest.approx(30 * paper().student.parameters / 1e12)
+    assert step.network == 0
+    assert step.total == 1.5 + step.student + step.update
+    recomputed = step_time(paper(activation_checkpointing=True), 0.0, Rates(gpu_tflops=100.0), 1.0)
+    assert step.student < recomputed.student < 4 / 3 * step.student
+    eight = step_time(paper(8), 0.0, Rates(gpu_tflops=100.0, memory_gbs=1000.0), link_gbs=10.0)
+    assert eight.student == pytest.approx(step.student / 8)
+    assert eight.update == pytest.approx(step.update / 8)
+    assert eight.network == pytest.approx(10 * paper().student.parameters * 7 / 8 / 10e9)
+
+
+def test_a_run_on_clusters(paper):
+    gpu = Machine(1, 80 * GIB, 512 * GIB)
+    times = cluster_times(paper(), gpu)
+    assert [(item.gpus, item.links) for item in times] == [
+        (1, ""),
+        (8, "NVLink"),
+        (8, "100 Gb Ethernet"),
+        (64, "NVLink"),
+        (64, "100 Gb Ethernet"),
+    ]
+    assert {item.hosting for item in times} == {"replicated"}
+    one, nvlink, ethernet, many, far = times
+    assert one.tokens_per_second == pytest.approx(64 * 512 / one.step.total)
+    assert one.tokens_per_second < ethernet.tokens_per_second < nvlink.tokens_per_second < 8 * one.tokens_per_second
+    assert far.tokens_per_second < many.tokens_per_second
+    assert [item.micro_batch for item in times] == [4, 4, 4, 1, 1]
+    small = cluster_times(paper(global_batch_size=8), gpu)
+    assert [item.gpus for item in small] == [1, 8, 8], "64 ranks have no sample each"
+    assert cluster_times(paper(), Machine(1, 4 * GIB, 512 * GIB))[0].hosting is None
+
+
+def test_rates_of_the_measured_card(tmp_path):
+    file = tmp_path / "gpu.json"
+    assert measured_rates(file) == {}
+    card = {"bf16_tflops": 700.0, "memory_gbs": 2600.0, "pinned_to_card_gbs": 50.0, "card": "H100"}
+    file.write_text(json.dumps({"stages": {"a": card}}))
+    assert measured_rates(file) == {"gpu_tflops": 0.4 * 700.0, "memory_gbs": 2600.0, "pcie_gbs": 50.0}
+    steps = {
+        "goal": 0.4,
+        "tide-cross, micro-batch 8": {"tflops": 330.0},
+        "tide-bridge, micro-batch 4": {"tflops": 290.0},
+    }
+    file.write_text(json.dumps({"stages": {"a": {}, "h": steps}}))
+    assert measured_rates(file) == {"gpu_tflops": 330.0}
 
 
 def test_what_a_container_leaves(tmp_path, monkeypatch):
