@@ -334,6 +334,7 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
             continue
         how = f"diffusion bound, {settings['mc_samples']} timesteps per {settings['likelihood_noise']}"
         how += f", seed {settings['seed']}, {settings['dtype']}"
+        how += ", blocks begin at the answer" if settings.get("block_layout") == "answer" else ""
         task = f"held-out text ({Path(content['data']['folder']).name})"
         for metric in ("bits_per_byte", "masked_token_accuracy"):
             estimate = model[metric]
@@ -356,6 +357,8 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
         shots = "the task's own" if preset["few_shot"] is None else preset["few_shot"]
         how = f"{preset['task']}, {shots} shots, {preset['new_tokens']} tokens in {preset['steps']} passes"
         how += f", temperature {preset['temperature']:g}"
+        if layout := benchmark.get("settings", {}).get("block_layout"):
+            how += f", blocks begin at the {layout}"
         for score in benchmark["scores"]:
             metric = score["metric"] if score["filter"] == "none" else f"{score['metric']} {score['filter']}"
             estimate = {name: 100 * score[name] for name in ("value", "low", "high")}

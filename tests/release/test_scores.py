@@ -83,6 +83,7 @@ def test_the_record_of_an_evaluation_becomes_rows() -> None:
                 "path": "hf",
                 "benchmark": "gsm8k",
                 "preset": {"task": "gsm8k_cot", "few_shot": 0, "new_tokens": 256, "steps": 128, "temperature": 0.0},
+                "settings": {"block_layout": "answer"},
                 "scores": [{"metric": "exact_match", "filter": "strict", "n": 7, **estimate}],
             }
         ],
@@ -92,5 +93,5 @@ def test_the_record_of_an_evaluation_becomes_rows() -> None:
     assert bits.how == "diffusion bound, 8 timesteps per block, seed 0, float32"
     assert accuracy.metric == "masked token accuracy"
     assert (exact.metric, exact.low, exact.high) == ("exact_match strict, %", 25.0, 75.0)
-    assert exact.how == "gsm8k_cot, 0 shots, 256 tokens in 128 passes, temperature 0"
+    assert exact.how == "gsm8k_cot, 0 shots, 256 tokens in 128 passes, temperature 0, blocks begin at the answer"
     assert card_scores(record, "nowhere") == []
