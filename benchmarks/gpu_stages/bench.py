@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ import torch
 from megatron_tide.files import write_json
 from megatron_tide.machine import machine, versions
 
-# Dense bf16 TFLOP/s that the makers state, by a word of the card's name, the longest first.
+# Dense bf16 TFLOP/s that the makers state, by words of the card's name; the first row that fits.
 STATED_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -36,6 +37,7 @@ STATED_TFLOPS = {
     "B200": 2250,
     "A100": 312,
     "L40S": 362,
+    "L40": 181,
     "A40": 150,
     "L4": 121,
 }
@@ -146,7 +148,8 @@ class Bench:
 
 def stated_tflops(name: str) -> float | None:
     """Dense bf16 TFLOP/s of a card by its name; None for one that is not in the list."""
-    return next((float(rate) for word, rate in STATED_TFLOPS.items() if set(word.split()) <= set(name.split())), None)
+    words = set(re.split(r"[\s-]+", name))
+    return next((float(rate) for row, rate in STATED_TFLOPS.items() if set(row.split()) <= words), None)
 
 
 def said(error: BaseException) -> str:

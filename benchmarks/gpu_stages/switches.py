@@ -61,6 +61,6 @@ def measured(bench: Bench, world: DistContext, teacher: Any, flags: dict[str, An
     strategy = subject.strategy("tide-cross")
     context, window = subject.context(strategy), subject.window(strategy)
     try:
-        return timed_step(subject, window, lambda: subject.step(context, window))
+        return timed_step(subject, window, lambda: subject.step(context, window), rounds=2)
     finally:
         subject.close()

@@ -92,6 +92,7 @@ def test_parts_fail_alone_and_stages_say_why(tmp_path: Path, monkeypatch: pytest
 def test_cards_by_name() -> None:
     assert stated_tflops("NVIDIA H100 80GB HBM3") == 989
     assert stated_tflops("NVIDIA H100 PCIe") == 756
+    assert stated_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert stated_tflops("Tesla of tomorrow") is None
 
 
