@@ -9,6 +9,7 @@ Shapes: M masked student rows, R scored teacher rows, P pairs.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -245,6 +246,7 @@ def some_bridge(configs: dict[str, dict[str, Any]]) -> Any:
 def training(bench: Bench) -> Iterator[DistContext]:
     """This process as the one rank of a run; on a GPU with NCCL."""
     world = init_distributed()
+    gc.freeze()  # DeepSpeed collects garbage often: not among all that was imported
     bench.note(backend=torch.distributed.get_backend())
     yield world
 

@@ -120,8 +120,9 @@ def one_process(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.ranks
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_stages_of_training_at_toy_size(tmp_path: Path) -> None:
-    (found,) = run_on_ranks(one_process, 1, tmp_path, timeout=280)
+    (found,) = run_on_ranks(one_process, 1, tmp_path, timeout=560)
     assert {name: figures.get("failed") for name, figures in found.items()} == dict.fromkeys(found)
     ours, usual = (
         found["full size"]["tide-cross, micro-batch 2"],
