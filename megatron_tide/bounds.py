@@ -6,6 +6,9 @@ from typing import Any
 
 MOST_IDS = 1 << 24
 """Ids of a vocabulary, holes included (the largest public one has 2^18)."""
+MOST_NUMBER = 1e30
+LONGEST_NAME = 1 << 10
+"""Characters of a path or a column's name in a data mixture."""
 TOKEN_BYTES = 1 << 12
 """Bytes of one token in a tiktoken file."""
 CONFIG = {
@@ -21,16 +24,38 @@ CONFIG = {
     "num_local_experts": 1 << 14,
     "num_shared_experts": 1 << 10,
     "max_position_embeddings": 1 << 32,
+    "block_size": 1 << 20,
 }
-"""Keys of a ``config.json``."""
+"""Keys of a ``config.json``: whole numbers, from 1 or, of experts, from 0."""
+IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "partial_rotary_factor")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
 
 
 def check_config(values: dict[str, Any]) -> None:
-    """ValueError, one line, for a size in a ``config.json`` that no model has."""
+    """ValueError, one line, for a value in a ``config.json`` that no model has; null is for a missing one."""
+    given = {key: value for key, value in values.items() if value is not None}
     for key, most in CONFIG.items():
-        value = values.get(key)
-        if isinstance(value, int | float) and not value <= most:
-            raise ValueError(f"{key} is {str(value)[:20]}, more than {most}; restore the file")
+        low = 0 if "expert" in key else 1
+        if key in given and not (type(given[key]) is int and low <= given[key] <= most):
+            raise ValueError(f"{key} is {shown(given[key])}, not a whole number from {low} to {most}; restore the file")
+    for key in IDS:
+        ids = given.get(key, [])
+        for index in ids if isinstance(ids, list) else [ids]:
+            if type(index) is not int or not 0 <= index < MOST_IDS:
+                raise ValueError(f"{key} is {shown(index)}, not a token id from 0 to {MOST_IDS - 1}; restore the file")
+    for key in NUMBERS:
+        if key in given and not (type(given[key]) in (int, float) and 0 <= given[key] <= MOST_NUMBER):
+            raise ValueError(f"{key} is {shown(given[key])}, not a number from 0 to {MOST_NUMBER:g}; restore the file")
+    wrong = [key for key in FLAGS if type(given.get(key, True)) is not bool]
+    wrong += [key for key in ("rope_scaling", "rope_parameters") if not isinstance(given.get(key, {}), dict)]
+    if wrong:
+        raise ValueError(f"{wrong[0]} is {shown(given[wrong[0]])}, which no model has; restore the file")
+
+
+def shown(value: object) -> str:
+    """The start of a value, for a message."""
+    return repr(value)[:20]
 
 
 def check_id(where: str, token: str, index: object) -> None:

@@ -39,6 +39,8 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 LAYOUT = "\n\t\u3000\xa0\u200c\u200d"  # and what writing needs: wide and fixed spaces, joiners
 _INF = float("inf")
+MOST = 2**63 - 1
+"""Of any number of the command line."""
 
 
 def flag(
@@ -233,7 +235,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        raise ValueError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+        message = message.removeprefix("argument ")
+        raise ValueError(f"{message if len(message) < 300 else message[:150] + ' ...'} (see {self.prog} --help)")
 
 
 def _usage(args_type: Any, prog: str) -> str:
@@ -333,6 +336,8 @@ def _check(info: Field[Any], value: Any) -> None:
         raise ValueError(f"{flag_name(info)} {value}: choose one of {', '.join(choices)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{flag_name(info)} {value}: must be a finite number")
+    if isinstance(value, (int, float)) and abs(value) > MOST:
+        raise ValueError(f"{flag_name(info)} {str(value)[:20]}: no number that large is possible")
     if isinstance(value, (int, float)) and not low <= value <= high:
         bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
         raise ValueError(f"{flag_name(info)} {value}: must be {bound}")

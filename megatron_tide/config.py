@@ -202,14 +202,15 @@ class TeacherConfig:
 class TrainConfig:
     """Optimization."""
 
-    epochs: float = flag(10.0, "Number of passes over the data, if --max-steps is 0", low=1e-6)
-    max_steps: int = flag(0, "Number of optimizer steps; 0: as many as --epochs takes", low=0)
-    global_batch_size: int = flag(64, "Number of samples per optimizer step, over all ranks", low=1)
+    epochs: float = flag(10.0, "Number of passes over the data, if --max-steps is 0", low=1e-6, high=1e9)
+    max_steps: int = flag(0, "Number of optimizer steps; 0: as many as --epochs takes", low=0, high=10**12)
+    global_batch_size: int = flag(64, "Number of samples per optimizer step, over all ranks", low=1, high=1 << 30)
     micro_batch_size: int = flag(
         4,
         "Number of samples per forward pass on one rank; changes memory and speed, never the curve",
         low=1,
         affects_loss=False,
+        high=1 << 20,
     )
     optimizer: str = flag("adamw", f"Optimizer of the student. {OPTIMIZERS}", choices=OPTIMIZERS)
     lr: float = flag(5e-5, "Peak learning rate", low=0, high=1)
@@ -236,7 +237,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "Weight decay of AdamW and Muon, applied to matrices only", low=0, high=1)
     beta1: float = flag(0.9, "Beta 1 of AdamW", low=0, high=1)
     beta2: float = flag(0.999, "Beta 2 of AdamW", low=0, high=1)
-    adam_eps: float = flag(1e-8, "Epsilon of AdamW", low=0)
+    adam_eps: float = flag(1e-8, "Epsilon of AdamW", low=0, high=1)
     max_grad_norm: float = flag(
         1.0, "Maximum global norm of the gradient; larger gradients are clipped; 0: no clipping", low=0
     )
@@ -293,6 +294,7 @@ class SaveConfig:
         900.0,
         "Seconds without progress of a rank after which the run ends with an error that names the rank",
         affects_loss=False,
+        low=0,
     )
 
 
@@ -354,7 +356,7 @@ class DistillArgs:
         "", "JSON file of flags, or the run.json of another run; flags on the command line override it", metavar="FILE"
     )
     dry_run: bool = flag(False, "Check the run (files, fingerprints, sizes), print its configuration, and exit")
-    local_rank: int | None = flag(None, "Set by the deepspeed launcher", kind="hidden")
+    local_rank: int | None = flag(None, "Set by the deepspeed launcher", kind="hidden", low=-1)
     run: DistillConfig = field(default_factory=DistillConfig)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.bounds import shown
 from megatron_tide.files import read_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -48,7 +49,7 @@ def section(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     """A section of a DeepSpeed JSON that ``where`` names; {} if there is none, ValueError if it is not an object."""
     part = settings.get(name) or {}
     if not isinstance(part, dict):
-        raise ValueError(f"{where}: {name} is {part!r}; it must be an object, as in the files of ds_configs/")
+        raise ValueError(f"{where}: {name} is {shown(part)}; it must be an object, as in the files of ds_configs/")
     return part
 
 

@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 import stat
+import sys
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 TEMPORARY = ".tide-tmp-"
+LARGEST_TEXT = 1 << 30  # bytes of a file that is read as a whole
 
 
 def create_new(path: Path) -> int:
@@ -21,15 +24,41 @@ def create_new(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
+def open_regular(path: Path, follow: bool = True) -> BufferedReader:
+    """A file to read, open. OSError for a FIFO (which would wait for a writer), a folder, or what else is not a regular
+    file; without ``follow`` also for a link.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """The first ``most`` bytes of a file. OSError for a link, a FIFO or anything else that is not a regular file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path}: not a regular file")
-        return os.read(descriptor, most)
-    finally:
+    with open_regular(path, follow=False) as file:
+        return file.read(most)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """A text file to append to, made if missing. OSError for a link, a FIFO, or what else is no regular file."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise OSError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
+
+
+def read_whole(path: Path) -> bytes:
+    """All bytes of a file that is read as a whole. OSError where it is no regular file, or too large for one."""
+    with open_regular(path) as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise OSError(f"{path}: more than {LARGEST_TEXT} bytes, which no such file has; restore it")
+    return content
 
 
 def remove(path: Path) -> None:
@@ -137,7 +166,7 @@ def sweep(folder: Path, start: str = "") -> None:
 
 def sha256_file(path: Path) -> str:
     """The sha256 of a file's bytes in hex, read as a stream."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -153,18 +182,71 @@ def fingerprint(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as readable JSON, atomically and with sorted keys (equal values give equal bytes)."""
-    atomic_write(path, (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    atomic_write(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair has no other form
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """Read a JSON object; ValueError, one line ending in ``hint``, when it is missing, not JSON, or not an object."""
+def read_json(path: Path, hint: str = "", form: Any = None) -> dict[str, Any]:
+    """Read a JSON object; ValueError, one line ending in ``hint``, when it is missing, not JSON, or not an object.
+
+    ``form``: the form that it must have, as :func:`check_form` takes it.
+    """
     tail = f"; {hint}" if hint else ""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_whole(path).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file{tail}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}){tail}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}){tail}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: contains a JSON {type(value).__name__}, not an object{tail}")
+    if form is not None:
+        check_form(value, form, str(path), tail)
     return value
+
+
+def check_form(value: Any, form: Any, where: str, tail: str = "") -> None:
+    """ValueError, one line that names the place, where a JSON value does not have a form.
+
+    A form is a type (``float``: any finite number), None, a range of whole numbers, a tuple of forms (any of them),
+    ``[form]`` (a list), or an object's keys, of which ``"key?"`` may be missing; ``str`` as a key stands for all others
+    (which are allowed also without it).
+    """
+    if isinstance(form, tuple):
+        for one in form:
+            if _fits(value, one):
+                form = one
+        form = form[-1] if isinstance(form, tuple) else form
+    if not _fits(value, form):
+        shown = str(value) if isinstance(value, bool | int | float | None) else type(value).__name__
+        raise ValueError(f"{where}: {shown[:40]}, where {_named(form)} is expected{tail}")
+    if isinstance(form, list):
+        for number, item in enumerate(value):
+            check_form(item, form[0], f"{where}[{number}]", tail)
+    elif isinstance(form, dict):
+        forms = {key.removesuffix("?"): inner for key, inner in form.items() if key is not str}
+        missing = [key for key in form if key is not str and key[-1] != "?" and key not in value]
+        if missing:
+            raise ValueError(f"{where}: no {missing[0]}{tail}")
+        for key, item in value.items():
+            check_form(item, forms.get(key, form.get(str, Any)), f"{where} {key[:80]}", tail)
+
+
+def _fits(value: Any, form: Any) -> bool:
+    """Whether a value is of a form's outermost kind."""
+    if form is None or form is Any:
+        return value is None or form is Any
+    if isinstance(form, range):
+        return type(value) is int and value in form
+    if form is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is (form if isinstance(form, type) else type(form))
+
+
+def _named(form: Any) -> str:
+    if isinstance(form, range):
+        return f"a whole number from {form.start} to {form.stop - 1}"
+    names = {float: "a number", str: "text", bool: "true or false", int: "a whole number", list: "a list"}
+    return "a list" if isinstance(form, list) else names.get(form if isinstance(form, type) else dict, "an object")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.bounds import CONFIG, shown
 from megatron_tide.files import read_json
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", flags=re.A)
@@ -50,7 +51,7 @@ def stated_config(path: str) -> dict[str, Any]:
     folder = Path(path).expanduser()
     if not folder.exists():
         folder = download(path, ["config.json"], f"{path}: no such folder, and not reachable on the hub")
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
 
 
 def stated_block_size(path: str) -> int | None:
@@ -60,8 +61,8 @@ def stated_block_size(path: str) -> int | None:
         ValueError: it is not a number of tokens, or the hub cannot be reached.
     """
     size = stated_config(path).get("block_size")
-    if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(f"{path}/config.json: block_size is {str(size)[:20]!r}, not a number of tokens")
+    if size is not None and (type(size) is not int or not 1 <= size <= CONFIG["block_size"]):
+        raise ValueError(f"{path}/config.json: block_size is {shown(size)}, not a number of tokens")
     return size
 
 

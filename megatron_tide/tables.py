@@ -9,18 +9,20 @@ Unreadable input raises a one-line ValueError that names file and line; ``data.p
 from __future__ import annotations
 
 import json
+import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.files import fingerprint, sha256_file
-from megatron_tide.hub import hub_errors
+from megatron_tide.files import fingerprint, open_regular, sha256_file
+from megatron_tide.hub import hub_errors, one_line
 
+T = TypeVar("T")
 Message = dict[str, Any]
 ASSISTANT = "assistant"
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -30,7 +32,13 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Keys of a message, and columns beside it, for what is no text: no template here writes it."""
 _TEXTS = ("text", "input_text", "output_text")  # types of a part of a content that is text
 
+UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the data or in the column settings
+
 _BOM = b"\xef\xbb\xbf"
+ROW_BYTES = 1 << 24
+"""Bytes of one row; a longer one is a bad row, of which no more is read."""
+LONGEST_TEXT = 1 << 22
+"""Characters of one text to train tokenizers or measure a bridge on: libraries fail on longer ones."""
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
 _HEAD = 100  # first rows, which define the columns of a JSON Lines file
 _FILES = (".jsonl", ".parquet")
@@ -53,6 +61,28 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
             bad.append(str(error))
             continue
         yield where, row
+
+
+def good_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]], bad: list[str], read: Callable[[dict[str, Any], str], T]
+) -> Iterator[T]:
+    """What ``read(row, place)`` makes of each row; why it refuses one (ValueError) goes to ``bad``."""
+    for where, row in rows:
+        try:
+            made = read(row, where)
+        except ValueError as error:
+            bad.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+            continue
+        yield made
+
+
+def check_bad(bad: Sequence[str], good: int) -> None:
+    """Tell on stderr which rows were left out. ValueError when they are more than ``UNREADABLE_SHARE`` of all."""
+    if len(bad) > UNREADABLE_SHARE * (len(bad) + good):
+        share = f"{len(bad):,} of {len(bad) + good:,} rows cannot be read, more than {UNREADABLE_SHARE:.0%}"
+        raise ValueError(f"{bad[0]}; {share}")
+    if bad:
+        print(f"rows left out: {len(bad)}, the first: {one_line(bad[0])}", file=sys.stderr)
 
 
 def parse_messages(value: Any, where: str) -> list[Message]:
@@ -103,16 +133,21 @@ def _text(content: Any) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, first byte, line) of the lines that are not blank."""
-    position = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    """(line number from 1, first byte, line) of the lines that are not blank; of one that is too long, its start."""
+    number = position = 0
+    with open_regular(path) as file:
+        while line := file.readline(ROW_BYTES + 1):
+            number += 1
             if line.removeprefix(_BOM).strip():
                 yield number, position, line
             position += len(line)
+            while line[-1:] != b"\n" and (line := file.readline(ROW_BYTES)):  # the rest of a row that is too long
+                position += len(line)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
+    if len(line) > ROW_BYTES:
+        raise ValueError(f"{where}: a row of more than {ROW_BYTES:,} bytes; cut or remove it")
     try:
         # Half surrogate pairs pass here; the tokenizer accepts or rejects them.
         row = json.loads(line.removeprefix(_BOM).decode("utf-8", "surrogatepass"))
@@ -162,9 +197,9 @@ class JsonLinesTable:
 
     def get(self, row: int) -> dict[str, Any]:
         """The row as column -> value; ValueError when it cannot be read."""
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(int(self.starts[row]))
-            return _parse(file.readline(), self.where(row))
+            return _parse(file.readline(ROW_BYTES + 1), self.where(row))
 
     def where(self, row: int) -> str:
         """Where the row is, for error messages."""
@@ -197,7 +232,10 @@ class ArrowTable:
         return len(self.table)
 
     def get(self, row: int) -> dict[str, Any]:
-        return {column: _dense(value) for column, value in self.table[row].items()}
+        try:
+            return {column: _dense(value) for column, value in self.table[row].items()}
+        except UnicodeError as error:
+            raise ValueError(f"{self.where(row)}: not UTF-8 ({error})") from None
 
     def where(self, row: int) -> str:
         return f"{self.label} row {row}"

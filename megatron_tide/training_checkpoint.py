@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -25,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_tide import models
 from megatron_tide.choices import STRATEGIES
-from megatron_tide.files import read_json, sha256_file
+from megatron_tide.data.prepared import SIDE
+from megatron_tide.files import check_form, read_json, sha256_file
+from megatron_tide.tables import read_rows
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
 PREFIX = "step-"
@@ -46,6 +47,19 @@ class TrainState:
 
 
 _STATE = [field.name for field in fields(TrainState)]
+_FORM = {
+    "state": dict.fromkeys(_STATE, range(1 << 53)),
+    "run": {
+        "config": {"paths": {"student": str, "teacher?": (None, str)}, "strategy": {"strategy": str}, str: dict},
+        "strategy": {"chunk_objective": str, "distribution_objective": str},
+        "phases?": [{"strategy": str, "end": range(1 << 53)}],
+        "bridge_fingerprint": (None, str),
+        "data_fingerprint": str,
+        "fingerprint": str,
+        "model_folder": str,
+        "data": {"student": SIDE, "teacher": (None, SIDE)},
+    },
+}
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -55,9 +69,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: when the file is not a checkpoint description.
     """
     found = read_json(folder / STATE, "take another checkpoint")
-    state = found.get("state")
-    if not isinstance(found.get("run"), dict) or not isinstance(state, dict) or set(state) != set(_STATE):
-        raise ValueError(f"{folder / STATE}: not a checkpoint description of this version; use another checkpoint")
+    check_form(
+        found, _FORM, f"{folder / STATE}: not a checkpoint description of this version", "; use another checkpoint"
+    )
     return found
 
 
@@ -68,14 +82,12 @@ def verify(folder: Path) -> None:
         ValueError: names the first file that is missing or corrupt.
     """
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
-    except (OSError, ValueError, RecursionError):
-        checksums = None
-    if not isinstance(checksums, dict) or not {WEIGHTS, STATE} <= set(checksums):
-        raise ValueError(f"{folder}: no readable {CHECKSUMS}, so the checkpoint is incomplete")
+        checksums = read_json(folder / CHECKSUMS, form={WEIGHTS: str, STATE: str})
+    except ValueError as error:
+        raise ValueError(f"{folder}: no readable {CHECKSUMS} ({error}), so the checkpoint is incomplete") from None
     for name, expected in checksums.items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name:
             raise ValueError(f"{folder / CHECKSUMS}: names {name!r}, which is not a file in the same folder")
         if not path.is_file():
             raise ValueError(f"{path}: missing from the checkpoint")
@@ -140,7 +152,7 @@ class TrainingCheckpoint:
             raise ValueError(
                 f"{self.base_model}: its tokenizer is not that of {self.folder}; set the right --base-model"
             )
-        if student["template_fingerprint"] != template_fingerprint:
+        if student.get("template_fingerprint") != template_fingerprint:
             raise ValueError(
                 f"{self.base_model}: its chat template is not the one that {self.folder} was trained with; restore it, "
                 "or set the right --base-model"
@@ -199,19 +211,16 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
     """
     folder = _step_folder(Path(path))
     verify(folder)
-    try:
-        described = read_description(folder)
-        origin, state = base_model or described["run"]["model_folder"], described["state"]
-        _refuse_autoregressive(folder, described["run"].get("phases", []), int(state["step"]))
-    except KeyError as error:
-        raise ValueError(f"{folder / STATE}: not a description of a checkpoint ({error!r})") from None
+    described = read_description(folder)
+    origin, state = base_model or described["run"]["model_folder"], described["state"]
+    _refuse_autoregressive(folder, described["run"].get("phases", []), state["step"])
     try:
         begun = models.resolve_folder(origin)
     except ValueError as error:
         raise ValueError(
             f"{folder}: the model that training began from is not found ({error}); set --base-model"
         ) from None
-    metrics = _last_metrics(folder.parent / METRICS, int(state["step"]))
+    metrics = _last_metrics(folder.parent / METRICS, state["step"])
     return TrainingCheckpoint(folder=folder, base_model=begun, run=described["run"], state=state, metrics=metrics)
 
 
@@ -277,12 +286,8 @@ def _step_folder(path: Path) -> Path:
 def _last_metrics(path: Path, step: int) -> dict[str, float]:
     """The newest value of each metric logged at or before ``step``; {} if there is no such file."""
     values: dict[str, float] = {}
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # a line that a killed run left half written
-            if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
-                values |= {name: value for name, value in entry.items() if name != "step"}
+    for _, entry in read_rows(path, bad=[]) if path.is_file() else ():  # a killed run leaves half a line
+        numbers = {name: value for name, value in entry.items() if type(value) in (int, float)}
+        if numbers.pop("step", step + 1) <= step:
+            values |= numbers
     return values

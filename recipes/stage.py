@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megatron_tide import scheduler
 from megatron_tide.cli import say
-from megatron_tide.files import fingerprint, sha256_file
+from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file
 from megatron_tide.lock import RunLock
 
 STOPPED = 130
@@ -46,10 +46,20 @@ NO_INPUT = (
 
 def read(path: str) -> dict:
     try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_json(Path(path))
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+STAMP = {"finished": float, "seconds": float, "command": list, "inputs?": {str: str}}
+
+
+def read_stamp(path: str) -> dict:
+    """What a finished stage recorded; {} where it did not finish, or the file is damaged."""
+    try:
+        return read_json(Path(path), form=STAMP) if path else {}
+    except ValueError:
+        return {}
 
 
 def inputs_of(command: list[str], stamp: Path) -> dict[str, str]:
@@ -161,8 +171,9 @@ def place_of(stamp: Path, plan: list[str], expected: dict[str, float]) -> str:
     text = f"  [{place + 1}/{len(plan)}]"
     if not expected.keys() >= set(plan[place:]):
         return text
-    done = [one for one in plan[:place] if one in expected and "seconds" in read(str(stamp.with_name(f"{one}.json")))]
-    took = sum(float(read(str(stamp.with_name(f"{one}.json")))["seconds"]) for one in done)
+    took_each = {one: read_stamp(str(stamp.with_name(f"{one}.json"))).get("seconds") for one in plan[:place]}
+    done = [one for one in plan[:place] if one in expected and took_each[one] is not None]
+    took = sum(took_each[one] for one in done)
     prior = PRIOR * sum(expected.values())
     pace = (took + prior) / (sum(expected[one] for one in done) + prior)
     left = pace * sum(expected[one] for one in plan[place:])
@@ -179,7 +190,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--again", default="the recipe's command", help="the command that continues the recipe")
     arguments, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     name = Path(arguments.stamp).stem
-    mine, before = read(arguments.stamp), read(arguments.after) if arguments.after else {}
+    mine, before = read_stamp(arguments.stamp), read_stamp(arguments.after)
     inputs = inputs_of(command, Path(arguments.stamp))
     recorded = mine.get("inputs", {})  # an input that is gone was not edited: what was made of it stands
     changed = next((path for path, value in recorded.items() if inputs.get(path, value) != value), None)
@@ -209,7 +220,7 @@ def main(argv: list[str]) -> int:
     unchanged = {path: value for path, value in inputs.items() if after.get(path) == value}
     record = {"command": command, "finished": finished, "seconds": finished - started, "peak_process_bytes": peak}
     record["inputs"] = unchanged
-    Path(arguments.stamp).write_text(json.dumps(record, indent=1))
+    atomic_write(Path(arguments.stamp), json.dumps(record, indent=1).encode())
     say(f"== {name}: {record['seconds']:.0f} s", flush=True)
     return 0
 

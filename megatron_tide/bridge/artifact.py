@@ -9,7 +9,6 @@ is written last: a folder that has one is complete.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from megatron_tide.bounds import MOST_IDS
 from megatron_tide.bridge.align import TEXTS_AT_ONCE, Spelling, align_batch, align_spans
 from megatron_tide.bridge.tokenizer import Encoding, TextTokenizer
 from megatron_tide.bridge.vocabulary import map_prefixes, map_vocabularies, shared_prefix, spelling
-from megatron_tide.files import atomic_write, write_json
+from megatron_tide.files import atomic_write, read_json, read_whole, write_json
 from megatron_tide.files import fingerprint as fingerprint_of
 
 FORMAT = "megatron_tide.bridge/1"
@@ -33,6 +32,25 @@ VOCAB_MAP = "vocab_map.safetensors"
 _SIDES = ("student", "teacher")
 _IDENTITY = ("fingerprint", "vocab_size", "mask_id", "eos_id", "pad_id")
 _AFFECTS_ALIGNMENT = ("format", *_SIDES, "shared", "shared_prefix", "vocab_map_sha256")
+_IDS = range(MOST_IDS + 1)
+_SIDE = {"name": str, "fingerprint": str, "vocab_size": _IDS}
+_SIDE |= dict.fromkeys(("mask_id", "eos_id", "pad_id"), (None, range(MOST_IDS)))
+_SAMPLE = dict.fromkeys(("texts", "bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one"), range(1 << 60))
+_FORM = {
+    "sha256": str,
+    "manifest": {
+        "format": str,
+        "student": _SIDE,
+        "teacher": _SIDE,
+        "shared": bool,
+        "shared_prefix": _IDS,
+        "mapped": _IDS,
+        "vocab_map_sha256": str,
+        "sample": {**_SAMPLE, "coverage": float},
+        "request": dict,
+        "fingerprint": str,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -124,25 +142,30 @@ class Bridge:
         """Read a bridge folder and verify its checksums; ValueError for a missing, corrupt or modified one."""
         folder = Path(folder)
         hint = "build the bridge again with --fresh"
+        missing = [name for name in (MANIFEST, VOCAB_MAP) if not (folder / name).exists()]
+        if missing:
+            raise ValueError(f"{folder}: no bridge here ({missing[0]} is missing); {hint}")
+        record = read_json(folder / MANIFEST, hint, _FORM)
+        manifest = record["manifest"]
         try:
-            record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            pairs = load_file(folder / VOCAB_MAP)
-            manifest, checksum = record["manifest"], record["sha256"]
-            student_ids, teacher_ids, prefix_ids = pairs["student_ids"], pairs["teacher_ids"], pairs.get("prefix_ids")
-            intact = manifest["format"] == FORMAT and checksum == fingerprint_of(manifest)
-            intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
-            intact = intact and manifest["vocab_map_sha256"] == _map_fingerprint(student_ids, teacher_ids)
-            prefixes = None if prefix_ids is None else _map_fingerprint(prefix_ids)
-            intact = intact and manifest.get("prefix_map_sha256") == prefixes
-            intact = intact and (prefix_ids is None or _is_prefix_map(prefix_ids, manifest))
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder}: no bridge here ({MANIFEST} or {VOCAB_MAP} is missing); {hint}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the bridge is corrupt ({type(error).__name__}: {error}); {hint}") from error
-        sizes = [manifest["shared_prefix"], *(manifest[side]["vocab_size"] for side in _SIDES)]
-        if not all(type(size) is int and 0 <= size <= MOST_IDS for size in sizes) or sizes[0] > min(sizes):
-            raise ValueError(f"{folder}: shared_prefix {sizes[0]} of vocabularies of {sizes[1:]} ids cannot be; {hint}")
-        if not intact:
+            pairs = load(read_whole(folder / VOCAB_MAP))
+            student_ids, teacher_ids = (pairs[f"{side}_ids"] for side in _SIDES)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{folder / VOCAB_MAP}: cannot be read ({error}); {hint}") from error
+        prefix_ids, sizes = pairs.get("prefix_ids"), [manifest[side]["vocab_size"] for side in _SIDES]
+        if manifest["shared_prefix"] > min(sizes):
+            raise ValueError(
+                f"{folder}: shared_prefix {manifest['shared_prefix']} of vocabularies of {sizes} ids cannot be; {hint}"
+            )
+        intact = manifest["format"] == FORMAT and record["sha256"] == fingerprint_of(manifest)
+        intact = intact and manifest["fingerprint"] == _fingerprint(manifest)
+        intact = intact and manifest["vocab_map_sha256"] == _map_fingerprint(student_ids, teacher_ids)
+        prefixes = None if prefix_ids is None else _map_fingerprint(prefix_ids)
+        intact = intact and manifest.get("prefix_map_sha256") == prefixes
+        intact = intact and (prefix_ids is None or _is_prefix_map(prefix_ids, manifest))
+        shapes = {(ids.dtype.name, ids.ndim, len(ids) if ids.ndim else 0) for ids in (student_ids, teacher_ids)}
+        intact = intact and shapes == {("int64", 1, manifest["mapped"])}
+        if not intact or not all(_inside(ids, size) for ids, size in zip((student_ids, teacher_ids), sizes)):
             raise ValueError(f"{folder}: the bridge's checksums do not match its content; {hint}")
         return cls(manifest, student_ids, teacher_ids, prefix_ids=prefix_ids)
 
@@ -331,6 +354,10 @@ def _aligned(student: TextTokenizer, teacher: TextTokenizer, texts: Iterable[str
 
 def _tokens_per_chunk(chunk: np.ndarray, chunks: int) -> np.ndarray:
     return np.bincount(chunk[chunk >= 0], minlength=chunks)
+
+
+def _inside(ids: np.ndarray, size: int) -> bool:
+    return not len(ids) or (int(ids.min()) >= 0 and int(ids.max()) < size)
 
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:

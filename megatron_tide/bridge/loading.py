@@ -15,7 +15,7 @@ from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencep
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
 from megatron_tide.bridge.tokenizer_files import CONFIG, check_files
-from megatron_tide.files import read_json
+from megatron_tide.files import read_json, read_whole
 from megatron_tide.hub import download
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
@@ -130,13 +130,17 @@ def _load_folder(folder: Path, request: _LoadRequest) -> TextTokenizer:
 def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
     from transformers import AutoTokenizer
 
+    kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.exists()]
+    for file in (*kept, folder / "config.json"):
+        if file.exists() and not file.is_file():  # the libraries would wait for a FIFO
+            raise ValueError(f"{file}: not a regular file; restore it")
     check_files(folder)
     with _reading(request.name), _quiet():
         raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=request.trust_remote_code)
     if getattr(raw, "backend_tokenizer", None) is None:
         raise ValueError(f"{request.name}: no fast tokenizer; save its tokenizer.json with transformers first")
-    kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
-    return _wrap_hugging_face(folder, tuple(dict.fromkeys(kept)), raw, request)
+    files = (file for file in dict.fromkeys(kept) if ".tiktoken" not in file.name)  # of another form
+    return _wrap_hugging_face(folder, tuple(files), raw, request)
 
 
 def _load_tiktoken(file: Path, request: _LoadRequest) -> TextTokenizer:
@@ -155,6 +159,10 @@ def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _
     template = raw.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(
+            f"{request.name}: its chat template is a {type(template).__name__}, not text; restore the file"
+        )
     source = TokenizerSource(
         name=request.name, path=path, files=files, roles=roles, chat_template=template, again=request.again, raw=raw
     )
@@ -169,12 +177,12 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     config = read_json(model.parent / CONFIG, "restore the file") if model.parent / CONFIG in files else {}
     added = {token["content"]: int(index) for index, token in (config.get("added_tokens_decoder") or {}).items()}
     roles = {
-        role.removesuffix("_token"): token["content"] if isinstance(token, Mapping) else token
-        for role, token in config.items()
-        if role.endswith("_token") and isinstance(token, str | Mapping)
+        key.removesuffix("_token"): value if isinstance(value, str) else value["content"]
+        for key, value in config.items()
+        if key.endswith("_token") and isinstance(value, str | Mapping)
     }
     with _reading(request.name):
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model.read_bytes())
+        processor = sentencepiece.SentencePieceProcessor(model_proto=read_whole(model))
     # The model's own roles apply if the configuration does not define them.
     roles = sentencepiece_roles(processor) | roles
     pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
@@ -184,10 +192,11 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
         template = {one["name"]: one["template"] for one in template}
     if model.parent / _TEMPLATE in files:
         with _reading(request.name):
-            template = (model.parent / _TEMPLATE).read_text(encoding="utf-8")
+            template = read_whole(model.parent / _TEMPLATE).decode("utf-8-sig")
     if isinstance(template, Mapping):
         template = template.get("default")
-    codec = SentencePieceCodec(processor, added, roles.values())
+    with _reading(request.name):
+        codec = SentencePieceCodec(processor, added, roles.values())
     source = TokenizerSource(
         name=request.name,
         path=model if model.name != _SENTENCEPIECE else model.parent,

@@ -72,7 +72,11 @@ def save_with_mask(tokenizer: TextTokenizer, folder: Path, token: str, index: in
     tokenizer.save(folder)
     if tokenizer.describe()["mask_id"] != index:
         _name_mask(folder, token, index if index == tokenizer.vocab_size else None)
-    saved = load_tokenizer(folder)
+    try:
+        saved = load_tokenizer(folder)
+        saved.eos_id  # noqa: B018 (it must have one)
+    except ValueError as error:
+        raise ValueError(f"{tokenizer.name}: with the mask token {token!r}, {error}") from None
     same = saved.describe()["mask_id"] == index and np.array_equal(saved.encode(_PROBE), tokenizer.encode(_PROBE))
     for name in ("eos_id", "pad_id", "template_fingerprint"):
         same = same and getattr(saved, name) == getattr(tokenizer, name)

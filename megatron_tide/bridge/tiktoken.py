@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron_tide.bounds import TOKEN_BYTES, check_id
 from megatron_tide.bridge.byte_table import byte_level_string
+from megatron_tide.files import check_form, read_json, read_whole
 
 SETTINGS_SUFFIX = ".json"
 NORMALIZERS = {None: None, "NFC": normalizers.NFC()}
-SETTINGS_KEYS = {"pattern", "normalizer", "added_tokens", "plain_added_tokens", "chat_template"}
-SETTINGS_KEYS |= {"eos_token", "pad_token", "bos_token", "mask_token"}
+SETTINGS: dict[str, Any] = {"pattern": str, "normalizer?": (None, str)}
+SETTINGS |= {"added_tokens?": [str], "plain_added_tokens?": [str], "chat_template?": (None, str)}
+SETTINGS |= {f"{role}_token?": (None, str) for role in ("eos", "pad", "bos", "mask")}
+SETTINGS_KEYS = {key.removesuffix("?") for key in SETTINGS}
 
 # Qwen2.5 and Qwen3: the split pattern, and the 26 tokens after the 151,643 ranks.
 QWEN_PATTERN = (
@@ -54,7 +56,7 @@ def read_tiktoken(file: Path) -> Any:
     """A transformers tokenizer for the file; ValueError for an invalid line, missing bytes, or unknown settings."""
     from transformers import PreTrainedTokenizerFast
 
-    content = file.read_bytes()
+    content = read_whole(file)
     ranks = _read_ranks(content, file)
     settings = _settings(content, file)
     tokenizer = tokenizers.Tokenizer(_bpe(ranks))
@@ -96,21 +98,12 @@ def _read_ranks(content: bytes, file: Path) -> dict[bytes, int]:
 def _settings(content: bytes, file: Path) -> dict[str, Any]:
     beside = file.with_name(file.name + SETTINGS_SUFFIX)
     if beside.exists():
-        try:
-            settings = json.loads(beside.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{beside}: is not valid JSON ({error}); fix the settings") from error
-        if not isinstance(settings, dict) or "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
+        settings = read_json(beside, "fix the settings")
+        if "pattern" not in settings or settings.keys() - SETTINGS_KEYS:
             raise ValueError(
                 f"{beside}: must be an object with a pattern and no keys other than {sorted(SETTINGS_KEYS)}"
             )
-        for key, value in settings.items():
-            tokens = key.endswith("_tokens")
-            texts = value if tokens and isinstance(value, list) else [value]
-            if not all(isinstance(text, str) and len(text) <= TOKEN_BYTES * 16 for text in texts if text is not None):
-                raise ValueError(f"{beside}: {key} must be {'a list of texts' if tokens else 'text'}; fix the settings")
-            if tokens and not (isinstance(value, list) and all(value)):
-                raise ValueError(f"{beside}: {key} must be a list of texts; fix the settings")
+        check_form(settings, SETTINGS, str(beside))
         if settings.get("normalizer") not in NORMALIZERS:
             raise ValueError(f"{beside}: normalizer must be one of {[*NORMALIZERS]}, not {settings['normalizer']!r}")
         return settings

@@ -333,6 +333,7 @@ class TextTokenizer:
         if not self._source.files:
             self.raw.save_pretrained(folder)
         for file in self._source.files:
+            _check_own(file)
             shutil.copyfile(file, folder / file.name)
 
     def _role_tokens(self) -> dict[str, str]:
@@ -355,6 +356,15 @@ class TextTokenizer:
         if index < 0:
             raise ValueError(f"{self.name}: the tokenizer has no {role} token; {hint}")
         return index
+
+
+def _check_own(file: Path) -> None:
+    """ValueError for a link to a file of another folder, which could be anything of the user's: what is copied may be
+    published. The hub's cache links to its own ``blobs``.
+    """
+    place, real = file.parent.resolve(), file.resolve()
+    if real.parent != place and not (place.parent.name == "snapshots" and real.parent == place.parents[1] / "blobs"):
+        raise ValueError(f"{file}: a link to {real}, outside its folder; replace it by a copy of that file")
 
 
 def _checked(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bounds import TOKEN_BYTES, check_id
+from megatron_tide.files import read_json
 
 LARGEST = 1 << 27
 """Bytes of a file: the largest public one has 2^25."""
@@ -35,13 +36,7 @@ def check_files(folder: Path) -> None:
             continue
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, more than {LARGEST}; restore the file")
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not valid JSON ({str(error)[:100]}); restore the file") from None
-        if not isinstance(content, dict):
-            raise _wrong(path, "its content", "an object", content)
-        check(path, content)
+        check(path, read_json(path, "restore the file"))
 
 
 def _wrong(path: Path, what: str, wanted: str, found: object) -> ValueError:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
-from megatron_tide.files import AtomicFolder
+from megatron_tide.files import AtomicFolder, read_json, sha256_file
 from megatron_tide.lock import lock_beside
-from megatron_tide.tables import parse_messages, read_rows
+from megatron_tide.tables import LONGEST_TEXT, check_bad, good_rows, parse_messages, read_rows
 
 MASK = "<|mask|>"
 END_OF_TEXT = "<|endoftext|>"
 RECEIPT = "training.json"
 BYTES = 256
-# Far above any training text: SentencePiece silently drops longer ones.
-LONGEST_TEXT = 1 << 24
 
 STUDENT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -92,7 +90,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=True,
             add_dummy_prefix=dummy_prefix,
             hard_vocab_limit=False,
-            max_sentence_length=LONGEST_TEXT,
+            max_sentence_length=4 * LONGEST_TEXT,  # bytes: longer ones are dropped without a word
             unk_id=0,
             eos_id=1,
             eos_piece=END_OF_TEXT,
@@ -154,15 +152,29 @@ class TokenizerTraining:
 
     def _receipt(self) -> object:
         try:
-            return json.loads((self.folder / RECEIPT).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            return read_json(self.folder / RECEIPT)
+        except ValueError:
             return None
 
 
+def _contents(row: dict[str, Any], where: str) -> list[str]:
+    texts = [message["content"] for message in parse_messages(row.get("messages"), where)]
+    if any(len(text) > LONGEST_TEXT for text in texts):
+        raise ValueError(f"{where}: a text of more than {LONGEST_TEXT:,} characters; split it")
+    "".join(texts).encode()  # UnicodeEncodeError for half a surrogate pair
+    return texts
+
+
 def read_messages(path: Path) -> list[str]:
-    """Contents of all messages in a JSONL file of conversations; ValueError for a line that is none."""
-    rows = (parse_messages(row.get("messages"), where) for where, row in read_rows(path))
-    texts = [message["content"] for messages in rows for message in messages]
+    """Contents of all messages in a JSONL file of conversations; rows that are none are left out and told.
+
+    Raises:
+        ValueError: too many of them (``check_bad``), or no message.
+    """
+    bad: list[str] = []
+    rows = list(good_rows(read_rows(path, bad), bad, _contents))
+    check_bad(bad, len(rows))
+    texts = [text for row in rows for text in row]
     if not texts:
         raise ValueError(f"{path}: no messages to train on; check the path")
     return texts
@@ -176,7 +188,7 @@ def train_tokenizers(
     Raises:
         ValueError: invalid data, an impossible vocabulary size, or a folder with other content.
     """
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    digest = sha256_file(data)
     texts = read_messages(data)
     for training in (
         TokenizerTraining(student_out, student_vocab, train_byte_bpe, "tokenizers"),

@@ -38,6 +38,7 @@ from typing import Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import check_model_path, flag, say
+from megatron_tide.files import atomic_write
 from megatron_tide.machine import DEVICE_HELP, devices_of
 
 LIKELIHOOD = "likelihood"
@@ -57,7 +58,7 @@ class LikelihoodArgs:
         choices=ATTENTION_LAYOUTS,
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
-    mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample or block (stratified)", low=1)
+    mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample or block (stratified)", low=1, high=1 << 16)
     likelihood_noise: str = flag(
         "sample", f"Timesteps and masks of the bound. {LIKELIHOOD_NOISE}", choices=LIKELIHOOD_NOISE
     )
@@ -69,8 +70,8 @@ class LikelihoodArgs:
         kind="repeated",
     )
     completions: int = flag(0, "Number of prompts of --data to complete and judge as code", low=0)
-    completion_tokens: int = flag(96, "Maximum number of tokens per completion", low=1)
-    completion_min_tokens: int = flag(0, "Minimum number of tokens per completion", low=0)
+    completion_tokens: int = flag(96, "Maximum number of tokens per completion", low=1, high=1 << 24)
+    completion_min_tokens: int = flag(0, "Minimum number of tokens per completion", low=0, high=1 << 24)
     completion_eos_in_order: bool = flag(
         False, "Decide end of text only at the first open position of a block, so that no completion ends too early"
     )
@@ -84,11 +85,17 @@ class BenchmarkArgs:
     preset: str = flag("paper", "Settings of each benchmark", choices=("paper",))
     limit: int = flag(0, "Maximum number of samples per task", shown="all", low=0)
     max_new_tokens: int | None = flag(
-        None, "Maximum number of tokens per answer", shown="256; 3 for multiple choice; other tasks: their own"
+        None,
+        "Maximum number of tokens per answer",
+        shown="256; 3 for multiple choice; other tasks: their own",
+        low=1,
+        high=1 << 24,
     )
-    steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token")
-    few_shot: int | None = flag(None, "Number of examples in the prompt", shown="0; bbh 3", low=0)
-    temperature: float | None = flag(None, "Sampling temperature; 0 takes the most probable token", shown="0")
+    steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token", low=1)
+    few_shot: int | None = flag(None, "Number of examples in the prompt", shown="0; bbh 3", low=0, high=1000)
+    temperature: float | None = flag(
+        None, "Sampling temperature; 0 takes the most probable token", shown="0", low=0, high=1000
+    )
     chat_template: bool | None = flag(None, "Render prompts with the tokenizer's chat template", shown="on")
     thinking: bool | None = flag(
         None,
@@ -96,7 +103,7 @@ class BenchmarkArgs:
         shown="off for autoregressive models; others as they were trained",
     )
     samples_per_problem: int = flag(
-        1, "Number of answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1
+        1, "Number of answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1, high=10000
     )
     include_path: tuple[str, ...] = flag(
         (), "Folder of further lm-eval tasks; repeatable", metavar="DIR", kind="repeated"
@@ -120,7 +127,7 @@ class Args:
     )
     json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE", writes="file")
     card: bool = flag(False, "Also write the scores of each release into its model card")
-    seed: int = flag(0, "Random seed for masks, sampling and bootstrap")
+    seed: int = flag(0, "Random seed for masks, sampling and bootstrap", low=0)
     block_layout: str | None = flag(
         None,
         f"Where blocks begin. {BLOCK_LAYOUTS}",
@@ -181,7 +188,7 @@ def run(args: Args) -> None:
     if benchmarks:
         content["benchmarks"] = _benchmarks(args, benchmarks, models)
     if args.json:
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        atomic_write(args.json, (json.dumps(content, indent=1) + "\n").encode())
     for path in cards:
         write_scores(path, card_scores(content, path))
 

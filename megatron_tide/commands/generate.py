@@ -31,20 +31,22 @@ from megatron_tide.machine import DEVICE_HELP, device_of
 class DecodingArgs:
     """Decoding."""
 
-    max_new_tokens: int = flag(256, "Maximum number of tokens per answer")
-    min_new_tokens: int = flag(0, "Minimum number of tokens per answer: end of text is not chosen before", low=0)
+    max_new_tokens: int = flag(256, "Maximum number of tokens per answer", low=0, high=1 << 24)
+    min_new_tokens: int = flag(
+        0, "Minimum number of tokens per answer: end of text is not chosen before", low=0, high=1 << 24
+    )
     eos_in_order: bool = flag(
         False, "Decide end of text only at the first open position of a block, so that no answer ends too early"
     )
-    tokens_per_step: int | None = flag(None, "Number of tokens decided per forward pass", shown="1")
-    steps: int | None = flag(None, "Number of forward passes for --max-new-tokens, instead of --tokens-per-step")
+    tokens_per_step: int | None = flag(None, "Number of tokens decided per forward pass", shown="1", low=1)
+    steps: int | None = flag(None, "Number of forward passes for --max-new-tokens, instead of --tokens-per-step", low=1)
     threshold: float | None = flag(
-        None, "Probability above which tokens are decided immediately, e.g. 0.9: fewer passes"
+        None, "Probability above which tokens are decided immediately, e.g. 0.9: fewer passes", low=0, high=1
     )
     least_confident_first: bool = flag(False, "Decide the least probable tokens first")
     block_layout: str = flag("sequence", f"Where blocks begin. {BLOCK_LAYOUTS}", choices=BLOCK_LAYOUTS)
-    temperature: float = flag(0.0, "Sampling temperature; 0 takes the most probable token")
-    seed: int = flag(0, "Random seed for sampling with --temperature above 0")
+    temperature: float = flag(0.0, "Sampling temperature; 0 takes the most probable token", low=0, high=1000)
+    seed: int = flag(0, "Random seed for sampling with --temperature above 0", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class Args:
         None, "Answer to --prompt with gaps to fill in; <mask:N> is a gap of N tokens", metavar="ANSWER"
     )
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
-    batch_size: int = flag(8, "Number of prompts per batch", low=1)
+    batch_size: int = flag(8, "Number of prompts per batch", low=1, high=1 << 20)
     dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP, metavar="DEVICE")
     json: Path | None = flag(

@@ -52,7 +52,7 @@ class RandomArgs:
 
     config: Path | None = flag(None, "Model configuration in the form of a hub folder's config.json", metavar="JSON")
     tokenizer: str | None = flag(None, "Tokenizer: folder or hub name", metavar="DIR")
-    seed: int | None = flag(None, "Random seed for the weights")
+    seed: int | None = flag(None, "Random seed for the weights", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)

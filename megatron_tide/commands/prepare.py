@@ -33,20 +33,25 @@ class Args:
     )
     out: Path = flag(..., "Folder to write", metavar="DIR")
     student_length: int = flag(
-        512, "Maximum length of the student's sequence, in tokens; longer responses are cut at a chunk boundary"
+        512,
+        "Maximum length of the student's sequence, in tokens; longer responses are cut at a chunk boundary",
+        low=1,
+        high=1 << 24,
     )
-    teacher_length: int = flag(1024, "Maximum length of the teacher's sequence, in tokens")
+    teacher_length: int = flag(1024, "Maximum length of the teacher's sequence, in tokens", low=1, high=1 << 24)
     student_block: int | None = flag(
         None,
         "Block size that the student is trained with; responses are padded with EOS to a multiple of it",
         shown=f"that of --student's config.json, else {BLOCK}",
         low=1,
+        high=1 << 24,
     )
     teacher_block: int | None = flag(
         None,
         "Block size of the teacher, in the same way",
         shown=f"that of --teacher's config.json, else {BLOCK}",
         low=1,
+        high=1 << 24,
     )
     student_mask: str | None = flag(
         None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"

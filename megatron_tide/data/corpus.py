@@ -28,7 +28,7 @@ from typing import Any
 
 from megatron_tide.choices import CORPUS_SPLITS
 from megatron_tide.data import near_duplicates
-from megatron_tide.files import atomic_write, sha256_file, write_json
+from megatron_tide.files import atomic_write, read_json, sha256_file, write_json
 
 SPLITS = ("train", "validation", "test")
 TENTH = "train_tenth"
@@ -167,14 +167,18 @@ def write_corpus(out: Path, library: Path, by: str = "function", fresh: bool = F
     return manifest
 
 
+_MANIFEST = {"python": str, "files": {str: {"sha256": str}}, "split?": {"by": str}}
+
+
 def _existing(path: Path, by: str) -> dict[str, Any]:
     hint = "pass --fresh to write it again, or use another --out"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        python, files, was = manifest["python"], manifest["files"], manifest.get("split", {"by": "file"})["by"]
-        changed = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not the manifest of a corpus; {hint}") from None
+        manifest = read_json(path, form=_MANIFEST)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the manifest of a corpus ({error}); {hint}") from None
+    python, was = manifest["python"], manifest.get("split", {"by": "file"})["by"]
+    files = {name: entry for name, entry in manifest["files"].items() if Path(name).name == name and "\0" not in name}
+    changed = [name for name, entry in files.items() if not _is(path.with_name(name), entry["sha256"])]
     if python != platform.python_version():
         raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {hint}")
     if was != by:

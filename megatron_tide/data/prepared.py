@@ -16,11 +16,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tide.bounds import MOST_IDS
 from megatron_tide.data.shard import PROMPT, SIDES, UNALIGNED, Array, Sample, TokenizedSample, read_shard, shard_name
-from megatron_tide.files import fingerprint, read_json, sha256_file
+from megatron_tide.files import check_form, fingerprint, read_json, sha256_file
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1: shards were safetensors files
+_IDS = range(MOST_IDS)
+SIDE = {  # of a manifest
+    "name": str,
+    "fingerprint": str,
+    "template_fingerprint?": (None, str),
+    "vocab_size": _IDS,
+    "mask_id": _IDS,
+    "eos_id": _IDS,
+    "pad_id": _IDS,
+    "length": range(1, 1 << 31),
+    "block": range(1, 1 << 31),
+}
+_FORM = {
+    "fingerprint": str,
+    "student": SIDE,
+    "teacher": (None, SIDE),
+    "bridge": (None, str),
+    "shards": [{"rows": range(1 << 31), "sha256": str}],
+}
 _OPEN_SHARDS = 64  # a map holds a file descriptor, and users have as few as 1,024 of them
 _AGAIN = "prepare the data again (python -m megatron_tide prepare ...; finished shards are kept)"
 
@@ -155,6 +175,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     stated = manifest.get("fingerprint")
     if stated != fingerprint({name: value for name, value in manifest.items() if name != "fingerprint"}):
         raise ValueError(f"{path}: does not match its own fingerprint (edited or corrupt); {_AGAIN}")
+    check_form(manifest, _FORM, str(path), f"; {_AGAIN}")
     return manifest
 
 

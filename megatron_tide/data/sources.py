@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tide.bounds import LONGEST_NAME, shown
 from megatron_tide.files import atomic_write, fingerprint, read_json
-from megatron_tide.tables import Message, Table, open_table, parse_messages
+from megatron_tide.tables import UNREADABLE_SHARE, Message, Table, open_table, parse_messages
 from megatron_tide.tables import conversation as read_conversation
 
-UNREADABLE_SHARE = 0.01  # of a mixture's rows; a larger share means an error in the data or in the column settings
 _CONTAINS = "contains"
 
 
@@ -60,7 +60,9 @@ class SourceSpec:
             if value is None and key in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, kinds.get(key, (str,))):
-                raise ValueError(f"{where}: {key} cannot be {value!r}")
+                raise ValueError(f"{where}: {key} cannot be {shown(value)}")
+            if (isinstance(value, str) and not 0 < len(value) <= LONGEST_NAME) or "\0" in str(value):
+                raise ValueError(f"{where}: {key} is {shown(value)}, which is no name")
         spec = cls(**entry)
         if not 0 < spec.weight < float("inf"):
             raise ValueError(f"{where}: weight is {spec.weight}; it must be above 0 (to skip a source, remove it)")
@@ -179,7 +181,7 @@ def open_mixture(paths: Sequence[str]) -> Mixture:
     sources: list[DataSource] = []
     for path in paths:
         if path.endswith(".json"):
-            sources += [DataSource.open(spec, Path(path).parent) for spec in read_mixture(path)]
+            sources += [_of_mixture(spec, path) for spec in read_mixture(path)]
         else:
             sources.append(DataSource.open(SourceSpec(path=path), Path()))
     copies = [source.copies() for source in sources]
@@ -192,6 +194,13 @@ def open_mixture(paths: Sequence[str]) -> Mixture:
         row=np.concatenate(copies),
         key=np.arange(sum(sizes), dtype=np.int64),
     )
+
+
+def _of_mixture(spec: SourceSpec, path: str) -> DataSource:
+    try:
+        return DataSource.open(spec, Path(path).parent)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_sample(data: Sequence[str], out: Path, limit: int) -> tuple[int, list[str]]:

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_tide.evaluate.bootstrap import Estimate
+from megatron_tide.files import read_json
+
+_ESTIMATE = {"value": float, "low": float, "high": float}
+_COMPLETIONS = {"both": int, "parse": int, "count": int, "mean_characters": float}
+_MODEL = {"name": str, "side": str, "path": str, "bits_per_byte": _ESTIMATE, "masked_token_accuracy": _ESTIMATE}
+_MODEL |= {"minus?": {str: _ESTIMATE}, "completions?": (None, _COMPLETIONS)}
+_SAMPLES = {"per_sample?": {"bytes": [float], "nats": [float]}}
+_SCORES = {"models": [{**_MODEL, **_SAMPLES}], "data": {"fingerprint": str}, "settings": {"samples": int}}
+
+
+def read_scores(path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """What the evaluate command wrote about likelihoods with ``--json``; ``more``: further parts of its form.
+
+    Raises:
+        ValueError: one line: it is something else, or damaged.
+    """
+    scores = read_json(path, "evaluate writes it: run the recipe again", {**_SCORES, **more})
+    if not scores["models"]:
+        raise ValueError(f"{path}: holds no model's scores; run the recipe again")
+    return scores
 
 
 def score_cells(model: Mapping[str, Any]) -> dict[str, str]:

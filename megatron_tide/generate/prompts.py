@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.cli import say
 from megatron_tide.data import PreparedData
 from megatron_tide.generate.complete import Completion, prompt_ids
-from megatron_tide.tables import ASSISTANT, conversation, read_rows
+from megatron_tide.tables import ASSISTANT, check_bad, conversation, good_rows, read_rows
 
 HOLE = re.compile(r"<mask:(\d+)>")
 
@@ -74,12 +75,15 @@ def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
 
 def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
     """JSONL: one object per line with ``messages`` (chat format) or ``prompt`` (text); the first ``limit`` (0: all).
+    Rows that are none are left out and told.
 
     Raises:
-        ValueError: naming file and line.
+        ValueError: naming file and line: too many of them (``check_bad``), or no prompt.
     """
-    rows = islice(read_rows(Path(path)), limit or None)
-    prompts = [_from_row(tokenizer, row, where) for where, row in rows]
+    bad: list[str] = []
+    rows = good_rows(read_rows(Path(path), bad), bad, partial(_from_row, tokenizer))
+    prompts = list(islice(rows, limit or None))
+    check_bad(bad, len(prompts))
     if not prompts:
         raise ValueError(f'{path}: holds no prompt; give lines such as {{"prompt": "Hello"}}')
     return prompts
@@ -90,10 +94,7 @@ def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prom
         return from_text(tokenizer, row["prompt"])
     if "messages" not in row:
         raise ValueError(f"{where}: needs messages or prompt")
-    try:
-        return from_messages(tokenizer, conversation(row, "messages", where))
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+    return from_messages(tokenizer, conversation(row, "messages", where))
 
 
 def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0, role: str = "student") -> list[Prompt]:

@@ -6,19 +6,20 @@ A family is one row of :data:`FAMILIES` and its module. To add one, write its mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from megatron_tide.bounds import check_config
 from megatron_tide.files import read_json
+from megatron_tide.machine import free_memory
 from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
 from megatron_tide.models.a2d_qwen3 import A2DQwen3Config, A2DQwen3LMHeadModel
 from megatron_tide.models.causal import LlamaForCausalLM, Qwen3ForCausalLM
@@ -280,11 +281,19 @@ def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Fami
         raise ValueError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
     if as_student and family.trains_as:
         family = FAMILIES[family.trains_as]
-    try:
+    with _describing(where):
         check_config(values)
         return family, family.read_config(values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def _describing(where: str) -> Iterator[None]:
+    """Whatever a configuration class or module raises for values that describe no model becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"describes no model ({type(error).__name__}): "
+        raise ValueError(f"{where}: {kind}{' '.join(str(error).split())[:500]}") from None
 
 
 def generation_of(source: ConfigSource) -> Literal["block_diffusion", "autoregressive"]:
@@ -333,7 +342,7 @@ def config_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
 def meta_model(source: ConfigSource, *, as_student: bool = False) -> Any:
     """The module of a config on torch's meta device: shapes without memory."""
     family, config = read_config(source, as_student=as_student)
-    with torch.device("meta"):
+    with torch.device("meta"), _describing("config" if isinstance(source, dict) else str(source)):
         return family.module(config)
 
 
@@ -345,6 +354,9 @@ def parameter_count(source: ConfigSource) -> int:
 def fresh_model(source: ConfigSource, seed: int) -> Any:
     """A model with random weights, fp32, on CPU: a function of config and seed. torch's own random state is kept."""
     family, config = read_config(source)
+    needed, free = 4 * parameter_count(source), free_memory()
+    if needed > free:
+        raise ValueError(f"{needed / 2**30:.1f} GiB of weights, more than the {free / 2**30:.1f} GiB of free memory")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return family.module(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.bounds import shown
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.files import AtomicFolder, read_json
 from megatron_tide.lock import lock_beside
@@ -17,10 +18,10 @@ VOCAB_MULTIPLE = 64
 def complete_config(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
     """The config with the tokenizer's ids and a vocab_size that holds all of them."""
     needed = tokenizer.vocab_size
-    size = config.get("vocab_size", -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)
-    if size < needed:
+    size = config.get("vocab_size") or -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if type(size) is not int or size < needed:
         raise ValueError(
-            f"the config's vocab_size {size} is smaller than the tokenizer's {needed}; remove it from the config"
+            f"the config's vocab_size {shown(size)} is smaller than the tokenizer's {needed}; remove it from the config"
         )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return {**config, **ids, "vocab_size": size}
@@ -45,7 +46,11 @@ def init_model(config: Path, tokenizer: str, seed: int, out: Path, fresh: bool, 
     check_out(out, fresh)
     loaded = load_tokenizer(tokenizer)
     block = {} if block_size is None else {"block_size": block_size}
-    model = fresh_model(complete_config(read_json(config), loaded) | block, seed)
+    values = read_json(config)
+    try:
+        model = fresh_model(complete_config(values, loaded) | block, seed)
+    except ValueError as error:
+        raise ValueError(f"{config}: {str(error).removeprefix('config: ')}") from None
     with lock_beside(out), AtomicFolder(out) as draft:
         write_folder(model, draft)
         loaded.save(draft)

@@ -18,13 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tide.files import canonical, read_json, write_json
+from megatron_tide.files import canonical, open_regular, read_json, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 T = TypeVar("T")
 _PIECE = 1024  # bytes of a tensor that its folder's fingerprint reads, at three places
+_BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # a header
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of config.json that say who wrote it
 
 
@@ -57,7 +58,7 @@ class ShardedFolder:
             path = self.folder / name
             try:
                 _add_shard(digest, path)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except _BROKEN as error:
                 raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
         return digest.hexdigest()
 
@@ -66,7 +67,7 @@ class ShardedFolder:
         for key in keys:
             by_file.setdefault(self._file_of[key], []).append(key)
         for name, names in sorted(by_file.items()):
-            path = self.folder / name
+            path = self._regular(name)
             try:
                 with safe_open(path, framework="pt") as shard:
                     for key in names:
@@ -78,8 +79,8 @@ class ShardedFolder:
         index = self.folder / INDEX
         if index.exists():
             return self._from_index(index)
-        single = self.folder / SINGLE
-        if single.exists():
+        if (self.folder / SINGLE).exists():
+            single = self._regular(SINGLE)
             try:
                 with safe_open(single, framework="pt") as shard:
                     return dict.fromkeys(shard.keys(), SINGLE)
@@ -91,6 +92,13 @@ class ShardedFolder:
                 f"{self.folder}: only pickled weights ({pickles[0]}), not supported; convert them to safetensors"
             )
         raise ValueError(f"{self.folder}: no weights ({SINGLE} or {INDEX})")
+
+    def _regular(self, name: str) -> Path:
+        """The path of a shard; ValueError where opening it would wait, as for a FIFO."""
+        path = self.folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: not a regular file; copy or download it again")
+        return path
 
     def _from_index(self, index: Path) -> dict[str, str]:
         file_of = read_json(index).get("weight_map")
@@ -110,7 +118,7 @@ class ShardedFolder:
 
 
 def _add_shard(digest: Any, path: Path) -> None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise ValueError(f"its header of {length} bytes does not fit into {size}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_tide
-from megatron_tide.files import atomic_write
+from megatron_tide.files import atomic_write, read_whole
 from megatron_tide.hub import HUB_NAME, one_line, public_name
 from megatron_tide.models.families import Family
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
@@ -272,7 +272,11 @@ class Score:
 def has_card(folder: str | Path) -> bool:
     """Whether ``folder`` is a release with a model card."""
     card = Path(folder) / "README.md"
-    return card.is_file() and PLACE in card.read_text(encoding="utf-8")
+    return card.is_file() and PLACE in _text(card)
+
+
+def _text(card: Path) -> str:
+    return read_whole(card).decode("utf-8", "replace")
 
 
 def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
@@ -284,7 +288,7 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
     card = Path(folder) / "README.md"
     if not has_card(folder):
         raise ValueError(f"{folder}: no model card to write scores into; the convert command creates one")
-    lines = _kept(card.read_text(encoding="utf-8"), {(_cell(score.task), _cell(score.metric)) for score in scores})
+    lines = _kept(_text(card), {(_cell(score.task), _cell(score.metric)) for score in scores})
     lines += [
         f"| {_cell(s.task)} | {_cell(s.metric)} | {s.value:.4g} "
         f"| {s.low:.4g} to {s.high:.4g} | {s.count} | {_cell(s.how)} |"
@@ -295,18 +299,18 @@ def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:
 
 def has_scores(folder: Path) -> bool:
     """Whether ``folder`` is a release with scores in its card."""
-    return has_card(folder) and bool(_kept((folder / "README.md").read_text(encoding="utf-8"), set()))
+    return has_card(folder) and bool(_kept(_text(folder / "README.md"), set()))
 
 
 def keep_scores(old: Path, new: Path) -> None:
     """Write the scores in the card of the release ``old`` into that of the release ``new``."""
-    _write_rows(new / "README.md", _kept((old / "README.md").read_text(encoding="utf-8"), set()))
+    _write_rows(new / "README.md", _kept(_text(old / "README.md"), set()))
 
 
 def _write_rows(card: Path, lines: list[str]) -> None:
     head = ["| task | metric | score | 95 % interval | samples | settings |", "|---|---|---|---|---|---|"]
     section = "\n".join([HEADING, "", *head, *lines]) + "\n\n"
-    text = _SECTION.sub("", card.read_text(encoding="utf-8")).replace(PLACE, section + PLACE, 1)
+    text = _SECTION.sub("", _text(card)).replace(PLACE, section + PLACE, 1)
     name = re.search(r"^# (.*)$", text, flags=re.M)
     index = _model_index(name[1] if name else NO_REPOSITORY, lines)
     text = _INDEX.sub("", text).replace("\n---\n", f"\n{index}---\n", 1)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.files import atomic_write
+from megatron_tide.files import atomic_write, read_regular
 
 PROJECT, RUN_ID = "megatron_tide", "wandb_id"
 
@@ -52,9 +52,14 @@ class WeightsAndBiases(TensorBoard):
             atomic_write(identity, secrets.token_hex(8).encode())
         os.environ.setdefault("WANDB_PROJECT", PROJECT)
         os.environ.setdefault("WANDB_NAME", "/".join(folder.resolve().parts[-2:]))
+        run_id = read_regular(identity, 64).decode("ascii", "replace")
         try:
             self._run = wandb.init(
-                dir=str(folder), id=identity.read_text(), resume="allow", config=dict(about), job_type="distill"
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+                config=dict(about),
+                job_type="distill",
             )
         except Exception as error:  # of many kinds: no key, no network, a broken service process
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_tide.files import atomic_write
+from megatron_tide.files import atomic_write, open_to_append, read_whole
 from megatron_tide.objectives.common import bin_names, means_by_bin
 from megatron_tide.ranks import on_main
 from megatron_tide.train.distributed import DistContext
@@ -108,10 +108,10 @@ class MetricLogger:
         path = folder / METRICS
         kept = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = read_whole(path).decode("utf-8", "replace").split("\n")
             kept = [line for line in lines if _step_of(line) <= first_step]
         atomic_write(path, "".join(line + "\n" for line in kept).encode())
-        self._file = path.open("a", buffering=1)
+        self._file = open_to_append(path)
         self._board = board(folder, first_step, about)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -154,5 +154,5 @@ def clock_text(seconds: float) -> str:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError):
         return float("inf")

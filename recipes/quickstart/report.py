@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.evaluate.score_table import score_cells, score_table, text_table
-from megatron_tide.files import read_json, write_json
+from megatron_tide.evaluate.score_table import read_scores, score_cells, score_table, text_table
+from megatron_tide.files import write_json
 from megatron_tide.machine import machine, versions
 from megatron_tide.report.run_folder import read_stages
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, required=True, help="the recipe's seed, for the record")
     arguments = parser.parse_args(argv)
     run: Path = arguments.run
-    scores = read_json(run / "scores.json", "the stage before writes it")
+    scores = read_scores(run / "scores.json", {"completions": {"prompts": [str]}})
     stages, damaged = read_stages(run)
     if damaged:
         raise ValueError(f"{damaged[0]}; run the recipe again")

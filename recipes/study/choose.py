@@ -12,7 +12,8 @@ from pathlib import Path
 
 from megatron_tide import cli
 from megatron_tide.config import read_config_file
-from megatron_tide.files import read_json, write_json
+from megatron_tide.evaluate.score_table import read_scores
+from megatron_tide.files import write_json
 
 TUNED = ("lr", "max_steps", "temperature", "distill_weight")
 
@@ -22,10 +23,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("rounds", nargs="+", type=Path, help="JSON of the evaluate command")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     arguments = parser.parse_args(argv)
-    trials = [model for path in arguments.rounds for model in read_json(path)["models"]]
+    trials = [model for path in arguments.rounds for model in read_scores(path)["models"]]
     bits = {model["name"]: model["bits_per_byte"]["value"] for model in trials}
     best = min(trials, key=lambda model: bits[model["name"]])
     flags = read_config_file(str(Path(best["path"]) / "run.json"))
+    if missing := [name for name in TUNED if name not in flags]:
+        raise ValueError(f"{best['path']}/run.json: no {missing[0]}; run the recipe again")
     settings = {name: flags[name] for name in TUNED}
     write_json(arguments.out, {"config": settings, "best": best["name"], "trials": bits})
     chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items())

@@ -26,7 +26,7 @@ import megatron_tide.report
 from megatron_tide import cli
 from megatron_tide.evaluate import study
 from megatron_tide.evaluate.bootstrap import Estimate, Floats
-from megatron_tide.evaluate.score_table import text_table
+from megatron_tide.evaluate.score_table import read_scores, text_table
 from megatron_tide.files import atomic_write, read_json
 from megatron_tide.machine import machine, versions
 from megatron_tide.report.style import COLOURS, MUTED, new_figure, png, styled
@@ -49,7 +49,7 @@ def read_seeds(paths: list[Path]) -> tuple[dict[str, Floats], Floats, dict[str, 
     nats: dict[str, list[list[float]]] = {}
     first: dict[str, Any] = {}
     for path in paths:
-        scores = read_json(path, "run the recipe again")
+        scores = read_scores(path)
         models = {model["name"]: model for model in scores["models"]}
         sizes = {tuple(model.get("per_sample", {}).get("bytes", ())) for model in models.values()}
         if sizes in (set(), {()}):
@@ -59,6 +59,8 @@ def read_seeds(paths: list[Path]) -> tuple[dict[str, Floats], Floats, dict[str, 
         first = first or found
         if found != first or len(sizes) > 1:
             raise ValueError(f"{path}: other models, data or settings than {paths[0]}; evaluate all seeds alike")
+        if lengths := {len(one["per_sample"]["nats"]) for one in models.values()} - {len(found["bytes"][0])}:
+            raise ValueError(f"{path}: {min(lengths)} nats for {len(found['bytes'][0])} samples; run the recipe again")
         for name, model in models.items():
             nats.setdefault(name, []).append(model["per_sample"]["nats"])
     about = {name: first[name] for name in ("data", "settings")}
@@ -97,7 +99,9 @@ def arms(nats: dict[str, Floats], bytes_N: Floats) -> dict[str, Any]:
 
 def tuned(folder: Path) -> dict[str, Any]:
     """The settings that tuning chose for each strategy, and what every trial scored on the validation split."""
-    found = {path.parent.name: read_json(path) for path in sorted(folder.glob("*/best-last.json"))}
+    form = {"config": {str: float}, "trials": dict}
+    paths = sorted(folder.glob("*/best-last.json"))
+    found = {path.parent.name: read_json(path, "run the recipe again", form) for path in paths}
     return {name: {"chosen": one["config"], "trials": one["trials"]} for name, one in found.items()}
 
 

@@ -55,6 +55,31 @@ def test_help_is_short_teaches_by_example_and_imports_nothing_heavy(name: str) -
     assert any(name in line or "tools/" in line for line in examples)
 
 
+NUMBERS = [
+    (name, cli.flag_name(info), cli.kind_of(hint)[0])
+    for name in COMMANDS
+    for _, info, hint in cli.flags_of(command(name).Args)
+    if cli.kind_of(hint)[0] in (int, float)
+]
+
+
+def checked(name: str, flag: str, word: str) -> None:
+    """One flag, as the command line reads and checks it; whatever else is missing."""
+    values = cli.given(command(name).Args, [flag, word], "", name)
+    for _, info, _ in cli.flags_of(command(name).Args):
+        if info.name in values:
+            cli._check(info, values[info.name])
+
+
+@pytest.mark.parametrize(("name", "flag", "kind"), NUMBERS, ids=str)
+def test_a_number_that_cannot_be_is_refused_and_its_flag_named(name: str, flag: str, kind: type) -> None:
+    odd = ["nan", "inf", "-inf", "1e308"] if kind is float else ["1.5", "nan"]
+    for word in [*odd, str(10**30), "-7", "1" * 5000]:
+        with pytest.raises(ValueError, match=rf"^{flag}\b") as error:
+            checked(name, flag, word)
+        assert len(str(error.value)) < 300, word
+
+
 def test_without_a_command_all_of_them_are_listed() -> None:
     done = shown("-m", "megatron_tide")
     listed = [line.split()[0] for line in done.stdout.splitlines()[-len(COMMANDS) :]]

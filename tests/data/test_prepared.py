@@ -62,7 +62,8 @@ def _write(folder: Path, shards: list[list[Sample]], **changes: Any) -> Path:
         entries.append({"file": path.name, "rows": len(samples), "sha256": sha256_file(path)})
     manifest: dict[str, Any] = {"format": 2, "bridge": "b" * 64, "shards": entries}
     for name, size in VOCABULARY.items():
-        manifest[name] = {"fingerprint": name[0] * 64, "vocab_size": size, "block": BLOCK[name], "pad_id": 1}
+        manifest[name] = {"name": name, "fingerprint": name[0] * 64, "vocab_size": size, "block": BLOCK[name]}
+        manifest[name] |= {"length": 64, "mask_id": 2, "eos_id": 1, "pad_id": 1}
     manifest |= changes
     write_json(folder / "manifest.json", manifest | {"fingerprint": fingerprint(manifest)})
     return folder

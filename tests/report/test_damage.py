@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import pickle
 import random
 import re
@@ -15,6 +12,7 @@ import pytest
 from megatron_tide.report import page
 from megatron_tide.report.page import build_page
 from megatron_tide.report.run_folder import INFERENCE, read_runs
+from tests.support.damage import damage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # a recipe's folder is made first
 
@@ -26,76 +24,7 @@ FILES = [
     "bridged/run.json",
     ".stages/bridge.json",
 ]
-ROUNDS = 50
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    2**70,
-    1e308,
-    float("nan"),
-    float("inf"),
-    "",
-    "a" * 5000,
-    "\ud800",
-    "\x1b]0;x\x07<b>",
-    [],
-    {},
-]
-VALUES += [[[]], {"a": {}}, ["x", 1], {"\ud800": 1}]
-
-
-def places(value, path=()):
-    """Every place in a JSON value, as a path of keys."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield from places(item, (*path, key))
-
-
-def changed(value, rng):
-    """``value`` with one to three places replaced, removed or repeated."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.randint(1, 3)):
-        path = rng.choice(list(places(value)))
-        if not path:
-            return rng.choice(VALUES)
-        *above, key = path
-        parent = value
-        for step in above:
-            parent = parent[step]
-        action = rng.randrange(4)
-        if action == 0:
-            del parent[key]
-        elif action == 1 and isinstance(parent, list):
-            parent.append(parent[key])
-        else:
-            parent[key] = copy.deepcopy(rng.choice(VALUES))
-    return value
-
-
-def damage(path, rng):
-    """Change a JSON value inside the file, or its bytes, or what kind of file it is."""
-    raw, kind = path.read_bytes(), rng.randrange(10)
-    if kind == 0:
-        start = rng.randrange(len(raw))
-        path.write_bytes(raw[:start] + rng.randbytes(rng.randrange(40)) + raw[start + rng.randrange(400) :])
-    elif kind == 1:
-        path.write_bytes(rng.choice([b"", b"\xff\xfe", b"[" * 100_000, b'{"a": ' * 3000, b"null", b"1" * 10_000]))
-    elif kind == 2:
-        path.unlink()
-        rng.choice([path.mkdir, lambda: path.symlink_to(path), lambda: os.mkfifo(path), lambda: None])()
-    elif path.suffix == ".jsonl":
-        lines = raw.decode().splitlines()
-        for _ in range(3):
-            place = rng.randrange(len(lines))
-            lines[place] = (
-                json.dumps(changed(json.loads(lines[place]), rng)) if lines[place][0] == "{" else lines[place]
-            )
-        path.write_text("\n".join(lines))
-    else:
-        path.write_text(json.dumps(changed(json.loads(raw), rng)))
+ROUNDS = 40
 
 
 def test_damaged_files_never_stop_the_rest(recipe, tmp_path, monkeypatch):

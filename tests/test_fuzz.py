@@ -1,0 +1,87 @@
+"""Every file that the project reads, damaged: the answer is a result, or one line that names the file or its folder.
+
+No reader hangs, takes memory that a file only claims, or raises another exception. The seed is fixed, and so is the
+number of changes of each file; TIDE_FUZZ=N tries N, TIDE_FUZZ_SEED others.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support.damage import damage, restore
+from tests.support.readers import CASES, World, make_world
+
+ROUNDS, SEED = (int(os.environ.get(*name)) for name in (("TIDE_FUZZ", "25"), ("TIDE_FUZZ_SEED", "20261126")))
+SECONDS, MEMORY = 30, 2 << 30  # of one read: far above what a valid file takes
+
+
+class Hangs(BaseException):
+    """A read took longer than SECONDS."""
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """At most SECONDS, and MEMORY more than now."""
+
+    def late(*_: object) -> None:
+        raise Hangs
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before, old = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, before[1]))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def problem(case: str, world: World) -> str:
+    """What is wrong with the answer to a damaged file; "" where nothing is."""
+    file, read = CASES[case]
+    try:
+        with bounded():
+            read(world)
+    except (ValueError, OSError) as error:
+        said = " ".join(str(error).split())
+        named = any(name in said for name in (Path(file).name, str(world.root), file))
+        return "" if named and len(said) < 2000 else f"{type(error).__name__} without its place: {said[:300]}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def world(chain, tmp_path_factory) -> World:
+    return make_world(chain, tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_damaged_file_is_a_result_or_one_line(world: World, case: str, tmp_path: Path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, whole, rng = world.root / CASES[case][0], tmp_path / "whole", random.Random(f"{SEED} {case}")
+    shutil.copyfile(path, whole)
+    CASES[case][1](world)  # the valid file is read
+    problems = []
+    for number in range(ROUNDS):
+        damage(path, rng)
+        try:
+            found = problem(case, world)
+        finally:
+            if path.is_file():
+                shutil.copyfile(path, tmp_path / f"damaged-{number}")
+            restore(path, whole)
+        if found:
+            problems.append(f"{number}: {found}")
+    assert not problems, "\n".join(problems)
