@@ -203,7 +203,7 @@ def read_json(path: Path, hint: str = "", form: Any = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: contains a JSON {type(value).__name__}, not an object{tail}")
     if form is not None:
-        check_form(value, form, str(path), tail)
+        check_form(value, form, f"{path}:", tail)
     return value
 
 
@@ -221,7 +221,7 @@ def check_form(value: Any, form: Any, where: str, tail: str = "") -> None:
         form = form[-1] if isinstance(form, tuple) else form
     if not _fits(value, form):
         shown = str(value) if isinstance(value, bool | int | float | None) else type(value).__name__
-        raise ValueError(f"{where}: {shown[:40]}, where {_named(form)} is expected{tail}")
+        raise ValueError(f"{where.removesuffix(':')}: {shown[:40]}, where {_named(form)} is expected{tail}")
     if isinstance(form, list):
         for number, item in enumerate(value):
             check_form(item, form[0], f"{where}[{number}]", tail)
@@ -229,7 +229,7 @@ def check_form(value: Any, form: Any, where: str, tail: str = "") -> None:
         forms = {key.removesuffix("?"): inner for key, inner in form.items() if key is not str}
         missing = [key for key in form if key is not str and key[-1] != "?" and key not in value]
         if missing:
-            raise ValueError(f"{where}: no {missing[0]}{tail}")
+            raise ValueError(f"{where.removesuffix(':')}: no {missing[0]}{tail}")
         for key, item in value.items():
             check_form(item, forms.get(key, form.get(str, Any)), f"{where} {key[:80]}", tail)
 

@@ -36,6 +36,7 @@ _IDS = range(MOST_IDS + 1)
 _SIDE = {"name": str, "fingerprint": str, "vocab_size": _IDS}
 _SIDE |= dict.fromkeys(("mask_id", "eos_id", "pad_id"), (None, range(MOST_IDS)))
 _SAMPLE = dict.fromkeys(("texts", "bytes", "student_tokens", "teacher_tokens", "chunks", "one_to_one"), range(1 << 60))
+_SPELLING = dict.fromkeys(("vocabulary", "sample"), dict.fromkeys(("one_token", "several_tokens", "none"), float))
 _FORM = {
     "sha256": str,
     "manifest": {
@@ -46,7 +47,7 @@ _FORM = {
         "shared_prefix": _IDS,
         "mapped": _IDS,
         "vocab_map_sha256": str,
-        "sample": {**_SAMPLE, "coverage": float},
+        "sample": {**_SAMPLE, "coverage": float, "spelling?": _SPELLING},
         "request": dict,
         "fingerprint": str,
     },

@@ -103,7 +103,10 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{beside}: must be an object with a pattern and no keys other than {sorted(SETTINGS_KEYS)}"
             )
-        check_form(settings, SETTINGS, str(beside))
+        check_form(settings, SETTINGS, f"{beside}:")
+        texts = [*settings.get("added_tokens", []), *settings.get("plain_added_tokens", []), *settings.values()]
+        if any(isinstance(text, str) and not 0 < len(text) <= TOKEN_BYTES * 16 for text in texts):
+            raise ValueError(f"{beside}: a text that is empty or too long; fix the settings")
         if settings.get("normalizer") not in NORMALIZERS:
             raise ValueError(f"{beside}: normalizer must be one of {[*NORMALIZERS]}, not {settings['normalizer']!r}")
         return settings

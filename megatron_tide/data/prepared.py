@@ -175,7 +175,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     stated = manifest.get("fingerprint")
     if stated != fingerprint({name: value for name, value in manifest.items() if name != "fingerprint"}):
         raise ValueError(f"{path}: does not match its own fingerprint (edited or corrupt); {_AGAIN}")
-    check_form(manifest, _FORM, str(path), f"; {_AGAIN}")
+    check_form(manifest, _FORM, f"{path}:", f"; {_AGAIN}")
     return manifest
 
 

@@ -26,9 +26,13 @@ def main(argv: list[str]) -> int:
     trials = [model for path in arguments.rounds for model in read_scores(path)["models"]]
     bits = {model["name"]: model["bits_per_byte"]["value"] for model in trials}
     best = min(trials, key=lambda model: bits[model["name"]])
-    flags = read_config_file(str(Path(best["path"]) / "run.json"))
+    run = Path(best["path"]) / "run.json"
+    try:
+        flags = read_config_file(str(run))
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
     if missing := [name for name in TUNED if name not in flags]:
-        raise ValueError(f"{best['path']}/run.json: no {missing[0]}; run the recipe again")
+        raise ValueError(f"{run}: no {missing[0]}; run the recipe again")
     settings = {name: flags[name] for name in TUNED}
     write_json(arguments.out, {"config": settings, "best": best["name"], "trials": bits})
     chosen = ", ".join(f"{name} {value:g}" for name, value in settings.items())
