@@ -67,8 +67,9 @@ def checked(name: str, flag: str, word: str) -> None:
     """One flag, as the command line reads and checks it; whatever else is missing."""
     values = cli.given(command(name).Args, [flag, word], "", name)
     for _, info, _ in cli.flags_of(command(name).Args):
-        if info.name in values:
-            cli._check(info, values[info.name])
+        found = values.get(info.name, [])
+        for value in found if isinstance(found, list) else [found]:
+            cli._check(info, value)
 
 
 @pytest.mark.parametrize(("name", "flag", "kind"), NUMBERS, ids=str)
