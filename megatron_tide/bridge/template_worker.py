@@ -120,6 +120,8 @@ def limit(size: int) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent may have it ignored or blocked, which is inherited
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     read, write = sys.stdin.buffer, sys.stdout.buffer
     while size := read.read(SIZE):
         limit(int.from_bytes(size, "big"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,12 @@ def test_a_template_without_an_end_stops_preparing_data(
     encoder.student.describe()
     with pytest.raises(TemplateLimit, match="t: the chat template does not end"):
         encoder.encode_rows([(1, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x"}])])
+
+
+def test_the_limit_of_time_holds_under_a_parent_that_ignores_its_signal(quick: None) -> None:
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with pytest.raises(TemplateLimit, match="takes more than"):
+            template.render(next(iter(ENDLESS)), [])
+    finally:
+        signal.signal(signal.SIGPROF, before)

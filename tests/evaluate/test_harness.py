@@ -15,6 +15,7 @@ from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset, pre
 from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark, user_secret
 from megatron_tide.evaluate.task_functions import first_code_block
+from megatron_tide.evaluate.thoughts import STILL_THINKING
 from tests.support.answering import Scripted, write_autoregressive
 from tests.support.lab import Lab
 from tests.support.lm_data import LOCAL, Row, write_task
@@ -261,3 +262,23 @@ def test_an_unknown_task_is_named_after_all_of_lm_evals_were_looked_through(
 )
 def test_the_code_of_an_answer_begun_in_a_block(answer: str, code: str) -> None:
     assert first_code_block([[answer]], [{}]) == [[code]]
+
+
+def test_unfinished_thoughts_are_wrong_answers_and_counted(lab: Lab, tmp_path: Path) -> None:
+    """The number that was asked for stands in the thoughts; kept answers are counted again."""
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    right = knows(lab, "gsm8k", rows)
+    thinking = Scripted(lab.student, lambda text: ("<think>" if "0" in text else "") + right.script(text))
+    told = sum("0" in prompt for prompt in _asked(thinking, tmp_path))
+    assert 0 < told < 8
+    for _ in range(2):
+        result = run_benchmark("gsm8k", PAPER["gsm8k"], context(thinking, tmp_path / "out", tmp_path / "tasks"))
+        assert [note for note in result.notes if "thinking" in note] == [f"{told} of 8 answers {STILL_THINKING}"]
+        found = {(score.metric, score.filter): score.estimate.value for score in result.scores}
+        assert found["exact_match", "flexible-extract"] == 1 - told / 8
+    assert len(thinking.asked) == 8 * 2
+
+
+def _asked(generator: Scripted, folder: Path) -> list[str]:
+    run_benchmark("gsm8k", PAPER["gsm8k"], context(generator, folder / "first", folder / "tasks"))
+    return generator.asked[:8]
