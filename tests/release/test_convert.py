@@ -235,7 +235,7 @@ def test_a_wrong_weight_fails_the_gate(checkpoint: Path, tmp_path: Path, monkeyp
     [
         ("from __future__", "import nothing_of_this_name\nfrom __future__", "nothing_of_this_name|fresh process"),
         ("import torch\n", "import torch\nimport megatron_tide\n", "megatron_tide|fresh process"),
-        ("tokens_R = logits_RV.argmax(-1)", "tokens_R = logits_RV.argmin(-1)", "tokens.0 differs"),
+        ("+ noise_RV).argmax(-1)", "+ noise_RV).argmin(-1)", "tokens.0 differs"),
     ],
 )
 def test_wrong_code_fails_the_gate(
@@ -245,8 +245,7 @@ def test_wrong_code_fails_the_gate(
 
     def broken(trained: Any, model: Any, tokenizer: Any, ids: Any, out: Path, **options: Any) -> None:
         whole(trained, model, tokenizer, ids, out, **options)
-        file = out / "decoding_a2d.py"
-        assert old in file.read_text()
+        file = next(path for path in sorted(out.glob("*a2d.py")) if old in path.read_text())
         file.write_text(file.read_text().replace(old, new, 1))
 
     monkeypatch.setattr(convert_module, "export", broken)
