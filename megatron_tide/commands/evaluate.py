@@ -135,7 +135,7 @@ class Args:
         shown="answer for benchmarks, as published; sequence for --data",
     )
     batch_size: int | None = flag(
-        None, "Number of samples per batch; affects only speed and memory", low=1, shown="64 on a GPU, else 8"
+        None, "Number of samples per batch, for speed and memory only", low=1, shown="64 on a GPU, else 8"
     )
     dtype: str | None = flag(
         None, "Precision of the weights", choices=("bfloat16", "float32"), shown="bfloat16 on a GPU, else float32"
