@@ -245,9 +245,10 @@ def test_an_unknown_task_is_named_after_all_of_lm_evals_were_looked_through(
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Quick)
-    with pytest.raises(ValueError, match="task 'gsm9k': neither a benchmark of ours nor one that lm-eval knows"):
-        run_benchmark("gsm9k", BenchmarkPreset(task="gsm9k"), context(knows(lab, "gsm8k", []), tmp_path))
-    assert looked == [False, True]
+    for name, index in (("gsm9k", []), ("dataset_path", [False, True])):  # a word of none, and of many of their files
+        with pytest.raises(ValueError, match=f"task '{name}': neither a benchmark of ours nor one that lm-eval knows"):
+            run_benchmark(name, BenchmarkPreset(task=name), context(knows(lab, "gsm8k", []), tmp_path))
+        assert looked == index
 
 
 @pytest.mark.parametrize(
