@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import math
 import os
 import shutil
@@ -29,6 +30,7 @@ import sys
 import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
@@ -185,6 +187,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     A ValueError means that the user can fix the problem; anything else is a bug and keeps its traceback.
     ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those two as well.
     """
+    clean_messages()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except (KeyboardInterrupt, ValueError, OSError) as error:
@@ -220,6 +223,23 @@ def printable(text: object, keep: str = LAYOUT) -> str:
     lines and tabs, unless it is to be one line.
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def clean_messages() -> None:
+    """From now on a terminal acts on nothing that libraries log or warn of: they repeat names of files and tokens."""
+    logging.setLogRecordFactory(_Record)
+    plain = getattr(warnings.formatwarning, "plain", warnings.formatwarning)
+
+    def cleaned(message: Any, *more: Any, **named: Any) -> str:
+        return printable(plain(message, *more, **named))
+
+    cleaned.plain = plain  # type: ignore[attr-defined]
+    warnings.formatwarning = cleaned
 
 
 def say(text: object, **more: Any) -> None:

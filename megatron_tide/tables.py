@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.files import fingerprint, open_regular, sha256_file
+from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
 from megatron_tide.hub import hub_errors, one_line
 
 T = TypeVar("T")
@@ -282,9 +282,49 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
         return ArrowTable(_open_folder(found, name, split), str(found), _folder_digest(found, name, split))
 
 
+def _named_in(value: Any) -> Iterator[str]:
+    """Every text in a value that names files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _named_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named_in(item)
+
+
+def _check_own(folder: Path) -> None:
+    """ValueError where a folder's links or its own descriptions, which ``datasets`` follows, name files outside it."""
+    import yaml
+
+    named: list[tuple[Path, str]] = []
+    for path in (folder / "README.md", folder / ".huggingface.yaml"):
+        text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
+        head = text.split("---", 2)[1] if path.suffix == ".md" and text.startswith("---") else text
+        try:
+            about = yaml.safe_load(head) if path.suffix != ".md" or text.startswith("---") else None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ValueError(f"{path}: its front matter is not YAML; fix or remove it") from None
+        configs = about.get("configs", []) if isinstance(about, dict) else about
+        named += [(path, name) for name in _named_in(configs)]
+    for path in (*folder.rglob("state.json"), *folder.rglob("dataset_dict.json")):
+        about = read_json(path)
+        named += [(path, name) for name in _named_in([about.get("_data_files"), about.get("splits")])]
+    outside = (one for one in named if ".." in Path(one[1]).parts or Path(one[1]).is_absolute() or ":" in one[1])
+    for path, name in outside:
+        raise ValueError(f"{path}: names {name[:80]!r}, which is not in its folder; remove that")
+    real = folder.resolve()
+    own = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]  # the hub's cache links
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in own):
+            raise ValueError(f"{path}: a link to a file outside its folder; replace it by a copy of that file")
+
+
 def _open_folder(folder: Path, name: str | None, split: str) -> Any:
     import datasets
 
+    _check_own(folder)
     if (folder / "dataset_dict.json").exists():
         return datasets.load_from_disk(str(folder))[split]
     if (folder / "state.json").exists():

@@ -23,7 +23,10 @@ export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # warni
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}} # of CUDA: less fragmentation
 export MPLCONFIGDIR=${MPLCONFIGDIR:-$REPO/.venv/matplotlib} # font cache here, not in the home folder
-DRY_RUN=${DRY_RUN:-0}
+case ${DRY_RUN:-0} in # whatever is no clear "no" must not start hours of work, or remove a folder
+  0 | false | no) DRY_RUN=0 ;;
+  *) DRY_RUN=1 ;;
+esac
 RUNS=${RUNS:-runs} # all output of a recipe goes to $RUNS/$NAME
 ONLY=${ONLY:-}
 LAUNCHER=${LAUNCHER:-torchrun}

@@ -15,6 +15,7 @@
 set -euo pipefail
 unset CDPATH # CDPATH makes cd search other folders
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case ${DRY_RUN:-0} in 0 | false | no) DRY_RUN=0 ;; *) DRY_RUN=1 ;; esac
 
 fail() {
   local LC_ALL=C text="error: $*" # a terminal acts on nothing in it

@@ -10,7 +10,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_tide.tables import JsonLinesTable, conversation, open_table, parse_messages, read_rows
+from megatron_tide import tables
+from megatron_tide.tables import (
+    JsonLinesTable,
+    check_bad,
+    conversation,
+    good_rows,
+    open_table,
+    parse_messages,
+    read_rows,
+)
 
 TURN = {"role": "user", "content": "x"}
 
@@ -109,3 +118,45 @@ def test_keys_that_arrow_adds_to_objects_are_not_read(tmp_path: Path) -> None:
     table = open_table(str(path), tmp_path, name=None, split="train", revision=None)
     assert [table.get(number)["messages"][0]["tool_calls"] for number in range(2)] == calls
     assert "empty" in table.get(0)
+
+
+def test_a_row_that_is_too_long_is_left_out_and_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "ROW_BYTES", 30)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"a": 1}) + "\n" + json.dumps({"a": " " * 200}) + "\n" + json.dumps({"a": 2}) + "\n")
+    bad: list[str] = []
+    assert [row for _, row in read_rows(path, bad)] == [{"a": 1}, {"a": 2}]
+    assert len(bad) == 1
+    assert "rows.jsonl:2: a row of more than 30 bytes" in bad[0]
+    assert JsonLinesTable.open(path).get(2) == {"a": 2}
+
+
+def test_few_bad_rows_are_told_and_many_end_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    def read(row: dict[str, object], where: str) -> object:
+        if row["a"] == 3:
+            raise ValueError("no\x1b[0m")
+        return row["a"]
+
+    bad: list[str] = []
+    assert len(list(good_rows([(f"f:{n}", {"a": n}) for n in range(200)], bad, read))) == 199
+    check_bad(bad, 199)
+    assert "rows left out: 1, the first: f:3: no" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"1 of 3 rows cannot be read, more than 1%"):
+        check_bad(bad, 2)
+
+
+@pytest.mark.parametrize("files", ["../secret.jsonl", "/etc/passwd", "https://x.y/z.jsonl"])
+def test_a_data_folder_names_no_file_outside_it(tmp_path: Path, files: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "secret.jsonl").write_text('{"messages": []}\n')
+    about = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {files}\n---\n"
+    (folder / "README.md").write_text(about)
+    with pytest.raises(ValueError, match="not in its folder"):
+        open_table(str(folder), tmp_path, name=None, split="train", revision=None)
+    (folder / "README.md").unlink()
+    (folder / "other.json").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(ValueError, match="outside its folder"):
+        open_table(str(folder), tmp_path, name=None, split="train", revision=None)

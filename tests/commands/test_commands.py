@@ -151,3 +151,20 @@ def test_a_misspelled_word_gets_a_suggestion(capsys: pytest.CaptureFixture[str])
 def test_a_terminal_never_acts_on_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     line = refusal(capsys, "bridge\x1b[2J\u202e")
     assert r"\x1b[2J\u202e" in line
+
+
+def test_what_libraries_log_and_warn_of_is_clean(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    import logging
+    import warnings
+
+    factory, formatting = logging.getLogRecordFactory(), warnings.formatwarning
+    try:
+        cli.clean_messages()
+        logging.getLogger("transformers.x").warning("token %s", "\x1b]0;owned\x07")
+        assert caplog.records[-1].getMessage() == r"token \x1b]0;owned\x07"
+        assert "\x1b" not in warnings.formatwarning("\x1b]52;c;x\x07", UserWarning, "file", 1)
+    finally:
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = formatting
