@@ -195,7 +195,7 @@ def compare_losses(chain, strategy, steps):
         ({"compdemo": False}, "asked with compdemo = True, this run has False"),
         ({"compdemo_ratio": 0.3}, "asked with compdemo_ratio = 0.5, this run has 0.3"),
         ({"temperature": 3.0}, "asked with temperature = 2.0, this run has 3.0"),
-        ({"distribution_rows": "byte_prefix"}, "leave out --distribution-rows, or host the teacher"),
+        ({"distribution_rows": "byte_prefix"}, "asked with distribution_rows = pairs, this run has byte_prefix"),
         ({"teacher_top": 9}, "asked with teacher_top = 0, this run has 9"),
         ({"teacher_dtype": "bf16"}, "asked with teacher_dtype = fp32, this run has bf16"),
         ({"global_batch_size": 16}, "asked with global_batch_size = 8, this run has 16"),
