@@ -169,11 +169,14 @@ def _process_namespace() -> int:
 
 
 def _started(process: int) -> str:
-    """When a process of this machine started, in ticks since boot; "" if there is none (process ids are reused)."""
+    """When a process of this machine started, in ticks since boot (process ids are reused); "" if it has ended, also if
+    its parent has not asked for its status yet.
+    """
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if state in "ZX" else rest[18]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_tide import models
 from megatron_tide.choices import STRATEGIES
-from megatron_tide.data.prepared import SIDE
+from megatron_tide.data.prepared import SIDE, TEACHER_SIDE
 from megatron_tide.files import check_form, read_json, sha256_file
 from megatron_tide.tables import read_rows
 
@@ -57,7 +57,7 @@ _FORM = {
         "data_fingerprint": str,
         "fingerprint": str,
         "model_folder": str,
-        "data": {"student": SIDE, "teacher": (None, SIDE)},
+        "data": {"student": SIDE, "teacher": (None, TEACHER_SIDE)},
     },
 }
 

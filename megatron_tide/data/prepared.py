@@ -34,10 +34,11 @@ SIDE = {  # of a manifest
     "length": range(1, 1 << 31),
     "block": range(1, 1 << 31),
 }
+TEACHER_SIDE = {**SIDE, "mask_id": (None, _IDS)}  # an autoregressive teacher needs no mask
 _FORM = {
     "fingerprint": str,
     "student": SIDE,
-    "teacher": (None, SIDE),
+    "teacher": (None, TEACHER_SIDE),
     "bridge": (None, str),
     "shards": [{"rows": range(1 << 31), "sha256": str}],
 }

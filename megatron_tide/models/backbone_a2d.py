@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from .decoding_a2d import BlockCache
 
-ATTENTION = "a2d"
+ATTENTION = f"a2d_{__name__.replace('.', '_')}"  # a release in the same process has its own
 CACHE = "a2d_cache"  # the argument of a layer that reaches attention in every version of transformers
 
 GRAPHS = 64  # of one function: torch's limit of 8 is fewer than models, head layouts, batch of one or more, ...

@@ -130,7 +130,7 @@ def test_a_model_on_the_wrong_side_is_refused(
     [
         (["--data", "nowhere", "--student", "x"], "nowhere"),
         (["--data", "DATA", "--student", "a=x", "--student", "a=y"], "NAME=PATH"),
-        (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be at least 1"),
+        (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be between 1 and"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
         (
             ["--data", "DATA", "--student", "STUDENT", "--likelihood-noise", "block", "--teacher-context", "full"],

@@ -387,7 +387,7 @@ MISTAKES = [
     (["--data", "broken.jsonl"], r"broken\.jsonl:2: not valid JSON"),
     (["--data", "empty.jsonl"], r"empty\.jsonl: no row to read"),
     (["--student", "gone/tokenizer"], r"gone/tokenizer: "),
-    (["--bridge", "gone"], r"gone: no bridge here"),
+    (["--bridge", "gone"], r"gone: no such folder"),
     (["--student-length", "60"], r"length 60 is not a multiple of block 8.*use 56"),
     (["--student-mask", "<no such>"], r"<no such>"),
     (["--workers", "0"], r"--workers 0: must be at least 1"),

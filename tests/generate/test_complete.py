@@ -209,7 +209,7 @@ def test_what_cannot_be_answered_is_said(lab: Lab, model: Any, tokenizer: TextTo
         complete(model, tokenizer, [[1, 2], []])
     with pytest.raises(ValueError, match="prompt is empty"):
         next(stream(model, tokenizer, []))
-    with pytest.raises(ValueError, match="unknown argument top_k"):
-        complete(model, tokenizer, [[1, 2]], top_k=3)
+    with pytest.raises(ValueError, match="block decoding has no num_beams"):
+        complete(model, tokenizer, [[1, 2]], num_beams=3)
     with pytest.raises(ValueError, match="message before the answer"):
         from_messages(tokenizer, [{"role": "assistant", "content": "x"}])

@@ -111,6 +111,14 @@ def test_mistakes_are_refused(settings: dict[str, str], text: str) -> None:
     assert text in refused.stderr
 
 
+def scored(name: str, bits: float, **more: Any) -> dict[str, Any]:
+    """One of the models in the JSON of the evaluate command."""
+    estimates = {
+        n: {"value": v, "low": v, "high": v} for n, v in (("bits_per_byte", bits), ("masked_token_accuracy", 0.1))
+    }
+    return {"name": name, "path": name, "side": "student", **estimates, **more}
+
+
 def scores(folder: Path, **changes: Any) -> list[str]:
     """scores.json of each seed: 60 samples of 50 bytes, better 5 nats lower on all of them."""
     paths = []
@@ -121,7 +129,7 @@ def scores(folder: Path, **changes: Any) -> list[str]:
             name: common + generator.normal(0.0, 1.0, 60) for name in ("start", "same", "other", "better", "teacher")
         }
         nats["better"] -= 5.0
-        models = [{"name": n, "per_sample": {"nats": v.tolist(), "bytes": [50.0] * 60}} for n, v in nats.items()]
+        models = [scored(n, 2.0, per_sample={"nats": v.tolist(), "bytes": [50.0] * 60}) for n, v in nats.items()]
         content = {"models": models, "data": {"fingerprint": "x"}, "settings": {"samples": 60}} | changes
         changes = {}
         paths.append(folder / f"{seed}.json")
@@ -166,7 +174,7 @@ def test_seeds_on_other_data_and_unknown_arms_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="evaluate all seeds alike"):
         judge(tmp_path, scores(tmp_path, data={"fingerprint": "y"}))
     with pytest.raises(ValueError, match="evaluate with --per-sample"):
-        judge(tmp_path, scores(tmp_path, models=[{"name": "same"}]))
+        judge(tmp_path, scores(tmp_path, models=[scored("same", 2.0)]))
     with pytest.raises(ValueError, match="hypothesis H9: no scores of 'best'"):
         judge(tmp_path, scores(tmp_path), ("H9 best < same: there is none",))
 
@@ -182,9 +190,9 @@ def test_the_best_trial_of_all_rounds_is_chosen(tmp_path: Path) -> None:
                 "strategy": {"temperature": 5.0, "distill_weight": 1.0},
             }
             (tmp_path / name / "run.json").write_text(json.dumps({"config": flags}))
-            models.append({"name": name, "path": str(tmp_path / name), "bits_per_byte": {"value": bits}})
+            models.append(scored(name, bits, path=str(tmp_path / name)))
         rounds.append(tmp_path / f"round-{number}.json")
-        rounds[-1].write_text(json.dumps({"models": models}))
+        rounds[-1].write_text(json.dumps({"models": models, "data": {"fingerprint": "x"}, "settings": {"samples": 60}}))
     out = tmp_path / "best.json"
     choose.main([*map(str, rounds), "--out", str(out)])
     found = json.loads(out.read_text())

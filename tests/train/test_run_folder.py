@@ -42,9 +42,23 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     assert "warning: an old checkpoint cannot be removed ([Errno 5] Input/output error)" in capsys.readouterr().out
 
 
+SIDE = dict.fromkeys(("vocab_size", "mask_id", "eos_id", "pad_id", "length", "block"), 8) | {
+    "name": "",
+    "fingerprint": "",
+}
+RUN = {
+    "config": {"paths": {"student": "s"}, "strategy": {"strategy": "bd3lm"}},
+    "strategy": {"chunk_objective": "none", "distribution_objective": "none"},
+    "data": {"student": SIDE, "teacher": None},
+    **dict.fromkeys(("fingerprint", "model_folder", "data_fingerprint"), ""),
+    "bridge_fingerprint": None,
+    "total_steps": 2,
+}
+
+
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
-    run = {"deciding": {"lr": 1.0}, "data_fingerprint": "", "bridge_fingerprint": None, "total_steps": 2}
+    run = {**RUN, "deciding": {"lr": 1.0}}
     saved = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=2), run, WORLD, keep=1)
     with pytest.raises(ValueError, match="the run of another version, which cannot be resumed; use another --out"):
         build.refuse_other_run(saved, {**run, "affects_loss": {"lr": 1.0}})
@@ -53,8 +67,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, mon
 def test_a_flag_that_a_checkpoint_does_not_know_had_its_default(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
     new = DistillConfig().loss_flags()
-    run = {"data_fingerprint": "", "bridge_fingerprint": None, "total_steps": 2}
-    run |= {f"{side}_fingerprint": "" for side in ("teacher", "student")}
+    run = {**RUN, **{f"{side}_fingerprint": "" for side in ("teacher", "student")}}
     old = {**run, "affects_loss": {flag: value for flag, value in new.items() if flag != "lr_schedule"}}
     saved = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=2), old, WORLD, keep=1)
     build.refuse_other_run(saved, {**run, "affects_loss": new})
