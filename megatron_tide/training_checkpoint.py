@@ -47,8 +47,8 @@ class TrainState:
 
 
 _STATE = [field.name for field in fields(TrainState)]
-_FORM = {
-    "state": dict.fromkeys(_STATE, range(1 << 53)),
+_FORM = {"state": dict.fromkeys(_STATE, range(1 << 53)), "run": dict}
+_RUN = {  # what a model is made of; resuming compares what is there
     "run": {
         "config": {"paths": {"student": str, "teacher?": (None, str)}, "strategy": {"strategy": str}, str: dict},
         "strategy": {"chunk_objective": str, "distribution_objective": str},
@@ -69,10 +69,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: when the file is not a checkpoint description.
     """
     found = read_json(folder / STATE, "take another checkpoint")
-    check_form(
-        found, _FORM, f"{folder / STATE}: not a checkpoint description of this version", "; use another checkpoint"
-    )
+    _check(folder, found, _FORM)
     return found
+
+
+def _check(folder: Path, described: dict[str, Any], form: dict[str, Any]) -> None:
+    where = f"{folder / STATE}: not a checkpoint description of this version"
+    check_form(described, form, where, "; use another checkpoint")
 
 
 def verify(folder: Path) -> None:
@@ -212,6 +215,7 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
     folder = _step_folder(Path(path))
     verify(folder)
     described = read_description(folder)
+    _check(folder, described, _RUN)
     origin, state = base_model or described["run"]["model_folder"], described["state"]
     _refuse_autoregressive(folder, described["run"].get("phases", []), state["step"])
     try:
