@@ -157,7 +157,10 @@ def check_paths(args: Any) -> None:
         if not {"reads", "writes"} & set(info.metadata):
             continue
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
-            _check_path(info.metadata, flag_name(info), Path(item))
+            if info.metadata.get("reads") == "model":
+                check_model_path(str(item))
+            else:
+                _check_path(info.metadata, flag_name(info), Path(item))
 
 
 def check_model_path(path: str) -> None:
@@ -365,9 +368,7 @@ def _check(info: Field[Any], value: Any) -> None:
 
 def _check_path(about: Mapping[str, Any], name: str, path: Path) -> None:
     reads = about.get("reads")
-    if reads == "model":
-        check_model_path(str(path))
-    elif reads == "folder" and not path.is_dir():
+    if reads == "folder" and not path.is_dir():
         raise ValueError(f"{path}: no such folder ({name})")
     elif reads == "file" and not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'} ({name})")
