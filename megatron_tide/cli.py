@@ -370,9 +370,9 @@ def _check_path(about: Mapping[str, Any], name: str, path: Path) -> None:
     reads = about.get("reads")
     if reads == "folder" and not path.is_dir():
         raise ValueError(f"{path}: no such folder ({name})")
-    elif reads == "file" and not path.is_file():
+    if reads == "file" and not path.is_file():
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'} ({name})")
-    elif about.get("writes") == "file":
+    if about.get("writes") == "file":
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"{name} {path}: {'is a folder' if path.is_dir() else f'no such folder {path.parent}'}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
