@@ -128,7 +128,8 @@ class AtomicFolder:
         """Replace ``final`` by the draft."""
         for folder, _, names in os.walk(self.draft, topdown=False):
             for path in [*(Path(folder, name) for name in names), Path(folder)]:
-                if not path.is_symlink():
+                # A link leads elsewhere, and opening a FIFO would wait for a writer.
+                if not path.is_symlink() and (path.is_file() or path.is_dir()):
                     flush(path)
         self.draft.chmod(self._mode)
         if self.final.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_results_stay_and_old_weights_go(
     (out / "scores.json").write_text("{}")
     (out / "notes.md").write_text("mine")
     (out / "link").symlink_to("/nowhere")
+    os.mkfifo(out / "evaluation/pipe")
     for name in ("model-00001-of-00002.safetensors", "vocab.json", "old.py"):
         (out / name).write_text("old")
     convert(checkpoint, out, Options(skip_parity=True, overwrite=True))
