@@ -10,6 +10,20 @@ from typing import Any
 import torch
 
 
+def mark(cuda: bool) -> Any:
+    """This moment, for ``seconds_between``; on a GPU, when the work given to it so far is done."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Of two marks; on a GPU, after the work between them has finished."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+
+
 class Clock:
     """Seconds spent in named parts of the step; on a GPU with events, read when a log line is due."""
 
@@ -17,24 +31,16 @@ class Clock:
         self._cuda = device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
 
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        start = self._now()
+        start = mark(self._cuda)
         yield
-        self._spans.append((part, start, self._now()))
+        self._spans.append((part, start, mark(self._cuda)))
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last call; on a GPU, call it only after the timed work has finished."""
         seconds: dict[str, float] = {}
         for part, start, end in self._spans:
-            spent = start.elapsed_time(end) / 1e3 if self._cuda else end - start
-            seconds[part] = seconds.get(part, 0.0) + spent
+            seconds[part] = seconds.get(part, 0.0) + seconds_between(start, end)
         self._spans.clear()
         return seconds

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.clock import mark, seconds_between
 from megatron_tide.files import write_json
 from megatron_tide.machine import machine, versions
 
@@ -100,21 +101,11 @@ class Bench:
         spans: list[list[Any]] = [[] for _ in ways]
         for _ in range(rounds):
             for way, taken in zip(ways, spans):
-                start = self._now()
+                start = mark(self.cuda)
                 way()
-                taken.append((start, self._now()))
+                taken.append((start, mark(self.cuda)))
         self.wait()
-        return [statistics.median(self._between(*span) for span in taken) for taken in spans]
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.cuda else 1e3 * (end - start)
+        return [1e3 * statistics.median(seconds_between(*span) for span in taken) for taken in spans]
 
     def seconds(self, way: Callable[[], object]) -> float:
         """Of one call, by the host's clock, until the device is done."""

@@ -40,29 +40,21 @@ from megatron_tide.train.step import TrainContext, global_counts, train_step
 
 CONFIGS = Path(__file__).parents[2] / "megatron_tide/models/configs"
 SIZES = {"student": "qwen3_0.6b.json", "teacher": "llada2_mini.json"}
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+_EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "n_group": 4, "topk_group": 2}
 TINY: dict[str, dict[str, Any]] = {
-    "student": {
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    },
+    "student": {"vocab_size": 256, **_SHAPE},
     "teacher": {
         "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 16,
-        "n_group": 4,
-        "topk_group": 2,
+        **_SHAPE,
+        **_EXPERTS,
         "pad_token_id": 318,
         "eos_token_id": 318,
         "mask_token_id": 319,
