@@ -279,6 +279,21 @@ class SaveConfig:
         metavar="auto|never|DIR",
         affects_loss=False,
     )
+    continue_from: str = flag(
+        "",
+        "Run (its newest checkpoint), or checkpoint, to go on from with its weights, optimizer state, step and "
+        "schedule, perhaps on other --data; flags, models and bridge are the same",
+        metavar="DIR",
+        affects_loss=False,
+    )
+    until_step: int = flag(
+        0,
+        "Step to end at; schedules go on to that of --max-steps, and --continue-from takes the next steps",
+        shown="the last one",
+        low=0,
+        high=10**12,
+        affects_loss=False,
+    )
     log_every: int = flag(10, "Number of steps between log lines and TensorBoard points", low=1, affects_loss=False)
     log_to: str = flag(
         "tensorboard",

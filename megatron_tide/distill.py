@@ -47,7 +47,7 @@ def dry_run(config: DistillConfig) -> int:
     refuse_idle_gpu()
     inputs = read_run_inputs(config, launched_ranks())
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
-    steps = f"{inputs.total_steps} steps of {config.train.global_batch_size} samples"
+    steps = f"{len(inputs.steps)} steps of {config.train.global_batch_size} samples"
     cli.say(f"dry run: {len(inputs.data)} samples, {steps}: OK")
     return 0
 
@@ -72,9 +72,9 @@ def train(config: DistillConfig, world: Any) -> int:
         world.on_main(lambda: write_json(out / "run.json", inputs.run))
         measure = build.measurement(config, inputs, context)
         state = Loop(config, context, loader, inputs.run).train(state, stop, measure)
-    finished = state.step == state.total_steps
+    finished = state.step == inputs.steps.stop
     how = "finished" if finished else "stopped on request, checkpoint saved; run the same command again to continue"
-    world.print_rank0(f"step {state.step}/{state.total_steps}: {how} ({out})")
+    world.print_rank0(f"step {state.step}/{inputs.steps.stop}: {how} ({out})")
     return 0 if finished else EXIT_STOPPED
 
 

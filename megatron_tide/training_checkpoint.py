@@ -212,7 +212,7 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
     Raises:
         ValueError: no checkpoint there, a corrupt file (named), a missing base model, or an autoregressive model.
     """
-    folder = _step_folder(Path(path))
+    folder = step_folder(Path(path))
     verify(folder)
     described = read_description(folder)
     _check(folder, described, _RUN)
@@ -274,7 +274,8 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / CHECKSUMS).is_file() or any((step / CHECKSUMS).is_file() for step in step_folders(folder))
 
 
-def _step_folder(path: Path) -> Path:
+def step_folder(path: Path) -> Path:
+    """A checkpoint's folder, or the newest checkpoint with checksums of a run's; ValueError where there is none."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; use a run folder or one of its {PREFIX}* folders")
     if any((path / name).is_file() for name in (STATE, CHECKSUMS)):

@@ -36,7 +36,14 @@ from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.step import TrainContext, to_device
 from megatron_tide.train.teacher_probe import check_teacher
-from megatron_tide.training_checkpoint import TrainState, newest_complete, read_description, step_folders, verify
+from megatron_tide.training_checkpoint import (
+    TrainState,
+    newest_complete,
+    read_description,
+    step_folder,
+    step_folders,
+    verify,
+)
 
 
 def build(
@@ -106,7 +113,7 @@ def check_compiled(config: DistillConfig, context: TrainContext, loader: Microba
     Raises:
         ValueError: they cannot be compiled here; names the flag that trains without.
     """
-    if not compiles(config, context.world) or state.step >= state.total_steps:
+    if not compiles(config, context.world) or state.step >= (config.save.until_step or state.total_steps):
         return
     context.world.print_rank0("compiling the student's layers (--no-compile-layers trains without)")
     model = context.engine.module
@@ -206,13 +213,17 @@ def starting_point(config: DistillConfig, inputs: RunInputs, context: TrainConte
     Raises:
         ValueError: names the first flag or fingerprint that differs, or the folder that is in use.
     """
-    start = TrainState(step=0, total_steps=inputs.total_steps)
-    folder = _resume_folder(config, context.world)
-    if folder is None:
-        return start
-    refuse_other_run(folder, inputs.run)
+    world, folder, how = context.world, _resume_folder(config, context.world), "resuming"
+    if folder is not None:
+        refuse_other_run(folder, inputs.run)
+    elif config.save.continue_from:
+        folder, how = step_folder(Path(config.save.continue_from)), "continuing"
+        refuse_other_run(folder, inputs.run, on_its_data=False)
+        world.on_main(lambda: verify(folder))
+    else:
+        return TrainState(step=0, total_steps=inputs.total_steps)
     state = checkpoint.restore(folder, context.engine)
-    context.world.print_rank0(f"resuming from {folder} at step {state.step}/{state.total_steps}")
+    world.print_rank0(f"{how} from {folder} at step {state.step}/{inputs.steps.stop}")
     return state
 
 
@@ -232,8 +243,11 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
     return found
 
 
-def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run had other loss-affecting flags, data, bridge or models."""
+def refuse_other_run(folder: Path, run: dict[str, Any], on_its_data: bool = True) -> None:
+    """Refuse a checkpoint whose run had other loss-affecting flags, bridge, models or schedule.
+
+    ``on_its_data``: to resume that run: also one that had other data, or began elsewhere.
+    """
     theirs = read_description(folder)["run"]
     if not isinstance(theirs.get("affects_loss"), dict):
         raise ValueError(f"{folder}: the run of another version, which cannot be resumed; use another --out")
@@ -244,6 +258,9 @@ def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
                 f"{folder} was trained with {flag} = {flags.get(flag)!r}, this run has {mine!r}: "
                 f"use that value or another --out, or remove the folder"
             )
-    for what in ("data_fingerprint", "bridge_fingerprint", "teacher_fingerprint", "student_fingerprint", "total_steps"):
+    names = ["bridge_fingerprint", "teacher_fingerprint", "student_fingerprint", "total_steps"]
+    for what in ["data_fingerprint", *names] if on_its_data else names:
         if theirs.get(what, run[what]) != run[what]:  # earlier versions did not record the models
             raise ValueError(f"{folder} was trained with another {what.split('_')[0]}: use another --out")
+    if on_its_data and theirs.get("continued") != run.get("continued"):
+        raise ValueError(f"{folder}: that run began elsewhere (--continue-from): use another --out")

@@ -6,7 +6,7 @@ Every error is raised before the first step, on all ranks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ from megatron_tide.choices import METRIC_LOGS
 from megatron_tide.config import CACHED, DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
+from megatron_tide.files import fingerprint, read_json
 from megatron_tide.hosting.build import hosting_of
 from megatron_tide.hosting.cached import AnswerCache, deciding
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
 from megatron_tide.train.phases import Phases, build_phases
+from megatron_tide.training_checkpoint import CHECKSUMS, STATE, read_description, step_folder
 
 
 @dataclass(frozen=True)
 class RunInputs:
     """A run's inputs, checked against each other; no weights are loaded yet. ``strategy``: that of the last phase;
-    ``cache``: the teacher's answers, if they are on disk."""
+    ``total_steps``: of the schedule; ``steps``: of it, those of this run; ``cache``: the teacher's answers, if they are
+    on disk."""
 
     data: PreparedData
     validation: PreparedData | None
@@ -34,8 +37,14 @@ class RunInputs:
     phases: Phases
     sampler: DistributedBatchSampler
     total_steps: int
+    steps: range
     run: dict[str, Any]
     cache: AnswerCache | None = None
+
+    @property
+    def with_teacher(self) -> range:
+        """The steps of this run that may ask the teacher."""
+        return range(max(self.steps.start, self.phases.last.start), self.steps.stop)
 
 
 def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
@@ -68,6 +77,12 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     )
     total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
     phases = build_phases(config.strategy, strategy, total, data.manifest["student"]["block"])
+    begun = _begun(config)
+    steps = range(begun["step"] if begun else 0, config.save.until_step or total)
+    if not steps or steps.stop > total:
+        raise ValueError(
+            f"--until-step {steps.stop}: this run goes on from step {steps.start} of {total}; use one of these"
+        )
     run = {
         "version": __version__,
         "config": config.to_dict(),
@@ -80,24 +95,42 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         "data": data.manifest,
         "model_folder": str(Path(paths.student).resolve()) if Path(paths.student).exists() else paths.student,
         "total_steps": total,
+        "until_step": steps.stop,
+        "continued": begun,
     }
-    return RunInputs(
+    found = RunInputs(
         data=data,
         validation=validation,
         strategy=strategy,
         phases=phases,
         sampler=sampler,
         total_steps=total,
+        steps=steps,
         run=run,
-        cache=_cache(config, strategy, run, phases.last.start) if cached and strategy.needs_teacher else None,
     )
+    return replace(found, cache=_cache(config, found)) if cached and strategy.needs_teacher else found
 
 
-def _cache(config: DistillConfig, strategy: Strategy, run: dict[str, Any], first: int) -> AnswerCache:
+def _begun(config: DistillConfig) -> dict[str, Any] | None:
+    """The step and the weights that ``--continue-from`` says to start from; None without it."""
+    if not config.save.continue_from:
+        return None
+    path = Path(config.save.continue_from)
+    folder = step_folder(path)
+    described = read_description(folder)
+    step, until = described["state"]["step"], described["run"].get("until_step", described["state"]["total_steps"])
+    if folder != path and step != until:
+        raise ValueError(f"--continue-from {path}: that run is at step {step} of {until}; run its own command first")
+    sums = read_json(folder / CHECKSUMS, form={str: str})
+    return {"step": step, "fingerprint": fingerprint({name: sums[name] for name in sums if name != STATE})}
+
+
+def _cache(config: DistillConfig, inputs: RunInputs) -> AnswerCache:
     """The answers of ``--teacher-cache``; ValueError by name if they are not those to this run's questions."""
-    cache, total = AnswerCache.open(config.teacher.teacher_cache), run["total_steps"]
-    wanted = deciding(config, strategy, run["data_fingerprint"], run["bridge_fingerprint"], total)
-    cache.refuse_other(wanted, config.train.seed, first, total)
+    cache, run, asked = AnswerCache.open(config.teacher.teacher_cache), inputs.run, inputs.with_teacher
+    data, bridge = run["data_fingerprint"], run["bridge_fingerprint"]
+    wanted = deciding(config, inputs.strategy, data, bridge, inputs.total_steps)
+    cache.refuse_other(wanted, config.train.seed, asked.start, asked.stop)
     run["config"]["paths"]["teacher"] = config.paths.teacher or cache.manifest["teacher_name"]
     return cache
 

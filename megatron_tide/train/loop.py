@@ -52,16 +52,16 @@ class Loop:
         self.folder = Path(config.paths.out)
 
     def train(self, state: TrainState, stop: StopRequest, measure: Measure) -> TrainState:
-        """Train until ``state.step == state.total_steps``, or until a rank receives a stop signal; saves either way.
+        """Train up to the last step of ``run``, or until a rank receives a stop signal; saves either way.
 
         ``measure()`` evaluates on held-out data (a collective), every ``eval_every`` steps.
         """
-        context, save, total = self.context, self.config.save, state.total_steps
+        context, save, last = self.context, self.config.save, self.run["until_step"]
         board, about = METRIC_LOGS[save.log_to], self.run["config"]
-        logger = MetricLogger(self.folder, context.world, total, state.step, board, about)
+        logger = MetricLogger(self.folder, context.world, last, state.step, board, about)
         nonfinite = NonFiniteGuard(self.folder, self.loader, context.world)
         accumulator, since, saved = MetricAccumulator(), time.perf_counter(), state.step
-        for microbatches in self.loader.from_step(state.step, total, context.world.device):
+        for microbatches in self.loader.from_step(state.step, last, context.world.device):
             context.world.trace.heartbeat(state.step + 1)
             counts, stopped = global_counts(microbatches, context.world, bool(stop.signal))
             if stopped:
@@ -79,7 +79,7 @@ class Loop:
             if nonfinite.before and nonfinite.exhausted:
                 self._save(nonfinite.before)
                 raise nonfinite.refusal()
-            if accumulator.steps and (state.step % save.log_every == 0 or state.step == total):
+            if accumulator.steps and (state.step % save.log_every == 0 or state.step == last):
                 since = self._log(logger, state, accumulator, since)
                 accumulator = MetricAccumulator()
             if save.eval_every and state.step % save.eval_every == 0:

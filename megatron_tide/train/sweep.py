@@ -85,8 +85,8 @@ def forecast(config: DistillConfig, inputs: RunInputs, loader: MicrobatchLoader,
     Raises:
         ValueError: the teacher does not fit into the memory of this machine.
     """
-    first, end, ranks = inputs.phases.last.start, inputs.total_steps, loader.sampler.world
-    looked = np.unique(np.linspace(first, end - 1, LOOKED_AT).astype(int)).tolist()
+    steps, ranks = inputs.with_teacher, loader.sampler.world
+    looked = np.unique(np.linspace(steps.start, steps.stop - 1, LOOKED_AT).astype(int)).tolist()
     asked = [batch for step in looked for batch in loader(step)]
     counts = (sum(len(getattr(b, name)) for b in asked) for name in ("teacher_targets", "pair_chunk", "keys"))
     tokens, pairs, samples = (ranks * count / len(looked) for count in counts)
@@ -103,7 +103,7 @@ def forecast(config: DistillConfig, inputs: RunInputs, loader: MicrobatchLoader,
             "(--skip-plan skips this check)"
         )
     pairs *= shape["categories"] > 0
-    return Forecast(tokens, pairs, size + 40 * samples, seeds * (end - first), planned.seconds)
+    return Forecast(tokens, pairs, size + 40 * samples, seeds * len(steps), planned.seconds)
 
 
 def _vocabularies(config: DistillConfig) -> tuple[int, int]:
@@ -145,9 +145,9 @@ class Sweep:
 
     def shards(self) -> list[tuple[int, range]]:
         """(number, steps) of each shard of a seed: the steps with a teacher, cut at multiples of ``per_shard``."""
-        first, end, size = self.inputs.phases.last.start, self.inputs.total_steps, self.per_shard
-        numbers = range(first // size, math.ceil(end / size))
-        return [(n, range(max(first, n * size), min(end, (n + 1) * size))) for n in numbers]
+        asked, size = self.inputs.with_teacher, self.per_shard
+        numbers = range(asked.start // size, math.ceil(asked.stop / size))
+        return [(n, range(max(asked.start, n * size), min(asked.stop, (n + 1) * size))) for n in numbers]
 
     def record(self, seed: int, steps: range) -> dict[str, Any]:
         return {"settings": fingerprint(self.settings), "seed": seed, "steps": [steps.start, steps.stop]}
@@ -226,14 +226,14 @@ def sweep_teacher(
         world.on_main(partial(write_answers, path, said, record))
         done += len(steps)
         left = (time.monotonic() - since) / done * (total - done)
-        world.print_rank0(f"seed {seed}: step {steps.stop}/{inputs.total_steps}  left {clock_text(left)}")
+        world.print_rank0(f"seed {seed}: step {steps.stop}/{inputs.steps.stop}  left {clock_text(left)}")
     return world.on_main(lambda: _finish(job, wanted))
 
 
 def _probe(config: DistillConfig, job: Sweep, loader: MicrobatchLoader) -> None:
     side, world, strategy = job.inputs.data.manifest["teacher"], job.world, job.inputs.strategy
     context = TrainContext(None, job.backend, strategy, world, Clock(world.device))
-    first = loader(job.inputs.phases.last.start)
+    first = loader(job.inputs.with_teacher.start)
     check_teacher(context, first, side["vocab_size"], config.paths.teacher, side["mask_id"])
 
 
@@ -274,9 +274,9 @@ def _known(job: Sweep) -> dict[str, Any]:
 
 def _covered(job: Sweep, seed: int) -> bool:
     """Whether what the folder has of a seed is there, and enough."""
-    first, end = job.inputs.phases.last.start, job.inputs.total_steps
+    asked = job.inputs.with_teacher
     swept = _known(job).get(str(seed))
-    if swept is None or swept["first"] > first or swept["end"] < end:
+    if swept is None or swept["first"] > asked.start or swept["end"] < asked.stop:
         return False
     size, own = job.per_shard, range(swept["first"], swept["end"])
     cut = {n: range(max(own.start, n * size), min(own.stop, (n + 1) * size)) for n in swept["shards"]}
@@ -285,7 +285,8 @@ def _covered(job: Sweep, seed: int) -> bool:
 
 def _finish(job: Sweep, seeds: list[int]) -> dict[str, Any]:
     """Write the manifest: the seeds that the folder has had before stay in it."""
-    steps = {"first": job.inputs.phases.last.start, "end": job.inputs.total_steps}
+    asked = job.inputs.with_teacher
+    steps = {"first": asked.start, "end": asked.stop}
     numbers = [number for number, _ in job.shards()]
     every = _known(job) | {str(seed): {**steps, "seed": seed, "shards": numbers} for seed in seeds}
     pairs, outside, kept = 0, 0.0, job.settings["kept"]

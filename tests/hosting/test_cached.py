@@ -93,7 +93,7 @@ def outputs_of(chain, folder, **flags):
     inputs, loader = reading(chain, folder, **flags)
     live = ReplicatedTeacher(load_model(chain.root / "teacher"), inputs.strategy)
     stored = CachedTeacher(inputs.cache, inputs.strategy)
-    steps = [loader(step) for step in range(inputs.phases.last.start, inputs.total_steps)]
+    steps = [loader(step) for step in inputs.with_teacher]
     return inputs.strategy, [(batches, live.score(batches), stored.score(batches)) for batches in steps]
 
 

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_tide import distill
+from megatron_tide.config import from_flat
+from megatron_tide.train.build import refuse_other_run
+from megatron_tide.train.inputs import read_run_inputs
 from tests.support.launch import ranks, run_command, steps_logged, wait_until
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
@@ -144,3 +147,44 @@ def flags(chain, out, **settings):
 
 def run(chain, out, **settings):
     return run_command(distill.main, flags(chain, out, **settings), out.parent)
+
+
+def in_turn(*runs):
+    for flags in runs:
+        train_and_tell(flags)
+
+
+def test_a_run_in_two_parts_is_that_run_and_the_second_may_have_other_data(chain, tmp_path):
+    """Bit for bit where the data are the same; what a resumed run may not change, the second part may not either."""
+    small = {**KNOBS, "max_steps": 4, "micro_batch_size": 8}
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    parts = chain.run(first, **small, until_step=2), chain.run(second, **small, continue_from=str(first))
+    run_on_ranks(in_turn, 1, chain.run(whole, **small), *parts, timeout=280)
+    curves = [read_curve(out) for out in (whole, first, second)]
+    for name in ("step", "loss/total", "train/lr", "tidal/strength"):
+        assert curves[0][name] == curves[1][name] + curves[2][name]
+    ours, theirs = all_tensors(second, 4), all_tensors(whole, 4)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    run, tail = json.loads((second / "run.json").read_text()), first / "step-00000002"
+    elsewhere = {**run, "data_fingerprint": "other"}
+    refuse_other_run(tail, elsewhere, on_its_data=False)
+    for changed, error in (
+        (elsewhere, "another data"),
+        ({**run, "continued": None}, "began elsewhere"),
+        ({**run, "affects_loss": {**run["affects_loss"], "lr": 1e-4}}, "lr = 0.003"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            refuse_other_run(second / "step-00000004", changed)
+    with pytest.raises(ValueError, match="another total"):
+        refuse_other_run(tail, {**run, "total_steps": 8}, on_its_data=False)
+    stopped = json.loads((tail / "trainer.json").read_text())
+    stopped["run"]["until_step"] = 3
+    (tail / "trainer.json").write_text(json.dumps(stopped))
+    for settings, error in (
+        ({"continue_from": str(first)}, "is at step 2 of 3; run its own command first"),
+        ({"continue_from": str(tail), "until_step": 2}, "--until-step 2: this run goes on from step 2 of 4"),
+        ({"until_step": 5}, "--until-step 5"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            read_run_inputs(from_flat(chain.run(tmp_path / "third", **{**small, **settings})), 1)
