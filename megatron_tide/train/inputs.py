@@ -77,12 +77,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     )
     total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
     phases = build_phases(config.strategy, strategy, total, data.manifest["student"]["block"])
-    begun = _begun(config)
-    steps = range(begun["step"] if begun else 0, config.save.until_step or total)
-    if not steps or steps.stop > total:
-        raise ValueError(
-            f"--until-step {steps.stop}: this run goes on from step {steps.start} of {total}; use one of these"
-        )
+    steps, begun = _part(config, total)
     run = {
         "version": __version__,
         "config": config.to_dict(),
@@ -111,18 +106,29 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     return replace(found, cache=_cache(config, found)) if cached and strategy.needs_teacher else found
 
 
-def _begun(config: DistillConfig) -> dict[str, Any] | None:
-    """The step and the weights that ``--continue-from`` says to start from; None without it."""
-    if not config.save.continue_from:
-        return None
-    path = Path(config.save.continue_from)
-    folder = step_folder(path)
-    described = read_description(folder)
-    step, until = described["state"]["step"], described["run"].get("until_step", described["state"]["total_steps"])
-    if folder != path and step != until:
-        raise ValueError(f"--continue-from {path}: that run is at step {step} of {until}; run its own command first")
-    sums = read_json(folder / CHECKSUMS, form={str: str})
-    return {"step": step, "fingerprint": fingerprint({name: sums[name] for name in sums if name != STATE})}
+def _part(config: DistillConfig, total: int) -> tuple[range, dict[str, Any] | None]:
+    """The steps of this run, and with ``--continue-from`` the step and the weights that it goes on from.
+
+    Raises:
+        ValueError: that run has not finished its own part, or there is no step left.
+    """
+    begun, path = None, Path(config.save.continue_from)
+    if config.save.continue_from:
+        folder = step_folder(path)
+        described = read_description(folder)
+        step, until = described["state"]["step"], described["run"].get("until_step", described["state"]["total_steps"])
+        if folder != path and step != until:
+            raise ValueError(
+                f"--continue-from {path}: that run is at step {step} of {until}; run its own command first"
+            )
+        sums = read_json(folder / CHECKSUMS, form={str: str})
+        begun = {"step": step, "fingerprint": fingerprint({name: sums[name] for name in sums if name != STATE})}
+    steps = range(begun["step"] if begun else 0, config.save.until_step or total)
+    if not steps or steps.stop > total:
+        raise ValueError(
+            f"--until-step {steps.stop}: this run goes on from step {steps.start} of {total}; use a later one"
+        )
+    return steps, begun
 
 
 def _cache(config: DistillConfig, inputs: RunInputs) -> AnswerCache:
