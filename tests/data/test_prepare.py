@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import random
 import shutil
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import datasets
 import pytest
 
-from megatron_tide.data import PreparedData, prepare
-from megatron_tide.data.build import PrepareJob, build_shard
+from megatron_tide.data import PreparedData
 from megatron_tide.data.encode import Encoded
 from megatron_tide.data.shard import shard_name
-from megatron_tide.lock import RunLock
 from tests.data.conftest import Pair, conversation, encode, write_jsonl
-from tests.support.commands import command
-from tests.support.disk import small_disk
-
-Chats = Callable[[int], Path]
-LENGTHS = ["--student-length", "64", "--teacher-length", "128", "--student-block", "8", "--teacher-block", "16"]
-main = command("prepare")
-RUN = [sys.executable, "-m", "megatron_tide", "prepare"]
-
-
-def _flags(pair: Pair, data: Path, out: Path, *more: str) -> list[str]:
-    paths = ["--data", str(data), *pair.flags(), "--out", str(out)]
-    return [*paths, *LENGTHS, "--workers", "1", "--shard-rows", "16", *more]
-
-
-def _content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".prepare")}
-
-
-def _prepare(pair: Pair, data: Path, out: Path, *more: str) -> PreparedData:
-    assert main(_flags(pair, data, out, *more)) == 0
-    return PreparedData.open(out)
+from tests.data.preparing import LENGTHS, RUN, Chats, content_of, flags_of, main, prepared
 
 
 def test_a_prepared_folder_holds_what_the_settings_say(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    data = _prepare(pair, chats(50), tmp_path / "out")
+    data = prepared(pair, chats(50), tmp_path / "out")
     data.check(student=pair.student.fingerprint, teacher=pair.teacher.fingerprint, bridge=pair.bridge.fingerprint)
     counts = data.manifest["counts"]
     assert counts["read"] == 50
@@ -99,7 +70,7 @@ def test_a_block_size_that_is_no_number_is_refused(pair: Pair, chats: Chats, tmp
 
 
 def test_a_prepared_folder_is_a_data_set(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    data = _prepare(pair, chats(50), tmp_path / "out")
+    data = prepared(pair, chats(50), tmp_path / "out")
     table = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert table["key"][:] == data.stats.keys.tolist()
     for i in (0, 20, len(data) - 1):
@@ -114,24 +85,24 @@ def test_a_few_unreadable_rows_are_left_out_and_named(
     lines[100], lines[200] = "{oops", json.dumps({"text": "no messages"})
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
-    data = _prepare(pair, path, tmp_path / "out")
+    data = prepared(pair, path, tmp_path / "out")
     said = capsys.readouterr().err
     assert f"skipped: {path}:101: not valid JSON" in said
     assert f"skipped: {path}:201: no column 'messages'" in said
     assert data.manifest["counts"]["dropped"]["cannot be read"] == 2
     assert data.manifest["unreadable"] == [100, 200]
     assert set(range(250)) - set(data.stats.keys.tolist()) == {100, 200}
-    before = _content(tmp_path / "out")
+    before = content_of(tmp_path / "out")
     (tmp_path / "out" / shard_name(100 // 16)).unlink()
-    _prepare(pair, path.rename(tmp_path / "renamed.jsonl"), tmp_path / "out")
-    assert _content(tmp_path / "out") == before
+    prepared(pair, path.rename(tmp_path / "renamed.jsonl"), tmp_path / "out")
+    assert content_of(tmp_path / "out") == before
 
 
 def test_one_process_and_two_give_the_same_bytes(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     path = chats(70)
-    _prepare(pair, path, tmp_path / "one")
-    _prepare(pair, path, tmp_path / "two", "--workers", "2")
-    assert _content(tmp_path / "one") == _content(tmp_path / "two")
+    prepared(pair, path, tmp_path / "one")
+    prepared(pair, path, tmp_path / "two", "--workers", "2")
+    assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
 
 
 def test_one_sided_data_need_the_student_alone(pair: Pair, chats: Chats, tmp_path: Path) -> None:
@@ -159,120 +130,21 @@ def test_rows_without_a_response_are_counted_and_dropped(pair: Pair, tmp_path: P
     path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in conversations.values()))
     mixture = tmp_path / "mixture.json"
     mixture.write_text(json.dumps({"sources": [{"path": "rows.jsonl", "max_chars": 2000}]}))
-    data = _prepare(pair, mixture, tmp_path / "out")
+    data = prepared(pair, mixture, tmp_path / "out")
     assert data.manifest["counts"]["dropped"] == dict.fromkeys(conversations.keys() - {"kept"}, 1)
     assert len(data) == 1
     assert data.stats.keys.tolist() == [6]
     assert data.manifest["refused_example"]
 
 
-def _shards(out: Path) -> int:
-    return len(list(out.glob("shard-*")))
-
-
-def _forked(arguments: list[str]) -> int:
-    """Start ``main`` in a process of its own that need not import anything again; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
-    try:
-        os._exit(main(arguments))
-    finally:
-        os._exit(1)
-
-
-def test_killed_at_20_random_moments_it_ends_with_the_same_bytes(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    path, out, moments = chats(1200), tmp_path / "killed", random.Random(20260101)
-    _prepare(pair, path, tmp_path / "untouched")
-    progress = []
-    for _ in range(20):
-        child = _forked(_flags(pair, path, out))
-        goal = _shards(out) + moments.randint(0, 4)
-        while _shards(out) < goal and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.001)
-        time.sleep(moments.random() * 0.02)
-        os.kill(child, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        progress.append(_shards(out))
-    assert progress == sorted(progress)
-    assert 0 < progress[-1] < 75
-    assert not (out / "manifest.json").exists()
-    _prepare(pair, path, out)
-    assert _content(out) == _content(tmp_path / "untouched")
-
-
-@pytest.mark.slow
-def test_a_killed_command_with_workers_ends_with_the_same_bytes(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    path, out = chats(600), tmp_path / "killed"
-    _prepare(pair, path, tmp_path / "untouched")
-    command = [*RUN, *_flags(pair, path, out, "--workers", "2")]
-    for goal in (3, 20):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        while _shards(out) < goal:
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
-    assert _shards(out) < 38
-    assert subprocess.run(command, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
-    assert _content(out) == _content(tmp_path / "untouched")
-
-
-@pytest.mark.slow
-def test_workers_end_when_their_parent_is_killed(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [*RUN, *_flags(pair, chats(3000), out, "--workers", "2", "--shard-rows", "4")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while not _shards(out):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    pytest.fail("workers outlived their parent")
-
-
-def test_finished_shards_are_kept_and_damaged_ones_built_again(
-    pair: Pair, chats: Chats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, out = chats(64), tmp_path / "out"
-    _prepare(pair, path, out)
-    before = _content(out)
-    built: list[int] = []
-
-    def counting(job: PrepareJob, number: int) -> None:
-        built.append(number)
-        build_shard(job, number)
-
-    monkeypatch.setattr("megatron_tide.data.build.build_shard", counting)
-    _prepare(pair, path, out)
-    assert built == []
-    damaged = bytearray(before[shard_name(1)])
-    damaged[-1] ^= 1
-    (out / shard_name(1)).write_bytes(damaged)
-    (out / shard_name(2)).write_bytes(before[shard_name(2)][:100])
-    (out / shard_name(3)).unlink()
-    _prepare(pair, path, out)
-    assert built == [1, 2, 3]
-    assert _content(out) == before
-
-
 def test_the_same_files_under_other_names_are_the_same_data(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     path, out = chats(20), tmp_path / "out"
-    _prepare(pair, path, out)
-    before = _content(out)
+    prepared(pair, path, out)
+    before = content_of(out)
     shutil.copytree(pair.student_path, tmp_path / "copy")
     moved = path.rename(tmp_path / "moved.jsonl")
-    assert main([*_flags(pair, moved, out), "--student", str(tmp_path / "copy")]) == 0
-    assert _content(out) == before
+    assert main([*flags_of(pair, moved, out), "--student", str(tmp_path / "copy")]) == 0
+    assert content_of(out) == before
 
 
 @pytest.mark.parametrize(
@@ -289,93 +161,41 @@ def test_other_settings_are_refused_by_name(
     pair: Pair, chats: Chats, tmp_path: Path, more: list[str], words: str
 ) -> None:
     path, out = chats(20), tmp_path / "out"
-    _prepare(pair, path, out)
-    before = _content(out)
+    prepared(pair, path, out)
+    before = content_of(out)
     with pytest.raises(ValueError, match=words):
-        main(_flags(pair, path, out, *more))
-    assert _content(out) == before
+        main(flags_of(pair, path, out, *more))
+    assert content_of(out) == before
 
 
 def test_other_data_are_refused_and_fresh_starts_over(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    _prepare(pair, chats(40), out)
+    prepared(pair, chats(40), out)
     path = chats(20)
     with pytest.raises(ValueError, match=r"with sources\[0\].content .* --fresh"):
-        main(_flags(pair, path, out))
-    data = _prepare(pair, path, out, "--fresh")
+        main(flags_of(pair, path, out))
+    data = prepared(pair, path, out, "--fresh")
     assert data.manifest["counts"]["read"] == 20
-    _prepare(pair, path, tmp_path / "new")
-    assert _content(out) == _content(tmp_path / "new")
-
-
-def test_a_full_disk_leaves_what_is_finished(
-    pair: Pair, chats: Chats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, out = chats(64), tmp_path / "out"
-    _prepare(pair, path, tmp_path / "untouched")
-    write = os.fsync
-    writes: list[int] = []
-
-    def full(descriptor: int) -> None:
-        writes.append(descriptor)
-        if len(writes) == 7:  # each file counts twice, itself and its folder: settings, two shards, then a third
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*shard-00002.*; 2 of 4 shards are finished"):
-        main(_flags(pair, path, out))
-    monkeypatch.undo()
-    assert not list(out.glob(".tide-tmp*"))
-    assert _shards(out) == 2
-    assert not (out / "manifest.json").exists()
-    _prepare(pair, path, out)
-    assert _content(out) == _content(tmp_path / "untouched")
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", "64k") as disk:
-        yield disk
-
-
-@pytest.mark.slow
-def test_a_small_disk_ends_a_run_with_one_line(pair: Pair, chats: Chats, tiny_disk: Path) -> None:
-    command = [*RUN, *_flags(pair, chats(600), tiny_disk / "out", "--workers", "2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "No space left on device" in done.stderr
-    finished = _shards(tiny_disk / "out")
-    assert finished > 0
-    assert f"{finished} of 38 shards are finished" in done.stderr
-
-
-def test_two_at_once_on_one_folder(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    with RunLock(out, prepare._LOCK), pytest.raises(ValueError, match="in use by"):
-        main(_flags(pair, chats(5), out))
-    _prepare(pair, chats(5), out)
+    prepared(pair, path, tmp_path / "new")
+    assert content_of(out) == content_of(tmp_path / "new")
 
 
 def test_a_folder_of_something_else_is_left_alone(pair: Pair, chats: Chats) -> None:
-    before = _content(pair.bridge_path)
+    before = content_of(pair.bridge_path)
     for more in ([], ["--fresh"]):
         with pytest.raises(ValueError, match=r"has a manifest\.json that is not of prepared data"):
-            main(_flags(pair, chats(5), pair.bridge_path, *more))
-    assert _content(pair.bridge_path) == before
+            main(flags_of(pair, chats(5), pair.bridge_path, *more))
+    assert content_of(pair.bridge_path) == before
 
 
 def test_coverage_below_the_floor_stops(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"covers 1.0000 of the response bytes, less than --coverage-floor 1.5"):
-        main(_flags(pair, chats(5), tmp_path / "out", "--coverage-floor", "1.5"))
+        main(flags_of(pair, chats(5), tmp_path / "out", "--coverage-floor", "1.5"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_limit_takes_that_many_rows(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    data = _prepare(pair, chats(100), tmp_path / "out", "--limit", "30")
+    data = prepared(pair, chats(100), tmp_path / "out", "--limit", "30")
     assert data.manifest["counts"]["read"] == 30
     assert max(data.stats.keys) >= 30
 
@@ -406,7 +226,7 @@ def test_mistakes_give_one_line(pair: Pair, chats: Chats, tmp_path: Path, more: 
     if more == ["--swap"]:
         more = ["--student", str(pair.teacher_path), "--teacher", str(pair.student_path)]
     with pytest.raises(ValueError, match=words) as caught:
-        main(_flags(pair, chats(4), tmp_path / "out", *_inside(tmp_path, more)))
+        main(flags_of(pair, chats(4), tmp_path / "out", *_inside(tmp_path, more)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -419,7 +239,7 @@ def _inside(folder: Path, flags: list[str]) -> list[str]:
 def test_the_command_exits_with_2_and_no_traceback(pair: Pair, tmp_path: Path, workers: str) -> None:
     rows = [{"messages": conversation(n)} for n in range(40)]
     path = write_jsonl(tmp_path / "rows.jsonl", [*rows, {"messages": [{"role": "user"}, {"content": "x"}]}])
-    command = [*RUN, *_flags(pair, path, tmp_path / "out", "--workers", workers)]
+    command = [*RUN, *flags_of(pair, path, tmp_path / "out", "--workers", workers)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     reason = "message 1: role and content must be text; 1 of 41 rows cannot be read, more than 1%"

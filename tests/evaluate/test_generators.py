@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import pickle
 import shutil
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 
 from megatron_tide.bridge import load_tokenizer
-from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.generators import (
     AutoregressiveGenerator,
     BlockDiffusionGenerator,
     Generator,
-    ResponseCache,
     open_generator,
 )
-from megatron_tide.evaluate.thoughts import STILL_THINKING, cut, is_open, text_of
+from megatron_tide.evaluate.thoughts import cut
 from megatron_tide.generate import complete
-from tests.support.answering import write_autoregressive
+from tests.evaluate.generating import PRESET, PROMPTS, answers, opened, requests
 from tests.support.lab import Lab, write_checkpoint
 from tests.support.models import tiny_wedlm_config, write_hub_folder
-
-PRESET = BenchmarkPreset(task="t", new_tokens=12, steps=6, chat_template=False)
-PROMPTS = ["Print line 3.", "x", "Write a function that returns the largest number.", "for name in names:"]
-
-
-@pytest.fixture(scope="module")
-def baseline(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_autoregressive(tmp_path_factory.mktemp("ar") / "ar", lab.student)
-
-
-def opened(path: Path, batch_size: int = 2, dtype: torch.dtype = torch.float32) -> Generator:
-    return open_generator(str(path), dtype, "cpu", batch_size)
-
-
-def requests(generator: Generator, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: Any) -> list[Instance]:
-    settings = {"until": [], "chat_template": preset.chat_template, **generator.settings(preset), **more}
-    return [Instance("generate_until", {}, (prompt, settings), 0) for prompt in prompts]
-
-
-def answers(generator: Any, prompts: list[str], preset: BenchmarkPreset = PRESET, **more: Any) -> list[str]:
-    return generator.generate_until(requests(generator, prompts, preset, **more))
 
 
 def test_each_model_type_has_its_generator(lab: Lab, baseline: Path, tmp_path: Path) -> None:
@@ -215,131 +188,6 @@ def test_fingerprints_tell_models_apart(lab: Lab, baseline: Path, tmp_path: Path
     assert opened(other).fingerprint not in found
 
 
-def test_cut() -> None:
-    assert cut("one two three", ["three", " two"]) == "one"
-    assert cut("one", ["", "two"]) == "one"
-
-
-def test_stop_strings_in_thoughts_end_nothing() -> None:
-    thought = "<think>\nQ: is it 4?\n\nNo.</think>\n\n5.\n\nQ: next"
-    assert cut(thought, ["\n\n", "Q:"]) == "5."
-    assert cut("still opened by the prompt\n\n</think>  x = 1\n\n", ["\n\n"]) == "  x = 1"
-    assert cut("<think>\nwithout an end. The answer is 7.", []) == ""
-
-
-TURN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
-TURN += "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-
-
-def test_models_think_where_they_are_told_to(lab: Lab, baseline: Path, tmp_path: Path) -> None:
-    """Baselines do not think unless asked to; a student is prompted as it was trained."""
-    for kind, start in (("ar", baseline), ("student", lab.student)):
-        folder = shutil.copytree(start, tmp_path / kind)
-        (folder / "chat_template.jinja").write_text(TURN)
-        for thinking, expected in ((None, kind == "ar"), (False, True), (True, False)):
-            generator = open_generator(str(folder), torch.float32, "cpu", 1, thinking)
-            prompt = generator.apply_chat_template([{"role": "user", "content": "x"}])
-            assert prompt == "[user] x\n[assistant] " + "<think>\n\n</think>\n\n" * expected
-
-
-class Writes(torch.nn.Module):
-    """In place of a model: each row's next token is that of ``ids`` that follows those written already."""
-
-    def __init__(self, ids: list[int], vocabulary: int) -> None:
-        super().__init__()
-        self.ids, self.vocabulary, self.passes = ids, vocabulary, 0
-
-    def __call__(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
-        next_one = self.ids[min(self.passes, len(self.ids) - 1)]
-        self.passes += 1
-        logits = torch.zeros(*input_ids.shape, self.vocabulary)
-        logits[..., next_one] = 1.0
-        return CausalLMOutputWithPast(logits=logits)
-
-
-def writes(generator: Generator, text: str, monkeypatch: pytest.MonkeyPatch) -> Writes:
-    """Make an autoregressive generator write ``text``, whatever it is asked."""
-    ids = [*generator.text_tokenizer.encode(text).tolist(), generator.text_tokenizer.eos_id]
-    says = Writes(ids, generator.model.config.vocab_size)
-    monkeypatch.setattr(generator.model, "forward", says.__call__)
-    return says
-
-
-LONG = BenchmarkPreset(task="t", new_tokens=100, steps=100, chat_template=True)
-OPENED = TURN.replace("<think>\n\n</think>\n\n", "<think>\n")
-THINKS = [
-    ("<think> STOP </think>\n\n42 STOP no", "42", "x STOP</think>7 STOP", "7"),
-    ("<think> STOP", "", "still thinking STOP", ""),
-    ("<think>a</think><think> STOP and", "", "a</think>\n<think> STOP", ""),
-    ("<think></think>4 <think> STOP", "4 <think>", "</think>4 STOP", "4"),
-]
-
-
-@pytest.mark.parametrize(("closed", "expected", "opened_by_prompt", "expected_then"), THINKS)
-def test_a_baseline_stops_behind_its_thoughts_only(
-    baseline: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    closed: str,
-    expected: str,
-    opened_by_prompt: str,
-    expected_then: str,
-) -> None:
-    for name, template, text, answer in (
-        ("closed", TURN, closed, expected),
-        ("opened", OPENED, opened_by_prompt, expected_then),
-    ):
-        folder = shutil.copytree(baseline, tmp_path / name)
-        (folder / "chat_template.jinja").write_text(template)
-        generator = opened(folder, 1)
-        prompt = generator.apply_chat_template([{"role": "user", "content": "x <think>"}])
-        assert is_open(prompt) == (name == "opened")
-        says = writes(generator, text, monkeypatch)
-        (found,) = answers(generator, [prompt], LONG, until=[" STOP"])
-        assert found == answer
-        assert getattr(found, "notes", ()) == (() if answer else (STILL_THINKING,))
-        assert (says.passes < len(says.ids)) == (answer != "")  # it ended at the stop string
-
-
-def test_an_unfinished_thought_of_a_block_model_is_no_answer_either(
-    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = shutil.copytree(lab.student, tmp_path / "student")
-    (folder / "chat_template.jinja").write_text(OPENED)
-    generator = open_generator(str(folder), torch.float32, "cpu", 2, thinking=False)
-    prompt = generator.apply_chat_template([{"role": "user", "content": "x"}])
-    plain = open_generator(str(lab.student), torch.float32, "cpu", 2).apply_chat_template(
-        [{"role": "user", "content": "x"}]
-    )
-    for asked, empty in ((prompt, True), (plain, False)):
-        (found,) = answers(generator, [asked], replace(PRESET, chat_template=True))
-        assert (found == "") == empty
-        assert getattr(found, "notes", ()) == ((STILL_THINKING,) if empty else ())
-    with ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-        for _ in range(2):  # kept answers keep their notes
-            assert [one.notes for one in answers(cache, [prompt], replace(PRESET, chat_template=True))] == [
-                (STILL_THINKING,)
-            ]
-    begun = generator.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "def f"}], add_generation_prompt=False
-    )
-    assert begun.endswith("[assistant] <think>\n\n</think>\n\ndef f")
-
-
-def test_marks_of_thoughts_count_where_they_are_special_tokens(lab: Lab, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    raw = PreTrainedTokenizerFast.from_pretrained(lab.student)
-    raw.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
-    raw.save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(tmp_path)
-    ids = tokenizer.encode_prompt("<think>no STOP</think>\n\n5 STOP<|im_end|>")
-    assert "<think>" not in tokenizer.decode(ids)
-    assert cut(text_of(tokenizer, ids), [" STOP"]) == "5"
-
-
 def test_long_prompts_lose_their_beginning_and_keep_their_text(baseline: Path, tmp_path: Path) -> None:
     """What is left of a prompt has no other control tokens than the template's; the loss is said."""
     folder = shutil.copytree(baseline, tmp_path / "ar")
@@ -368,22 +216,6 @@ def test_tasks_of_one_batch_keep_their_own_lengths(lab: Lab) -> None:
     assert mixed[0] != mixed[1]
 
 
-def test_equal_texts_of_other_parts_are_other_entries(lab: Lab, tmp_path: Path) -> None:
-    """A user who types the marks of a turn is not answered as another who took two turns."""
-    generator = opened(lab.student)
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    typed = [{"role": "user", "content": "a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc"}]
-    prompts = [generator.apply_chat_template(said) for said in (turn, typed)]
-    assert str(prompts[0]) == str(prompts[1])
-    counted = Counted(generator)
-    with ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-        found = [answers(cache, [prompt], replace(PRESET, chat_template=True)) for prompt in prompts]
-        assert counted.batches == [1, 1]
-        again = [answers(cache, [prompt], replace(PRESET, chat_template=True)) for prompt in prompts]
-    assert counted.batches == [1, 1]
-    assert found == again
-
-
 def test_the_code_that_makes_answers_is_part_of_a_fingerprint(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_tide.evaluate.generators as module
 
@@ -409,89 +241,6 @@ def test_likelihoods_of_text_see_no_control_tokens(baseline: Path, text: str) ->
     assert len(special & {*context}) == 2  # <|im_start|>, <|im_end|>
     assert not special & {*answer}
     assert generator.text_tokenizer.decode(answer) == f"\n {text}"  # lm-eval moves the spaces
-
-
-class Counted:
-    """Counts the prompts that reach a generator, and stops it after some of them."""
-
-    def __init__(self, generator: Any, stop_after: int | None = None) -> None:
-        self.batches: list[int] = []
-        self._complete, self._stop_after = generator._complete, stop_after
-        generator._complete = self
-
-    def __call__(self, model: Any, prompts: list[Any], asked: list[Any]) -> list[Any]:
-        if self._stop_after is not None and sum(self.batches) >= self._stop_after:
-            raise KeyboardInterrupt
-        self.batches.append(len(prompts))
-        return self._complete(model, prompts, asked)
-
-
-def test_a_stopped_evaluation_continues_with_the_same_batches(lab: Lab, tmp_path: Path) -> None:
-    prompts = [f"Print line {number}{'!' * (number % 4)}" for number in range(10)]
-    whole = opened(lab.student)
-    expected = answers(whole, prompts)
-    generator = opened(lab.student)
-    Counted(generator, stop_after=4)
-    with pytest.raises(KeyboardInterrupt), ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-        answers(cache, prompts)
-    generator = opened(lab.student)
-    counted = Counted(generator)
-    with ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-        assert answers(cache, prompts) == expected
-        assert counted.batches == [2, 2, 2]
-        assert answers(cache, prompts) == expected
-        assert counted.batches == [2, 2, 2]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_stopped_evaluation_of_a_baseline_continues_too(baseline: Path, tmp_path: Path, temperature: float) -> None:
-    """A batch is in the cache before the next one starts; what is drawn depends on the batch."""
-    prompts = [f"Print line {number}{'!' * (number % 4)}" for number in range(10)]
-    preset, drawn = replace(PRESET, temperature=temperature), {"seed": 7, "sample": 0} if temperature else {}
-    expected, sizes = answers(opened(baseline), prompts, preset, **drawn), list[int]()
-    for stop_after in (4, None):
-        generator: Any = opened(baseline)
-        complete = generator._complete
-
-        def counted(one: Any, batch: Any, asked: Any, stop_after: Any = stop_after, complete: Any = complete) -> Any:
-            if sum(sizes) == stop_after:
-                raise KeyboardInterrupt
-            sizes.append(len(batch))
-            return complete(one, batch, asked)
-
-        generator._complete = counted
-        with contextlib.suppress(KeyboardInterrupt), ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-            found = answers(cache, prompts, preset, **drawn)
-    assert sizes == [2] * 5
-    assert found == expected
-
-
-def test_other_settings_and_prompts_are_other_entries(lab: Lab, tmp_path: Path) -> None:
-    generator = opened(lab.student)
-    counted = Counted(generator)
-    with ResponseCache(generator, tmp_path / "c.sqlite") as cache:
-        answers(cache, PROMPTS[:1])
-        for changes in ({"new_tokens": 13}, {"steps": 3}, {"temperature": 0.5}):
-            answers(cache, PROMPTS[:1], replace(PRESET, **changes))
-        answers(cache, PROMPTS[:1], replace(PRESET, temperature=0.5), seed=1)
-        answers(cache, ["y"])
-        assert counted.batches == [1] * 6
-
-
-def test_a_cache_is_json_and_never_unpickled(lab: Lab, tmp_path: Path) -> None:
-    path = tmp_path / "c.sqlite"
-    generator = opened(lab.student)
-    with ResponseCache(generator, path) as cache:
-        found = answers(cache, PROMPTS[:1])
-    with sqlite3.connect(path) as database:
-        ((_, value),) = database.execute("select * from unnamed").fetchall()
-        assert json.loads(value) == found[0]
-        database.execute("update unnamed set value = ?", (pickle.dumps(found[0]),))
-    with pytest.raises(ValueError, match=r"codec|JSON|Expecting"), ResponseCache(generator, path) as cache:
-        answers(cache, PROMPTS[:1])
-    path.write_bytes(b"no database at all, for certain" * 100)
-    with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache .*remove it"):
-        ResponseCache(generator, path)
 
 
 def test_mistakes(lab: Lab, baseline: Path, tmp_path: Path) -> None:
