@@ -6,11 +6,11 @@ A family is one row of :data:`FAMILIES` and its module. To add one, write its mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -30,9 +30,21 @@ ConfigSource = str | Path | dict[str, Any]
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
+class ConfigFormat(Protocol):
+    """How a family's ``config.json`` is read and written."""
+
+    def read(self, values: dict[str, Any]) -> Any:
+        """The config object. ValueError for values that describe no model of the family."""
+        ...
+
+    def write(self, config: Any) -> dict[str, Any]:
+        """The dict of ``config.json``, without ``model_type`` and the like."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HubConfig:
-    """``config.json`` of a transformers model: its class, the keys it must have, and those that it may have.
+    """:class:`ConfigFormat` of a transformers model: its class, the keys it must have, and those that it may have.
 
     Only these keys are read (others, such as ``attn_implementation``, make transformers run code from the hub) and
     written, without those that the installed transformers adds. RoPE is written as ``rope_theta`` and ``rope_scaling``,
@@ -107,15 +119,14 @@ class Family:
 
     ``model_types``: values of ``config.json``'s ``model_type``; the first one is written. ``module``: called with a
     config; has ``backbone(input_ids, attention_mask, position_ids, past_key_values)`` -> [B, L, H] and ``head_weight``
-    [V, H]. ``checkpoint_keys``: see :func:`megatron_tide.models.checkpoint_keys.checkpoint_table`.
+    [V, H]. ``config``: reads and writes ``config.json``. ``checkpoint_keys``: see :func:`megatron_tide.models.checkpoint_keys.checkpoint_table`.
     ``stored_precision``: endings of tensor names that are never cast. ``shifts_by_one``: the row at a position predicts
     the NEXT token, not its own. ``trains_as``: the model type that training makes of it ("" for its own).
     """
 
     model_types: tuple[str, ...]
     module: type[PreTrainedModel]
-    read_config: Callable[[dict[str, Any]], Any]
-    write_config: Callable[[Any], dict[str, Any]]
+    config: ConfigFormat
     checkpoint_keys: Mapping[str, str] = field(default_factory=dict)
     stored_precision: tuple[str, ...] = ()
     layout: LayerLayout = LayerLayout()
@@ -163,15 +174,6 @@ _QWEN3_OPTIONAL = (*_OPTIONAL, "max_window_layers", "sliding_window", "use_slidi
 _LLAMA_OPTIONAL = (*_OPTIONAL, "head_dim", "mlp_bias")
 _STUDENT = ("block_size", "mask_token_id")
 
-_QWEN3_CONFIG = HubConfig(config_class=Qwen3Config, required=_QWEN3_REQUIRED, optional=_QWEN3_OPTIONAL)
-_LLAMA_CONFIG = HubConfig(config_class=LlamaConfig, required=_REQUIRED, optional=_LLAMA_OPTIONAL)
-_A2D_QWEN3_CONFIG = HubConfig(
-    config_class=A2DQwen3Config, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT)
-)
-_SDAR_CONFIG = HubConfig(config_class=SDARConfig, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT))
-_A2D_LLAMA_CONFIG = HubConfig(config_class=A2DLlamaConfig, required=_REQUIRED, optional=(*_LLAMA_OPTIONAL, *_STUDENT))
-
-
 _AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModel")
 _DECODING = ("backbone_a2d.py", "generation_a2d.py", "decoding_a2d.py", "sampling_a2d.py")
 
@@ -190,8 +192,7 @@ register(
     Family(
         model_types=("a2d-qwen3", "wedlm"),
         module=A2DQwen3LMHeadModel,
-        read_config=_A2D_QWEN3_CONFIG.read,
-        write_config=_A2D_QWEN3_CONFIG.write,
+        config=HubConfig(config_class=A2DQwen3Config, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT)),
         release=_student_release("a2d_qwen3", A2DQwen3Config, A2DQwen3LMHeadModel),
     )
 )
@@ -201,8 +202,7 @@ register(
     Family(
         model_types=("sdar",),
         module=SDARForCausalLM,
-        read_config=_SDAR_CONFIG.read,
-        write_config=_SDAR_CONFIG.write,
+        config=HubConfig(config_class=SDARConfig, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT)),
         trains_as="a2d-qwen3",
         release=ReleaseFiles(
             code=("modeling_sdar.py", "a2d_qwen3.py", *_DECODING),
@@ -221,8 +221,7 @@ register(
     Family(
         model_types=("a2d-llama",),
         module=A2DLlamaLMHeadModel,
-        read_config=_A2D_LLAMA_CONFIG.read,
-        write_config=_A2D_LLAMA_CONFIG.write,
+        config=HubConfig(config_class=A2DLlamaConfig, required=_REQUIRED, optional=(*_LLAMA_OPTIONAL, *_STUDENT)),
         release=_student_release("a2d_llama", A2DLlamaConfig, A2DLlamaLMHeadModel),
     )
 )
@@ -231,8 +230,7 @@ register(
     Family(
         model_types=("qwen3",),
         module=Qwen3ForCausalLM,
-        read_config=_QWEN3_CONFIG.read,
-        write_config=_QWEN3_CONFIG.write,
+        config=HubConfig(config_class=Qwen3Config, required=_QWEN3_REQUIRED, optional=_QWEN3_OPTIONAL),
         generation="autoregressive",
         shifts_by_one=True,
         trains_as="a2d-qwen3",
@@ -242,8 +240,7 @@ register(
     Family(
         model_types=("llama",),
         module=LlamaForCausalLM,
-        read_config=_LLAMA_CONFIG.read,
-        write_config=_LLAMA_CONFIG.write,
+        config=HubConfig(config_class=LlamaConfig, required=_REQUIRED, optional=_LLAMA_OPTIONAL),
         generation="autoregressive",
         shifts_by_one=True,
         trains_as="a2d-llama",
@@ -254,8 +251,7 @@ register(
     Family(
         model_types=("llada2_moe",),
         module=LLaDA2MoeModelLM,
-        read_config=LLaDA2Config.read,
-        write_config=LLaDA2Config.to_dict,
+        config=LLaDA2Config,
         checkpoint_keys={r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)": r"\1.{index}.\2.weight"},
         stored_precision=(".expert_bias",),
         layout=LayerLayout(embedding="model.word_embeddings", joint_mlp=True),
@@ -283,7 +279,7 @@ def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Fami
         family = FAMILIES[family.trains_as]
     with _describing(where):
         check_config(values)
-        return family, family.read_config(values)
+        return family, family.config.read(values)
 
 
 @contextmanager
@@ -332,7 +328,7 @@ def config_dict(model: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """The ``config.json`` of a model with weights stored in ``dtype``."""
     family = family_of(model)
     return {
-        **family.write_config(model.config),
+        **family.config.write(model.config),
         "model_type": family.model_types[0],
         "architectures": [family.module.__name__],
         "torch_dtype": str(dtype).removeprefix("torch."),

@@ -143,6 +143,11 @@ class LLaDA2Config(PretrainedConfig):
         own = {name: value for name, value in values.items() if name in _OWN}
         return cls(**own, extra={key: values[key] for key in _ALSO_WRITTEN if key in values})
 
+    @staticmethod
+    def write(config: LLaDA2Config) -> dict[str, Any]:
+        """The dict of the public ``config.json``."""
+        return config.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """The dict of ``config.json``, with the keys that are written back as they were."""
         own = {name: getattr(self, name) for name in _OWN if name != "rotary_dim" or self.rotary_dim is not None}

@@ -41,8 +41,7 @@ BLOCK_CONFIG = HubConfig(
 CAUSAL = Family(
     model_types=("toy-causal",),
     module=ToyCausalLM,
-    read_config=CAUSAL_CONFIG.read,
-    write_config=CAUSAL_CONFIG.write,
+    config=CAUSAL_CONFIG,
     checkpoint_keys={r"model\.(.*)": r"transformer.\1"},
     generation="autoregressive",
     shifts_by_one=True,
@@ -50,8 +49,7 @@ CAUSAL = Family(
 BLOCK = Family(
     model_types=("toy-block",),
     module=ToyBlockLM,
-    read_config=BLOCK_CONFIG.read,
-    write_config=BLOCK_CONFIG.write,
+    config=BLOCK_CONFIG,
 )
 
 
