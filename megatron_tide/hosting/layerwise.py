@@ -27,9 +27,9 @@ from megatron_tide.fast import piece_sizes
 from megatron_tide.hosting.backend import Ranks, TeacherBackend
 from megatron_tide.models import resolve_folder, target_logprobs
 from megatron_tide.models.backbone_a2d import Mask, attention_mask_for
-from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors, tied_aliases
+from megatron_tide.models.checkpoint_keys import checkpoint_table
 from megatron_tide.models.layer_specs import Flow, LayerSpec, LayerSpecs, layer_specs_of
-from megatron_tide.models.load import check_keys, check_shapes
+from megatron_tide.models.load import checked_table
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import Strategy, TeacherOutputs
 
@@ -226,10 +226,7 @@ def open_layer_specs(folder: str) -> tuple[LayerSpecs, ShardedFolder]:
     """
     path = resolve_folder(folder)
     specs, source = layer_specs_of(path), ShardedFolder(path)
-    tensors = module_tensors(specs.model)
-    table = checkpoint_table(tensors, specs.family)
-    check_keys(source, set(table), set(tied_aliases(specs.model)))
-    check_shapes(source, table, tensors)
+    checked_table(source, specs.model)
     return specs, source
 
 
@@ -280,9 +277,6 @@ class LayerwiseTeacher(TeacherBackend):
             size = f"{layer.flat_bytes / 1e9:.2f} GB"
             self.ranks.print_rank0(f"teacher: loading {layer.title} ({number} of {len(layers)}, {size})")
             yield layer
-
-    def _outputs(self, states: Sequence[ForwardState]) -> list[TeacherOutputs]:
-        return outputs_of(states, self.strategy, self.head_weight)
 
 
 def outputs_of(states: Sequence[ForwardState], strategy: Strategy, head_weight: Tensor | None) -> list[TeacherOutputs]:

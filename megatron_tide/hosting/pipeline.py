@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from megatron_tide.clock import Clock
 from megatron_tide.diffusion import BlockDiffusionMask, DistillBatch, ModelInput
-from megatron_tide.hosting.layerwise import FlatLayer, ForwardState, LayerwiseTeacher, TeacherInputs
+from megatron_tide.hosting.layerwise import FlatLayer, ForwardState, LayerwiseTeacher, TeacherInputs, outputs_of
 from megatron_tide.models.layer_specs import LayerSpecs
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import TeacherOutputs
@@ -164,7 +164,7 @@ class PipelineTeacher(LayerwiseTeacher):
             self.stage.expected.extend(itertools.chain(*sizes))
             self._run(arrivals, sum(map(len, sizes)))
             states = self._scatter_outputs(inputs, sizes)
-        return self._outputs(states)
+        return outputs_of(states, self.strategy, self.head_weight)
 
     def metrics(self) -> dict[str, float]:
         """The bubble: the share of the sweep time in which this stage was idle."""

@@ -25,7 +25,14 @@ import torch.distributed as dist
 
 from megatron_tide.diffusion import DistillBatch
 from megatron_tide.ds_config import offload_of
-from megatron_tide.hosting.layerwise import FlatLayer, ForwardState, LayerwiseForward, LayerwiseTeacher, TeacherInputs
+from megatron_tide.hosting.layerwise import (
+    FlatLayer,
+    ForwardState,
+    LayerwiseForward,
+    LayerwiseTeacher,
+    TeacherInputs,
+    outputs_of,
+)
 from megatron_tide.lock import NAME as LOCK
 from megatron_tide.lock import RunLock, is_held
 from megatron_tide.models.shards import ShardedFolder
@@ -59,7 +66,7 @@ class Zero3Teacher(LayerwiseTeacher):
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         states = [ForwardState(TeacherInputs.of(batch)) for batch in microbatches]
         self.engine(states)
-        return self._outputs(states)
+        return outputs_of(states, self.strategy, self.head_weight)
 
 
 def engine_settings(

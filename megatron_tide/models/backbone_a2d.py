@@ -185,41 +185,35 @@ class BlockDiffusionBackbone:
         """The output embedding, [V, H]."""
         return self.lm_head.weight
 
-    def layer_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Mask | None = None,
-        position_ids: Tensor | None = None,
-        cache: BlockCache | Cache | None = None,
-        keep: bool = False,
-    ) -> tuple[Tensor, ...]:
-        """Normed hidden states [B, L, H]; ``keep``: behind the embeddings and every other layer's output.
-
-        What transformers' own forward does, without its names for a cache, which change between versions: the cache
-        goes to :func:`attention_interface`.
-        """
-        hidden = self.model.embed_tokens(input_ids)
-        mask = attention_mask_for(attention_mask, hidden.dtype)
-        if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        rotations, states = self.model.rotary_emb(hidden, position_ids), []
-        more = {} if cache is None else {CACHE: cache}
-        for layer in self.model.layers:
-            if keep:
-                states.append(hidden)
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotations, **more)
-        return (*states, self.model.norm(hidden))
-
     def backbone(
         self,
         input_ids: Tensor,
         attention_mask: Mask | None = None,
         position_ids: Tensor | None = None,
         past_key_values: BlockCache | Cache | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """Normed hidden states [B, L, H]; ``past_key_values`` is attended to and appended to."""
-        return self.layer_states(input_ids, attention_mask, position_ids, past_key_values)[-1]
+        """Normed hidden states [B, L, H]; ``past_key_values`` is attended to and appended to. ``states``: takes the
+        embeddings and every layer's output, the last one normed.
+
+        What transformers' own forward does, without its names for a cache, which change between versions: the cache
+        goes to :func:`attention_interface`.
+        """
+        hidden, cache = self.model.embed_tokens(input_ids), past_key_values
+        mask = attention_mask_for(attention_mask, hidden.dtype)
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        rotations = self.model.rotary_emb(hidden, position_ids)
+        more = {} if cache is None else {CACHE: cache}
+        for layer in self.model.layers:
+            if states is not None:
+                states.append(hidden)
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotations, **more)
+        hidden = self.model.norm(hidden)
+        if states is not None:
+            states.append(hidden)
+        return hidden
 
     def forward(
         self,
@@ -244,12 +238,12 @@ class BlockDiffusionBackbone:
         past_key_values = cache if past_key_values is None else past_key_values
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
-        keep = bool(output_hidden_states)
-        states = self.layer_states(input_ids, attention_mask, position_ids, past_key_values, keep)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        hidden = self.backbone(input_ids, attention_mask, position_ids, past_key_values, states)
         output = BlockDiffusionOutput(
-            logits=self.lm_head(states[-1]),
+            logits=self.lm_head(hidden),
             cache=None if use_cache is False else past_key_values,
-            hidden_states=states if keep else None,
+            hidden_states=None if states is None else tuple(states),
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -119,9 +119,10 @@ class Family:
 
     ``model_types``: values of ``config.json``'s ``model_type``; the first one is written. ``module``: called with a
     config; has ``backbone(input_ids, attention_mask, position_ids, past_key_values)`` -> [B, L, H] and ``head_weight``
-    [V, H]. ``config``: reads and writes ``config.json``. ``checkpoint_keys``: see :func:`megatron_tide.models.checkpoint_keys.checkpoint_table`.
-    ``stored_precision``: endings of tensor names that are never cast. ``shifts_by_one``: the row at a position predicts
-    the NEXT token, not its own. ``trains_as``: the model type that training makes of it ("" for its own).
+    [V, H]. ``config``: reads and writes ``config.json``. ``checkpoint_keys``: see
+    :func:`megatron_tide.models.checkpoint_keys.checkpoint_table`. ``stored_precision``: endings of tensor names that
+    are never cast. ``shifts_by_one``: the row at a position predicts the NEXT token, not its own. ``trains_as``: the
+    model type that training makes of it ("" for its own).
     """
 
     model_types: tuple[str, ...]

@@ -96,10 +96,8 @@ def weights_sha256(model: nn.Module) -> str:
 
 def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: torch.device) -> None:
     """Give every tensor of a meta-device model its memory and its stored value."""
-    shapes, family = module_tensors(model), family_of(model)
-    table, aliases = checkpoint_table(shapes, family), tied_aliases(model)
-    check_keys(source, set(table), set(aliases))
-    check_shapes(source, table, shapes)
+    shapes, family, aliases = module_tensors(model), family_of(model), tied_aliases(model)
+    table = checked_table(source, model)
     ready: dict[str, Tensor] = {}
     for key, stored in source.tensors(table):
         slot = table[key]
@@ -115,24 +113,28 @@ def _fill(model: nn.Module, source: ShardedFolder, dtype: torch.dtype, device: t
     _adopt(model, ready, aliases)
 
 
-def check_keys(source: ShardedFolder, required: set[str], allowed: set[str]) -> None:
-    """ValueError unless a folder has all ``required`` keys, and no others except ``allowed`` ones."""
+def checked_table(source: ShardedFolder, model: nn.Module) -> dict[str, Slot]:
+    """The checkpoint table of a module, all of whose tensors a folder has, of its shapes, and no others (but equal
+    copies of tied ones); only headers are read. ValueError where it has not.
+    """
+    tensors = module_tensors(model)
+    table = checkpoint_table(tensors, family_of(model))
     problems = []
-    for word, keys in (("lacks", required - source.keys), ("has unexpected", source.keys - required - allowed)):
+    for word, keys in (
+        ("lacks", table.keys() - source.keys),
+        ("has unexpected", source.keys - table.keys() - tied_aliases(model).keys()),
+    ):
         if keys:
             some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
             problems.append(f"{word} {len(keys)} tensor(s) ({some})")
     if problems:
         found = " and ".join(problems)
         raise ValueError(f"{source.folder}: the checkpoint {found}: it does not match its config.json")
-
-
-def check_shapes(source: ShardedFolder, table: dict[str, Slot], tensors: dict[str, Tensor]) -> None:
-    """ValueError unless a folder's tensors have the shapes of the module's; only headers are read."""
     for key, shape in source.shapes(table):
         expected = list(table[key].of(tensors).shape)
         if shape != expected:
             raise ValueError(f"{source.folder}: {key} has shape {shape}, config.json gives {expected}")
+    return table
 
 
 def _check_copies(source: ShardedFolder, aliases: dict[str, str], ready: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ renamed, the index last, so an interrupted write leaves no folder that looks com
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,10 +57,8 @@ class ShardedFolder:
         digest = hashlib.sha256(canonical({k: v for k, v in config.items() if k not in _NOT_THE_MODEL}))
         for name in sorted(set(self._file_of.values())):
             path = self.folder / name
-            try:
+            with _readable(path, _BROKEN):
                 _add_shard(digest, path)
-            except _BROKEN as error:
-                raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
         return digest.hexdigest()
 
     def _each(self, keys: Iterable[str], read: Callable[[Any, str], T]) -> Iterator[tuple[str, T]]:
@@ -68,12 +67,9 @@ class ShardedFolder:
             by_file.setdefault(self._file_of[key], []).append(key)
         for name, names in sorted(by_file.items()):
             path = self._regular(name)
-            try:
-                with safe_open(path, framework="pt") as shard:
-                    for key in names:
-                        yield key, read(shard, key)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
+            with _readable(path), safe_open(path, framework="pt") as shard:
+                for key in names:
+                    yield key, read(shard, key)
 
     def _find(self) -> dict[str, str]:
         index = self.folder / INDEX
@@ -81,11 +77,8 @@ class ShardedFolder:
             return self._from_index(index)
         if (self.folder / SINGLE).exists():
             single = self._regular(SINGLE)
-            try:
-                with safe_open(single, framework="pt") as shard:
-                    return dict.fromkeys(shard.keys(), SINGLE)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{single}: cannot be read ({error}); copy or download it again") from None
+            with _readable(single), safe_open(single, framework="pt") as shard:
+                return dict.fromkeys(shard.keys(), SINGLE)
         pickles = sorted(path.name for path in self.folder.glob("*.bin"))
         if pickles:
             raise ValueError(
@@ -115,6 +108,15 @@ class ShardedFolder:
             if not (self.folder / name).exists():
                 raise ValueError(f"{self.folder / name}: missing, but listed in {INDEX}; download it again")
         return file_of
+
+
+@contextlib.contextmanager
+def _readable(path: Path, errors: tuple[type[Exception], ...] = (SafetensorError, OSError)) -> Iterator[None]:
+    """The ``errors`` of reading a shard become ValueError, one line."""
+    try:
+        yield
+    except errors as error:
+        raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
 
 
 def _add_shard(digest: Any, path: Path) -> None:
