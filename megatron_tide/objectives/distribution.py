@@ -99,27 +99,19 @@ class VocabMap:
         """Ids 0 to size - 1 mean the same on both sides: the plain divergence over that prefix."""
         return cls(torch.arange(size), torch.arange(size), bucket=False)
 
-    def categories(
-        self, student_logits_mV: Tensor, teacher_logits_mV: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Both sides' logits [m, D] over the compared categories, divided by T; D in the same order on both.
-
-        The bucket's logit is the logsumexp of its logits / T: softmax over the D categories then gives
-        every mapped id the probability it has among all V, and the bucket exactly the rest, however small. If all
-        ids of a side are mapped, it has no rest, and there is no bucket on either side.
-        """
-        return (
-            self.of_student(student_logits_mV, teacher_logits_mV.shape[-1], temperature),
-            self.of_teacher(teacher_logits_mV, student_logits_mV.shape[-1], temperature),
-        )
-
     def of_student(self, logits_mV: Tensor, teacher_width: int, temperature: float) -> Tensor:
-        """The student's part of :meth:`categories`; ``teacher_width``: the number of the teacher's logits."""
+        """The student's logits [m, D] over the compared categories, divided by T; ``teacher_width``: the number of the
+        teacher's logits.
+
+        The bucket's logit is the logsumexp of its logits / T: softmax over the D categories then gives every mapped id
+        the probability it has among all V, and the bucket exactly the rest, however small. If all ids of a side are
+        mapped, it has no rest, and there is no bucket on either side.
+        """
         with_bucket = self.bucket and self.strings < min(logits_mV.shape[-1], teacher_width)
         return _over_categories(logits_mV, self._student.columns(logits_mV), temperature, with_bucket)
 
     def of_teacher(self, logits_mV: Tensor, student_width: int, temperature: float) -> Tensor:
-        """The teacher's part of :meth:`categories`; ``student_width``: the number of the student's logits."""
+        """The same of the teacher, in the same order; ``student_width``: the number of the student's logits."""
         with_bucket = self.bucket and self.strings < min(logits_mV.shape[-1], student_width)
         return _over_categories(logits_mV, self._teacher.columns(logits_mV), temperature, with_bucket)
 
@@ -184,22 +176,13 @@ class PrefixMap:
         self._some_unreached = bool((prefix_ids < 0).any())
         self._segments: dict[tuple[torch.device, int], _Segments] = {}
 
-    def categories(
-        self, student_logits_mV: Tensor, teacher_logits_mV: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Both sides' logits [m, D] over the categories, divided by T, as in ``VocabMap.categories``."""
-        return (
-            self.of_student(student_logits_mV, teacher_logits_mV.shape[-1], temperature),
-            self.of_teacher(teacher_logits_mV, student_logits_mV.shape[-1], temperature),
-        )
-
     def of_student(self, logits_mV: Tensor, teacher_width: int, temperature: float) -> Tensor:
-        """The student's part of :meth:`categories`; ``teacher_width``: the number of the teacher's logits."""
+        """As ``VocabMap.of_student``."""
         with_bucket = self._has_rest(teacher_width) and self.strings < logits_mV.shape[-1]
         return _over_categories(logits_mV, self._student.columns(logits_mV), temperature, with_bucket)
 
     def of_teacher(self, logits_mV: Tensor, student_width: int, temperature: float) -> Tensor:
-        """The teacher's part of :meth:`categories`: the logsumexp of the logits / T of all ids that reach a category.
+        """As ``VocabMap.of_teacher``: the logsumexp of the logits / T of all ids that reach a category.
 
         A softmax then gives each the sum of the probabilities of its ids, however small. No gradient; sums are in a
         fixed order on every device.

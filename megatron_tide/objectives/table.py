@@ -54,24 +54,18 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
     compdemo = _compdemo(config, spec)
     if chunk is None and rows is None:
         _check_nothing_distilled(config)
-        compdemo = False
+        compdemo = None
     elif not spec.denoise:
         raise ValueError(
             f"strategy {config.strategy!r} masks nothing, so there is nothing to distil; remove the objective"
         )
-    split = CompDemo(
-        ratio=config.compdemo_ratio,
-        exact=COMPDEMO_SPLITS[config.compdemo_split],
-        by_token=COMPDEMO_UNITS[config.compdemo_unit],
-    )
-    chunk_term = None if chunk is None else ChunkTerm(chunk, chunk_tidal, config.temperature)
-    row_term = (
-        None
-        if rows is None
-        else DistributionTerm(rows, rows_tidal, config.temperature, _vocabulary(config, bridge), config.teacher_top)
-    )
-    first_rows = _first_rows(config, row_term, bridge)
-    _warn(chunk_term, row_term, split if compdemo else None, bridge)
+    chunk_term = row_term = None
+    if chunk is not None:
+        chunk_term = ChunkTerm(chunk, chunk_tidal, config.temperature)
+    if rows is not None:
+        vocabulary = _vocabulary(config, bridge)
+        row_term = DistributionTerm(rows, rows_tidal, config.temperature, vocabulary, config.teacher_top)
+    _warn(chunk_term, row_term, compdemo, bridge)
     return Strategy(
         name=config.strategy,
         student=StudentLayout(
@@ -79,11 +73,11 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         ),
         chunk=chunk_term,
         rows=row_term,
-        first_rows=first_rows,
+        first_rows=_first_rows(config, row_term, bridge),
         curve=TidalCurve(
             config.tidal_init, config.tidal_peak, config.tidal_ramp, config.tidal_axes, config.tidal_midrange
         ),
-        compdemo=split if compdemo else None,
+        compdemo=compdemo,
         noise_schedule=NOISE_SCHEDULES[config.noise_schedule],
         noise_sampling=NoiseSampling(
             per_block=TIMESTEPS[config.timesteps],
@@ -92,7 +86,7 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
         ),
         masking=MASKINGS[config.masking],
         distill_weight=config.distill_weight,
-        provenance=_provenance(config, chunk_term, row_term, compdemo),
+        provenance=_provenance(config, chunk_term, row_term, compdemo is not None),
     )
 
 
@@ -111,15 +105,17 @@ def _spec(config: StrategyConfig, bridge: Bridge | None) -> StrategySpec:
     return spec if bridge.shared else spec.where_vocabularies_differ
 
 
-def _compdemo(config: StrategyConfig, spec: StrategySpec) -> bool:
+def _compdemo(config: StrategyConfig, spec: StrategySpec) -> CompDemo | None:
+    wanted = spec.compdemo if config.compdemo is None else config.compdemo
     if not predicts_next(ATTENTION_LAYOUTS[config.teacher_context]):
-        return spec.compdemo if config.compdemo is None else config.compdemo
+        split, unit = COMPDEMO_SPLITS[config.compdemo_split], COMPDEMO_UNITS[config.compdemo_unit]
+        return CompDemo(ratio=config.compdemo_ratio, exact=split, by_token=unit) if wanted else None
     if config.compdemo:
         raise ValueError(
             f"--compdemo reveals half of the masks, and a teacher with --teacher-context {config.teacher_context} sees "
             "none; leave out one of the two"
         )
-    return False
+    return None
 
 
 def _check_nothing_distilled(config: StrategyConfig) -> None:

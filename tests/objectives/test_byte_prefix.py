@@ -15,7 +15,7 @@ from megatron_tide.objectives import VocabMap, build_strategy
 from megatron_tide.objectives.distribution import PrefixMap
 from tests.diffusion import samples
 from tests.objectives.handmade import MAPPED, SAMPLES, STUDENT_VOCAB, TEACHER_VOCAB, answer, heads, micro_batch
-from tests.objectives.test_distribution import KINDS, random_rows, rows
+from tests.objectives.test_distribution import KINDS, categories, random_rows, rows
 from tests.objectives.test_strategy import PROGRESS, gradients, losses
 from tests.reference import chunk as chunk_reference
 from tests.reference import distribution as reference
@@ -53,7 +53,7 @@ def test_where_no_token_begins_another_it_is_the_map_of_equal_strings(kind):
 def test_without_a_rest_there_is_no_bucket_and_tiny_mass_is_kept():
     student, teacher = random_rows(2, 3, 4)
     everything = PrefixMap(torch.tensor([0, 1, 2, 1]), torch.tensor([0, 1, 2]))
-    assert [side.shape for side in everything.categories(student, teacher, 1.0)] == [(2, 3)] * 2
+    assert [side.shape for side in categories(everything, student, teacher, 1.0)] == [(2, 3)] * 2
     low = torch.tensor([[40.0, -60.0, -70.0, -80.0]])
     masses = PrefixMap(torch.tensor([0, 1, 1, -1]), torch.tensor([0])).of_teacher(low, 3, 1.0).log_softmax(-1)
     exact = low.double().log_softmax(-1)

@@ -6,15 +6,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_tide.objectives import DISTRIBUTION_OBJECTIVES, VocabMap
-from megatron_tide.objectives.distribution import FORWARD_KL, coarsened, most_likely
+from megatron_tide.objectives.distribution import FORWARD_KL, PrefixMap, coarsened, most_likely
 from tests.reference import distribution as reference
 
 KINDS = list(DISTRIBUTION_OBJECTIVES)
 STUDENT_IDS, TEACHER_IDS = [5, 0, 2, 7], [1, 3, 8, 0]
 
 
-def rows(kind: str, vocabulary: VocabMap, student: torch.Tensor, teacher: torch.Tensor, temperature: float):
-    student_mD, teacher_mD = vocabulary.categories(student, teacher, temperature)
+def categories(vocabulary: VocabMap | PrefixMap, student: torch.Tensor, teacher: torch.Tensor, temperature: float):
+    """Both sides' logits [m, D] over the compared categories."""
+    of_student = vocabulary.of_student(student, teacher.shape[-1], temperature)
+    return of_student, vocabulary.of_teacher(teacher, student.shape[-1], temperature)
+
+
+def rows(kind: str, vocabulary: VocabMap | PrefixMap, student: torch.Tensor, teacher: torch.Tensor, temperature: float):
+    student_mD, teacher_mD = categories(vocabulary, student, teacher, temperature)
     log_softmaxed = student_mD.log_softmax(-1), teacher_mD.log_softmax(-1)
     return DISTRIBUTION_OBJECTIVES[kind].rows(*log_softmaxed)
 
@@ -74,7 +80,7 @@ def test_gathered_ids_and_slices_agree(kind):
 def test_a_vocabulary_mapped_whole_has_no_bucket():
     student, teacher = random_rows(2, 6, 8)
     vocabulary = VocabMap(torch.tensor([3, 1, 0, 2, 5, 4]), torch.tensor([7, 1, 2, 0, 4, 5]), bucket=True)
-    assert [side.shape[1] for side in vocabulary.categories(student, teacher, 1.0)] == [6, 6]
+    assert [side.shape[1] for side in categories(vocabulary, student, teacher, 1.0)] == [6, 6]
     found = rows("forward_kl", vocabulary, student, teacher, 1.0)
     (gradient,) = torch.autograd.grad(found.sum(), student)
     assert torch.isfinite(gradient).all()
@@ -85,7 +91,7 @@ def test_a_bucket_s_tiny_mass_is_not_lost_to_rounding():
     student = torch.tensor([[30.0, 29.0, -20.0, -21.0]], requires_grad=True)
     teacher = torch.tensor([[29.0, 30.0, -22.0, -20.0, -20.0]])
     vocabulary = VocabMap(torch.tensor([0, 1]), torch.tensor([0, 1]), bucket=True)
-    student_mD, _ = vocabulary.categories(student, teacher, 1.0)
+    student_mD, _ = categories(vocabulary, student, teacher, 1.0)
     rest = student_mD.log_softmax(-1)[0, 2]
     exact = student.detach().double().log_softmax(-1)[0, 2:].logsumexp(0)
     assert rest.item() == pytest.approx(exact.item(), rel=1e-6)
@@ -109,7 +115,7 @@ def test_a_head_narrower_than_the_bridge_is_one_clear_line():
     student, teacher = random_rows(1, 7, 11)
     vocabulary = VocabMap(torch.tensor(STUDENT_IDS), torch.tensor(TEACHER_IDS), bucket=True)
     with pytest.raises(ValueError, match="the student's head has 7 outputs, but the bridge has its token 7"):
-        vocabulary.categories(student, teacher, 1.0)
+        categories(vocabulary, student, teacher, 1.0)
 
 
 def test_no_common_string_is_one_clear_line():
