@@ -28,6 +28,7 @@ COMMANDS = {
     "cache": "commands.cache",
     "distill": "distill",
     "convert": "commands.convert",
+    "convert-gguf": "commands.convert_gguf",
     "generate": "commands.generate",
     "evaluate": "commands.evaluate",
     "inference-benchmark": "commands.inference_benchmark",

@@ -165,8 +165,12 @@ def check_paths(args: Any) -> None:
 
 def check_model_path(path: str) -> None:
     """ValueError unless ``path`` is a folder, or could be a name on the hub."""
+    if path.endswith(".gguf"):
+        if not Path(path).exists():
+            raise ValueError(f"{path}: no such file")
+        return
     local = path.count("/") != 1 or path.startswith((".", "/", "~"))
-    if not Path(path).is_dir() and local and not path.endswith(".gguf"):
+    if not Path(path).is_dir() and local:
         raise ValueError(f"{path}: no such folder" + ("" if "/" in path else ", and no hub name (organisation/model)"))
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -78,17 +79,16 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` never has partial content: temporary file, fsync, rename, fsync of the folder.
-
-    Raises OSError (such as a full disk) after removing the temporary file; an existing ``path`` is unchanged.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new, empty file to fill, which takes the place of ``path`` at the end of the block: on the disk and complete,
+    or not at all. If the block fails it is removed, and an existing ``path`` is unchanged; an OSError names ``path``.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        with os.fdopen(create_new(temporary), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(create_new(temporary))
+        yield temporary
+        flush(temporary)
         temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -97,6 +97,15 @@ def atomic_write(path: Path, content: bytes) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     flush(path.parent)
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` never has partial content: temporary file, fsync, rename, fsync of the folder.
+
+    Raises OSError (such as a full disk) after removing the temporary file; an existing ``path`` is unchanged.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content)
 
 
 class AtomicFolder:

@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "megatron_tide"
 ORDER = [
     "bounds",
     "files",
+    "gguf_header",
     "hub",
     "tables",
     "ranks",

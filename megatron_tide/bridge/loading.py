@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +16,9 @@ import sentencepiece
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
-from megatron_tide.bridge.tokenizer_files import CONFIG, check_files
+from megatron_tide.bridge.tokenizer_files import CONFIG, ROLES, TOKENIZER, check_files
 from megatron_tide.files import read_json, read_whole
+from megatron_tide.gguf_header import read_header
 from megatron_tide.hub import download
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
@@ -35,7 +38,10 @@ TOKENIZER_FILES = (
 )
 _SENTENCEPIECE = "tokenizer.model"
 _TEMPLATE = "chat_template.jinja"
-_FILE_SUFFIXES = (".json", ".model", ".tiktoken")
+_FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".gguf")
+# Keys of a GGUF file: tokenizer.json, {role_token: token} as JSON, the chat template.
+GGUF_TOKENIZER, GGUF_ROLES = "tokenizer.huggingface.json", "megatron_tide.tokenizer_roles"
+GGUF_TEMPLATE = "tokenizer.chat_template"
 
 
 def load_tokenizer(
@@ -47,6 +53,7 @@ def load_tokenizer(
     - a folder with ``tokenizer.model``, or a SentencePiece model file: as the sentencepiece library reads it, with
       special tokens and chat template from ``tokenizer_config.json`` and ``chat_template.jinja`` next to it;
     - a ``*.tiktoken`` file, or a folder with one (see ``bridge.tiktoken``);
+    - a GGUF file that ``convert-gguf`` wrote;
     - a model's name on the Hugging Face hub.
 
     ``mask_token`` names the mask token where the tokenizer's own files do not: a token of the vocabulary, or an id in
@@ -60,6 +67,8 @@ def load_tokenizer(
         return _load_hugging_face(place.parent, request)
     if place.suffix == ".tiktoken":
         return _load_tiktoken(place, request)
+    if place.suffix == ".gguf":
+        return _load_gguf(place, request)
     return _load_sentencepiece(place, request)
 
 
@@ -141,6 +150,28 @@ def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
         raise ValueError(f"{request.name}: no fast tokenizer; save its tokenizer.json with transformers first")
     files = (file for file in dict.fromkeys(kept) if ".tiktoken" not in file.name)  # of another form
     return _wrap_hugging_face(folder, tuple(files), raw, request)
+
+
+def _load_gguf(file: Path, request: _LoadRequest) -> TextTokenizer:
+    """The tokenizer that ``convert-gguf`` put into a file whole, as ``tokenizers`` reads it."""
+    from transformers import AutoTokenizer
+
+    header = read_header(file)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            roles = json.loads(header.value(GGUF_ROLES, str))
+            if not isinstance(roles, dict) or not roles.keys() <= set(ROLES):
+                raise ValueError(f"{GGUF_ROLES} is no object of {', '.join(ROLES)}; write it with convert-gguf")
+            (folder / CONFIG).write_text(json.dumps({**roles, "tokenizer_class": "PreTrainedTokenizerFast"}))
+            (folder / TOKENIZER).write_text(header.value(GGUF_TOKENIZER, str), encoding="utf-8")
+            check_files(folder)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: {str(error).replace(f'{folder}/', '').removeprefix(f'{file}: ')}") from None
+        with _reading(request.name), _quiet():
+            raw = AutoTokenizer.from_pretrained(str(folder))
+    raw.chat_template = header.value(GGUF_TEMPLATE, str) if GGUF_TEMPLATE in header.values else None
+    return _wrap_hugging_face(file, (), raw, request)
 
 
 def _load_tiktoken(file: Path, request: _LoadRequest) -> TextTokenizer:

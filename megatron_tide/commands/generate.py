@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.cli import flag, say
-from megatron_tide.machine import DEVICE_HELP, device_of
+from megatron_tide.machine import DEVICE_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,10 @@ class DecodingArgs:
 @dataclass(frozen=True, kw_only=True)
 class Args:
     model: str = flag(
-        ..., "Model: release, hub-format folder, hub name, run folder or step folder", kind="positional", reads="model"
+        ...,
+        "Model: release, hub-format folder, hub name, run folder, step folder or GGUF file",
+        kind="positional",
+        reads="model",
     )
     chat: bool = flag(False, "Chat in the terminal")
     prompt: tuple[str, ...] = flag((), "User message; repeat the flag for several", metavar="TEXT", kind="repeated")
@@ -71,7 +74,7 @@ class Args:
     )
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
     batch_size: int = flag(8, "Number of prompts per batch", low=1, high=1 << 20)
-    dtype: str = flag("float32", "Precision of the weights", choices=("bfloat16", "float32"))
+    dtype: str = flag("float32", "Precision of the weights; a GGUF file has its own", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP, metavar="DEVICE")
     json: Path | None = flag(
         None,
@@ -85,20 +88,10 @@ class Args:
 
 def run(args: Args) -> None:
     _check(args)
-    from megatron_tide.bridge import load_tokenizer
-    from megatron_tide.generate import BLOCKS, IN_ORDER, chat
+    from megatron_tide.generate import chat, open_writer
     from megatron_tide.models import DTYPES
-    from megatron_tide.models.autoregressive import load_autoregressive
-    from megatron_tide.training_checkpoint import generation_of, open_model
 
-    dtype, device = DTYPES[args.dtype], device_of(args.device)
-    if generation_of(args.model) == "autoregressive":
-        writer = IN_ORDER
-        model, folder = load_autoregressive(args.model, dtype, device)
-    else:
-        writer, opened = BLOCKS, open_model(args.model, dtype, device)
-        model, folder = opened.model, opened.folder
-    tokenizer = load_tokenizer(folder)
+    writer, model, tokenizer = open_writer(args.model, DTYPES[args.dtype], args.device)
     decoding = dataclasses.asdict(args.decoding) | ({"max_new_tokens": 0} if args.infill else {})
     if args.chat:
         tokens, seconds = chat(writer.stream, model, tokenizer, system=args.system, **decoding)

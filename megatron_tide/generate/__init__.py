@@ -6,6 +6,7 @@ The sampler itself is ``megatron_tide.models.decoding_a2d`` and ``sampling_a2d``
 from megatron_tide.generate.answer_file import AnswerFile
 from megatron_tide.generate.complete import BLOCKS, Completion, complete, prompt_ids, stream
 from megatron_tide.generate.in_order import IN_ORDER
+from megatron_tide.generate.opened import open_writer
 from megatron_tide.generate.prompts import (
     Prompt,
     from_prepared,
@@ -32,6 +33,7 @@ __all__ = [
     "decoding_rule",
     "from_prepared",
     "from_text",
+    "open_writer",
     "print_answer",
     "prompt_ids",
     "read_prompts",

@@ -78,6 +78,7 @@ def answers(
 ) -> Iterator[dict[int, Completion]]:
     """As ``complete``, batch by batch: {place of the prompt: its answer}, prompts of similar length together."""
     check_prompts(prompts, batch_size)
+    batch_size = min(batch_size, getattr(model, "rows_at_once", batch_size))
     rule = _rule(model, tokenizer, options)
     seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_tide.files import write_json
+from megatron_tide.files import sha256_file, write_json
 from megatron_tide.hub import download
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import config_dict, family_of, meta_model
@@ -33,6 +33,8 @@ def resolve_folder(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     name = str(path)
+    if name.endswith(".gguf"):
+        raise ValueError(f"{path}: a GGUF file, which only generate reads; give the release that it was made from")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{path}: no such folder")
     return download(name, _FROM_HUB, f"{name}: no such folder, and not found on the hub")
@@ -86,7 +88,11 @@ def write_folder(
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """sha256 in hex of names, types, shapes and values of all weights, as they are in memory."""
+    """sha256 in hex of names, types, shapes and values of all weights, as they are in memory; of a GGUF file's model,
+    that of the file.
+    """
+    if isinstance(file := getattr(model, "file", None), Path):
+        return sha256_file(file)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

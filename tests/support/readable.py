@@ -57,6 +57,7 @@ def make_world(chain: Chain, folder: Path) -> World:
     ar_folder(root / "ar", "llama")
     write(root / "ar/special_tokens_map.json", {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}})
     write_gguf(root / "ar.gguf", root / "ar")
+    command("convert-gguf")([str(student), str(root / "student.gguf"), "--type", "bf16"])
     for name, settings in (("ds", "zero1"), ("ds_teacher", "teacher_zero3")):
         shutil.copyfile(Path(__file__).parents[2] / f"ds_configs/{settings}.json", root / f"{name}.json")
     write_checkpoint(None, root / "tiny", start=student, data=root / "data")  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from megatron_tide.hub import stated_block_size
 from megatron_tide.lock import RunLock, is_held
 from megatron_tide.models import generation_of, load_model
 from megatron_tide.models.gguf_file import gguf_to_folder
+from megatron_tide.models.gguf_release import read_release
 from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.release import write_scores
 from megatron_tide.train.build import refuse_other_run
@@ -95,6 +96,10 @@ def random_model(world: World) -> object:
 def gguf(world: World) -> object:
     shutil.rmtree(world.out / "gguf", ignore_errors=True)
     return gguf_to_folder(world.root / "ar.gguf", world.out / "gguf")
+
+
+def gguf_of_a_release(world: World) -> object:
+    return read_release(world.root / "student.gguf"), tokenizer("student.gguf")(world)
 
 
 def sealed(path: Path, seal: Callable[[Any], object]) -> None:
@@ -252,6 +257,7 @@ CASES: dict[str, tuple[str, Read]] = {
     "index of shards": ("sharded/model.safetensors.index.json", model("sharded")),
     "shard of safetensors": ("sharded/model-00001-of-00003.safetensors", model("sharded")),
     "gguf": ("ar.gguf", gguf),
+    "gguf of a release": ("student.gguf", gguf_of_a_release),
     "tokenizer.json": ("student/tokenizer.json", tokenizer("student")),
     "tokenizer.json of a source": ("ar/tokenizer.json", student_from("ar")),
     "tokenizer_config.json": ("student/tokenizer_config.json", tokenizer("student")),
