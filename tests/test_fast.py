@@ -33,5 +33,5 @@ def test_parts_are_switched_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_readme_names_every_switch() -> None:
-    readme = Path(fast.__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    readme = Path(fast.__file__).parents[1].joinpath("benchmarks/README.md").read_text(encoding="utf-8")
     assert all(f"`{fast.VARIABLE}={name}`" in readme for name in fast.SWITCHES)

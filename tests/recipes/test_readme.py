@@ -14,9 +14,10 @@ from megatron_tide.choices import TEACHER_HOSTINGS
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+MORE = {name: (REPOSITORY / name / "README.md").read_text(encoding="utf-8") for name in ("recipes", "benchmarks")}
+BLOCKS = re.findall(r"```bash\n(.*?)```", "\n".join([README, *MORE.values()]), flags=re.S)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-COMMANDS = [line for line in LINES if line]
+COMMANDS = list(dict.fromkeys(line for line in LINES if line))
 
 
 def test_the_two_commands_come_first():
@@ -41,9 +42,13 @@ def test_command_names_things_that_exist(command):
         assert words[0] in {"pip", "tensorboard", "sbatch", "git", "cd", "torchrun", "source"}
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#]+)\)", README + CONTRIBUTING))))
-def test_link_leads_somewhere(target):
-    assert target.startswith("https://") or (REPOSITORY / target).exists()
+TEXTS = {".": README + CONTRIBUTING, **MORE}
+LINKS = sorted({(folder, target) for folder, text in TEXTS.items() for target in re.findall(r"\]\(([^)#]+)\)", text)})
+
+
+@pytest.mark.parametrize(("folder", "target"), LINKS)
+def test_link_leads_somewhere(folder, target):
+    assert target.startswith("https://") or (REPOSITORY / folder / target).exists()
 
 
 SLURM = (REPOSITORY / "slurm" / "README.md").read_text(encoding="utf-8")
