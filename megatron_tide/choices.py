@@ -153,8 +153,8 @@ DISTRIBUTION_ROWS = Table(
     {
         "pairs": Choice("chunks of one student and one teacher token, averaged over chunks", False),
         "byte_prefix": Choice(
-            "the first row of every chunk: a teacher's token counts as the longest student token that its bytes begin "
-            "with; weighted by 1 / masking rate over all maskable tokens, as denoising is",
+            "the first token of every chunk; a teacher's token counts as the longest student token that its bytes "
+            "begin with; weighted by 1 / masking rate over all maskable tokens, as denoising is",
             True,
         ),
     }
@@ -215,7 +215,7 @@ TEACHER_HOSTINGS = Table(
         "pipeline_2": Choice("half of the layers on each of 2 ranks", "hosting.pipeline:PipelineTeacher"),
         "pipeline_4": Choice("a quarter of the layers on each of 4 ranks", "hosting.pipeline:PipelineTeacher"),
         "pipeline_8": Choice("an eighth of the layers on each of 8 ranks", "hosting.pipeline:PipelineTeacher"),
-        "cached": Choice("none: answers that the cache command has written", "hosting.cached:CachedTeacher"),
+        "cached": Choice("none: its outputs, stored by the cache command", "hosting.cached:CachedTeacher"),
     }
 )
 

@@ -94,7 +94,7 @@ class StrategyConfig:
         shown=BY_STRATEGY,
     )
     distribution_rows: str = flag(
-        "pairs", f"Rows at which distributions are compared. {DISTRIBUTION_ROWS}", choices=DISTRIBUTION_ROWS
+        "pairs", f"Positions at which distributions are compared. {DISTRIBUTION_ROWS}", choices=DISTRIBUTION_ROWS
     )
     temperature: float = flag(2.0, "Temperature T of every distillation objective", low=1e-3, high=1e3)
     distill_weight: float = flag(1.0, "Weight of the distillation loss; the denoising loss has weight 1", low=0)

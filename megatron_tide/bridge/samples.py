@@ -46,6 +46,11 @@ def _of_row(row: dict[str, Any], where: str) -> list[str]:
     else:
         turns = parse_messages([] if messages is None else messages, where)
         texts = [turn["content"] for turn in turns if turn["role"] == ASSISTANT and turn["content"]]
+    return checked_texts(texts, where)
+
+
+def checked_texts(texts: list[str], where: str) -> list[str]:
+    """``texts``; ValueError for one that tokenizers fail on: longer than ``LONGEST_TEXT``, or no Unicode."""
     if any(len(text) > LONGEST_TEXT for text in texts):
         raise ValueError(f"{where}: a text of more than {LONGEST_TEXT:,} characters; split it")
     "".join(texts).encode()  # UnicodeEncodeError for half a surrogate pair

@@ -14,6 +14,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_tide.bridge.samples import checked_texts
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
 from megatron_tide.files import AtomicFolder, read_json, sha256_file
 from megatron_tide.lock import lock_beside
@@ -158,11 +159,7 @@ class TokenizerTraining:
 
 
 def _contents(row: dict[str, Any], where: str) -> list[str]:
-    texts = [message["content"] for message in parse_messages(row.get("messages"), where)]
-    if any(len(text) > LONGEST_TEXT for text in texts):
-        raise ValueError(f"{where}: a text of more than {LONGEST_TEXT:,} characters; split it")
-    "".join(texts).encode()  # UnicodeEncodeError for half a surrogate pair
-    return texts
+    return checked_texts([message["content"] for message in parse_messages(row.get("messages"), where)], where)
 
 
 def read_messages(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tide.cli import flag, say
+from megatron_tide.commands import mask_flag
 
 _TOKENIZER = "Hugging Face folder or hub name, SentencePiece .model file, or .tiktoken file"
 
@@ -30,12 +31,8 @@ class Args:
         metavar="DATA",
     )
     out: Path = flag(..., "Folder to write the bridge to", metavar="DIR")
-    student_mask: str | None = flag(
-        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
-    )
-    teacher_mask: str | None = flag(
-        None, "Mask token or id of the teacher, if its tokenizer defines none", metavar="TOKEN"
-    )
+    student_mask: str | None = mask_flag("student")
+    teacher_mask: str | None = mask_flag("teacher")
     sample_limit: int = flag(2000, "Maximum number of texts to align per file", low=1)
     coverage_floor: float = flag(
         0.98, "Minimum share of the sample's bytes that chunks must cover", low=0, high=1, metavar="SHARE"

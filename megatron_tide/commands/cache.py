@@ -1,9 +1,9 @@
-"""Ask a teacher once and train from its answers: a folder for distill --teacher-hosting cached.
+"""Store a teacher's outputs for a whole training: a folder for distill --teacher-hosting cached.
 
-Give it the flags of the training, with another --out. Noise depends on (seed, epoch, sample) alone, so the answers hold
+Takes the flags of the training, with another --out. Noise depends on (seed, epoch, sample) alone, so the outputs hold
 for any student, objective at the same temperature, restart and number of ranks. Training then needs no teacher, and its
-curve is the one with the teacher. Run the same command again to continue; --seeds adds seeds. --dry-run foretells disk
-and time. Distributions over a large vocabulary need --teacher-top, here and in training.
+curve is the one with the teacher. Run the same command again to continue; --seeds adds seeds. --dry-run predicts disk
+space and time. Distributions over a large vocabulary need --teacher-top, here and in training.
 
 Examples:
   python -m megatron_tide cache --student DIR --teacher DIR --bridge DIR --data DIR --out runs/cache --dry-run
@@ -28,11 +28,11 @@ EXIT_STOPPED = 130
 
 @dataclass(frozen=True, kw_only=True)
 class Args(DistillArgs):
-    """Arguments of the cache command: the training that the answers are for, and how to ask."""
+    """Arguments of the cache command: the training that the outputs are for, and how the teacher runs."""
 
     seeds: tuple[int, ...] = flag((), "Seeds of the trainings", low=0, high=2**31, shown="--seed")
     window: int = flag(
-        1, "Number of steps that the teacher answers at once: an offloaded one is then read less often", low=1
+        1, "Number of training steps per teacher forward: an offloaded teacher is then read less often", low=1
     )
     rates: Rates = field(default_factory=Rates)
 
@@ -47,14 +47,14 @@ def run(args: Args) -> int:
     from megatron_tide.train.distributed import group_for_a_run, launched_ranks
 
     if args.dry_run:
-        foretell(config, args, launched_ranks())
+        predict(config, args, launched_ranks())
         return 0
     with group_for_a_run() as world:
         return ask(config, args, world)
 
 
-def foretell(config: DistillConfig, args: Args, ranks: int) -> Any:
-    """What the sweep will take, printed. ValueError where the disk is too small, or there is nothing to ask."""
+def predict(config: DistillConfig, args: Args, ranks: int) -> Any:
+    """Print the disk space and time it will take. ValueError where the disk is too small, or no teacher is needed."""
     import torch
 
     from megatron_tide.train.build import make_loader
@@ -83,7 +83,7 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
 
     stop = StopRequest()
     stop.install()
-    expected = world.on_main(lambda: foretell(config, args, world.size))
+    expected = world.on_main(lambda: predict(config, args, world.size))
     inputs, out = read_run_inputs(config, world.size), Path(config.paths.out)
     loader = make_loader(config, inputs, world)
     seeds = args.seeds or (config.train.seed,)
@@ -94,6 +94,6 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
         return EXIT_STOPPED
     mass = manifest["covered_mass"]
     covered = "" if mass is None else f", {mass:.2%} of the teacher's mass in the categories compared singly"
-    swept = ", ".join(f"{seed} ({part['end'] - part['first']} steps)" for seed, part in manifest["seeds"].items())
-    world.print_rank0(f"finished: answers for seed {swept}{covered} ({out})")
+    stored = ", ".join(f"{seed} ({part['end'] - part['first']} steps)" for seed, part in manifest["seeds"].items())
+    world.print_rank0(f"finished: teacher outputs for seed {stored}{covered} ({out})")
     return 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tide.cli import flag, say
+from megatron_tide.commands import mask_flag
 from megatron_tide.machine import DEVICE_HELP, device_of
 
 PROMPT = "Write a Python function that returns the sum of a list of numbers."
@@ -27,12 +28,8 @@ class Args:
     out: Path = flag(
         ..., "JSON file to write; the report looks for RUN/inference_benchmark.json", metavar="FILE", writes="file"
     )
-    student_mask: str | None = flag(
-        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
-    )
-    teacher_mask: str | None = flag(
-        None, "Mask token or id of the teacher, if its tokenizer defines none", metavar="TOKEN"
-    )
+    student_mask: str | None = mask_flag("student")
+    teacher_mask: str | None = mask_flag("teacher")
     dtype: str = flag("bfloat16", "Precision of the weights", choices=("bfloat16", "float32"))
     device: str = flag("auto", DEVICE_HELP)
     prompt: str = flag(PROMPT, "Prompt for both models", metavar="TEXT")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.cli import flag, say
+from megatron_tide.commands import mask_flag
 
 # On a cluster a job may use fewer cores than the machine has.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -53,12 +54,8 @@ class Args:
         low=1,
         high=1 << 24,
     )
-    student_mask: str | None = flag(
-        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
-    )
-    teacher_mask: str | None = flag(
-        None, "Mask token or id of the teacher, if its tokenizer defines none", metavar="TOKEN"
-    )
+    student_mask: str | None = mask_flag("student")
+    teacher_mask: str | None = mask_flag("teacher")
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
     workers: int = flag(_CORES, "Number of processes", low=1)
     shard_rows: int = flag(1024, "Number of rows per shard; an interruption costs each worker at most one shard", low=1)

@@ -33,9 +33,8 @@ from megatron_tide.evaluate.block_layout import lead_of, moved, without_lead
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
 from megatron_tide.models import masked_hidden_states, score_rows
-from megatron_tide.objectives.common import sums_at
+from megatron_tide.objectives.common import BINS, sums_at
 
-BINS = 10
 VALIDATION_MC_SAMPLES = 4
 
 

@@ -13,8 +13,8 @@ column      type           meaning
 ==========  =============  ===============================================================================
 key         int64          hash of (seed, epoch, sample)
 asked       int64          hash of all that the teacher saw of the sample, and of what it was asked
-logprobs    list<float>    of each scored token; empty if not swept for
-scores      list<float>    of each pair the D scores of ``DistributionTerm.target``; empty if not swept for
+logprobs    list<float>    of each scored token; empty if not needed
+scores      list<float>    of each pair the D scores of ``DistributionTerm.target``; empty if not needed
 top         list<int32>    of each pair the D - 1 categories that they are of; empty if they are of all
 ==========  =============  ===============================================================================
 
@@ -211,9 +211,9 @@ class AnswerCache:
 
     @classmethod
     def open(cls, folder: str | Path) -> AnswerCache:
-        """ValueError, one line, where the folder has no complete sweep."""
+        """ValueError, one line, where the folder is no complete cache."""
         path = Path(folder) / MANIFEST
-        manifest = read_json(path, f"the teacher has not (or not completely) been swept: {AGAIN}")
+        manifest = read_json(path, f"not a complete cache: {AGAIN}")
         stated = {name: value for name, value in manifest.items() if name != "fingerprint"}
         whole = fingerprint(stated) == manifest.get("fingerprint") and _is_manifest(manifest)
         if manifest.get("format") != FORMAT or not whole:
@@ -238,13 +238,15 @@ class AnswerCache:
         """
         for part in ("target_logprobs", "distributions"):
             if wanted[part] and not self.settings[part]:
-                raise ValueError(f"{self.folder}: has no {part}, which this strategy needs; sweep again with it")
+                raise ValueError(
+                    f"{self.folder}: has no {part}, which this strategy needs; run the cache command with this strategy"
+                )
         for name, value in wanted.items():
             found = self.settings.get(name)
             if found != value and name not in ("target_logprobs", "distributions"):
                 raise ValueError(
                     f"{self.folder}: the teacher was asked with {name} = {_short(found)}, this run has "
-                    f"{_short(value)}; use that value, or sweep again into another folder"
+                    f"{_short(value)}; use that value, or run the cache command with another --out"
                 )
         swept = self.manifest["seeds"].get(str(seed))
         if swept is None:
@@ -260,7 +262,7 @@ class AnswerCache:
         """Learn where each answer is: 16 bytes of memory per answer.
 
         Raises:
-            ValueError: a shard is missing, damaged, or was swept with other settings.
+            ValueError: a shard is missing, damaged, or was made with other settings.
         """
         found, origin = [], fingerprint(self.settings)
         self._paths = [
@@ -271,7 +273,7 @@ class AnswerCache:
         for number, path in enumerate(self._paths):
             shard = read_answers(path)
             if shard.record.get("settings") != origin:
-                raise ValueError(f"{path}: swept with other settings than {MANIFEST} says; {AGAIN}")
+                raise ValueError(f"{path}: made with other settings than {MANIFEST} says; {AGAIN}")
             keys = shard.arrays["key"].copy()  # a view would keep the file open, and there may be thousands
             found.append((keys, np.stack([np.full(len(keys), number), np.arange(len(keys))], -1).astype(np.int32)))
         keys, places = (np.concatenate(parts) for parts in zip(*found))
@@ -288,7 +290,7 @@ class AnswerCache:
         if int(arrays["asked"][row]) != question.asked:
             raise ValueError(
                 f"{self._paths[number]}: row {row} answers another question than this run's (other text, masks or "
-                "attention); sweep again into another folder"
+                "attention); run the cache command with another --out"
             )
         ends = {name: arrays[f"{name}_offsets"][row : row + 2].tolist() for name in _LISTS}
         return {name: arrays[name][start:end] for name, (start, end) in ends.items()}

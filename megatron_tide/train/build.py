@@ -200,7 +200,10 @@ def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) 
             side: ShardedFolder(resolve_folder(path)).fingerprint() if path else None for side, path in paths.items()
         }
         if cache is not None and found["teacher"] not in (None, cache.teacher):
-            raise ValueError(f"{cache.folder}: the answers of another teacher than {config.paths.teacher}; sweep again")
+            raise ValueError(
+                f"{cache.folder}: the outputs of another teacher than {config.paths.teacher}; use that one, or run the "
+                "cache command with another --out"
+            )
         return found if cache is None else {**found, "teacher": cache.teacher}
 
     found = world.on_main(read)  # rank 0 reads for all ranks: the files are shared

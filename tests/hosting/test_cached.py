@@ -208,7 +208,7 @@ def compare_losses(chain, strategy, steps):
         ),
         (
             {"teacher_cache": "/nowhere"},
-            "/nowhere/manifest.json: no such file; the teacher has not (or not completely)",
+            "/nowhere/manifest.json: no such file; not a complete cache",
         ),
     ],
 )
@@ -241,7 +241,7 @@ def test_another_text_or_teacher_is_refused(chain, folder, tmp_path):
     record_models(config, live, WORLD)
     for name in ("teacher_fingerprint", "affects_loss"):  # a run may go on with the other of the two
         assert live.run[name] == inputs.run[name]
-    with pytest.raises(ValueError, match=r"the answers of another teacher than .*student; sweep again"):
+    with pytest.raises(ValueError, match=r"the outputs of another teacher than .*student; use that one"):
         record_models(replace(config, paths=replace(config.paths, teacher=config.paths.student)), inputs, WORLD)
 
 
