@@ -106,15 +106,13 @@ MASKINGS = Table(
 
 ATTENTION_LAYOUTS = Table(
     {
-        "full": Choice("each position attends to all others (published)", "diffusion.layouts:full"),
-        "block_causal": Choice("a block attends to itself and earlier blocks", "diffusion.layouts:block_causal"),
+        "full": Choice("all positions (published)", "diffusion.layouts:full"),
+        "block_causal": Choice("its own block and earlier ones", "diffusion.layouts:block_causal"),
         "staircase": Choice(
-            "same as the student: a noised block attends to itself and to earlier clean blocks",
-            "diffusion.layouts:staircase",
+            "same as the student: its own noised block and earlier clean ones", "diffusion.layouts:staircase"
         ),
         "causal": Choice(
-            "one clean copy, each token predicted from those before it: for autoregressive teachers, without CompDemo",
-            "diffusion.layouts:causal",
+            "the tokens before, in one clean copy: for autoregressive teachers", "diffusion.layouts:causal"
         ),
     }
 )
@@ -153,8 +151,7 @@ DISTRIBUTION_ROWS = Table(
     {
         "pairs": Choice("chunks of one student and one teacher token, averaged over chunks", False),
         "byte_prefix": Choice(
-            "the first token of every chunk; a teacher's token counts as the longest student token that its bytes "
-            "begin with; weighted by 1 / masking rate over all maskable tokens, as denoising is",
+            "the first token of every chunk; a teacher's token counts as the longest student token that it begins with",
             True,
         ),
     }
@@ -208,14 +205,14 @@ METRIC_LOGS = Table(
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(
     {
-        "replicated": Choice("a full copy on each rank", "hosting.replicated:ReplicatedTeacher"),
-        "zero3": Choice("a shard of every layer on each rank's GPU", "hosting.zero3:Zero3Teacher"),
+        "replicated": Choice("a full copy per rank", "hosting.replicated:ReplicatedTeacher"),
+        "zero3": Choice("a shard of every layer per GPU", "hosting.zero3:Zero3Teacher"),
         "zero3_cpu": Choice("shards in host memory", "hosting.zero3:Zero3Teacher"),
         "zero3_nvme": Choice("shards on a fast local disk", "hosting.zero3:Zero3Teacher"),
-        "pipeline_2": Choice("half of the layers on each of 2 ranks", "hosting.pipeline:PipelineTeacher"),
-        "pipeline_4": Choice("a quarter of the layers on each of 4 ranks", "hosting.pipeline:PipelineTeacher"),
-        "pipeline_8": Choice("an eighth of the layers on each of 8 ranks", "hosting.pipeline:PipelineTeacher"),
-        "cached": Choice("none: its outputs, stored by the cache command", "hosting.cached:CachedTeacher"),
+        "pipeline_2": Choice("half of the layers per rank", "hosting.pipeline:PipelineTeacher"),
+        "pipeline_4": Choice("a quarter", "hosting.pipeline:PipelineTeacher"),
+        "pipeline_8": Choice("an eighth", "hosting.pipeline:PipelineTeacher"),
+        "cached": Choice("none: outputs of the cache command", "hosting.cached:CachedTeacher"),
     }
 )
 

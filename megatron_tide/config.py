@@ -154,7 +154,7 @@ class StrategyConfig:
         choices=MASKINGS,
     )
     teacher_context: str = flag(
-        "full", f"Attention mask of the teacher. {ATTENTION_LAYOUTS}", choices=ATTENTION_LAYOUTS
+        "full", f"What each position of the teacher attends to. {ATTENTION_LAYOUTS}", choices=ATTENTION_LAYOUTS
     )
 
 
@@ -288,8 +288,8 @@ class SaveConfig:
     )
     until_step: int = flag(
         0,
-        "Step to end at; schedules go on to that of --max-steps, and --continue-from takes the next steps",
-        shown="the last one",
+        "Step to end at, before --max-steps, to which schedules run; --continue-from goes on",
+        shown="the last",
         low=0,
         high=10**12,
         affects_loss=False,
