@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import signal
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -60,7 +61,10 @@ def main(argv: list[str]) -> int:
     for words in split_commands(argv):  # all of them are understood before the first one runs
         called = command(words[0])
         calls.append((called, cli.parse(called, words[1:], f"{cli.PROGRAM} {words[0]}")))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     for called, args in calls:
+        for number, handler in handlers.items():  # training stops at its next step when asked: the next command at once
+            signal.signal(number, handler)
         cli.check_paths(args)  # now: the command before may have written what this one reads
         if status := called.run(args) or 0:
             return status

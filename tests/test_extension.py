@@ -91,7 +91,7 @@ def test_without_their_lines_they_are_refused():
 
 def test_the_flags_need_no_torch():
     code = "import sys, megatron_tide.config; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 @pytest.mark.ranks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,21 @@ def test_commands_joined_by_then_run_in_turn_and_end_with_the_first_that_fails(
     for words in (["--then"], [*sample, "--then"], ["--then", *sample], [*sample, "--then", "--then", *corpus]):
         assert "--then needs a command before and after it" in refusal(capsys, *words)
     assert len(ran) == 4
+
+
+def test_a_signal_ends_a_command_that_follows_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_tide.train.loop import StopRequest
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    seen = []
+    monkeypatch.setattr(command("sample"), "run", lambda args: StopRequest().install())
+    monkeypatch.setattr(command("corpus"), "run", lambda args: seen.extend(map(signal.getsignal, before)))
+    try:
+        assert main(["sample", "--data", "d", "--out", "o", "--then", "corpus", "--out", "o"]) == 0
+        assert seen == list(before.values())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

@@ -23,7 +23,7 @@ def test_every_copy_takes_items_and_results_are_in_order() -> None:
 
     def work(model: Any, item: int) -> tuple[int, int]:
         if item < 3:
-            together.wait(timeout=20)
+            together.wait(timeout=120)
         return model.name, item * item
 
     found = list(shared(models(3), work, range(9)))

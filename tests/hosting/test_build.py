@@ -234,7 +234,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
 
 def test_a_run_leaves_nothing(tmp_path):
     process = start(tmp_path, 0)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -64,7 +64,7 @@ def test_row_loads_dry_runs_and_fits(machine, options, flags, tmp_path, capsys):
         **options,
     }
     finished = subprocess.run(
-        ["bash", str(REPOSITORY / RECIPE), *flags], capture_output=True, text=True, timeout=60, env=environment
+        ["bash", str(REPOSITORY / RECIPE), *flags], capture_output=True, text=True, timeout=240, env=environment
     )
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()

@@ -27,7 +27,7 @@ SMALL = {
 }
 
 
-def run(recipe, *arguments, timeout=60, **environment):
+def run(recipe, *arguments, timeout=240, **environment):
     return subprocess.run(
         ["bash", str(REPOSITORY / "recipes" / recipe), *arguments],
         capture_output=True,

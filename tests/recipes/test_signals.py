@@ -77,7 +77,7 @@ def test_recipe_saves_and_stops(chain, tmp_path, ranks, number, to_all):
         metrics = run / "tide-cross" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and metrics.read_text(), 120, "no step within two minutes")
         (os.killpg if to_all else os.kill)(recipe.pid, number)
-        printed, _ = recipe.communicate(timeout=60)
+        printed, _ = recipe.communicate(timeout=240)
     finally:
         recipe.kill()
     assert recipe.returncode == 130, printed[-3000:]
@@ -108,7 +108,7 @@ def asked(tmp_path, number, shell, program="bash"):
     process = stage(tmp_path, script)
     wait_for((tmp_path / "up").exists, 20, "the command did not start")
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=30)
+    printed, _ = process.communicate(timeout=240)
     assert (tmp_path / "one.json").exists() == (process.returncode == 0)
     return process.returncode, printed
 
@@ -153,5 +153,5 @@ def test_srun_that_gave_its_ranks_up_has_not_finished(tmp_path):
 
 def test_a_command_that_is_interrupted_ends_with_130():
     code = "import sys; from megatron_tide import cli\ndef main(argv): raise KeyboardInterrupt\ncli.run(main, [])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -14,7 +14,7 @@ STAGE = Path(__file__).resolve().parents[2] / "recipes" / "stage.py"
 def stage(stamp, *command, after=None):
     extra = ["--after", str(after)] if after else []
     line = [sys.executable, str(STAGE), str(stamp), *extra, "--", *command]
-    return subprocess.run(line, capture_output=True, text=True, timeout=60)
+    return subprocess.run(line, capture_output=True, text=True, timeout=240)
 
 
 def append(path, word):
@@ -101,7 +101,7 @@ def test_two_jobs_on_one_folder(tmp_path):
         while not (tmp_path / "s" / ".lock").exists():
             assert process.poll() is None
         refused = stage(second, *append(tmp_path / "log", "a"))
-        process.communicate("\n", timeout=60)
+        process.communicate("\n", timeout=240)
     assert refused.returncode == 2
     assert f"(process {process.pid} on " in refused.stderr
     assert not (tmp_path / "log").exists()
@@ -116,7 +116,7 @@ def test_its_place_and_the_time_left_by_this_machines_pace(tmp_path):
 
     def started(name, *flags):
         command = [*line, str(tmp_path / f"{name}.json"), *flags, "--", sys.executable, "-c", "pass"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
+        return subprocess.run(command, capture_output=True, text=True, timeout=240).stdout.splitlines()
 
     assert started("one", *plan)[1] == "== one  [1/3]  about 10 min left"
     stamp = json.loads((tmp_path / "one.json").read_text())

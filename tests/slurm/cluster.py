@@ -28,6 +28,7 @@ PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 NODES = ("127.0.0.11", "127.0.0.12")  # names that resolve by themselves, to this machine
 GPUS, CPUS, MEMORY_MB = 8, 64, 500_000  # what each node claims to have
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+PATIENCE = 6  # times the seconds a step should take: other tests, or other programs, may have the processors
 
 CONF = """
 ClusterName=test
@@ -93,7 +94,8 @@ def free_ports(count: int) -> int:
 
 
 def wait_for(condition: Any, seconds: float, what: str) -> Any:
-    """What ``condition()`` gives once it is true."""
+    """What ``condition()`` gives once it is true: ``seconds`` on a machine that does nothing else."""
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -195,7 +197,7 @@ class Cluster:
             wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 20, f"the end of daemon {pid}")
         shutil.rmtree(self.base, ignore_errors=True)
 
-    def call(self, *line: str, check: bool = True, timeout: float = 60, **options: Any) -> subprocess.CompletedProcess:
+    def call(self, *line: str, check: bool = True, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess:
         """A program of Slurm's, or one that submits."""
         environment = {**self.environment, **options.pop("env", {})}
         done = subprocess.run(

@@ -111,7 +111,7 @@ WAITING = """
 end() { echo 'step 1/2: stopped on request, checkpoint saved'; exit 130; }
 trap end USR1 TERM
 touch "$RUNS/$NAME/ready.$RANK"
-for ((i = 0; i < 600; i++)); do sleep 0.1; done
+for ((i = 0; i < 9000; i++)); do sleep 0.1; done
 """
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.slurm.cluster import Job
 from tests.slurm.conftest import REPOSITORY, STEPS, TRAINING
 
-pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(1200)]
 RELEASE = {"config.json", "model.safetensors", "README.md", "parity.json"}
 
 

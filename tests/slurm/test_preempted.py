@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm.cluster import NODES, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_job_that_loses_a_node_comes_back(desk, stub, no_process_left):
 def test_preempted_before_anything_was_saved_it_comes_back_too(desk, stub, no_process_left):
     """The stages before training have no signal handler, and training none in its first seconds."""
     waiting = (
-        'touch "$RUNS/$NAME/ready.0"; [[ -e $RUNS/$NAME/before ]] || { touch "$RUNS/$NAME/before"; exec sleep 60; }'
+        'touch "$RUNS/$NAME/ready.0"; [[ -e $RUNS/$NAME/before ]] || { touch "$RUNS/$NAME/before"; exec sleep 600; }'
     )
     job = desk.submit("early", ONLY="sample", PYTHON=stub(waiting.replace("$RANK", "0")))
     no_process_left(job)

@@ -23,7 +23,7 @@ def run(*line, folder=REPOSITORY, **environment):
         name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "ONLY", "PYTHON"))
     }
     return subprocess.run(
-        line, cwd=folder, capture_output=True, text=True, timeout=60, env={**clean, **environment}, check=False
+        line, cwd=folder, capture_output=True, text=True, timeout=240, env={**clean, **environment}, check=False
     )
 
 
