@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import logging
 import math
 import os
 import shutil
@@ -30,16 +29,16 @@ import sys
 import traceback
 import types
 import typing
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.screen import clean_output, printable
+
 PROGRAM = "python -m megatron_tide"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-LAYOUT = "\n\t\u3000\xa0\u200c\u200d"  # and what writing needs: wide and fixed spaces, joiners
 _INF = float("inf")
 MOST = 2**63 - 1
 """Of any number of the command line."""
@@ -194,7 +193,7 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     A ValueError means that the user can fix the problem; anything else is a bug and keeps its traceback.
     ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those two as well.
     """
-    clean_messages()
+    clean_output()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except (KeyboardInterrupt, ValueError, OSError) as error:
@@ -223,30 +222,6 @@ def _tell(error: BaseException) -> int:
         return 1
     print(f"error: {printable(' '.join(str(error).split()), keep='')}", file=sys.stderr)
     return EXIT_USER_ERROR
-
-
-def printable(text: object, keep: str = LAYOUT) -> str:
-    """``text`` with everything that a terminal would act on, or hide, as an escape, but for the characters of ``keep``:
-    lines and tabs, unless it is to be one line.
-    """
-    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
-
-
-class _Record(logging.LogRecord):
-    def getMessage(self) -> str:
-        return printable(super().getMessage())
-
-
-def clean_messages() -> None:
-    """From now on a terminal acts on nothing that libraries log or warn of: they repeat names of files and tokens."""
-    logging.setLogRecordFactory(_Record)
-    plain = getattr(warnings.formatwarning, "plain", warnings.formatwarning)
-
-    def cleaned(message: Any, *more: Any, **named: Any) -> str:
-        return printable(plain(message, *more, **named))
-
-    cleaned.plain = plain  # type: ignore[attr-defined]
-    warnings.formatwarning = cleaned
 
 
 def say(text: object, **more: Any) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.lock import RunLock
+from megatron_tide.screen import plain
 
 YOUNG_SECONDS = 5  # more than the time between taking a lock and starting the compiler
 BUILDERS = {
@@ -85,12 +86,13 @@ def compile_with(code: str, title: str, needs: str, log: Path) -> None:
             taken = time.monotonic() - started
             if taken > 5:  # an op that is already compiled loads faster
                 line = f"   compiling {title}: {taken:3.0f} s (1 to 3 minutes, only once)"
-                print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True)
+                print(f"\r{line}" if sys.stdout.isatty() else "", end="", flush=True, file=plain(sys.stdout))
     if child.returncode:
         last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
         raise ValueError(f"{title} does not compile ({''.join(last)}); it needs {needs}; log: {log}")
     if set(log.parent.glob("*/*.so")) - built:
-        print(f"\r   compiled {title} in {time.monotonic() - started:.0f} s" + " " * 20, flush=True)
+        text = f"\r   compiled {title} in {time.monotonic() - started:.0f} s" + " " * 20
+        print(text, flush=True, file=plain(sys.stdout))
 
 
 def refuse_missing_compiler() -> None:

@@ -191,7 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except OSError:
         raise ValueError(f"{path}: not a regular file, but a lock file is expected here; remove it") from None
-    except ValueError:  # not JSON
+    except (ValueError, RecursionError):  # not JSON
         return {}
     return found if isinstance(found, dict) else {}
 

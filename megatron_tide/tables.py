@@ -298,14 +298,22 @@ def _check_own(folder: Path) -> None:
     """ValueError where a folder's links or its own descriptions, which ``datasets`` follows, name files outside it."""
     import yaml
 
+    class Plain(yaml.SafeLoader):
+        """Without aliases, by which a few lines stand for billions of values, or for one that holds itself."""
+
+        def compose_node(self, *place: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(*place)
+
     named: list[tuple[Path, str]] = []
     for path in (folder / "README.md", folder / ".huggingface.yaml"):
         text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
         head = text.split("---", 2)[1] if path.suffix == ".md" and text.startswith("---") else text
         try:
-            about = yaml.safe_load(head) if path.suffix != ".md" or text.startswith("---") else None
+            about = yaml.load(head, Plain) if path.suffix != ".md" or text.startswith("---") else None
         except (yaml.YAMLError, ValueError, RecursionError):
-            raise ValueError(f"{path}: its front matter is not YAML; fix or remove it") from None
+            raise ValueError(f"{path}: its front matter is not YAML without aliases; fix or remove it") from None
         configs = about.get("configs", []) if isinstance(about, dict) else about
         named += [(path, name) for name in _named_in(configs)]
     for path in (*folder.rglob("state.json"), *folder.rglob("dataset_dict.json")):

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tide import scheduler
-from megatron_tide.cli import say
+from megatron_tide.cli import run, say
 from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file
 from megatron_tide.lock import RunLock
 
@@ -226,4 +226,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

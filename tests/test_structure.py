@@ -20,6 +20,7 @@ ORDER = [
     "ranks",
     "scheduler",
     "lock",
+    "screen",
     "cli",
     "choices",
     "clock",

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_tide.bridge.artifact import Aligned
 from megatron_tide.bridge.tokenizer import TextTokenizer
-from megatron_tide.cli import printable
+from megatron_tide.screen import printable
 
 SPACE, NEWLINE = "\u00b7", "\u23ce"
 # Neighbouring chunks must differ; a third colour keeps them apart across an unaligned stretch too.

@@ -42,11 +42,12 @@ def run(args: Args) -> None:
     from megatron_tide.bridge.build import summary
     from megatron_tide.bridge.samples import read_samples
     from megatron_tide.bridge.show import show
+    from megatron_tide.screen import plain
 
     texts = [args.text] if args.text is not None else read_samples([args.data], args.limit) if args.data else []
     student = load_tokenizer(args.student, trust_remote_code=args.trust_remote_code)
     teacher = load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code)
     colour = not args.no_color and not os.environ.get("NO_COLOR") and sys.stdout.isatty()
     for text in texts:
-        print(show(student, teacher, align_text(student, teacher, text), colour), end="\n\n")
+        print(show(student, teacher, align_text(student, teacher, text), colour), end="\n\n", file=plain(sys.stdout))
     say(summary(Bridge.build(student, teacher, texts)))

@@ -6,7 +6,7 @@ import sys
 
 from tqdm import tqdm
 
-from megatron_tide.cli import printable
+from megatron_tide.screen import printable
 
 
 class Progress:

@@ -17,11 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.bootstrap import mean
 from megatron_tide.evaluate.thoughts import text_of, without_thoughts
 from megatron_tide.generate import complete, from_prepared
+from megatron_tide.screen import printable
 
 LONGEST = 8_000  # characters, about 2,000 tokens; the parser's memory and recursion grow with the text
 SHORTEST = 40

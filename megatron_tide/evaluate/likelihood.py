@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_tide.cli import printable
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import Batch, Tokens, read_batch
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInput, Noise, mask_of
@@ -34,6 +33,7 @@ from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
 from megatron_tide.models import masked_hidden_states, score_rows
 from megatron_tide.objectives.common import BINS, sums_at
+from megatron_tide.screen import printable
 
 VALIDATION_MC_SAMPLES = 4
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.cli import printable
 from megatron_tide.generate.complete import BLOCKS, Moment, prompt_ids
+from megatron_tide.screen import plain, printable
 
 MASKED = "░"
 QUOTES = '"""'
@@ -26,7 +26,7 @@ class LiveText:
     """Prints text as it becomes final and, on a terminal, the block being decided after it."""
 
     def __init__(self, tokenizer: TextTokenizer, out: TextIO) -> None:
-        self._tokenizer, self._out, self._live = tokenizer, out, out.isatty()
+        self._tokenizer, self._out, self._live = tokenizer, plain(out), out.isatty()
         self._line = ""  # what stands on the terminal's last line and is certain
 
     def show(self, moment: Moment) -> None:

@@ -18,7 +18,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_tide import __version__
-from megatron_tide.cli import printable
 from megatron_tide.evaluate.score_table import score_table
 from megatron_tide.files import atomic_write
 from megatron_tide.hub import public_name
@@ -27,6 +26,7 @@ from megatron_tide.report.alignment import aligned_samples
 from megatron_tide.report.inference import Table
 from megatron_tide.report.run_folder import Run, Scores, TrainingRun, at_end, reason
 from megatron_tide.report.style import NARROW, looks, png
+from megatron_tide.screen import printable
 
 INDEX = "index.html"
 MARK = Markup('<meta name="generator" content="megatron_tide report">')

@@ -15,10 +15,11 @@ from typing import Any
 
 import pandas as pd
 
-from megatron_tide.cli import PROGRAM, printable
+from megatron_tide.cli import PROGRAM
 from megatron_tide.evaluate.score_table import score_cells
 from megatron_tide.files import read_json
 from megatron_tide.report.inference import inference
+from megatron_tide.screen import printable
 from megatron_tide.tables import read_rows
 
 METRICS, STAMPS, ANSWERS = "metrics.jsonl", ".stages", "completions.jsonl"

@@ -16,6 +16,7 @@ import torch
 from megatron_tide.files import atomic_write, open_to_append, read_whole
 from megatron_tide.objectives.common import bin_names, means_by_bin
 from megatron_tide.ranks import on_main
+from megatron_tide.screen import plain
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metric_logs import TensorBoard
 from megatron_tide.training_checkpoint import METRICS
@@ -134,7 +135,8 @@ class MetricLogger:
             f"  {values['speed/tokens_per_s']:,.0f} tok/s  teacher {values['time/teacher_share']:.0%}"
             f"  left {clock_text(left)}"
         )
-        print(("\r\033[K" + text) if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n", flush=True)
+        start, end = ("\r\033[K", "") if sys.stdout.isatty() else ("", "\n")
+        print(start + text, end=end, flush=True, file=plain(sys.stdout))
 
     def close(self) -> None:
         if self._main:

@@ -169,18 +169,37 @@ def test_a_terminal_never_acts_on_a_name(capsys: pytest.CaptureFixture[str]) -> 
     assert r"\x1b[2J\u202e" in line
 
 
-def test_what_libraries_log_and_warn_of_is_clean(
-    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
-) -> None:
-    import logging
-    import warnings
+HOSTILE = """
+import logging, sys, threading, warnings
+from tqdm import tqdm
+from megatron_tide import cli, screen
+evil = "key\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b1m\\u202e"
+def main(argv):
+    print(evil, file=sys.stdout)
+    sys.stderr.writelines([evil])
+    logging.getLogger("some.library").warning("token %s", evil)
+    warnings.warn(evil)
+    for _ in tqdm(range(2), desc=evil):
+        pass
+    thread = threading.Thread(target=lambda: {}[evil])
+    thread.start()
+    thread.join()
+    print("\\x1b[1mcoloured\\x1b[0m")
+    screen.plain(sys.stdout).write("\\x1b[K")
+    raise eval(argv[0])(evil)
+cli.run(main)
+"""
 
-    factory, formatting = logging.getLogRecordFactory(), warnings.formatwarning
-    try:
-        cli.clean_messages()
-        logging.getLogger("some_library").warning("token %s", "\x1b]0;owned\x07")  # transformers' own do not propagate
-        assert caplog.records[-1].getMessage() == r"token \x1b]0;owned\x07"
-        assert "\x1b" not in warnings.formatwarning("\x1b]52;c;x\x07", UserWarning, "file", 1)
-    finally:
-        logging.setLogRecordFactory(factory)
-        warnings.formatwarning = formatting
+
+@pytest.mark.parametrize("error", ["KeyError", "ValueError", "SystemExit"])
+def test_a_terminal_acts_on_nothing_that_anyone_prints(error: str) -> None:
+    """Libraries, warnings, logs, progress bars, threads, and errors that nobody catches."""
+    done = shown("-c", HOSTILE, error)
+    assert done.returncode == {"KeyError": 1, "ValueError": cli.EXIT_USER_ERROR, "SystemExit": 1}[error]
+    own = done.stdout.replace("\x1b[K", "", 1)
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(own + done.stderr)
+    assert own == f"key{ESCAPED}\ncoloured\n"
+    assert done.stderr.count(ESCAPED) >= 6
+
+
+ESCAPED = r"\x1b]52;c;eA==\x07\x1b[2J\x9b1m\u202e"

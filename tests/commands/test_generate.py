@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli
-from megatron_tide.cli import printable
+from megatron_tide.screen import printable
 from tests.support.answering import write_autoregressive
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
-from megatron_tide.cli import LAYOUT, printable
 from megatron_tide.data import PreparedData
 from megatron_tide.generate import chat, complete, from_prepared, from_text, read_prompts, stream, with_holes
 from megatron_tide.generate.complete import Completion, Moment
 from megatron_tide.generate.prompts import Prompt, from_messages, print_answer
 from megatron_tide.generate.terminal import MASKED, LiveText
 from megatron_tide.models import load_model
+from megatron_tide.screen import LAYOUT, printable
 from tests.support.lab import Lab, response
 
 
