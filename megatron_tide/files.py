@@ -37,6 +37,13 @@ def open_regular(path: Path, follow: bool = True) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
+def check_regular(folder: Path) -> None:
+    """ValueError for a FIFO or a device in ``folder``: libraries would open it, and wait."""
+    for path in sorted(folder.iterdir()):
+        if path.is_fifo() or path.is_char_device() or path.is_block_device():
+            raise ValueError(f"{path}: not a regular file; restore or remove it")
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """The first ``most`` bytes of a file. OSError for a link, a FIFO or anything else that is not a regular file."""
     with open_regular(path, follow=False) as file:

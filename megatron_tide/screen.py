@@ -19,8 +19,8 @@ def printable(text: object, keep: str = LAYOUT) -> str:
 
 
 class CleanStream:
-    """A text stream that writes ``printable`` text, whoever prints: libraries and tracebacks repeat names of files, keys
-    of JSON, and what a model wrote. Colours are taken out. ``bars``: progress bars may go back to the start of a line.
+    """A text stream that writes ``printable`` text, whoever prints: libraries and tracebacks repeat names of files,
+    keys of JSON, and what a model wrote. Colours are taken out. ``bars``: progress bars may go back on their line.
     """
 
     def __init__(self, plain: TextIO, bars: bool) -> None:

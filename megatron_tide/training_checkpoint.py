@@ -88,6 +88,8 @@ def verify(folder: Path) -> None:
         checksums = read_json(folder / CHECKSUMS, form={WEIGHTS: str, STATE: str})
     except ValueError as error:
         raise ValueError(f"{folder}: no readable {CHECKSUMS} ({error}), so the checkpoint is incomplete") from None
+    if unlisted := [path for path in folder.glob("*.safetensors") if path.name not in checksums]:
+        raise ValueError(f"{unlisted[0]}: not in {CHECKSUMS}; remove it, or use another checkpoint")
     for name, expected in checksums.items():
         path = folder / name
         if Path(name).name != name or "\0" in name:

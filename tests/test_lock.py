@@ -197,6 +197,16 @@ def test_a_lock_dated_in_the_future_ends(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("content", ["[" * 9_999, "1" * 9_999, "null", '{"pid": ' + "9" * 5_000 + "}", "\x00\x1b"])
+def test_a_lock_that_is_not_ours_expires_like_any_other(tmp_path, content):
+    (tmp_path / ".lock").write_text(content)
+    with pytest.raises(ValueError, match="in use by another run"):
+        RunLock(tmp_path).__enter__()
+    os.utime(tmp_path / ".lock", (1, 1))
+    with RunLock(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/hostname")])
 def test_what_is_no_lock_is_one_line_and_hangs_nothing(tmp_path, make):
     make(tmp_path / ".lock")

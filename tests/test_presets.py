@@ -74,3 +74,13 @@ def test_ours_is_the_same_for_every_pipeline(tmp_path: Path) -> None:
             False,
             64,
         )
+
+
+def test_trust_comes_from_the_command_line_alone(tmp_path: Path) -> None:
+    """A run.json of someone else's, with --config, must not run what comes with the models that it names."""
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"config": {"paths": {"trust_remote_code": True, "teacher": "someone/model"}}}))
+    with pytest.raises(ValueError, match="add --trust-remote-code if you trust"):
+        cli.parse(distill, ["--config", str(file)])
+    for word, trusted in (("--trust-remote-code", True), ("--no-trust-remote-code", False)):
+        assert cli.parse(distill, ["--config", str(file), word]).run.paths.trust_remote_code is trusted

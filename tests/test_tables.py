@@ -147,6 +147,19 @@ def test_few_bad_rows_are_told_and_many_end_the_job(capsys: pytest.CaptureFixtur
         check_bad(bad, 2)
 
 
+NESTED = "\n".join(f"a{n}: &a{n} [{','.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(12))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("about", [f"{NESTED}\nconfigs: *a11", "configs: &a [*a]", "configs: " + "[" * 9_999])
+def test_a_description_that_stands_for_more_than_it_says_is_refused(tmp_path: Path, about: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{about}\n---\n")
+    (tmp_path / "train.csv").write_text("messages\n")
+    with pytest.raises(ValueError, match="not YAML without aliases") as caught:
+        open_table(str(tmp_path), tmp_path, name=None, split="train", revision=None)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("files", ["../secret.jsonl", "/etc/passwd", "https://x.y/z.jsonl"])
 def test_a_data_folder_names_no_file_outside_it(tmp_path: Path, files: str) -> None:
     folder = tmp_path / "data"

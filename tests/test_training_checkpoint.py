@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,18 @@ def test_links_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     step = _empty_step(tmp_path, "step-00000007")
     assert newest_complete(tmp_path, told.append) == step
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("/etc/hostname")])
+def test_a_file_that_no_checksum_vouches_for_is_refused(lab: Lab, tmp_path: Path, make: Callable[[Path], None]) -> None:
+    step = write_checkpoint(lab, tmp_path, start=lab.student, data=lab.data)
+    (step / "exp_avg.safetensors").unlink()
+    sums = json.loads((step / CHECKSUMS).read_text())
+    del sums["exp_avg.safetensors"]
+    (step / CHECKSUMS).write_text(json.dumps(sums))
+    make(step / "exp_avg.safetensors")
+    with pytest.raises(ValueError, match=f"exp_avg.safetensors: not in {CHECKSUMS}"):
+        verify(step)
 
 
 @pytest.mark.parametrize("sums", ["{}", "[" * 100_000, '{"../x": "0"}', "\ud800", "null"])

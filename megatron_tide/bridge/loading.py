@@ -17,7 +17,7 @@ from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencep
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
 from megatron_tide.bridge.tokenizer_files import CONFIG, ROLES, TOKENIZER, check_files
-from megatron_tide.files import read_json, read_whole
+from megatron_tide.files import check_regular, read_json, read_whole
 from megatron_tide.gguf_header import read_header
 from megatron_tide.hub import download
 
@@ -141,8 +141,9 @@ def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
 
     kept = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.exists()]
     for file in (*kept, folder / "config.json"):
-        if file.exists() and not file.is_file():  # the libraries would wait for a FIFO
+        if file.is_dir():
             raise ValueError(f"{file}: not a regular file; restore it")
+    check_regular(folder)
     check_files(folder)
     with _reading(request.name), _quiet():
         raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=request.trust_remote_code)

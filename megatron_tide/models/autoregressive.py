@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from megatron_tide.bounds import CONFIG
+from megatron_tide.files import check_regular, read_json
 from megatron_tide.models.load import resolve_folder
+from megatron_tide.models.shards import ShardedFolder
 
 
 def load_autoregressive(path: str | Path, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, Path]:
-    """Any causal language model of transformers -> (the model, its local folder). No code of the folder is run.
+    """Any causal language model of transformers -> (the model, its local folder). No code of the folder is run, nothing
+    is unpickled, and nothing is read that is not in the folder.
 
     Raises:
         ValueError: no model there, or its tensors are not those that config.json describes.
@@ -20,18 +23,39 @@ def load_autoregressive(path: str | Path, dtype: torch.dtype, device: str | torc
     from transformers import AutoModelForCausalLM
 
     folder = resolve_folder(path)
+    _check(folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a configuration that describes no model causes
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{path}: cannot be read as a causal language model ({reason})") from None
     model, found = loaded
     wrong = sorted(str(name) for names in found.values() for name in names)
     if wrong:  # transformers fills in what is missing with random numbers
         raise ValueError(f"{path}: its tensors are not those of the model that config.json describes ({wrong[0]}, ...)")
     return model.to(device).eval(), folder
+
+
+def _check(folder: Path) -> None:
+    """ValueError for what transformers would read elsewhere, wait for, or build for hours."""
+    check_regular(folder)
+    ShardedFolder(folder)  # safetensors, all in this folder
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder}: holds an adapter, which names another model; merge it into its model first")
+    path = folder / "config.json"
+    config = read_json(path)
+    for key, value in [pair for part in (config, *config.values()) if isinstance(part, dict) for pair in part.items()]:
+        if "layer" in key and type(value) is int and value > CONFIG["num_hidden_layers"]:
+            raise ValueError(f"{path}: {key[:40]} is {str(value)[:20]}, more than any model has; restore the file")
+        if key.endswith("attn_implementation") and "/" in str(value):  # code for GPUs, from the hub
+            raise ValueError(f"{path}: {key[:40]} {str(value)[:60]!r} names code of the hub; remove that line")
 
 
 def end_tokens(model: Any, eos_id: int) -> list[int]:

@@ -6,6 +6,7 @@ transformers reads the file, with the packages of requirements-real.txt; nothing
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,17 @@ def gguf_to_folder(file: Path, folder: Path) -> None:
         raise ValueError(f"{file}: no such file")
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{file}: needs {' and '.join(missing)}; pip install -r requirements-real.txt")
+    with tempfile.TemporaryDirectory(prefix="tide-gguf-") as alone:  # transformers reads what lies beside it, too
+        Path(alone, "model.gguf").symlink_to(file.resolve())
+        _write(file, alone, folder)
+
+
+def _write(file: Path, alone: str, folder: Path) -> None:
+    """``alone``: a folder with the file as ``model.gguf``, and nothing else."""
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-    place: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    place["local_files_only"] = True
+    place: dict[str, Any] = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
+    place |= {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(**place)
     except Exception as error:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import megatron_tide
+from megatron_tide.choices import STRATEGIES
 from megatron_tide.files import atomic_write, read_whole
 from megatron_tide.hub import HUB_NAME, one_line, public_name
 from megatron_tide.models.families import Family
-from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint
+from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, TrainState
 
 PAPER = "https://arxiv.org/abs/2604.26951"
 TAGS = ("diffusion", "block-diffusion", "masked-diffusion")
@@ -52,6 +53,7 @@ _LOCAL_KEYS = {"out", "resume", "teacher_nvme", "refused_example", "unreadable",
 _HUB_KEYS = {"student", "teacher", "model_folder", "name", "path", "data", "validation"}  # may hold names of the hub
 _ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\"\\`<>]+")
 _INDEX = re.compile(r"^model-index:\n(?:(?: |- ).*\n)*", flags=re.M)
+_NUMBER = re.compile(r"-?\d[\d.]*(e[+-]?\d+)?|nan|inf")
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
 
@@ -99,6 +101,11 @@ def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
     return _public(kept | {"data": {key: run["data"][key] for key in _DATA_KEYS if key in run["data"]}})
 
 
+def public_state(trained: TrainingCheckpoint) -> dict[str, Any]:
+    """The trainer's counters."""
+    return {one.name: trained.state[one.name] for one in fields(TrainState)}
+
+
 def _public(value: Any, key: str = "") -> Any:
     if isinstance(value, Mapping):
         items = {str(name): item for name, item in value.items() if name not in _LOCAL_KEYS}
@@ -116,8 +123,8 @@ def _front_matter(trained: TrainingCheckpoint, license_id: str, languages: Seque
     sources = trained.run["data"].get("sources") or ()
     if sets := _hub_names(*(source.get("path") for source in sources)):
         lines += ["datasets:", *(f"- {name}" for name in sets)]
-    strategy = public_name(trained.run["config"]["strategy"]["strategy"], False)
-    tags = [*TAGS, *(["distillation"] if _distils(trained) else []), strategy]
+    strategy = trained.run["config"]["strategy"]["strategy"]
+    tags = [*TAGS, *(["distillation"] if _distils(trained) else []), *([strategy] if strategy in STRATEGIES else [])]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join([*lines, "---"])
 
@@ -134,7 +141,9 @@ def _distils(trained: TrainingCheckpoint) -> bool:
 
 def _summary(trained: TrainingCheckpoint, ids: GenerationIds) -> str:
     paths, strategy = trained.run["config"]["paths"], trained.run["config"]["strategy"]["strategy"]
-    student, teacher = public_name(paths["student"]), public_name(paths.get("teacher") or "")
+    student, teacher, strategy = (
+        _cell(public_name(text).replace("`", "'")) for text in (paths["student"], paths.get("teacher") or "", strategy)
+    )
     text = (
         f"A block diffusion language model: it generates blocks of {ids.block_size} tokens from left to right, and "
         f"several tokens of a block at a time, the most confident ones first.\n\n"
@@ -375,5 +384,10 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
 def _kept(text: str, replaced: set[tuple[str, str]]) -> list[str]:
     """The rows of the card's table that are not measured again."""
     section = _SECTION.search(text)
-    rows = [line for line in section[0].splitlines() if line.startswith("| ")][1:] if section else []
-    return [row for row in rows if tuple(row.strip("| ").split(" | ")[:2]) not in replaced]
+    rows = [line for line in section[0].splitlines() if line.startswith("| ")] if section else []
+    cells = [row.strip("| ").split(" | ") for row in rows]
+    return [
+        row
+        for row, found in zip(rows, cells)
+        if _NUMBER.fullmatch("".join(found[2:3])) and (*found[:2],) not in replaced
+    ]

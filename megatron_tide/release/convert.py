@@ -28,7 +28,7 @@ from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import FAMILIES, config_dict, family_of
 from megatron_tide.models.shards import ShardedFolder, write_shards
-from megatron_tide.release.card import check_card_text, has_scores, keep_scores, model_card, public_run
+from megatron_tide.release.card import check_card_text, has_scores, keep_scores, model_card, public_run, public_state
 from megatron_tide.release.parity import check_parity
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
 
@@ -60,6 +60,7 @@ TOKENIZER_KEYS = {
     "truncation_side",
     "use_default_system_prompt",
 }
+_TOKEN_KEYS = ("__type", "content", "lstrip", "normalized", "rstrip", "single_word", "special")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -120,7 +121,7 @@ def _keep(old: Path, draft: Path) -> None:
     for path in sorted(old.iterdir()):
         if path.name in new:
             continue
-        if path.name in released:
+        if path.name in released or path.name in FOLDERS_READ:
             gone.append(path.name)
         elif path.is_dir() and not path.is_symlink():
             shutil.copytree(path, draft / path.name, symlinks=True, copy_function=os.link)
@@ -158,7 +159,7 @@ def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str)
     if not options.skip_parity:
         parity = check_parity(draft, trained, tokenizer, family.release, ids, dtype)
         write_json(draft / "parity.json", parity)
-    write_json(draft / "provenance.json", {"run": public_run(trained.run), "state": trained.state})
+    write_json(draft / "provenance.json", {"run": public_run(trained.run), "state": public_state(trained)})
     card = model_card(
         trained,
         family,
@@ -210,6 +211,9 @@ def export(
     write_json(out / "generation_config.json", {**asdict(ids), "do_sample": False})
     tokenizer.save(out)
     _clean_tokenizer_config(out / "tokenizer_config.json", config.get("max_position_embeddings"))
+    roles = out / "special_tokens_map.json"
+    if roles.is_file():
+        write_json(roles, _listed(read_json(roles)))
     for name in files.code:
         shutil.copyfile(MODELS / name, out / name)
     for file in out.glob("*.safetensors"):  # safetensors creates them readable by the owner only
@@ -224,7 +228,7 @@ def _clean_tokenizer_config(path: Path, longest: int | None) -> None:
     if not path.is_file():
         return
     config = read_json(path)
-    kept = {key: value for key, value in config.items() if key in TOKENIZER_KEYS or key.endswith("_token")}
+    kept = _listed(config)
     if kept.get("tokenizer_class") == "TokenizersBackend":
         kept["tokenizer_class"] = "PreTrainedTokenizerFast"
     kept["model_input_names"] = ["input_ids", "attention_mask"]
@@ -232,6 +236,15 @@ def _clean_tokenizer_config(path: Path, longest: int | None) -> None:
         kept["model_max_length"] = min(longest, kept.get("model_max_length") or longest)
     if kept != config:
         write_json(path, kept)
+
+
+def _listed(config: dict[str, Any]) -> dict[str, Any]:
+    """What is on the list of keys, and of a token that is an object what makes a token."""
+    kept = {key: value for key, value in config.items() if key in TOKENIZER_KEYS}
+    for key, value in config.items():
+        if key.endswith("_token") and isinstance(value, str | dict | None):
+            kept[key] = {k: v for k, v in value.items() if k in _TOKEN_KEYS} if isinstance(value, dict) else value
+    return kept
 
 
 def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -292,6 +305,7 @@ _SUFFIXES = (
 )
 READ_BY_LOADERS = [f"*.{suffix}" for suffix in _SUFFIXES]
 READ_BY_LOADERS += [f"*{word}*.json" for word in ("config", "index", "token", "vocab", "template")]
+FOLDERS_READ = ("custom_generate", "additional_chat_templates")  # by transformers: code, and templates
 RELEASED = ("README.md", "parity.json", "provenance.json")
 
 

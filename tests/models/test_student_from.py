@@ -164,6 +164,10 @@ def test_a_gguf_file_is_the_same_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="NOT TESTED: gguf is not installed (requirements-real.txt)")
     source = ar_folder(tmp_path / "source", "llama")
     file = write_gguf(tmp_path / "model.gguf", source)
+    for name, auto_map in (("tokenizer_config.json", {"AutoTokenizer": ["evil.E", "evil.E"]}), ("config.json", {})):
+        foreign = {"auto_map": auto_map, "tokenizer_class": "E", "eos_token": "def"}  # what lies beside it is not read
+        (tmp_path / name).write_text(json.dumps(foreign))
+    (tmp_path / "evil.py").write_text("raise SystemExit('code of the folder was run')")
     student = make(file, tmp_path / "s", "--mask-token", UNUSED, "--block-size", "4")
     expected = make(source, tmp_path / "e", "--mask-token", UNUSED, "--block-size", "4")
     mask = expected.config.mask_token_id

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_tide.files import sha256_file
 from megatron_tide.hub import public_name
@@ -145,3 +146,39 @@ def test_the_hub_reads_bases_data_language_and_scores(lab: Lab, tmp_path: Path) 
 def test_a_name_or_language_that_breaks_the_front_matter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--language"):
         convert(tmp_path / "nowhere", tmp_path / "out", Options(languages=("en\nlicense: mit",)))
+
+
+def test_every_text_of_a_run_is_one_line_without_a_path(lab: Lab, tmp_path: Path) -> None:
+    """Whatever field a path, a line end or markup comes in by."""
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data, distilled=True)
+    hostile = "/home/secret-user/`x` <img src=x>: y\n## Injected\n- z: [1"
+
+    def poisoned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                f"{hostile}{key}" if key in ("counts", "note") else key: poisoned(one) for key, one in value.items()
+            }
+        if isinstance(value, list):
+            return [poisoned(one) for one in value]
+        return hostile if isinstance(value, str) else value
+
+    def change(run: dict[str, Any]) -> None:
+        kept = run["model_folder"], {side: dict(run["data"][side]) for side in ("student", "teacher")}
+        run.update(poisoned({**run, "data": {**run["data"], "counts": {"note": hostile}}}))
+        run["model_folder"] = kept[0]
+        for side, names in kept[1].items():
+            run["data"][side] |= {name: names[name] for name in ("fingerprint", "template_fingerprint")}
+
+    change_run(checkpoint, change)
+    content = json.loads((checkpoint / "trainer.json").read_text())
+    content["state"]["note"] = hostile
+    (checkpoint / "trainer.json").write_text(json.dumps(content))
+    change_run(checkpoint, lambda run: None)
+    convert(checkpoint, tmp_path / "out", Options(dtype="float32"))
+    card, provenance = ((tmp_path / "out" / name).read_text() for name in ("README.md", "provenance.json"))
+    for word in ("secret-user", "/home", "\n## Injected", "\n- z", "<img"):
+        assert word not in card, word
+    assert not [word for word in ("secret-user", "/home", "\\n") if word in provenance]
+    assert "\\n" not in provenance
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert all(isinstance(tag, str) for tag in front["tags"])

@@ -278,6 +278,9 @@ def test_code_of_the_base_model_is_neither_run_nor_released(lab: Lab, tmp_path: 
         config = json.loads((base / name).read_text())
         config |= {"auto_map": auto_map, "name_or_path": "/home/someone", "attn_implementation": "evil/kernels"}
         (base / name).write_text(json.dumps(config))
+    token = {"content": "<|endoftext|>", "auto_map": "Evil"}
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": token, "auto_map": "Evil", "x": "Evil"}))
+    (base / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "tokenizer_fast.Evil"}}))
     checkpoint = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.data)
     out = tmp_path / "out"
     convert(checkpoint, out, Options())
@@ -288,6 +291,21 @@ def test_code_of_the_base_model_is_neither_run_nor_released(lab: Lab, tmp_path: 
         assert word not in whole
     kinds = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM"}
     assert set(json.loads((out / "config.json").read_text())["auto_map"]) == kinds
+
+
+@pytest.mark.usefixtures("no_gate")
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_a_link_to_a_file_elsewhere_is_not_released(lab: Lab, tmp_path: Path, name: str) -> None:
+    base, elsewhere = shutil.copytree(lab.student, tmp_path / "base"), tmp_path / "private"
+    (base / name).rename(elsewhere)
+    (base / name).symlink_to("../private")
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.data)
+    assert_refused(checkpoint, tmp_path / "out", "outside its folder")
+    (base / name).unlink()
+    (base / "own").write_bytes(elsewhere.read_bytes())
+    (base / name).symlink_to("own")  # within the folder it may be
+    convert(checkpoint, tmp_path / "out", Options(dtype="float32", skip_parity=True))
+    assert not (tmp_path / "out" / name).is_symlink()
 
 
 @pytest.mark.usefixtures("no_gate")

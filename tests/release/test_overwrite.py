@@ -32,14 +32,21 @@ def test_results_stay_and_old_weights_go(
     os.mkfifo(out / "evaluation/pipe")
     for name in ("model-00001-of-00002.safetensors", "vocab.json", "old.py"):
         (out / name).write_text("old")
+    for name in ("custom_generate/generate.py", "additional_chat_templates/other.jinja"):  # transformers reads them
+        (out / name).parent.mkdir()
+        (out / name).write_text("old")
     convert(checkpoint, out, Options(skip_parity=True, overwrite=True))
     assert (out / "evaluation/cache.sqlite").read_bytes() == b"hours of work"
     assert (out / "scores.json").read_text() == "{}"
     assert (out / "notes.md").read_text() == "mine"
     assert (out / "link").is_symlink()
     assert not any((out / name).exists() for name in ("model-00001-of-00002.safetensors", "vocab.json", "old.py"))
+    assert not any((out / name).exists() for name in ("custom_generate", "additional_chat_templates"))
     said = capsys.readouterr().out
-    assert "model-00001-of-00002.safetensors, old.py, vocab.json of the release before are removed" in said
+    assert (
+        "custom_generate, model-00001-of-00002.safetensors, old.py, vocab.json of the release before are removed"
+        in said
+    )
     assert "| gsm8k |" not in (out / "README.md").read_text()  # other weights: a file more
     assert "left out" in said
 
