@@ -66,7 +66,8 @@ class Codec(Protocol):
 class FastCodec:
     """A ``tokenizers.Tokenizer`` (tokenizer.json): byte-level, or SentencePiece turned into that format.
 
-    ``named`` are strings with a role (mask, end of text, ...): special even if the file does not mark them. ValueError
+    ``named`` are strings with a role (mask, end of text, ...), or that the chat template writes around messages:
+    special even if the file does not mark them. ValueError
     for a kind of tokenizer that does not keep the text's bytes (WordPiece, characters without byte fallback are refused
     or appear as unaligned text).
     """

@@ -14,6 +14,7 @@ from typing import Any
 import sentencepiece
 
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
+from megatron_tide.bridge.template import tokens_of_turns
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
 from megatron_tide.bridge.tokenizer_files import CONFIG, ROLES, TOKENIZER, check_files
@@ -186,8 +187,6 @@ def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _
         if role.endswith("_token") and token is not None
     }
     _name_mask(request, roles, raw.get_vocab())
-    with _reading(request.name):
-        codec = FastCodec(raw.backend_tokenizer, roles.values())
     template = raw.chat_template
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -195,6 +194,12 @@ def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _
         raise ValueError(
             f"{request.name}: its chat template is a {type(template).__name__}, not text; restore the file"
         )
+    added = raw.backend_tokenizer.get_added_tokens_decoder().values()
+    turns = tokens_of_turns(
+        template, (one.content for one in added if not one.special), {f"{role}_token": roles[role] for role in roles}
+    )
+    with _reading(request.name):
+        codec = FastCodec(raw.backend_tokenizer, turns.union(roles.values()))
     source = TokenizerSource(
         name=request.name, path=path, files=files, roles=roles, chat_template=template, again=request.again, raw=raw
     )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from megatron_tide.bridge.template_worker import SECONDS, SIZE
 
 WORKER = Path(__file__).with_name("template_worker.py")
 _PIPE = 1 << 15  # bytes that a pipe takes at once
+MARKS_OF_THOUGHTS = ("<think>", "</think>")
+_MARKUP = re.compile(r"[<\[]\S+[>\]]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -55,6 +58,23 @@ def render_all(template: str, conversations: Sequence[tuple[list[Any], dict[str,
         except ValueError as error:
             found[number] = error
     return found
+
+
+def tokens_of_turns(template: str | None, tokens: Iterable[str], names: Mapping[str, Any]) -> set[str]:
+    """Those of a vocabulary's added ``tokens`` that the template writes around what is said, in any conversation, such
+    as ``<start_of_turn>``: control tokens, whatever the vocabulary calls them. Thoughts, calls of tools and other
+    markup are text, which a message may have.
+    """
+    found = [one for one in tokens if _MARKUP.fullmatch(one) and one in (template or "")]
+    candidates = set(found) - {*MARKS_OF_THOUGHTS}
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    for messages in (talk, talk[:1]) if candidates else ():
+        try:
+            text = render(template or "", messages, **names, add_generation_prompt=True)
+        except ValueError:  # a template that wants something else
+            continue
+        return {one for one in candidates if one in text}
+    return set()
 
 
 def _request(template: str, messages: list[Any], names: Mapping[str, Any]) -> bytes:

@@ -8,8 +8,9 @@ import numpy as np
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.bridge.chat import Rendered
+from megatron_tide.bridge.template import MARKS_OF_THOUGHTS
 
-OPEN, CLOSE = MARKS = ("<think>", "</think>")
+OPEN, CLOSE = MARKS = MARKS_OF_THOUGHTS
 STILL_THINKING = "were still thinking when their tokens ran out: they count as empty; raise --max-new-tokens"
 
 
