@@ -379,10 +379,8 @@ def preset_and_file(given: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults from ``--preset``, overridden by ``--config FILE``, as ``given`` on the command line."""
     from_file = read_config_file(given["config"]) if given.get("config") else {}
     if from_file.get("trust_remote_code") and "trust_remote_code" not in given:  # a file of someone else's is not trust
-        raise ValueError(
-            f"--config {given['config']}: has trust_remote_code; add --trust-remote-code if you trust the code of its "
-            "models, else --no-trust-remote-code"
-        )
+        options = "add --trust-remote-code if you trust the code of its models, else --no-trust-remote-code"
+        raise ValueError(f"--config {given['config']}: has trust_remote_code; {options}")
     run = {"strategy": StrategyConfig().strategy, "bridge": "", **from_file, **given}
     return {**PRESETS[given.get("preset", "paper")].flags(run["strategy"], run["bridge"]), **from_file}
 
