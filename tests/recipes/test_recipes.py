@@ -210,28 +210,6 @@ def test_an_exported_cdpath_changes_nothing(tmp_path):
         assert str(tmp_path) not in finished.stdout
 
 
-@pytest.mark.parametrize("word", ["0", "false", "no", ""])
-def test_what_means_no_dry_run(word):
-    shown = subprocess.run(
-        ["bash", "-c", 'source recipes/common.sh; printf %s "$DRY_RUN"'],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "DRY_RUN": word},
-    )
-    assert (shown.stdout, shown.stderr) == ("0", "")
-
-
-@pytest.mark.parametrize("word", ["yes", "TRUE", "2", "garbage; rm x", "FALSE", " 0"])
-def test_every_other_word_is_a_dry_run_which_removes_nothing(word, tmp_path):
-    kept = tmp_path / "quickstart" / "hours of work"
-    kept.mkdir(parents=True)
-    shown = [run("quickstart.sh", "--fresh", DRY_RUN=one, RUNS=str(tmp_path)) for one in (word, "1")]
-    assert shown[0].returncode == 0, shown[0].stderr
-    assert shown[0].stdout == shown[1].stdout
-    assert list(tmp_path.rglob("*")) == [kept.parent, kept]
-
-
 def test_a_terminal_never_acts_on_an_error_line():
     refused = run("quickstart.sh", "\x1b]0;x\x07\x1b[2J")
     assert refused.returncode == 2
