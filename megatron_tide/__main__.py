@@ -31,6 +31,7 @@ COMMANDS = {
     "convert": "commands.convert",
     "convert-gguf": "commands.convert_gguf",
     "generate": "commands.generate",
+    "rollout": "commands.rollout",
     "evaluate": "commands.evaluate",
     "inference-benchmark": "commands.inference_benchmark",
     "report": "commands.report",

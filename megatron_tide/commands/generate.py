@@ -28,10 +28,9 @@ from megatron_tide.machine import DEVICE_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingArgs:
+class RuleArgs:
     """Decoding."""
 
-    max_new_tokens: int = flag(256, "Maximum number of tokens per answer", low=0, high=1 << 24)
     min_new_tokens: int = flag(
         0, "Minimum number of tokens per answer: end of text is not chosen before", low=0, high=1 << 24
     )
@@ -39,13 +38,20 @@ class DecodingArgs:
         False, "Decide end of text only at the first open position of a block, so that no answer ends too early"
     )
     tokens_per_step: int | None = flag(None, "Number of tokens decided per forward pass", shown="1", low=1)
-    steps: int | None = flag(None, "Number of forward passes for --max-new-tokens, instead of --tokens-per-step", low=1)
     threshold: float | None = flag(
         None, "Probability above which tokens are decided immediately, e.g. 0.9: fewer passes", low=0, high=1
     )
     least_confident_first: bool = flag(False, "Decide the least probable tokens first")
     block_layout: str = flag("sequence", f"Where blocks begin. {BLOCK_LAYOUTS}", choices=BLOCK_LAYOUTS)
     temperature: float = flag(0.0, "Sampling temperature; 0 takes the most probable token", low=0, high=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingArgs(RuleArgs):
+    """Decoding."""
+
+    max_new_tokens: int = flag(256, "Maximum number of tokens per answer", low=0, high=1 << 24)
+    steps: int | None = flag(None, "Number of forward passes for --max-new-tokens, instead of --tokens-per-step", low=1)
     seed: int = flag(0, "Random seed for sampling with --temperature above 0", low=0)
 
 

@@ -67,7 +67,7 @@ class DistributedBatchSampler:
 
     def strata(self, step: int, rank: int) -> list[Indices]:
         """For the samples of ``microbatches``: a number of each, 0 .. global_batch_size - 1, drawn by (seed, step)."""
-        return self._share(_permutation(self.global_batch_size, self._seed, step, b"strata"), rank)
+        return self._share(permutation(self.global_batch_size, self._seed, step, b"strata"), rank)
 
     def _share(self, of_batch: Indices, rank: int) -> list[Indices]:
         slices = of_batch.reshape(self.accumulation, self.micro_batch_size, self.world)
@@ -75,15 +75,15 @@ class DistributedBatchSampler:
 
     def _shuffled(self, epoch: int) -> Indices:
         steps, size = self.steps_per_epoch, self.global_batch_size
-        order = _permutation(len(self._length), self._seed, epoch, b"samples")[: steps * size]
+        order = permutation(len(self._length), self._seed, epoch, b"samples")[: steps * size]
         group = min(_GROUP, max(1, steps // _LEAST_GROUPS)) * size
         group_of = np.arange(len(order)) // group
         # Equal lengths keep the permutation's order, so the result is one even where lengths tie.
         order = order[np.lexsort((-self._length[order], group_of))]
-        return order.reshape(steps, size)[_permutation(steps, self._seed, epoch, b"batches")]
+        return order.reshape(steps, size)[permutation(steps, self._seed, epoch, b"batches")]
 
 
-def _permutation(count: int, seed: int, number: int, stream: bytes) -> Indices:
+def permutation(count: int, seed: int, number: int, stream: bytes) -> Indices:
     """A permutation of ``count``, drawn by (seed, number) from raw Philox numbers: numpy's own shuffles may change
     between versions.
     """

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.files import atomic_write, fingerprint
+from megatron_tide.files import atomic_write, check_form, fingerprint
 from megatron_tide.generate.complete import Completion
 from megatron_tide.generate.prompts import Prompt
 from megatron_tide.tables import read_rows
+
+_ROW = {"answer": str, "tokens": range(1 << 31), "finished": bool, "key": str}
 
 
 class AnswerFile:
@@ -31,15 +33,30 @@ class AnswerFile:
         who = [decides, tokenizer.fingerprint]
         self._keys = [fingerprint([who, prompt.ids.tolist(), seed]) for prompt, seed in zip(prompts, seeds)]
         self._rows: dict[str, dict[str, Any]] = {}
-        bad: list[str] = []  # the last line of a killed run
-        for where, row in read_rows(path, bad) if path.exists() else ():
-            if row.get("key") not in self._keys:
-                raise ValueError(
-                    f"{where}: an answer of another model, prompt or setting; give another --json, or remove that file"
-                )
-            self._rows[row["key"]] = row
-        if bad:
+        self._known = set(self._keys)
+        if path.exists() and self._read(path):
             self._write(self._rows.values())
+
+    def _read(self, path: Path) -> bool:
+        """Whether a line of the file, the last one of a killed run, is no row."""
+        bad: list[str] = []
+        for where, row in read_rows(path, bad):
+            if row.get("key") not in self._known:
+                raise ValueError(
+                    f"{where}: an answer of another model, prompt or setting; use another file, or remove that one"
+                )
+            check_form(row, _ROW, f"{where}:", "; remove that line")
+            self._rows[row["key"]] = row
+        return bool(bad)
+
+    def take(self, parts: Sequence[Path]) -> None:
+        """Move the answers of other files, to some of the same prompts, to this one."""
+        for part in parts:
+            self._read(part)
+        if parts:
+            self._write(self._rows.values())
+        for part in parts:
+            part.unlink()
 
     @property
     def missing(self) -> list[int]:
@@ -62,9 +79,11 @@ class AnswerFile:
                 self._rows[self._keys[place]] = row
                 file.write(_line(row))
 
-    def close(self) -> None:
-        """Write the file once more, in the order of the prompts."""
-        self._write([self._rows[key] for key in self._keys])
+    def close(self) -> list[dict[str, Any]]:
+        """Write the file once more, in the order of the prompts; its rows."""
+        rows = [self._rows[key] for key in self._keys]
+        self._write(rows)
+        return rows
 
     def _write(self, rows: Any) -> None:
         atomic_write(self._path, "".join(map(_line, rows)).encode())

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tide.data.sampler import _permutation
+from megatron_tide.data.sampler import permutation
 from megatron_tide.diffusion import MASKINGS, CompDemo, NoiseSampling, noise
 from megatron_tide.diffusion.noise_schedule import Linear
 from tests.diffusion import samples
@@ -142,7 +142,7 @@ def test_mean_is_the_published_loss(form: NoiseSampling, kind: str) -> None:
     means, variances = [], []
     for row, item in enumerate(ALIGNED):
         copies = [{**item, "key": 2 * key + row} for key in range(DRAWS)]
-        strata = (_permutation(DRAWS, 1, row, b"test"), DRAWS)
+        strata = (permutation(DRAWS, 1, row, b"test"), DRAWS)
         drawn = _draw(copies, form, kind, schedule=Linear(eps=0.0), strata=strata)
         weight_DS = 1 / drawn.inverse_weight[drawn.student_level].numpy()
         response = slice(item["student_prompt"], len(item["student_ids"]))
@@ -184,7 +184,7 @@ def test_a_chunk_that_crosses_a_block_has_one_rate(kind: str) -> None:
 def test_timesteps_are_stratified_over_blocks_and_batch() -> None:
     """8 samples of 4 blocks: each of 32 strata holds exactly one timestep, and each sample has one in each quarter."""
     items = [samples.make(key, (4, 0), [(1, 1)] * 16, ended=False) for key in range(8)]
-    strata = (_permutation(8, 3, 5, b"strata"), 8)
+    strata = (permutation(8, 3, 5, b"strata"), 8)
     form = NoiseSampling(per_block=True, stratified=True)
     rate = _draw(items, form, "synchronous", schedule=Linear(eps=0.0), strata=strata).rate
     assert sorted((rate * 32).long().tolist()) == list(range(32))

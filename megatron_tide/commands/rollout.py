@@ -1,0 +1,112 @@
+"""Let a student answer prompts of a corpus: a round of on-policy data for prepare, on any number of ranks.
+
+--samples rows of --data are drawn by (--seed, --round). The student writes the response of --share of them; the others
+keep theirs. OUT/mixture.json names both. Any number of ranks writes the same files; a command that was stopped, run
+again, answers the rest. recipes/on_policy.sh trains in such rounds.
+
+Examples:
+  python -m megatron_tide rollout runs/NAME/tide-cross --data corpus.jsonl --round 1 --samples 6400 --share 0.5 \\
+      --student-length 512 --temperature 1 --out runs/NAME/round-1-answers
+  torchrun --nproc-per-node 8 -m megatron_tide rollout runs/NAME/tide-cross --data corpus.jsonl ...
+  python -m megatron_tide prepare --data runs/NAME/round-1-answers/mixture.json --student DIR --out DIR
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.cli import flag, say
+from megatron_tide.commands.generate import RuleArgs
+
+EXIT_STOPPED = 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    model: str = flag(
+        ...,
+        "Student: release, hub-format folder, hub name, run folder or step folder",
+        kind="positional",
+        reads="model",
+    )
+    data: tuple[str, ...] = flag(..., "Data: mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
+    out: Path = flag(..., "Folder to write", metavar="DIR")
+    round: int = flag(1, "Number of the round; others draw other rows and other random numbers", low=0, high=2**31)
+    samples: int = flag(..., "Number of rows of the round", low=1, high=2**31)
+    share: float = flag(1.0, "Share of the rows whose response the student writes", low=0, high=1)
+    student_length: int = flag(
+        ..., "Maximum number of tokens of prompt and answer: that of prepare", low=1, high=1 << 24
+    )
+    block_size: int | None = flag(None, "Block size to decode with", shown="that of the model", low=1, high=1 << 24)
+    student_mask: str | None = flag(
+        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
+    )
+    seed: int = flag(0, "Random seed", low=0, high=2**31)
+    batch_size: int = flag(32, "Number of prompts per batch", low=1, high=1 << 20)
+    dtype: str | None = flag(
+        None, "Precision of the weights", choices=("bfloat16", "float32"), shown="bfloat16 on a GPU, else float32"
+    )
+    trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
+    dry_run: bool = flag(False, "Check the data, print what would be done, and exit")
+    rule: RuleArgs = field(default_factory=RuleArgs)
+
+
+def run(args: Args) -> int:
+    from megatron_tide.data.sources import open_mixture
+
+    mixture = open_mixture(args.data)
+    if args.samples > len(mixture):
+        raise ValueError(f"--samples {args.samples}: the data have {len(mixture)} rows; use fewer")
+    if args.dry_run:
+        own = round(args.share * args.samples)
+        say(f"dry run: {args.samples} of {len(mixture)} rows, {own} of them to be answered: OK")
+        return 0
+    from megatron_tide.train.distributed import group_for_a_run
+
+    with group_for_a_run() as world:
+        return _answer(args, mixture, world)
+
+
+def _answer(args: Args, mixture: Any, world: Any) -> int:
+    from megatron_tide.bridge import load_tokenizer
+    from megatron_tide.files import read_json
+    from megatron_tide.generate.rollouts import SUMMARY, Rollouts, draw_round
+    from megatron_tide.lock import locked
+    from megatron_tide.models import DTYPES, weights_sha256
+    from megatron_tide.train.loop import StopRequest
+    from megatron_tide.training_checkpoint import open_model
+
+    stop = StopRequest()
+    stop.install()
+    dtype = args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
+    opened = world.on_all(lambda: open_model(args.model, DTYPES[dtype], world.device))
+    tokenizer = load_tokenizer(opened.folder, mask_token=args.student_mask, trust_remote_code=args.trust_remote_code)
+    block = args.block_size or opened.model.config.block_size
+    drawn = draw_round(
+        mixture,
+        tokenizer,
+        number=args.round,
+        seed=args.seed,
+        samples=args.samples,
+        share=args.share,
+        longest=args.student_length - block,
+    )
+    options = {**dataclasses.asdict(args.rule), "block_size": block}
+    decides = [weights_sha256(opened.model), dtype, options, args.student_length]
+    rollouts = Rollouts(args.out, tokenizer, drawn, args.student_length, args.batch_size, decides, options)
+    with locked(args.out, world):
+        done = rollouts.answer(opened.model, world, lambda: bool(stop.signal))
+    if not done:
+        world.print_rank0(f"stopped on request; run the same command again to continue ({args.out})")
+        return EXIT_STOPPED
+    if world.is_main:
+        found = read_json(args.out / SUMMARY)
+        rate = found["now"]["tokens"] / max(found["now"]["seconds"], 1e-9)
+        say(
+            f"finished: {found['own']} answers of {found['tokens']:,} tokens ({found['finished']} ended, "
+            f"{found['empty']} empty), {found['corpus']} rows of the corpus; {rate:,.0f} tokens/s ({args.out})"
+        )
+    return 0

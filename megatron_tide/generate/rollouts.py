@@ -1,0 +1,181 @@
+"""A round of on-policy data: prompts of a corpus, some of which the student answers itself.
+
+    corpus -> rows drawn by (seed, round) -> a share of them answered -> own.jsonl, corpus.jsonl, mixture.json
+
+``prepare --data mixture.json`` makes the training data of the round. Which rows, which of them are answered, and what
+an answer draws its random numbers from are functions of (seed, round, row), and batches do not depend on the ranks that
+share them: any number of ranks writes the same files, also after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.bridge import TemplateLimit, TextTokenizer
+from megatron_tide.data.encode import split_response
+from megatron_tide.data.sampler import permutation
+from megatron_tide.data.sources import Mixture
+from megatron_tide.files import atomic_write, fingerprint, write_json
+from megatron_tide.generate.answer_file import AnswerFile
+from megatron_tide.generate.complete import Completion, answers
+from megatron_tide.generate.prompts import Prompt, prompt_ids
+from megatron_tide.tables import ASSISTANT, Message
+
+ANSWERS, OWN, CORPUS, MIXTURE, SUMMARY = "answers.jsonl", "own.jsonl", "corpus.jsonl", "mixture.json", "rollouts.json"
+_STREAM = b"prompts"
+
+
+@dataclass(frozen=True)
+class Round:
+    """The rows of a round: ``asked`` conversations up to the answer that the student is to write, with their
+    ``prompts`` and ``seeds``; and ``kept`` conversations with the answer of the corpus.
+    """
+
+    asked: list[list[Message]]
+    prompts: list[Prompt]
+    seeds: list[int]
+    kept: list[list[Message]]
+
+
+def draw_round(
+    mixture: Mixture, tokenizer: TextTokenizer, *, number: int, seed: int, samples: int, share: float, longest: int
+) -> Round:
+    """``samples`` rows, of which the student answers the first ``share``, rounded; in an order drawn by (seed, number).
+
+    Rows that ``prepare`` would drop, and those with a prompt of more than ``longest`` tokens, are passed over.
+
+    Raises:
+        ValueError: there are fewer rows than ``samples``.
+    """
+    own = round(share * samples)
+    drawn = Round([], [], [], [])
+    for position in permutation(len(mixture), seed, number, _STREAM).tolist():
+        if len(drawn.asked) + len(drawn.kept) == samples:
+            break
+        try:
+            _, messages = mixture.conversation(position)
+            split = split_response(messages)
+            if isinstance(split, str):
+                continue
+            ids = prompt_ids(tokenizer, split[0])
+        except TemplateLimit:  # of the template, not of the row
+            raise
+        except (ValueError, RecursionError):
+            continue
+        if len(ids) > longest:
+            continue
+        if len(drawn.asked) == own:
+            drawn.kept.append(messages)
+            continue
+        drawn.asked.append(split[0])
+        drawn.prompts.append(Prompt(ids, str(split[0][-1]["content"])))
+        drawn.seeds.append(int(fingerprint([seed, number, int(mixture.key[position])])[:15], 16))
+    found = len(drawn.asked) + len(drawn.kept)
+    if found < samples:
+        raise ValueError(
+            f"--samples {samples}: the data have {found} rows with a prompt that fits and a response; use fewer"
+        )
+    return drawn
+
+
+def batches_of(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Places of prompts of similar length, ``size`` together."""
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The student's answers to a round's prompts, written to ``folder``.
+
+    ``length``: tokens of prompt and answer, those of the training data. An answer that does not end before is cut
+    there, as ``prepare`` cuts it, without an end of text that the student did not write. ``decides``: what an answer
+    depends on beside its prompt and seed; ``options``: fields of ``DecodingRule``.
+    """
+
+    folder: Path
+    tokenizer: TextTokenizer
+    round: Round
+    length: int
+    batch_size: int
+    decides: Any
+    options: dict[str, Any]
+
+    def answer(self, model: Any, world: Any, stopped: Callable[[], bool]) -> bool:
+        """Answer what is missing, on all ranks of ``world``; False where one of them was asked to stop."""
+        missing = set(world.on_main(self._collect))
+        batches = [batch for batch in batches_of(self.round.prompts, self.batch_size) if missing & set(batch)]
+        part = self._file(self.folder / f"answers-{world.rank}.jsonl")
+        mine, tokens, started = batches[world.rank :: world.size], 0, time.monotonic()
+        for number, batch in enumerate(mine):
+            if stopped():
+                break
+            found = self._answered(model, batch)
+            part.add(found)
+            tokens += sum(len(one.ids) for one in found.values())
+            spent = time.monotonic() - started
+            left = spent / (number + 1) * (len(mine) - number - 1)
+            rate = f"{tokens * world.size / spent:,.0f} tokens/s on {world.size} ranks" if world.size > 1 else ""
+            rate = rate or f"{tokens / spent:,.0f} tokens/s"
+            world.print_rank0(f"answers: batch {number + 1}/{len(mine)}  {rate}  left {left:.0f} s")
+        (tokens,) = world.sum_over_ranks([float(tokens)])
+        left_over = world.on_main(self._collect)
+        spent = max(world.gather_on_all(time.monotonic() - started))
+        if not left_over:
+            world.on_main(lambda: self._finish(tokens, spent))
+        return not left_over
+
+    def _answered(self, model: Any, batch: list[int]) -> dict[int, Completion]:
+        prompts = [self.round.prompts[place].ids for place in batch]
+        options = {**self.options, "max_new_tokens": self.length - min(map(len, prompts))}
+        seeds = [self.round.seeds[place] for place in batch]
+        (found,) = answers(model, self.tokenizer, prompts, batch_size=len(batch), seed=seeds, **options)
+        return {batch[number]: self._cut(one) for number, one in found.items()}
+
+    def _cut(self, one: Completion) -> Completion:
+        """As if it had been answered alone: what a batch writes behind the length is left out."""
+        ids = one.ids[: self.length - len(one.prompt)]
+        if len(ids) == len(one.ids):
+            return one
+        return replace(one, ids=ids, text=self.tokenizer.decode(ids), finished=False)
+
+    def _file(self, path: Path) -> AnswerFile:
+        return AnswerFile(path, self.tokenizer, self.round.prompts, self.round.seeds, self.decides)
+
+    def _collect(self) -> list[int]:
+        """Move every rank's answers to the one file; the places of the prompts without one."""
+        file = self._file(self.folder / ANSWERS)
+        file.take(sorted(self.folder.glob("answers-*.jsonl")))
+        return file.missing
+
+    def _finish(self, tokens: float, seconds: float) -> None:
+        """The mixture of the round, and what its answers are like. ``tokens``, ``seconds``: of this command."""
+        rows, round_, tokenizer = self._file(self.folder / ANSWERS).close(), self.round, self.tokenizer
+        said = [str(row["answer"]) for row in rows]
+        own = [[*asked, {"role": ASSISTANT, "content": text}] for asked, text in zip(round_.asked, said)]
+        sources = []
+        for name, talks in ((OWN, own), (CORPUS, round_.kept)):
+            atomic_write(self.folder / name, "".join(map(_line, talks)).encode("utf-8", "surrogatepass"))
+            sources += [{"path": name}] if talks else []
+        # The tokens that prepare will make of a text are mostly, but not always, those that the student wrote.
+        same = sum(len(tokenizer.encode(text)) == row["tokens"] - row["finished"] for text, row in zip(said, rows))
+        summary = {
+            "own": len(own),
+            "corpus": len(round_.kept),
+            "empty": sum(not text.strip() for text in said),
+            "finished": sum(bool(row["finished"]) for row in rows),
+            "tokens": sum(row["tokens"] for row in rows),
+            "as_written": same,
+            "now": {"tokens": int(tokens), "seconds": round(seconds, 3)},
+        }
+        write_json(self.folder / SUMMARY, summary)
+        write_json(self.folder / MIXTURE, {"sources": sources})
+
+
+def _line(messages: Iterable[Message]) -> str:
+    return json.dumps({"messages": list(messages)}) + "\n"
