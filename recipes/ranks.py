@@ -1,6 +1,6 @@
 """``ranks.py NODES MODULE FLAGS...``: how many GPUs this machine has, and how many ranks `python -m MODULE FLAGS` gets.
 
-One rank per GPU, or fewer where the global batch cannot be divided among so many.
+One rank per GPU; for training fewer where the global batch cannot be divided among so many.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from megatron_tide.gpus import count_gpus, fitting_ranks
 
 def main(argv: list[str]) -> None:
     nodes, module, flags = int(argv[0]), argv[1].split(), argv[2:]
-    train = cli.parse(command(module[1]) if len(module) > 1 else distill, flags).run.train
+    args = cli.parse(command(module[1]) if len(module) > 1 else distill, flags)
     gpus = count_gpus()
+    if not hasattr(args, "run"):  # no training: any number of ranks
+        print(gpus, max(1, gpus))
+        return
+    train = args.run.train
     ranks = fitting_ranks(gpus, train.global_batch_size, train.micro_batch_size, nodes)
     if ranks < gpus:
         print(

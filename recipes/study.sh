@@ -18,8 +18,7 @@
 set -euo pipefail
 
 # --- registered before the first run: "A < B" says that arm A has fewer bits per byte on the test split than arm B ---
-# To add an arm, add its line and its hypothesis. To come, with their features:
-# H9 on-policy < off-policy at equal student tokens; H10 with the row of an autoregressive teacher < without it.
+# To add an arm, add its line and its hypothesis. To come: H10 with the row of an autoregressive teacher < without it.
 hypotheses=(
   "H1  tide-cross < bd3lm: TIDE-Cross against denoising only"
   "H2  tide-shared < bd3lm: TIDE-Shared, in its published form across tokenizers, against denoising only"
@@ -31,6 +30,10 @@ hypotheses=(
   "H7b tidal < tide-bridge: with TIDAL, against without"
   "H8  byte-prefix < tide-bridge: first rows of all chunks by byte prefixes, weighted as denoising, against one-to-one rows"
 )
+# A comparison of its own, which H9=1 adds to a study, also to one that has ended: both arms are tide-bridge with its
+# tuned settings, for as many samples as there, in four rounds of rows of the same corpus; in one of them the student
+# answers half of each round's rows (temperature 1), which the teacher then judges, and which are not denoised.
+on_policy="H9  on-policy < off-policy: half of the samples with the student's own answers, against the corpus alone"
 # Name, whose tuned settings, and the flags in which arms that share settings differ.
 plain="--strategy tide-bridge --teacher-context staircase --tidal off --no-compdemo"
 arms=(
@@ -66,6 +69,7 @@ DISTILL_STEPS=${DISTILL_STEPS:-${sizes[2]:-}}
 BATCH=${BATCH:-${sizes[3]:-}}
 EVAL_SAMPLES=${EVAL_SAMPLES:-${sizes[4]:-}}
 precision=${sizes[5]:-} shapes=${sizes[6]:-}
+H9=${H9:-0}             # 1: the comparison of on-policy rounds too
 STUDENT_BLOCK=${STUDENT_BLOCK:-8}
 LENGTH=${LENGTH:-256}   # of student and teacher, in tokens; longer responses are cut at a chunk boundary
 # What tuning tries, each from the best so far: the learning rate, then T, then the weight (both from 2). TIDE-Shared
@@ -200,8 +204,33 @@ seed() {
     --teacher "$run/teacher" --baseline bd3lm --per-sample --json "$run/seed-$s/scores.json"
 }
 
+# in_rounds SEED: the two arms of H9 from one start, and their scores.
+in_rounds() {
+  local s=$1 words=() scored=() one name whose flags number now from=() out parts=4
+  arm tide-bridge
+  for one in on-policy=0.5 off-policy=0; do
+    name=${one%=*} now=$run/start-$s from=()
+    for ((number = 1; number <= parts; number++)); do
+      out=$run/seed-$s/$name/round-$number
+      words+=(rollout "$now" --data "$run/corpus/train_tenth.jsonl" --round "$number" --share "${one#*=}" --seed "$s"
+        --samples $((DISTILL_STEPS * BATCH / parts / 2)) --student-length "$LENGTH" --temperature 1 --out "$out-answers"
+        --then prepare --data "$out-answers/mixture.json" --student "$run/tokenizers/student" --teacher "$run/tokenizers/teacher"
+        --bridge "$run/bridge" --student-length "$LENGTH" --student-block "$STUDENT_BLOCK" --teacher-length "$LENGTH"
+        --teacher-block "$STUDENT_BLOCK" --out "$out-data"
+        --then distill --out "$out" --config "$run/tuning/$whose/best-last.json" --student "$run/start-$s" --seed "$s"
+        "${distilling[@]}" "${flags[@]}" --data "$out-data" --max-steps "$DISTILL_STEPS"
+        --until-step $((number * DISTILL_STEPS / parts)) ${from[@]+"${from[@]}"} --then)
+      now=$out from=(--continue-from "$out")
+    done
+    scored+=(--student "$name=$out")
+  done
+  timed $((DISTILL_STEPS / 2 + 200)) "on-policy-$s" "$PYTHON" -m megatron_tide "${words[@]}" evaluate \
+    --data "$run/data-test" --samples "$EVAL_SAMPLES" --likelihood-noise block --student start="$run/start-$s" "${scored[@]}" \
+    --baseline off-policy --per-sample --json "$run/seed-$s/on-policy.json"
+}
+
 main() {
-  local s one scores=() expected=0
+  local s one scores=() own=() expected=0
   data
   pretrain $((TEACHER_STEPS * 2 / 9 + 15)) teacher teacher "$TUNING_SEED" "$TEACHER_STEPS"
   pretrain $((STUDENT_STEPS / 9 + 15)) "start-$TUNING_SEED" student "$TUNING_SEED" "$STUDENT_STEPS"
@@ -212,6 +241,14 @@ main() {
   done
   timed 8 results "$PYTHON" recipes/study/results.py "${scores[@]}" "${hypotheses[@]/#/--hypothesis=}" --size "$SIZE" \
     --tuning "$run/tuning" --out "$run/results"
+  if [[ $H9 == 1 ]]; then
+    for s in "${seeds[@]}"; do
+      in_rounds "$s"
+      own+=("$run/seed-$s/on-policy.json")
+    done
+    timed 8 results-on-policy "$PYTHON" recipes/study/results.py "${own[@]}" --hypothesis="$on_policy" --size "$SIZE" \
+      --tuning "$run/tuning" --out "$run/results-on-policy"
+  fi
   [[ $DRY_RUN == 1 && -n $EXPECTED_SECONDS ]] || return 0
   for one in $EXPECTED_SECONDS; do expected=$((expected + ${one#*=})); done
   printf '# expected on 2 cores: %d minutes\n' $((expected / 60))

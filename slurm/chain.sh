@@ -59,7 +59,9 @@ read -ra prepare <<<"${PREPARE_SBATCH:-}"
 read -ra distil <<<"${DISTIL_SBATCH:-}"
 read -ra convert <<<"${CONVERT_SBATCH:-}"
 read -ra cache <<<"${CACHE_SBATCH:-}"
-before=$(DRY_RUN=1 bash "recipes/$name.sh" | sed -n '/^# train-/,$d; s/^# //p' | xargs) # the stages before the training
+stages=$(DRY_RUN=1 bash "recipes/$name.sh" | sed -n 's/^# //p' | xargs)
+[[ $stages != *" train-"*" train-"* ]] || fail "$name trains in rounds, each from the one before: one job, sbatch slurm/$name.sh"
+before=${stages%% train-*} # the stages before the training
 submit prepare "${before% cache}" "${one_node[@]}" --gpus-per-node=0 ${prepare[@]+"${prepare[@]}"}
 [[ $before != *" cache" ]] || submit cache cache ${cache[@]+"${cache[@]}"}
 submit distil train ${distil[@]+"${distil[@]}"}

@@ -6,7 +6,7 @@ Shape suffixes: B samples, S student tokens, T teacher tokens (each the longest 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,12 +30,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: sample ``keys`` and ``chunks`` int64 [B], and its sides; no ``teacher`` in student-only data."""
+    """A micro-batch: sample ``keys`` and ``chunks`` int64 [B], and its sides; no ``teacher`` in student-only data.
+
+    ``own`` bool [B]: whether the student wrote the response; None: it wrote none of the data's."""
 
     keys: torch.Tensor
     student: Tokens
     teacher: Tokens | None
     chunks: torch.Tensor
+    own: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -63,13 +66,15 @@ def collate(
 def read_batch(data: PreparedData, indices: Iterable[int]) -> Batch:
     """Collate the samples ``indices`` of a prepared folder with the folder's own block sizes and pad ids."""
     student, teacher = data.manifest["student"], data.manifest["teacher"] or {"block": 1, "pad_id": 0}
-    return collate(
+    batch = collate(
         [data.sample(int(index)) for index in indices],
         student_block=student["block"],
         teacher_block=teacher["block"],
         student_pad=student["pad_id"],
         teacher_pad=teacher["pad_id"],
     )
+    own = data.own(batch.keys.numpy())
+    return batch if own is None else replace(batch, own=torch.from_numpy(own))
 
 
 def _pad(sides: Sequence[TokenizedSample], block: int, pad: int) -> Tokens:

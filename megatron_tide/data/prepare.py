@@ -72,6 +72,7 @@ def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int 
         "sources": [source.description for source in mixture.sources],
         "limit": limit,
         "shard_rows": shard_rows,
+        **({"own": mixture.own} if mixture.own else {}),
     }
 
 

@@ -40,6 +40,7 @@ _FORM = {
     "student": SIDE,
     "teacher": (None, TEACHER_SIDE),
     "bridge": (None, str),
+    "own?": [[range(1 << 63)]],
     "shards": [{"rows": range(1 << 31), "sha256": str}],
 }
 _OPEN_SHARDS = 64  # a map holds a file descriptor, and users have as few as 1,024 of them
@@ -125,6 +126,11 @@ class PreparedData:
             chunks=int(arrays["chunks"][row]),
             response_bytes=int(arrays["response_bytes"][row]),
         )
+
+    def own(self, keys: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Whether the student wrote the response of each sample; None where it wrote none of the data's."""
+        spans = self.manifest.get("own")
+        return None if spans is None else np.any([(keys >= min(s)) & (keys <= max(s)) for s in spans if s], axis=0)
 
     def check(self, *, student: str, teacher: str | None = None, bridge: str | None = None) -> None:
         """ValueError unless the data were prepared with tokenizers and bridge of these fingerprints (None: none)."""

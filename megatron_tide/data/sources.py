@@ -32,7 +32,8 @@ class SourceSpec:
     0.25 keeps a quarter of the rows, 2.5 takes each row twice and half of them a third time, chosen by a hash of the
     row's number. ``messages_column``, or ``prompt_column`` and ``response_column`` for one prompt and one response per
     row. ``filter``: column -> a value, a list of values, or {"contains": text}; only matching rows count.
-    ``max_chars``: longer conversations are dropped, and counted.
+    ``max_chars``: longer conversations are dropped, and counted. ``own``: the student wrote the responses, so they are
+    nothing to learn by heart: they have no denoising loss.
     """
 
     path: str
@@ -45,11 +46,17 @@ class SourceSpec:
     response_column: str | None = None
     filter: dict[str, Any] = field(default_factory=dict)
     max_chars: int | None = None
+    own: bool = False
 
     @classmethod
     def parse(cls, entry: Any, where: str) -> SourceSpec:
         """A source from its JSON; ValueError naming ``where`` for unknown fields, wrong types and impossible values."""
-        kinds: dict[str, tuple[type, ...]] = {"weight": (int, float), "filter": (dict,), "max_chars": (int,)}
+        kinds: dict[str, tuple[type, ...]] = {
+            "weight": (int, float),
+            "filter": (dict,),
+            "max_chars": (int,),
+            "own": (bool,),
+        }
         optional = [f.name for f in fields(cls) if f.default is None]
         known = [f.name for f in fields(cls)]
         if not isinstance(entry, dict) or "path" not in entry:
@@ -59,7 +66,7 @@ class SourceSpec:
                 raise ValueError(f"{where}: unknown field {key!r}; the fields are {', '.join(known)}")
             if value is None and key in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, kinds.get(key, (str,))):
+            if isinstance(value, bool) != (key == "own") or not isinstance(value, kinds.get(key, (str,))):
                 raise ValueError(f"{where}: {key} cannot be {shown(value)}")
             if (isinstance(value, str) and not 0 < len(value) <= LONGEST_NAME) or "\0" in str(value):
                 raise ValueError(f"{where}: {key} is {shown(value)}, which is no name")
@@ -108,7 +115,7 @@ class DataSource:
 
     @property
     def description(self) -> dict[str, Any]:
-        spec = {f.name: getattr(self.spec, f.name) for f in fields(self.spec)}
+        spec = {f.name: getattr(self.spec, f.name) for f in fields(self.spec) if f.name != "own"}
         return spec | {"content": self.rows.content, "rows": len(self.rows), "selected": len(self.selected)}
 
     def copies(self) -> NDArray[np.int64]:
@@ -144,6 +151,12 @@ class Mixture:
 
     def __len__(self) -> int:
         return len(self.key)
+
+    @property
+    def own(self) -> list[list[int]]:
+        """The keys of the sources whose responses the student wrote: first and last of each."""
+        keys = (self.key[self.source == number] for number, source in enumerate(self.sources) if source.spec.own)
+        return [[int(part[0]), int(part[-1])] for part in keys if len(part)]
 
     def limited(self, limit: int | None) -> Mixture:
         """``limit`` positions of the mixture, chosen over all of it by a hash of their keys, in order."""

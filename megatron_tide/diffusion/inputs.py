@@ -50,7 +50,8 @@ class DistillBatch(TensorDataclass):
     active chunk, of its first row on each side; pair_several indexes those of more than one token (None: there is no
     such pair). maskable: number of maskable student tokens of the
     micro-batch, 0 if nothing is denoised; tokens: number of all its student tokens, without padding. Without a teacher
-    K = R = P = 0. keys int64 [B]: the samples' own numbers; draw: (seed, epoch) of the noise.
+    K = R = P = 0. gold int64 [m] indexes those of the M masked tokens that are not the student's own writing, which
+    denoising scores (None: all of them). keys int64 [B]: the samples' own numbers; draw: (seed, epoch) of the noise.
     """
 
     rate: torch.Tensor
@@ -72,6 +73,7 @@ class DistillBatch(TensorDataclass):
     keys: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     draw: tuple[int, int] = (0, 0)
     pair_several: torch.Tensor | None = None
+    gold: torch.Tensor | None = None
 
     def padded(self, multiple: int) -> DistillBatch:
         """Both models' inputs with lengths that are multiples of ``multiple`` (:meth:`ModelInput.padded`)."""
@@ -133,6 +135,7 @@ def build_inputs(
         pair_teacher_index=pairs[1],
         pair_chunk=pairs[2],
         pair_several=pairs[3] if first_rows else None,
+        gold=None if batch.own is None else (~batch.own[sample_M]).nonzero()[:, 0],
         maskable=int(response(batch.student).sum()) * student.denoise,
         tokens=int(batch.student.length.sum()),
         keys=batch.keys,

@@ -2,7 +2,8 @@
 
     corpus -> rows drawn by (seed, round) -> a share of them answered -> own.jsonl, corpus.jsonl, mixture.json
 
-``prepare --data mixture.json`` makes the training data of the round. Which rows, which of them are answered, and what
+``prepare --data mixture.json`` makes the training data of the round, in which the student's own text is only compared
+with the teacher (``SourceSpec.own``): it is nothing to learn by heart. Which rows, which of them are answered, and what
 an answer draws its random numbers from are functions of (seed, round, row), and batches do not depend on the ranks that
 share them: any number of ranks writes the same files, also after an interruption.
 """
@@ -159,9 +160,9 @@ class Rollouts:
         said = [str(row["answer"]) for row in rows]
         own = [[*asked, {"role": ASSISTANT, "content": text}] for asked, text in zip(round_.asked, said)]
         sources = []
-        for name, talks in ((OWN, own), (CORPUS, round_.kept)):
+        for name, talks, by_student in ((OWN, own, True), (CORPUS, round_.kept, False)):
             atomic_write(self.folder / name, "".join(map(_line, talks)).encode("utf-8", "surrogatepass"))
-            sources += [{"path": name}] if talks else []
+            sources += [{"path": name, "own": by_student}] if talks else []
         # The tokens that prepare will make of a text are mostly, but not always, those that the student wrote.
         same = sum(len(tokenizer.encode(text)) == row["tokens"] - row["finished"] for text, row in zip(said, rows))
         summary = {

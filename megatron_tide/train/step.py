@@ -49,7 +49,10 @@ def train_step(
             strength_N = strategy.strength(progress, batch.rate)
             hidden_LH = masked_hidden_states(model, batch.student)
             scores = strategy.score(hidden_LH, model.head_weight, batch, outputs, strength_N)
-            denoise = denoise_loss(scores.target_logprobs, batch.inverse_weight[batch.student_level], counts.maskable)
+            logprobs, level = scores.target_logprobs, batch.student_level
+            if batch.gold is not None:
+                logprobs, level = logprobs[batch.gold], level[batch.gold]
+            denoise = denoise_loss(logprobs, batch.inverse_weight[level], counts.maskable)
             next_token = next_token_loss(scores.next_logprobs, counts.next_tokens)
             distill, metrics = strategy.loss(scores, outputs, batch, strength_N, counts)
             loss = denoise + next_token + strategy.distill_weight * distill
@@ -59,7 +62,7 @@ def train_step(
             losses = {"total": loss, "denoise": denoise, "next_token": next_token, "distill": distill}
             accumulator.add_losses({f"loss/{name}": losses[name] for name in strategy.losses})
             accumulator.add(metrics)
-            accumulator.add(denoise_metrics(scores.target_logprobs.detach(), batch.rate[batch.student_level]))
+            accumulator.add(denoise_metrics(logprobs.detach(), batch.rate[level]))
     return accumulator
 
 

@@ -68,7 +68,7 @@ def test_the_teacher_answers_first_in_a_stage_of_its_own():
     assert asked.loss_flags() == trained.loss_flags()
 
 
-@pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh", "real_small.sh"])
+@pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh", "on_policy.sh", "real_small.sh"])
 def test_every_command_is_understood(recipe):
     from megatron_tide import cli, distill
     from megatron_tide.__main__ import command, split_commands

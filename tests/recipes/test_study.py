@@ -95,6 +95,32 @@ def test_trials_of_chunk_likelihoods_share_the_answers_of_one_sweep(tmp_path: Pa
         assert {name for name, value in one.loss_flags().items() if value != asked[name]} <= set(free)
 
 
+def test_on_policy_rounds_are_a_comparison_of_their_own_that_can_be_added_later(tmp_path: Path) -> None:
+    before, stages = commands(RECIPE, RUNS=str(tmp_path)), commands(RECIPE, RUNS=str(tmp_path), H9="1")
+    added = [f"on-policy-{seed}" for seed in range(1, 6)] + ["results-on-policy"]
+    assert list(stages) == [*before, *added]
+    assert {name: words for name, words in stages.items() if name in before} == before
+    best = tmp_path / "study_cpu" / "tuning" / "tide-bridge" / "best-last.json"
+    best.parent.mkdir(parents=True)
+    best.write_text(json.dumps({"config": {"lr": 0.004, "max_steps": 400}}))
+    every = calls(stages["on-policy-3"])
+    told = [(name, cli.parse(command(name), flags)) for name, *flags in every]
+    assert [name for name, _ in told] == [*["rollout", "prepare", "distill"] * 8, "evaluate"]
+    answered, trained = ([one for name, one in told if name == which] for which in ("rollout", "distill"))
+    assert [one.share for one in answered] == [0.5] * 4 + [0.0] * 4
+    assert [one.round for one in answered] == [1, 2, 3, 4] * 2
+    flags = [one.run.loss_flags() for one in trained]
+    assert all(one == flags[0] for one in flags)
+    assert [one.run.save.until_step for one in trained] == [100, 200, 300, 400] * 2
+    outs = [one.run.paths.out for one in trained]
+    assert [one.run.save.continue_from for one in trained] == ["", *outs[:3], "", *outs[4:7]]
+    assert [one.model for one in answered[1:4]] == outs[:3]
+    last = [f"{name}={outs[place]}" for name, place in (("on-policy", 3), ("off-policy", 7))]
+    assert list(told[-1][1].student[1:]) == last
+    (text,) = results.parser().parse_args(stages["results-on-policy"][2:]).hypothesis
+    assert (study.Hypothesis.parse(text).lower, study.Hypothesis.parse(text).higher) == ("on-policy", "off-policy")
+
+
 def test_a_dry_run_says_how_long_it_takes() -> None:
     last = run(RECIPE, DRY_RUN="1").stdout.splitlines()[-1]
     assert last.startswith("# expected on 2 cores: ")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECIPES = ("distill_16b_to_0.6b", "distill_8b_to_0.6b", "distill_ar_to_0.6b", "adapt_ar_to_bd3lm")
+RECIPES = ("distill_16b_to_0.6b", "distill_8b_to_0.6b", "distill_ar_to_0.6b", "adapt_ar_to_bd3lm", "on_policy")
 JOBS = tuple(f"slurm/{name}.sh" for name in RECIPES)
 SCRIPTS = sorted(str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("[rs]*/*.sh") if path.is_file())
 

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# On-policy distillation in rounds: the student answers prompts, and the teacher is asked about what it wrote.
+#
+# Each round has three stages (four with CACHE=1):
+#   answer-N       SAMPLES rows of DATA; the student as it is now writes the response of the share ON_POLICY of them. The other
+#                  rows keep theirs. The texts are the same on any number of ranks
+#   data-N         both as training data. Own text is compared with the teacher, and is not denoised: it is no gold
+#   cache-N        CACHE=1: the teacher answers the round first
+#   train-round-N  STEPS steps: one schedule over all rounds, and the optimizer goes on where the round before it ended
+# A round of training covers its data once where SAMPLES is STEPS times the batch, the default.
+# ON_POLICY=0 is the same with new rows of the corpus in each round, to compare with.
+#
+# Output:    runs/on_policy/hf, a Hugging Face folder of the student, with a model card; the last line says what the rollouts cost.
+# Machine:   that of distill_16b_to_0.6b.sh, and HOSTING as there.
+# Launch:    bash recipes/on_policy.sh                        all GPUs of this machine; NPROC=4: four of them
+#            DRY_RUN=1 bash recipes/on_policy.sh              print the commands
+#            ONLY="sample bridge answer-1" bash recipes/on_policy.sh   only these stages
+#            sbatch slurm/on_policy.sh                        on a Slurm cluster
+# From WeDLM: TEACHER, STUDENT and TEACHER_MASK of distill_8b_to_0.6b.sh; from an autoregressive teacher: those of
+# distill_ar_to_0.6b.sh, and as arguments  --teacher-context causal --temperature 1.
+# Arguments are passed to the training:  ... --preset ours --lr 1e-5   (python -m megatron_tide.distill --help)
+# If it stops for any reason, run the same command again: finished stages are skipped, answers and training resume.
+
+set -euo pipefail
+# --- settings: edit here, or set them in the environment ---
+NAME=${NAME:-on_policy}                                              # output folder: runs/NAME
+TEACHER=${TEACHER:-inclusionAI/LLaDA2.0-mini}                        # hub name, or a folder in hub format
+STUDENT=${STUDENT:-dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1}         # best one that was distilled before: runs/NAME/hf
+DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture, or JSONL / Parquet / hub data sets
+STRATEGY=${STRATEGY:-tide-cross}                                     # see the table in README.md
+ROUNDS=${ROUNDS:-4}
+STEPS=${STEPS:-100}                                                  # optimizer steps per round
+BATCH=${BATCH:-64}                                                   # samples per step
+SAMPLES=${SAMPLES:-$((STEPS * BATCH))}                               # rows per round
+ON_POLICY=${ON_POLICY:-0.5}                                          # share of them that the student answers: 0 to 1
+DECODING=${DECODING:---temperature 1}                                # how it answers: python -m megatron_tide rollout --help
+SEED=${SEED:-42}                                                     # of rows, answers, data order and noise
+STUDENT_LENGTH=${STUDENT_LENGTH:-512}
+STUDENT_BLOCK=${STUDENT_BLOCK:-}                                     # block size to train the student with; empty: its own
+TEACHER_LENGTH=${TEACHER_LENGTH:-768}
+STUDENT_MASK=${STUDENT_MASK:-}                                       # mask token, if the tokenizer defines none
+TEACHER_MASK=${TEACHER_MASK:-}
+HOSTING=${HOSTING:-}                                                 # where the teacher's weights are (table in README.md); empty: replicated
+TEACHER_NVME=${TEACHER_NVME:-}                                       # HOSTING=zero3_nvme: a folder on a fast local disk
+CACHE=${CACHE:-0}                                                    # 1: a stage per round in which the teacher answers it first (distributions: --teacher-top 64)
+TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                            # 1: allow Python code from the hub repositories
+# NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh
+# ---
+
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+run=$RUNS/$NAME
+[[ $ROUNDS =~ ^[1-9][0-9]*$ && $STEPS =~ ^[1-9][0-9]*$ ]] || fail "ROUNDS=$ROUNDS STEPS=$STEPS: use whole numbers from 1 on"
+setup_environment requirements.txt
+
+# round NUMBER STUDENT [FLAGS...]: one round, from the weights of STUDENT.
+round() {
+  local number=$1 now=$2 rows=$run/round-$1-answers data=$run/round-$1-data decoding=() from=()
+  shift 2
+  read -ra decoding <<<"$DECODING"
+  on_ranks "answer-$number" "megatron_tide rollout" "$now" --data "$DATA" --round "$number" --samples "$SAMPLES" --share "$ON_POLICY" \
+    --seed "$SEED" --student-length "$STUDENT_LENGTH" ${STUDENT_BLOCK:+--block-size "$STUDENT_BLOCK"} \
+    ${STUDENT_MASK:+--student-mask "$STUDENT_MASK"} ${trust[@]+"${trust[@]}"} --out "$rows" "${decoding[@]}"
+  stage "data-$number" "$PYTHON" -m megatron_tide prepare --data "$rows/mixture.json" "${read[@]}" --bridge "$run/bridge" \
+    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$data" \
+    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"}
+  ((number == 1)) || from=(--continue-from "$now")
+  local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$data" --strategy "$STRATEGY"
+    --global-batch-size "$BATCH" --max-steps $((ROUNDS * STEPS)) --until-step $((number * STEPS)) --seed "$SEED" ${from[@]+"${from[@]}"})
+  local hosting=(${HOSTING:+--teacher-hosting "$HOSTING"} ${TEACHER_NVME:+--teacher-nvme "$TEACHER_NVME"})
+  if [[ $CACHE == 1 ]]; then
+    on_ranks "cache-$number" "megatron_tide cache" --out "$run/round-$number-cache" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
+    hosting=(--teacher-hosting cached --teacher-cache "$run/round-$number-cache")
+  fi
+  distil "$run/round-$number" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
+}
+
+main() {
+  local pair=(--student "$STUDENT" --teacher "$TEACHER") trust=() now=$STUDENT number
+  ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
+  local read=("${pair[@]}" ${STUDENT_MASK:+--student-mask "$STUDENT_MASK"} ${TEACHER_MASK:+--teacher-mask "$TEACHER_MASK"}
+    ${trust[@]+"${trust[@]}"})
+  stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
+  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
+  for ((number = 1; number <= ROUNDS; number++)); do
+    round "$number" "$now" "$@"
+    now=$run/round-$number
+  done
+  stage convert "$PYTHON" -m megatron_tide convert "$now" "$run/hf" --overwrite
+  stage report "$PYTHON" -m megatron_tide report "$run"
+  [[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/on_policy/report.py "$run" --rounds "$ROUNDS"
+}
+# On one line, because bash reads a script while it runs it, and this file may be edited before the chain has finished.
+main "$@"; exit
