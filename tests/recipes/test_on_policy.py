@@ -24,7 +24,7 @@ FLAGS = ["--precision", "fp32", "--teacher-dtype", "fp32", "--log-every", "1", "
 
 def test_settings_reach_the_stages_and_rounds_go_on() -> None:
     settings = {
-        "ROUNDS": "3",
+        "ROUNDS": "2",
         "STEPS": "7",
         "BATCH": "8",
         "ON_POLICY": "0.25",
@@ -32,22 +32,22 @@ def test_settings_reach_the_stages_and_rounds_go_on() -> None:
         "CACHE": "1",
     }
     stages = commands(RECIPE, "--lr", "1e-5", STUDENT="a/b", NPROC="2", STUDENT_BLOCK="8", **settings)
-    rounds = [f"{stage}-{number}" for number in (1, 2, 3) for stage in ("answer", "data", "cache", "train-round")]
+    rounds = [f"{stage}-{number}" for number in (1, 2) for stage in ("answer", "data", "cache", "train-round")]
     assert list(stages) == ["sample", "bridge", *rounds, "convert", "report"]
     lines = {name: " ".join(words) for name, words in stages.items()}
     assert "rollout a/b --data" in lines["answer-1"]
     assert "rollout runs/on_policy/round-1 --data" in lines["answer-2"]
-    for flags in ("--round 3 --samples 56 --share 0.25", "--block-size 8", "--threshold 0.9", "--nproc-per-node 2"):
-        assert flags in lines["answer-3"]
+    for flags in ("--round 2 --samples 56 --share 0.25", "--block-size 8", "--threshold 0.9", "--nproc-per-node 2"):
+        assert flags in lines["answer-2"]
     assert "--data runs/on_policy/round-2-answers/mixture.json" in lines["data-2"]
     for stage in ("cache-2", "train-round-2"):
-        assert "--max-steps 21 --until-step 14" in lines[stage]
+        assert "--max-steps 14 --until-step 14" in lines[stage]
         assert "--continue-from runs/on_policy/round-1 " in lines[stage]
         assert lines[stage].endswith("--lr 1e-5")
     assert "--continue-from" not in lines["train-round-1"]
-    assert "--teacher-cache runs/on_policy/round-3-cache" in lines["train-round-3"]
-    assert "convert runs/on_policy/round-3 " in lines["convert"]
-    assert not any("cache" in name for name in commands(RECIPE))
+    assert "--teacher-cache runs/on_policy/round-2-cache" in lines["train-round-2"]
+    assert "convert runs/on_policy/round-2 " in lines["convert"]
+    assert not any("cache" in name for name in commands(RECIPE, ROUNDS="1"))
     refused = run(RECIPE, DRY_RUN="1", ROUNDS="0")
     assert (refused.returncode, "ROUNDS=0 STEPS=100: use whole numbers" in refused.stderr) == (2, True)
 
