@@ -60,7 +60,7 @@ def flag(
 
     Numbers must be in [``low``, ``high``]. ``shown`` replaces the default in the help. ``kind``: "flag";
     "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata;
-    ``reads`` ("folder", "file" or "model") or ``writes`` ("file"): what a path names (``check_paths``).
+    ``reads`` ("folder", "file", "any" of both, "model") or ``writes`` ("file"): what a path names (``check_paths``).
     """
     about = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar, "shown": shown}
     return dataclasses.field(default=MISSING if default is ... else default, metadata={**about, "kind": kind, **more})
@@ -347,6 +347,8 @@ def _check(info: Field[Any], value: Any) -> None:
 
 def _check_path(about: Mapping[str, Any], name: str, path: Path) -> None:
     reads = about.get("reads")
+    if reads == "any" and not path.exists():
+        raise ValueError(f"{path}: no such file or folder ({name})")
     if reads == "folder" and not path.is_dir():
         raise ValueError(f"{path}: no such folder ({name})")
     if reads == "file" and not path.is_file():

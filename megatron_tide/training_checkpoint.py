@@ -261,6 +261,16 @@ def open_model(path: str | Path, dtype: torch.dtype = torch.float32, device: str
     return Opened(models.load_model(folder, dtype, device=device), folder)
 
 
+def folder_and_block(path: str | Path) -> tuple[Path, int | None]:
+    """The folder with config and tokenizer of what :func:`open_model` opens, and the block size that a checkpoint was
+    trained with.
+    """
+    if _is_checkpoint(Path(path)):
+        trained = open_checkpoint(path)
+        return trained.base_model, trained.run["data"]["student"]["block"]
+    return models.resolve_folder(path), None
+
+
 def generation_of(path: str | Path) -> str:
     """``block_diffusion`` or ``autoregressive``: how the model at ``path`` generates; only its ``config.json`` is read.
 

@@ -16,12 +16,15 @@ settings; other tasks keep their own number of tokens. They need requirements-ev
 <think>...</think> only, which is no part of an answer; an answer whose thoughts do not end is empty, and counted.
 Programs of humaneval and mbpp can import the standard library and every installed package. Answers are cached in --out:
 a stopped evaluation, run again by the same user, continues; answers and verdicts that come with a downloaded folder are
-not used.
+not used. --thresholds measures quality against speed: score and tokens per forward pass at each, and the area
+under that curve (AUP, arXiv 2601.07568).
 
 Examples:
   python -m megatron_tide evaluate runs/quickstart/hf --tasks humaneval
+  python -m megatron_tide evaluate runs/quickstart/hf --tasks humaneval --thresholds 0.6 0.8 0.9 1 --json scores.json
   python -m megatron_tide evaluate student=runs/x/hf teacher=inclusionAI/LLaDA2.0-mini ar=Qwen/Qwen3-0.6B \\
       --out runs/scores --tasks gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp --dtype bfloat16
+  python -m megatron_tide evaluate runs/quickstart/hf --data my.jsonl
   python -m megatron_tide evaluate --data runs/quickstart/test-data --teacher runs/quickstart/teacher \\
       --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --completions 50 \\
       --json scores.json
@@ -34,12 +37,16 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import check_model_path, flag, say
 from megatron_tide.files import atomic_write
 from megatron_tide.machine import DEVICE_HELP, devices_of
+
+if TYPE_CHECKING:
+    from megatron_tide.data import PreparedData
+    from megatron_tide.evaluate.comparison import LikelihoodSettings
 
 LIKELIHOOD = "likelihood"
 ON_GPU, ON_CPU = {"batch_size": 64, "dtype": "bfloat16"}, {"batch_size": 8, "dtype": "float32"}
@@ -50,7 +57,11 @@ class LikelihoodArgs:
     """Likelihood."""
 
     data: Path | None = flag(
-        None, "Folder of prepared data that no model was trained on", metavar="DIR", reads="folder"
+        None,
+        "Data that no model was trained on: a folder made by prepare, or text (.jsonl, .parquet, a mixture .json, a "
+        "folder), which is prepared for these models in a temporary folder",
+        metavar="DATA",
+        reads="any",
     )
     teacher_context: str = flag(
         "staircase",
@@ -92,6 +103,15 @@ class BenchmarkArgs:
         high=1 << 24,
     )
     steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token", low=1)
+    thresholds: tuple[float, ...] = flag(
+        (),
+        "Quality against speed: run each benchmark at these thresholds; a pass also decides every token with a higher "
+        "probability. 1: one token per pass, as published",
+        shown="1",
+        metavar="P",
+        low=0,
+        high=1,
+    )
     few_shot: int | None = flag(None, "Number of examples in the prompt", shown="0; bbh 3", low=0, high=1000)
     temperature: float | None = flag(
         None, "Sampling temperature; 0 takes the most probable token", shown="0", low=0, high=1000
@@ -185,6 +205,8 @@ def run(args: Args) -> None:
     tasks = list(dict.fromkeys(args.tasks))
     content = _likelihood(args) if LIKELIHOOD in tasks else {}
     benchmarks = [task for task in tasks if task != LIKELIHOOD]
+    if args.benchmarks.thresholds and not benchmarks:
+        raise ValueError("--thresholds applies to benchmarks: add --tasks, such as --tasks humaneval")
     if benchmarks:
         content["benchmarks"] = _benchmarks(args, benchmarks, models)
     if args.json:
@@ -202,13 +224,28 @@ def _named(text: str) -> tuple[str, str]:
 def _likelihood(args: Args) -> dict[str, Any]:
     """Print the table of likelihoods; returns its content, for --json."""
     if not args.likelihood.data:
-        raise ValueError("likelihood needs held-out data: add --data with a prepared folder, or choose other --tasks")
-    from megatron_tide.data import PreparedData
+        raise ValueError("likelihood needs held-out data: add --data, or choose other --tasks")
+    from megatron_tide.commands.held_out import held_out
     from megatron_tide.evaluate import comparison, score_table
 
+    for text in args.model:
+        comparison.check_has_bound(_named(text)[1])
+    roles = (("", args.model), ("student", args.student), ("teacher", args.teacher))
+    models = [(*_named(text), role or None) for role, texts in roles for text in texts]
+    with held_out(args.likelihood.data, [(path, role) for _, path, role in models]) as data:
+        how = _likelihood_settings(args, data)
+        rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
+    record = comparison.likelihood_record(rows, how, str(args.likelihood.data))
+    say(score_table.text_table(*score_table.score_table([score_table.score_cells(one) for one in record["models"]])))
+    return record
+
+
+def _likelihood_settings(args: Args, data: PreparedData) -> LikelihoodSettings:
+    from megatron_tide.evaluate import comparison
+
     where = Where.of(args)
-    how = comparison.LikelihoodSettings(
-        data=PreparedData.open(args.likelihood.data),
+    return comparison.LikelihoodSettings(
+        data=data,
         teacher_context=args.likelihood.teacher_context,
         samples=args.likelihood.samples,
         mc_samples=args.likelihood.mc_samples,
@@ -228,21 +265,15 @@ def _likelihood(args: Args) -> dict[str, Any]:
         block_layout=args.block_layout or "sequence",
         per_sample=args.likelihood.per_sample,
     )
-    for text in args.model:
-        comparison.check_has_bound(_named(text)[1])
-    roles = (("", args.model), ("student", args.student), ("teacher", args.teacher))
-    models = [(*_named(text), role or None) for role, texts in roles for text in texts]
-    rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]
-    record = comparison.likelihood_record(rows, how)
-    say(score_table.text_table(*score_table.score_table([score_table.score_cells(one) for one in record["models"]])))
-    return record
 
 
 def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> list[dict[str, Any]]:
     """Print the table of benchmarks; returns its content, for --json."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # minor bars of libraries, before they are imported
     from megatron_tide.evaluate.benchmark_presets import changed_preset
-    from megatron_tide.evaluate.harness import EvalContext, benchmark_table, check_benchmarks, run_benchmark
+    from megatron_tide.evaluate.benchmark_table import benchmark_table
+    from megatron_tide.evaluate.harness import EvalContext, check_benchmarks, run_benchmark
+    from megatron_tide.evaluate.parallelism import at_thresholds
     from megatron_tide.lock import RunLock
 
     given = args.benchmarks
@@ -269,7 +300,9 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
             **shared,
         )
         with RunLock(folder):
-            results += [run_benchmark(task, preset, context) for task, preset in presets.items()]
+            for task, preset in presets.items():
+                each = at_thresholds(preset, given.thresholds, context.generator.decoder)
+                results += [run_benchmark(task, one, context) for one in each]
     say(benchmark_table(results))
     return [result.to_dict() for result in results]
 

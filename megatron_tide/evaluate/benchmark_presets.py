@@ -37,6 +37,8 @@ class BenchmarkPreset:
     chat_template: bool = True
     temperature: float | None = 0.0
     """None for that of the task itself."""
+    threshold: float | None = None
+    """A pass also decides every token with a higher probability."""
     note: str = ""
 
 

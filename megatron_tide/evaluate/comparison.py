@@ -118,11 +118,11 @@ def baselines_of(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     return [row for row in rows if row.report.side == "student"][:1]
 
 
-def likelihood_record(rows: list[Row], how: LikelihoodSettings) -> dict[str, Any]:
-    """For programs: settings, and every model with its numbers."""
+def likelihood_record(rows: list[Row], how: LikelihoodSettings, data: str) -> dict[str, Any]:
+    """For programs: settings, and every model with its numbers; ``data``: what was asked for."""
     bases = baselines_of(rows, how.baselines)
     content: dict[str, Any] = {
-        "data": {"folder": str(how.data.folder), "fingerprint": how.data.fingerprint},
+        "data": {"folder": data, "fingerprint": how.data.fingerprint},
         "settings": {
             "samples": rows[0].report.samples,
             "mc_samples": how.mc_samples,

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lm_eval.api.model import LM, CachingLM, hash_args
+from lm_eval.api.model import LM, hash_args
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
-from sqlitedict import SqliteDict
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -38,7 +35,8 @@ from megatron_tide.training_checkpoint import generation_of, open_model
 
 _CODE = ("bridge/*.py", "generate/*.py", "models/*.py", "evaluate/generators.py", "evaluate/thoughts.py")
 _PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "lm_eval")
-_KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
+Written = tuple[Sequence[int], int]
+"""The ids of an answer, and the forward passes that it took."""
 LOST = "had a prompt that exceeds the model's context: its beginning was left out"
 
 
@@ -81,7 +79,7 @@ class Generator:
         Longest prompts first, in batches; a batch is in the cache before the next one starts. The order depends on the
         prompts alone, so a continued evaluation runs the batches of an uninterrupted one.
         """
-        texts: dict[int, str] = {}
+        texts: dict[int, Answer] = {}
         ids = [self.encode(*request.args) for request in requests]
         groups: dict[str, list[int]] = {}  # tasks of a group may have other settings each
         for n in sorted(range(len(requests)), key=lambda n: (-len(ids[n]), requests[n].args[0])):
@@ -91,11 +89,11 @@ class Generator:
         batches = [order[first : first + size] for order in groups.values() for first in range(0, len(order), size)]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating answers") as bar:
             for batch, answers in zip(batches, self._completed(batches, ids, requests)):
-                for n, found in zip(batch, answers):
+                for n, (found, passes) in zip(batch, answers):
                     prompt, settings = requests[n].args
-                    texts[n] = cut(text_of(self.text_tokenizer, found), settings["until"], prompt)
-                    if len(ids[n]) > self.room(settings):
-                        texts[n] = Answer(texts[n], (*getattr(texts[n], "notes", ()), LOST))
+                    text = cut(text_of(self.text_tokenizer, found), settings["until"], prompt)
+                    lost = (LOST,) if len(ids[n]) > self.room(settings) else ()
+                    texts[n] = Answer(text, (*text.notes, *lost), len(found), passes)
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
                 bar.update(len(batch))
         return [texts[number] for number in range(len(requests))]
@@ -116,16 +114,16 @@ class Generator:
 
     def _completed(
         self, batches: Sequence[list[int]], ids: Sequence[np.ndarray], requests: Sequence[Any]
-    ) -> Iterator[list[Sequence[int]]]:
-        """The ids of the answers of each batch, in order; copies of the model share the batches."""
+    ) -> Iterator[list[Written]]:
+        """The answers of each batch, in order; copies of the model share the batches."""
 
-        def work(model: Any, batch: list[int]) -> list[Sequence[int]]:
+        def work(model: Any, batch: list[int]) -> list[Written]:
             return self._complete(model, [ids[n] for n in batch], [requests[n] for n in batch])
 
         return shared([self.model, *self.copies], work, batches)
 
-    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
-        """The ids of the answers to a batch of prompts, by the model or a copy of it."""
+    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Written]:
+        """The answers to a batch of prompts, by the model or a copy of it."""
         raise NotImplementedError
 
     @property
@@ -161,16 +159,18 @@ class BlockDiffusionGenerator(Generator, LM):
         # A model decodes in the blocks it was trained with; the paper's models were all trained with the preset's.
         block_size = getattr(self.model.config, "block_size", None) or preset.block_size
         stated = {"block_size": block_size, "block_layout": preset.block_layout, "steps": preset.steps}
+        if preset.threshold is not None:
+            stated["threshold"] = preset.threshold
         return {**super().settings(preset), **stated}
 
-    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
-        names = ("max_new_tokens", "temperature", "block_size", "block_layout", "steps")
-        settings = {name: requests[0].args[1][name] for name in names}
+    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Written]:
+        names = ("max_new_tokens", "temperature", "block_size", "block_layout", "steps", "threshold")
+        settings = {name: requests[0].args[1].get(name) for name in names}
         seeds = [_seed(*request.args) for request in requests]
         found = complete(
             model, self.text_tokenizer, prompts, batch_size=len(prompts), seed=seeds, progress=None, **settings
         )
-        return [one.ids for one in found]
+        return [(one.ids, one.own_passes) for one in found]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise ValueError(
@@ -231,7 +231,7 @@ class AutoregressiveGenerator(Generator, HFLM):
     def room(self, settings: dict[str, Any]) -> float:
         return self.max_length - settings["max_new_tokens"]
 
-    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Sequence[int]]:
+    def _complete(self, model: Any, prompts: Sequence[np.ndarray], requests: Sequence[Any]) -> list[Written]:
         settings = requests[0].args[1]
         tokens, heat = settings["max_new_tokens"], settings["temperature"]
         room = int(self.room(settings))
@@ -255,7 +255,7 @@ class AutoregressiveGenerator(Generator, HFLM):
                 use_cache=True,
                 **drawn,
             )
-        return found[:, context.shape[1] :].tolist()
+        return [(row, len(row)) for row in found[:, context.shape[1] :].tolist()]  # a pass writes one token
 
 
 class _Answered(StoppingCriteria):
@@ -329,59 +329,3 @@ def open_generator(
     if thinking is not None:
         generator.thinking = thinking
     return generator
-
-
-class ResponseCache(CachingLM):
-    """lm-eval's response cache. A key holds the request and which parts of its prompt are message text; values are
-    JSON: reading a cache runs no code, as unpickling could.
-
-    Raises:
-        ValueError: the file is not such a cache.
-    """
-
-    def __init__(self, lm: Any, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with closing(sqlite3.connect(path)) as database:
-                database.execute("pragma schema_version")
-        except sqlite3.Error as error:
-            raise ValueError(f"{path}: not a response cache ({error}); remove it to start again") from None
-        self.dbdict = SqliteDict(str(path), autocommit=True, encode=_to_json, decode=_from_json)
-        self.lm, self.cache_db = lm, str(path)
-        lm.set_cache_hook(self)
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self.lm, name)
-        return partial(self._answer, name, found) if name in _KINDS else found
-
-    def _answer(self, kind: str, ask: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
-        keys = [_request_key(kind, request.args) for request in requests]
-        new = [number for number, key in enumerate(keys) if key not in self.dbdict]
-        found = dict(zip(new, ask([requests[number] for number in new]) if new else []))
-        self.dbdict.update({keys[number]: found[number] for number in new})
-        return [found[number] if number in found else self.dbdict[key] for number, key in enumerate(keys)]
-
-    def add_partial(self, kind: str, args: Sequence[Any], answer: Any) -> None:
-        """Keep an answer at once."""
-        self.dbdict[_request_key(kind, args)] = answer
-
-    def __enter__(self) -> ResponseCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.dbdict.close()
-
-
-def _request_key(kind: str, args: Sequence[Any]) -> str:
-    # Equal texts are other ids where other parts of them are message text.
-    return fingerprint([kind, *((one, one.content) if isinstance(one, Rendered) else one for one in args)])
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps({"text": value, "notes": value.notes} if isinstance(value, Answer) and value.notes else value)
-
-
-def _from_json(text: str) -> Any:
-    value = json.loads(text)
-    noted = isinstance(value, dict) and "notes" in value
-    return Answer(value["text"], tuple(value["notes"])) if noted else value

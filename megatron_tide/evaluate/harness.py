@@ -19,23 +19,17 @@ import secrets
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from megatron_tide.evaluate.benchmark_presets import (
-    BenchmarkPreset,
-    own_settings,
-    preset_of,
-    published,
-    published_row,
-)
-from megatron_tide.evaluate.bootstrap import Estimate, mean
-from megatron_tide.evaluate.score_table import text_table
+from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, own_settings, published_row
+from megatron_tide.evaluate.bootstrap import Estimate, mean, ratio
 from megatron_tide.evaluate.task_functions import PROGRAMS
 from megatron_tide.files import atomic_write, create_new, fingerprint, read_regular
 from megatron_tide.sandbox import LIMITS, WORKER, require_sandbox, run_programs
@@ -111,6 +105,8 @@ class BenchmarkResult:
     seconds: float
     notes: list[str] = field(default_factory=list)
     """What a reader of the scores should know."""
+    tokens_per_pass: Estimate | None = None
+    """Tokens written per forward pass of an answer; None where answers are not written."""
 
     def published(self, score: MetricScore) -> dict[str, float]:
         """The published numbers that belong beside ``score``; empty for all but the headline."""
@@ -155,7 +151,7 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
     started, manager = time.perf_counter(), _task_manager(preset, context.include_path)
     if preset.task in PROGRAMS:
         require_sandbox(context.unsafe_programs)
-    from megatron_tide.evaluate.generators import ResponseCache
+    from megatron_tide.evaluate.response_cache import ResponseCache
 
     path = context.folder / f"cache-{fingerprint([user_secret(), context.generator.fingerprint])[:32]}.sqlite"
     try:
@@ -177,7 +173,15 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
     _write_samples(rows, settings, context.folder / f"{preset.task}-{fingerprint(settings)[:12]}.jsonl")
     seconds = time.perf_counter() - started
     return BenchmarkResult(
-        context.name, context.path, benchmark, preset, _scores(rows, context.seed), settings, seconds, notes
+        model=context.name,
+        path=context.path,
+        benchmark=benchmark,
+        preset=preset,
+        scores=_scores(rows, context.seed),
+        settings=settings,
+        seconds=seconds,
+        notes=notes,
+        tokens_per_pass=_tokens_per_pass(rows, context.seed),
     )
 
 
@@ -311,6 +315,15 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
         row["scores"] = {f"pass@{k}": pass_at_k(count, passed, k) for k in PASS_AT if k <= count}
 
 
+def _tokens_per_pass(rows: Sequence[Sample], seed: int) -> Estimate | None:
+    work = [
+        np.array([[getattr(one, name, 0) for one in many] for name in ("tokens", "passes")], np.float64).sum(1)
+        for many in {row["key"]: row["answers"] for row in rows}.values()
+    ]
+    tokens, passes = np.transpose(work)
+    return ratio(tokens, passes, seed) if passes.all() else None
+
+
 def _notes_of_answers(rows: Sequence[Sample]) -> list[str]:
     """What generators say of answers, such as those without an end of their thoughts, with their number."""
     answers = [answer for many in {row["key"]: row["answers"] for row in rows}.values() for answer in many]
@@ -354,37 +367,3 @@ def _scores(rows: Sequence[Sample], seed: int) -> list[MetricScore]:
         for metric, value in row["scores"].items():
             values[metric, row["filter"]].append(value)
     return [MetricScore(metric, name, mean(found, seed), len(found)) for (metric, name), found in values.items()]
-
-
-def benchmark_table(results: Sequence[BenchmarkResult]) -> str:
-    """For people: one line per number, in percent, with the published columns behind it where they belong."""
-    columns = published()["shown"]
-    head, cells = ["model", "benchmark", "metric", "ours (95 %)", "n", *columns], []
-    for result in results:
-        for score in result.scores:
-            metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
-            row = result.published(score)
-            beside = [f"{row[column]:.2f}" if row else "" for column in columns]
-            cells.append([result.model, result.benchmark, metric, _percent(score), str(score.n), *beside])
-    notes = dict.fromkeys(note for result in results for note in _notes(result))
-    return "\n".join([text_table(head, cells), *notes, f"published columns: {published()['source']}"])
-
-
-def _notes(result: BenchmarkResult) -> Iterator[str]:
-    """Why a number cannot be compared with the published one as it stands."""
-    if result.preset.note:
-        yield f"{result.benchmark}: {result.preset.note}"
-    for note in result.notes:
-        yield f"{result.benchmark} ({result.model}): {note}"
-    paper, mine = asdict(preset_of(result.benchmark)), asdict(result.preset)
-    changed = [f"{name} {value}" for name, value in mine.items() if paper[name] not in (None, value)]
-    block = result.settings.get("block_size", result.preset.block_size)
-    if block != result.preset.block_size:
-        changed.append(f"blocks of {block} ({result.model})")
-    if changed:
-        yield f"{result.benchmark}: not the paper's settings: {', '.join(changed)}"
-
-
-def _percent(score: MetricScore) -> str:
-    value, low, high = (100 * number for number in score.estimate.to_dict().values())
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"

@@ -15,13 +15,17 @@ STILL_THINKING = "were still thinking when their tokens ran out: they count as e
 
 
 class Answer(str):
-    """An answer. ``notes``: what a reader of its score should know; "N answers" comes before."""
+    """An answer. ``notes``: what a reader of its score should know; "N answers" comes before. ``tokens``: how many were
+    written, also those that were cut off, in how many forward ``passes`` (0: not known).
+    """
 
     notes: tuple[str, ...]
+    tokens: int
+    passes: int
 
-    def __new__(cls, text: str, notes: tuple[str, ...] = ()) -> Answer:
+    def __new__(cls, text: str, notes: tuple[str, ...] = (), tokens: int = 0, passes: int = 0) -> Answer:
         answer = super().__new__(cls, text)
-        answer.notes = notes
+        answer.notes, answer.tokens, answer.passes = notes, tokens, passes
         return answer
 
 

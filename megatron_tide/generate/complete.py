@@ -24,7 +24,8 @@ class Completion:
     """The answer to one prompt: ids (with the end-of-text token, if reached), text, and ``finished``: whether it was
     reached.
 
-    ``prompt``: the prompt's ids, its mask tokens filled in. ``passes``: forward passes of the batch it was in.
+    ``prompt``: the prompt's ids, its mask tokens filled in. ``passes``: forward passes of the batch it was in;
+    ``own_passes``: those that decided some of it, which do not depend on the batch.
     """
 
     ids: list[int]
@@ -32,6 +33,7 @@ class Completion:
     finished: bool
     passes: int
     prompt: list[int]
+    own_passes: int = 0
 
 
 def prompt_ids(tokenizer: TextTokenizer, messages: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -90,10 +92,11 @@ def answers(
         for _ in decoder.run():
             pass
         done: dict[int, Completion] = {}
-        for place, ids, prompt_ids in zip(places, decoder.completions(), decoder.prompts()):
+        each = zip(places, decoder.completions(), decoder.prompts(), decoder.passes_B.tolist())
+        for place, ids, prompt_ids, own in each:
             found = ids.tolist()
             ended = bool(found) and found[-1] in rule.eos_token_ids
-            done[place] = Completion(found, tokenizer.decode(found), ended, decoder.passes, prompt_ids.tolist())
+            done[place] = Completion(found, tokenizer.decode(found), ended, decoder.passes, prompt_ids.tolist(), own)
         return done
 
     yield from shared([model, *copies], answer, batches)

@@ -96,7 +96,7 @@ def _checked(model: Any, options: dict[str, Any]) -> tuple[int, int, float]:
 def _completion(tokenizer: TextTokenizer, row: list[int], ends: Sequence[int], prompt: list[int]) -> Completion:
     end = next((place for place, token in enumerate(row) if token in ends), None)
     ids = row if end is None else row[: end + 1]
-    return Completion(ids, tokenizer.decode(ids), end is not None, len(ids), prompt)
+    return Completion(ids, tokenizer.decode(ids), end is not None, len(ids), prompt, len(ids))
 
 
 IN_ORDER = Writer(answers, stream)

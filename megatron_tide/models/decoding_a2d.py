@@ -143,9 +143,9 @@ class BlockDecoder:
     """One batch of prompts being continued.
 
     ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
-    ``head([..., H]) -> [..., V]``. ``passes`` counts forward passes; ``end`` is the slot behind the block under way;
-    ``rows_A`` are the rows still being continued (A of the B), in the order the cache has them. ``static``: passes of
-    fixed shapes, which wait for nothing; None: on a GPU.
+    ``head([..., H]) -> [..., V]``. ``passes`` counts forward passes, ``passes_B`` those that decide tokens of each row;
+    ``end`` is the slot behind the block under way; ``rows_A`` are the rows still being continued (A of the B), in the
+    order the cache has them. ``static``: passes of fixed shapes, which wait for nothing; None: on a GPU.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class BlockDecoder:
         self.eos = torch.tensor(rule.eos_token_ids, dtype=torch.int64, device=self.device)
         self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], device=self.device)
         self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
-        self.live_A = torch.ones(count, dtype=torch.bool, device=self.device)
+        self.live_A, self.passes_B = torch.ones_like(self.rows_A, dtype=torch.bool), torch.zeros_like(self.rows_A)
         self.most_B = [rule.max_new_tokens] * count
         self.static = self.device.type == "cuda" if static is None else static
         self.cache = BlockCache(length, self.static)
@@ -258,6 +258,7 @@ class BlockDecoder:
         slots_b = slots_Q[-self.rule.block_size :]
         tokens_Ab, undecided_Ab = (of[self.rows_A[:, None], slots_b] for of in (self.tokens_BL, self.undecided_BL))
         open_Ab = self._open_of(tokens_Ab, undecided_Ab, slots_b)
+        self.passes_B[self.rows_A] += open_Ab.any(-1)
         chosen_Ab, confidence_Ab = self._predict(self._forward(slots_Q)[:, -len(slots_b) :], open_Ab, slots_b)
         take_Ab = committed(confidence_Ab, self.rule)
         self.tokens_BL[self.rows_A[:, None], slots_b] = torch.where(take_Ab, chosen_Ab, tokens_Ab)

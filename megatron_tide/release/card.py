@@ -14,6 +14,7 @@ from typing import Any
 
 import megatron_tide
 from megatron_tide.choices import STRATEGIES
+from megatron_tide.evaluate.parallelism import threshold_of
 from megatron_tide.files import atomic_write, read_whole
 from megatron_tide.hub import HUB_NAME, one_line, public_name
 from megatron_tide.models.families import Family
@@ -374,6 +375,7 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
             how += f", blocks begin at the {layout}"
         for score in benchmark["scores"]:
             metric = score["metric"] if score["filter"] == "none" else f"{score['metric']} {score['filter']}"
+            metric += threshold_of(benchmark)
             estimate = {name: 100 * score[name] for name in ("value", "low", "high")}
             scores.append(
                 Score(task=benchmark["benchmark"], metric=f"{metric}, %", count=score["n"], how=how, **estimate)

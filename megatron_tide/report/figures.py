@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from megatron_tide.evaluate.parallelism import Point, curves
 from megatron_tide.objectives import tidal_strength
 from megatron_tide.objectives.common import BINS
 from megatron_tide.report.run_folder import BITS, TrainingRun, at_end, at_start
-from megatron_tide.report.style import DASHES, MUTED, new_figure, styled
+from megatron_tide.report.style import DASHES, MUTED, looks, new_figure, styled
 
 Looks = Mapping[str, Mapping[str, Any]]
 LOSSES = {  # name in the logs -> (title, unit)
@@ -218,6 +219,37 @@ def scores(models: pd.DataFrame) -> Figure:
     left.set(title="held-out bits per byte, 95 %", xlabel="bits per byte (lower is better)")
     left.set_ylim(-0.6, len(models) - 0.4)
     right.set(title="minus the first baseline, paired, 95 %", xlabel="difference in bits per byte")
+    return figure
+
+
+@styled
+def quality_against_speed(points: Sequence[Point]) -> Figure:
+    """Score over tokens per pass, a panel per benchmark and a line per model."""
+    by_curve = curves(points)
+    names = list(dict.fromkeys(benchmark for benchmark, _ in by_curve))
+    look = looks(list(dict.fromkeys(model for _, model in by_curve)))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(3.0 * rows + 0.35, narrow=columns == 1)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for (benchmark, model), curve in by_curve.items():
+        table = {
+            name: np.array([list(getattr(one, name).to_dict().values()) for one in curve]).T
+            for name in ("tokens_per_pass", "score")
+        }
+        bars = {
+            key: np.abs(table[name][1:] - table[name][0])
+            for key, name in (("xerr", "tokens_per_pass"), ("yerr", "score"))
+        }
+        ax, style = axes[names.index(benchmark)], {"marker": "o", "markersize": 4, "elinewidth": 0.8, "linewidth": 1.5}
+        ax.errorbar(table["tokens_per_pass"][0], table["score"][0], label=model, **bars, **style, **look[model])
+        for point in curve if len(curve) > 1 else ():
+            place = (point.tokens_per_pass.value, point.score.value)
+            ax.annotate(f"{point.threshold:g}", place, (4, 4), textcoords="offset points", fontsize=7, color=MUTED)
+        ax.set(title=f"{benchmark}: {curve[0].metric}", xlabel="tokens per forward pass", ylabel="score, %")
+    for ax in axes[len(names) :]:
+        ax.set_visible(False)
+    _legend_below(figure, list(axes[: len(names)]))
     return figure
 
 

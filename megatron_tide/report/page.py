@@ -18,6 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_tide import __version__
+from megatron_tide.evaluate.parallelism import parallelism_table
 from megatron_tide.evaluate.score_table import score_table
 from megatron_tide.files import atomic_write
 from megatron_tide.hub import public_name
@@ -139,6 +140,7 @@ def _trained(trainings: Sequence[TrainingRun]) -> Table:
 def _scores(scores: Sequence[Scores]) -> dict[str, Any]:
     """What the page shows of likelihoods and benchmarks."""
     scored = [one for one in scores if one.cells]
+    parallelism = [point for one in scores for point in one.parallelism]
     return {
         "likelihoods": pd.concat([one.models for one in scored]) if scored else None,
         "samples": ", ".join(str(one.settings.get("samples", "?")) for one in scored),
@@ -146,6 +148,8 @@ def _scores(scores: Sequence[Scores]) -> dict[str, Any]:
         "by_timestep": [pair for one in scored for pair in zip(one.models["name"], one.by_timestep)],
         "likelihood_table": Table(*score_table([row for one in scored for row in one.cells])),
         "benchmarks": [row for one in scores for row in one.benchmarks],
+        "parallelism": parallelism,
+        "parallelism_table": Table(*parallelism_table(parallelism)),
     }
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from megatron_tide.cli import PROGRAM
+from megatron_tide.evaluate.parallelism import Point, points, threshold_of
 from megatron_tide.evaluate.score_table import score_cells
 from megatron_tide.files import read_json
 from megatron_tide.report.inference import inference
@@ -95,8 +96,8 @@ class Scores:
     ``models``: one row per model: name, side, bits_per_byte.value, .low and .high, likewise ``minus``, the difference
     to the first baseline (NaN where it was not measured). ``by_timestep``, per model: columns low and high (of t),
     ``BITS``, and its interval, ``BITS``_low and ``BITS``_high. ``cells``: per model, the row of the table by column.
-    ``completions``: per prompt, the prompt, its reference and the answers by model. ``settings``: likelihoods under
-    equal settings can be compared.
+    ``parallelism``: benchmarks at several thresholds. ``completions``: per prompt, the prompt, its reference and the
+    answers by model. ``settings``: likelihoods under equal settings can be compared.
     """
 
     models: pd.DataFrame
@@ -104,6 +105,7 @@ class Scores:
     cells: list[dict[str, str]]
     completions: list[dict[str, Any]]
     benchmarks: list[list[str]]
+    parallelism: list[Point]
     settings: dict[str, Any]
 
 
@@ -275,6 +277,7 @@ class _Reader:
             cells=[score_cells(model) | {"model": name} for name, model in zip(names, models)],
             completions=_answers(content, names) if "completions" in content else [],
             benchmarks=[_benchmark(self.prefix, one, score) for one in benchmarks for score in one["scores"]],
+            parallelism=[replace(one, model=f"{self.prefix}{printable(one.model)}") for one in points(benchmarks)],
             settings=_likelihood_settings(content) if models else {},
         )
 
@@ -357,4 +360,5 @@ def _benchmark(prefix: str, benchmark: dict[str, Any], score: dict[str, Any]) ->
     metric = ", ".join(str(word) for word in (score["metric"], score["filter"]) if word not in ("", "none"))
     value, low, high = (float(score[end]) for end in ("value", "low", "high"))
     interval = f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    return [f"{prefix}{benchmark['model']}", str(benchmark["benchmark"]), metric, str(score["n"]), interval]
+    name = str(benchmark["benchmark"]) + threshold_of(benchmark)
+    return [f"{prefix}{benchmark['model']}", name, metric, str(score["n"]), interval]

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_tide.evaluate import harness
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, changed_preset
+from megatron_tide.evaluate.benchmark_table import benchmark_table
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, pass_at_k, run_benchmark
 from megatron_tide.evaluate.task_functions import humaneval_problems, humaneval_program
 from megatron_tide.sandbox import run_program
@@ -138,7 +139,7 @@ def test_a_solution_may_import_what_is_installed(lab: Lab, tmp_path: Path) -> No
     result = run_benchmark("humaneval", PRESET, context)
     assert result.scores[0].estimate.value == 0.5
     assert result.notes == ["programs failed because they import what is not installed: no_such_package (1)"]
-    assert result.notes[0] in harness.benchmark_table([result])
+    assert result.notes[0] in benchmark_table([result])
 
 
 def test_wrong_programs_fail() -> None:

@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tide.evaluate.generators import (
-    ResponseCache,
-)
+from megatron_tide.evaluate.response_cache import ResponseCache
 from tests.evaluate.generating import PRESET, PROMPTS, Counted, answers, opened
 from tests.support.lab import Lab
 
@@ -94,7 +92,7 @@ def test_a_cache_is_json_and_never_unpickled(lab: Lab, tmp_path: Path) -> None:
         found = answers(cache, PROMPTS[:1])
     with sqlite3.connect(path) as database:
         ((_, value),) = database.execute("select * from unnamed").fetchall()
-        assert json.loads(value) == found[0]
+        assert json.loads(value)["text"] == found[0]
         database.execute("update unnamed set value = ?", (pickle.dumps(found[0]),))
     with pytest.raises(ValueError, match=r"codec|JSON|Expecting"), ResponseCache(generator, path) as cache:
         answers(cache, PROMPTS[:1])

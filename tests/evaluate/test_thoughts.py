@@ -14,9 +14,9 @@ from megatron_tide.bridge import load_tokenizer
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.generators import (
     Generator,
-    ResponseCache,
     open_generator,
 )
+from megatron_tide.evaluate.response_cache import ResponseCache
 from megatron_tide.evaluate.thoughts import STILL_THINKING, cut, is_open, text_of
 from tests.evaluate.generating import PRESET, TURN, answers, opened
 from tests.support.lab import Lab

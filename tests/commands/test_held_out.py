@@ -1,0 +1,72 @@
+"""Likelihood of text as it is: the numbers of preparing it first; nothing is left behind; what cannot be shared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import command
+from tests.support.lab import Lab, write_checkpoint
+
+evaluate = command("evaluate")
+FLAGS = ["--mc-samples", "2", "--samples", "4"]
+
+
+@pytest.fixture
+def rows(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    own = tmp_path / "tmp"
+    own.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
+    return Path(shutil.copy(lab.student.parent / "rows.jsonl", tmp_path / "rows.jsonl"))
+
+
+def scores(out: Path, *flags: str) -> dict[str, Any]:
+    evaluate([*flags, *FLAGS, "--json", str(out)])
+    return json.loads(out.read_text())
+
+
+def test_students_alone(lab: Lab, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the blocks that the model states; of a checkpoint, those of its training."""
+    step = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.student_data)
+    block = json.loads((lab.student_data / "manifest.json").read_text())["student"]["block"]
+    for path, flags in ((lab.student, []), (step, ["--student-block", str(block)])):
+        data = tmp_path / f"data-{path.name}"
+        command("prepare")(["--data", str(rows), "--student", str(lab.student), "--out", str(data), *flags])
+        first = scores(tmp_path / "first.json", str(path), "--data", str(data))
+        capsys.readouterr()
+        found = scores(tmp_path / "found.json", str(path), "--data", str(rows))
+        assert capsys.readouterr().out.startswith("model")
+        assert found["data"] == {"folder": str(rows), "fingerprint": first["data"]["fingerprint"]}
+        assert [{**one, "seconds": 0} for one in found["models"]] == [{**one, "seconds": 0} for one in first["models"]]
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_student_and_a_teacher(lab: Lab, rows: Path, tmp_path: Path) -> None:
+    """Their tokenizers are aligned on the way, as bridge and prepare do."""
+    pair = ["--student", str(lab.student), "--teacher", str(lab.teacher)]
+    command("bridge")([*pair, "--sample", str(rows), "--out", str(tmp_path / "bridge")])
+    prepare = ["--data", str(rows), *pair, "--bridge", str(tmp_path / "bridge"), "--out", str(tmp_path / "data")]
+    command("prepare")(prepare)
+    first = scores(tmp_path / "first.json", *pair, "--data", str(tmp_path / "data"))
+    for models in (pair, [str(lab.student), str(lab.teacher)]):
+        found = scores(tmp_path / "found.json", *models, "--data", str(rows))
+        assert [one["side"] for one in found["models"]] == ["student", "teacher"]
+        assert [one["bits_per_byte"] for one in found["models"]] == [one["bits_per_byte"] for one in first["models"]]
+
+
+def test_what_models_do_not_share_is_refused(lab: Lab, rows: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(lab.student, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "block_size": 2 * config["block_size"]}))
+    with pytest.raises(ValueError, match=r"has blocks of 4 tokens and .*other of 8; prepare the data for one size"):
+        evaluate([str(lab.student), str(other), "--data", str(rows)])
+    with pytest.raises(ValueError, match="have different tokenizers; score at most two"):
+        evaluate(["--student", str(lab.student), "--student", str(lab.teacher), "--data", str(rows)])
+    with pytest.raises(ValueError, match=r"gone.jsonl: no such file or folder \(--data\)"):
+        evaluate([str(lab.student), "--data", str(tmp_path / "gone.jsonl")])
