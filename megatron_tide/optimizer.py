@@ -27,7 +27,7 @@ MUON_TEMPORARIES = 20  # bytes per number of the matrix at work: the update in f
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParameterCounts:
     """Numbers of trained parameters: all, those in hidden matrices, and those of the largest hidden weight."""
 
     parameters: int
@@ -56,11 +56,11 @@ class AdamW:
 
     moments = ("exp_avg", "exp_avg_sq")
 
-    def state_bytes(self, sizes: Sizes) -> int:
+    def state_bytes(self, sizes: ParameterCounts) -> int:
         """Bytes of state, summed over all ranks."""
         return FP32 * len(self.moments) * sizes.parameters
 
-    def update_bytes(self, sizes: Sizes, ranks: int, *, has_gpus: bool, offloads: bool) -> float:
+    def update_bytes(self, sizes: ParameterCounts, ranks: int, *, has_gpus: bool, offloads: bool) -> float:
         """Bytes of temporaries of each rank's update: torch's AdamW has some, fused or DeepSpeed's on the CPU none."""
         if offloads or (has_gpus and is_on("adam")):
             return 0
@@ -117,7 +117,7 @@ class Muon(AdamW):
 
     momentum = "momentum_buffer"
 
-    def state_bytes(self, sizes: Sizes) -> int:
+    def state_bytes(self, sizes: ParameterCounts) -> int:
         return FP32 * sizes.matrices + super().state_bytes(_rest(sizes))
 
     def state(self, optimizer: Any, group: dict[str, Any], flat: Tensor) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Muon(AdamW):
             return {self.momentum: torch.zeros_like(flat.data)}
         return super().state(optimizer, group, flat)
 
-    def update_bytes(self, sizes: Sizes, ranks: int, *, has_gpus: bool, offloads: bool) -> float:
+    def update_bytes(self, sizes: ParameterCounts, ranks: int, *, has_gpus: bool, offloads: bool) -> float:
         rest = super().update_bytes(_rest(sizes), ranks, has_gpus=has_gpus, offloads=offloads)
         return max(rest, MUON_TEMPORARIES * sizes.largest_matrix)
 
@@ -156,8 +156,8 @@ class Muon(AdamW):
         return [*([group] if hidden else []), *self._groups(rest, train)]
 
 
-def _rest(sizes: Sizes) -> Sizes:
-    return Sizes(sizes.parameters - sizes.matrices, 0, 0)
+def _rest(sizes: ParameterCounts) -> ParameterCounts:
+    return ParameterCounts(sizes.parameters - sizes.matrices, 0, 0)
 
 
 class _MuonStep:

@@ -40,7 +40,7 @@ from megatron_tide.hosting.zero3 import BUFFERS
 from megatron_tide.models.checkpoint_keys import module_tensors
 from megatron_tide.models.families import ConfigSource
 from megatron_tide.models.layer_specs import layer_specs_of
-from megatron_tide.optimizer import FP32, Sizes, hidden_matrices
+from megatron_tide.optimizer import FP32, ParameterCounts, hidden_matrices
 
 LOAD_STUDENT, LOAD_TEACHER, FORWARD, BACKWARD, REDUCE, UPDATE, CHECKPOINT = PHASES = (
     "student loading",
@@ -112,7 +112,7 @@ class ModelShape:
         numels = [tensor.numel() for tensor in module_tensors(self.specs.model).values()]
         self.parameters, self.largest_tensor = sum(numels), max(numels)
         hidden = [parameter.numel() for parameter in hidden_matrices(self.specs.model).values()]
-        self.sizes = Sizes(self.parameters, sum(hidden), max(hidden, default=0))
+        self.sizes = ParameterCounts(self.parameters, sum(hidden), max(hidden, default=0))
         self.vocab, self.hidden = self.config.vocab_size, self.config.hidden_size
         # Per layer: numbers that its matmuls produce per position, and parameters that a position is multiplied with.
         self.widths, self.active_parameters, chosen = [], 0.0, getattr(self.config, "num_experts_per_tok", 0)

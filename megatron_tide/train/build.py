@@ -159,9 +159,7 @@ def probe(
     if state.step or config.teacher.skip_teacher_probe or inputs.cache or not inputs.strategy.needs_teacher:
         return  # a cached teacher was probed before it was asked
     side = inputs.data.manifest["teacher"]
-    mean = check_teacher(
-        context, loader(inputs.phases.last.start), side["vocab_size"], config.paths.teacher, side["mask_id"]
-    )
+    mean = check_teacher(context, loader(inputs.phases.last.start), config.paths.teacher, side)
     uniform = -math.log(side["vocab_size"])
     context.world.print_rank0(
         f"teacher: {mean:.2f} nats per target token in the first step's data; a uniform guess gives {uniform:.2f}"

@@ -136,10 +136,8 @@ def init_distributed() -> DistContext:
         ValueError: as :func:`launched_ranks`.
     """
     launched_ranks()
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, alone)
     refuse_idle_gpu()
     name_interface()
     here = loopback_store()

@@ -62,10 +62,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     bridge, teacher = _bridge_and_teacher(config, student) if paths.bridge else (None, None)
     validation = PreparedData.open(paths.validation) if paths.validation else None
     for prepared in [data] if validation is None else [data, validation]:
-        _check_origin(prepared, student, bridge)
-        prepared.check_template("student", student.template_fingerprint)
-        if teacher is not None:
-            prepared.check_template("teacher", teacher.template_fingerprint)
+        _check_origin(prepared, bridge, student, teacher)
     strategy = build_strategy(config.strategy, bridge)
     cached = config.teacher.teacher_hosting == CACHED
     if strategy.needs_teacher and not ((paths.teacher or cached) and paths.bridge):
@@ -151,12 +148,16 @@ def _bridge_and_teacher(config: DistillConfig, student: TextTokenizer) -> tuple[
     return bridge, teacher
 
 
-def _check_origin(data: PreparedData, student: TextTokenizer, bridge: Bridge | None) -> None:
-    """Refuse data of other tokenizers or another bridge; without a bridge, the teacher's tokens are not compared."""
+def _check_origin(
+    data: PreparedData, bridge: Bridge | None, student: TextTokenizer, teacher: TextTokenizer | None
+) -> None:
+    """Refuse data of other tokenizers, templates or bridge; without a bridge, the teacher's are not compared."""
     if bridge is None:
-        teacher = data.manifest["teacher"]
-        prepared = None if teacher is None else teacher["fingerprint"]
+        prepared = (data.manifest["teacher"] or {}).get("fingerprint")
         data.check(student=student.fingerprint, teacher=prepared, bridge=data.manifest["bridge"])
     else:
-        teacher = bridge.manifest["teacher"]["fingerprint"]
-        data.check(student=student.fingerprint, teacher=teacher, bridge=bridge.fingerprint)
+        prepared = bridge.manifest["teacher"]["fingerprint"]
+        data.check(student=student.fingerprint, teacher=prepared, bridge=bridge.fingerprint)
+    data.check_template("student", student.template_fingerprint)
+    if teacher is not None:
+        data.check_template("teacher", teacher.template_fingerprint)

@@ -231,10 +231,10 @@ def sweep_teacher(
 
 
 def _probe(config: DistillConfig, job: Sweep, loader: MicrobatchLoader) -> None:
-    side, world, strategy = job.inputs.data.manifest["teacher"], job.world, job.inputs.strategy
-    context = TrainContext(None, job.backend, strategy, world, Clock(world.device))
-    first = loader(job.inputs.with_teacher.start)
-    check_teacher(context, first, side["vocab_size"], config.paths.teacher, side["mask_id"])
+    inputs, world = job.inputs, job.world
+    context = TrainContext(None, job.backend, inputs.strategy, world, Clock(world.device))
+    first = loader(inputs.with_teacher.start)
+    check_teacher(context, first, config.paths.teacher, inputs.data.manifest["teacher"])
 
 
 def _of_seed(loader: MicrobatchLoader, seed: int) -> MicrobatchLoader:
