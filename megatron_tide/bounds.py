@@ -58,6 +58,12 @@ def shown(value: object) -> str:
     return repr(value)[:20]
 
 
+def short(value: object) -> str:
+    """A value for a message; of a long one, such as a fingerprint, the beginning."""
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
 def check_id(where: str, token: str, index: object) -> None:
     """ValueError, one line, for a token's id that no vocabulary has."""
     if type(index) is not int or not 0 <= index < MOST_IDS:

@@ -23,7 +23,6 @@ from megatron_tide.config import DistillArgs, DistillConfig, preset_and_file
 from megatron_tide.files import write_json
 
 Args, defaults = DistillArgs, preset_and_file
-EXIT_STOPPED = 130
 
 
 def run(args: DistillArgs) -> int:
@@ -75,7 +74,7 @@ def train(config: DistillConfig, world: Any) -> int:
     finished = state.step == inputs.steps.stop
     how = "finished" if finished else "stopped on request, checkpoint saved; run the same command again to continue"
     world.print_rank0(f"step {state.step}/{inputs.steps.stop}: {how} ({out})")
-    return 0 if finished else EXIT_STOPPED
+    return 0 if finished else cli.EXIT_INTERRUPTED
 
 
 def main(argv: list[str]) -> int:

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import flag, say
+from megatron_tide.cli import EXIT_INTERRUPTED, flag, say
 from megatron_tide.config import CACHED, DistillArgs, DistillConfig, preset_and_file
 from megatron_tide.hosting.speed import Rates
 
 defaults = preset_and_file
-EXIT_STOPPED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
         manifest = sweep_teacher(config, inputs, loader, world, expected, seeds=seeds, window=args.window, stop=stop)
     if manifest is None:
         world.print_rank0(f"stopped on request; run the same command again to continue ({out})")
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED
     mass = manifest["covered_mass"]
     covered = "" if mass is None else f", {mass:.2%} of the teacher's mass in the categories compared singly"
     stored = ", ".join(f"{seed} ({part['end'] - part['first']} steps)" for seed, part in manifest["seeds"].items())

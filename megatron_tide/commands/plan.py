@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tide.cli import flag, say
 from megatron_tide.config import DistillConfig
+from megatron_tide.fast import GIB
 from megatron_tide.files import write_json
 from megatron_tide.hosting.speed import Rates
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 SHAPES = Path(__file__).resolve().parents[1] / "models" / "configs"
 EXIT_NOTHING_FITS = 1
-GIB, GB = 2**30, 10**9  # memory is sold in the first, disks in the second
+GB = 10**9  # disks are sold in it, memory in GiB
 USABLE = 0.98  # of a GPU's stated memory: the driver keeps the rest (79.1 GiB are left of 80, 23.6 of 24)
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from megatron_tide.bounds import short
 from megatron_tide.data.build import UNREADABLE, PrepareJob, build_missing, finished
 from megatron_tide.data.encode import ENCODING, NO_ASSISTANT, Encoder
 from megatron_tide.data.prepared import FORMAT, MANIFEST
@@ -116,8 +117,7 @@ def _difference(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None
 
 
 def _shown(value: Any) -> str:
-    text = f"{len(value)} of them" if isinstance(value, list) else str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
+    return short(f"{len(value)} of them" if isinstance(value, list) else value)
 
 
 def _manifest(job: PrepareJob) -> dict[str, Any]:

@@ -37,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_tide.bounds import short
 from megatron_tide.config import DistillConfig
 from megatron_tide.data.shard import MOST_TOKENS, Array, Shard, column, read_table, write_table
 from megatron_tide.diffusion import DistillBatch
@@ -245,8 +246,8 @@ class AnswerCache:
             found = self.settings.get(name)
             if found != value and name not in ("target_logprobs", "distributions"):
                 raise ValueError(
-                    f"{self.folder}: the teacher was asked with {name} = {_short(found)}, this run has "
-                    f"{_short(value)}; use that value, or run the cache command with another --out"
+                    f"{self.folder}: the teacher was asked with {name} = {short(found)}, this run has "
+                    f"{short(value)}; use that value, or run the cache command with another --out"
                 )
         swept = self.manifest["seeds"].get(str(seed))
         if swept is None:
@@ -316,11 +317,6 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:12] + "..."
 
 
 class CachedTeacher(TeacherBackend):

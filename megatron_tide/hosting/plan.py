@@ -18,6 +18,7 @@ import torch
 from megatron_tide.config import CACHED, DistillConfig, StrategyConfig
 from megatron_tide.data.prepared import Stats
 from megatron_tide.ds_config import offload_of
+from megatron_tide.fast import GIB
 from megatron_tide.hosting.backend import Ranks
 from megatron_tide.hosting.build import REPLICATED, Hosting, every_hosting, hosting_of
 from megatron_tide.hosting.memory import (
@@ -33,8 +34,6 @@ from megatron_tide.hosting.speed import RATES, Rates, StepTime, step_time, teach
 from megatron_tide.hub import download
 from megatron_tide.machine import free_memory, rss_bytes
 from megatron_tide.objectives import STRATEGIES, Strategy
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

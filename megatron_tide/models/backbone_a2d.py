@@ -157,7 +157,18 @@ def _refuse_others(arguments: dict[str, Any]) -> None:
             raise ValueError(f"forward: {name} is not supported; leave it out")
 
 
-class BlockDiffusionBackbone:
+class WithHead:
+    """A base class of all models here."""
+
+    lm_head: Any
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding, [V, H]."""
+        return self.lm_head.weight
+
+
+class BlockDiffusionBackbone(WithHead):
     """First base class of a student, before ``BlockGenerationMixin`` and a ``PreTrainedModel`` of transformers: its
     decoder with the given attention mask, and logits for the token AT each position (no shift).
 
@@ -179,11 +190,6 @@ class BlockDiffusionBackbone:
         self.model.embed_tokens.padding_idx = None
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[attr-defined]
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The output embedding, [V, H]."""
-        return self.lm_head.weight
 
     def backbone(
         self,

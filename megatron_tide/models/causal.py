@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import eager_mask
 
-from megatron_tide.models.backbone_a2d import Mask, attention_interface, attention_mask_for
+from megatron_tide.models.backbone_a2d import Mask, WithHead, attention_interface, attention_mask_for
 
 ATTENTION = "tide_causal"
 
@@ -23,20 +23,14 @@ AttentionInterface.register(ATTENTION, attention_interface)
 AttentionMaskInterface.register(ATTENTION, eager_mask)  # never None, which would mean that every token sees all others
 
 
-class CausalBackbone:
-    """First base class of a transformers causal model: adds ``backbone`` and ``head_weight``."""
+class CausalBackbone(WithHead):
+    """First base class of a transformers causal model: adds ``backbone``."""
 
     model: Any
-    lm_head: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         config._attn_implementation = ATTENTION
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The output embedding, [V, H]."""
-        return self.lm_head.weight
 
     def backbone(
         self,

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
-from megatron_tide.models.backbone_a2d import Mask, attend, attention_mask_for
+from megatron_tide.models.backbone_a2d import Mask, WithHead, attend, attention_mask_for
 from megatron_tide.models.decoding_a2d import BlockCache
 from megatron_tide.models.experts import Experts, Router
 from megatron_tide.models.generation_a2d import BlockGenerationMixin
@@ -323,7 +323,7 @@ class LLaDA2Decoder(nn.Module):
         return self.norm(hidden)
 
 
-class LLaDA2MoeModelLM(BlockGenerationMixin, PreTrainedModel):  # type: ignore[misc]
+class LLaDA2MoeModelLM(WithHead, BlockGenerationMixin, PreTrainedModel):  # type: ignore[misc]
     """LLaDA2 with its head: ``model(input_ids, attention_mask=None, position_ids=None).logits`` is [N, L, V].
 
     ``generate`` decodes in blocks, as the student does. No mask means bidirectional, a mask is taken as given (None,
@@ -340,11 +340,6 @@ class LLaDA2MoeModelLM(BlockGenerationMixin, PreTrainedModel):  # type: ignore[m
         self.model = LLaDA2Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The output embedding, [V, H]."""
-        return self.lm_head.weight
 
     def backbone(
         self,
