@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.files import create_new
 from megatron_tide.lock import RunLock
 from megatron_tide.screen import plain
 
@@ -79,7 +80,7 @@ def compile_with(code: str, title: str, needs: str, log: Path) -> None:
         ValueError: with the last line of the compiler.
     """
     started, built = time.monotonic(), set(log.parent.glob("*/*.so"))
-    with log.open("w") as output:
+    with os.fdopen(create_new(log), "w") as output:
         child = subprocess.Popen([sys.executable, "-c", code], stdout=output, stderr=subprocess.STDOUT)
         while child.poll() is None:
             time.sleep(0.25)

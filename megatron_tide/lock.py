@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -144,6 +145,7 @@ def _age(path: Path) -> float:
 def _myself() -> dict[str, Any]:
     job, attempt = scheduler.job()
     return {
+        "cluster": scheduler.cluster(),
         "host": socket.gethostname(),
         "boot": _boot(),
         "processes": _process_namespace(),
@@ -199,10 +201,15 @@ def _read(path: Path) -> dict[str, Any]:
 def _ended(holder: dict[str, Any]) -> bool:
     """Whether the holder is known to have ended."""
     mine, pid = _myself(), holder.get("pid")
-    if holder.get("job") and holder["job"] == mine["job"] and holder.get("attempt") != mine["attempt"]:
+    same_job = bool(holder.get("job")) and all(holder.get(name, "") == mine[name] for name in ("job", "cluster"))
+    if same_job and _number(holder.get("attempt")) < _number(mine["attempt"]):
         return True
     here = bool(mine["boot"]) and all(holder.get(name) == mine[name] for name in ("host", "boot", "processes"))
     return here and isinstance(pid, int) and holder.get("started") != _started(pid)
+
+
+def _number(attempt: object) -> int:
+    return int(attempt) if isinstance(attempt, str) and re.fullmatch("[0-9]{1,9}", attempt) else 0
 
 
 def _described(holder: dict[str, Any]) -> str:

@@ -18,6 +18,11 @@ def job() -> tuple[str, str]:
     return os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
+def cluster() -> str:
+    """The cluster of this process's job, whose ids are its own; "" outside of a job."""
+    return os.environ.get("SLURM_CLUSTER_NAME", "")
+
+
 def starts_ranks(command: Sequence[str]) -> bool:
     """Whether a command is the scheduler's launcher, which starts the ranks of a run on all nodes."""
     return Path(command[0]).name == "srun"

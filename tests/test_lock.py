@@ -82,6 +82,22 @@ def test_a_requeued_job_takes_its_own_lock(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    "holder", [{"attempt": "2"}, {"cluster": "other", "attempt": "0"}, {"attempt": ["0"]}, {"attempt": "9" * 5_000}]
+)
+def test_a_later_attempt_and_another_clusters_job_keep_theirs(tmp_path, monkeypatch, holder):
+    for name, value in (("JOB_ID", "7"), ("RESTART_COUNT", "1"), ("CLUSTER_NAME", "here")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    about = {"host": "a", "pid": 1, "job": "7", "cluster": "here", **holder}
+    (tmp_path / ".lock").write_text(json.dumps(about))
+    if holder["attempt"] in ("2", "0"):
+        with pytest.raises(ValueError, match="in use by job 7"):
+            RunLock(tmp_path).__enter__()
+    else:  # no number: of an attempt before any
+        with RunLock(tmp_path):
+            pass
+
+
 def test_of_many_at_once_one_gets_it(tmp_path):
     left_by(tmp_path)
     old = time.time() - 2 * STALE

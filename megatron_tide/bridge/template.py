@@ -113,6 +113,12 @@ def _with_reasoning(message: Any) -> Any:
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
+def _environment() -> dict[str, str]:
+    """What decides how Python starts: the process that renders gets no token of the user's."""
+    starts = ("PATH", "PYTHON", "LD_", "DYLD_", "LANG", "LC_", "VIRTUAL_ENV", "CONDA_PREFIX", "SYSTEMROOT")
+    return {name: value for name, value in os.environ.items() if name.startswith(starts) and "TOKEN" not in name}
+
+
 class _Renderer:
     """The process that renders: started when it is needed, and again after it ended."""
 
@@ -168,7 +174,7 @@ class _Renderer:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-P", str(WORKER)]  # -P: modules beside it have names of the standard library's
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, **pipes, bufsize=0)
+        return subprocess.Popen(command, **pipes, bufsize=0, env=_environment())
 
     def _stop(self) -> int:
         process, self._process = self._process, None

@@ -68,7 +68,7 @@ def collect(library: Path) -> tuple[list[Pair], Counter[str]]:
     seen: set[str] = set()
     for path in sorted(library.rglob("*.py")):
         relative = path.relative_to(library)
-        if (_FOREIGN | _TESTS) & set(relative.parts):
+        if (_FOREIGN | _TESTS) & set(relative.parts) or not path.is_file():
             continue
         for pair in _pairs_of_file(path, relative.as_posix(), left_out):
             same = pair.body if len(pair.body) >= _SHORT else f"{pair.instruction}\n{pair.body}"
@@ -201,7 +201,7 @@ def _pairs_of_file(path: Path, name: str, left_out: Counter[str]) -> Iterator[Pa
         with tokenize.open(path) as file:  # honours the coding line
             source = file.read()
         tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError, ValueError):
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError, MemoryError):
         left_out["unreadable file"] += 1  # templates and deliberately broken sources
         return
     lines = source.split("\n")  # not splitlines: the parser counts no form feeds

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.bounds import LONGEST_NAME, shown
-from megatron_tide.files import atomic_write, fingerprint, read_json
+from megatron_tide.files import atomic_write, fingerprint, read_json, read_whole
 from megatron_tide.tables import UNREADABLE_SHARE, Message, Table, open_table, parse_messages
 from megatron_tide.tables import conversation as read_conversation
 
@@ -230,7 +230,7 @@ def write_sample(data: Sequence[str], out: Path, limit: int) -> tuple[int, list[
     kept = sorted(set(range(len(mixture))) - set(unreadable))
     rows = [{"id": int(mixture.key[n]), "messages": mixture.conversation(n)[1]} for n in kept]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if out.exists() and out.read_bytes() != content:
+    if out.exists() and read_whole(out) != content:
         raise ValueError(f"{out}: exists with other content; remove it, or use another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, content)

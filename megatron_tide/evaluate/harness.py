@@ -241,7 +241,8 @@ def _task_manager(preset: BenchmarkPreset, include: Sequence[str]) -> Any:
 def _is_named(folders: Sequence[Path], task: str) -> bool:
     """Whether a file of tasks in ``folders`` has the word ``task``."""
     word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
-    return any(word.search(file.read_bytes()) for folder in folders for file in folder.rglob("*.yaml"))
+    files = (file for folder in folders for file in folder.rglob("*.yaml") if file.is_file())
+    return any(word.search(file.read_bytes()) for file in files)
 
 
 def _own_settings(tasks: Mapping[str, Any], preset: BenchmarkPreset) -> tuple[dict[str, BenchmarkPreset], list[str]]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tide.files import canonical, open_regular, read_json, write_json
+from megatron_tide.files import canonical, open_regular, read_json, remove, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -174,6 +174,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
 
 def _save(shard: dict[str, Tensor], path: Path) -> None:
     try:
+        remove(path)  # a link in its place would be followed
         save_file(shard, path, metadata={"format": "pt"})
         with path.open("rb") as handle:
             os.fsync(handle.fileno())

@@ -244,3 +244,13 @@ def test_the_limit_of_time_holds_under_a_parent_that_ignores_its_signal(quick: N
             template.render(next(iter(ENDLESS)), [])
     finally:
         signal.signal(signal.SIGPROF, before)
+
+
+def test_the_process_that_renders_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PYTHON_KEYRING_TOKEN"):
+        monkeypatch.setenv(name, "secret-value")
+    template._RENDERER.close()  # it starts again
+    assert template.render("{{ messages[0].content }}", [{"content": "a"}]) == "a"
+    process = template._RENDERER._process
+    assert process is not None
+    assert b"secret-value" not in Path(f"/proc/{process.pid}/environ").read_bytes()
