@@ -89,7 +89,7 @@ LIKELIHOOD_NOISE = Table(
     {
         "sample": Choice("one timestep per sample, one coin flip per chunk", "evaluate.likelihood_noise:PER_SAMPLE"),
         "block": Choice(
-            "one timestep per block, k of its n chunks: the same mean, less variance",
+            "one timestep per block, k of its n chunks: less variance",
             "evaluate.likelihood_noise:PER_BLOCK",
         ),
     }
@@ -119,8 +119,8 @@ ATTENTION_LAYOUTS = Table(
 
 BLOCK_LAYOUTS = Table(
     {
-        "sequence": Choice("at multiples of the block size from the start of the text, as in training", False),
-        "answer": Choice("at the answer, as in the published sampler", True),
+        "sequence": Choice("at multiples of the block size, as in training", False),
+        "answer": Choice("at the answer, as published", True),
     }
 )
 

@@ -16,18 +16,15 @@ settings; other tasks keep their own number of tokens. They need requirements-ev
 <think>...</think> only, which is no part of an answer; an answer whose thoughts do not end is empty, and counted.
 Programs of humaneval and mbpp can import the standard library and every installed package. Answers are cached in --out:
 a stopped evaluation, run again by the same user, continues; answers and verdicts that come with a downloaded folder are
-not used. --thresholds measures quality against speed: score and tokens per forward pass at each, and the area
-under that curve (AUP, arXiv 2601.07568).
+not used. --thresholds measures scores and tokens per forward pass at each, and the area under that curve (AUP).
 
 Examples:
-  python -m megatron_tide evaluate runs/quickstart/hf --tasks humaneval
   python -m megatron_tide evaluate runs/quickstart/hf --tasks humaneval --thresholds 0.6 0.8 0.9 1 --json scores.json
   python -m megatron_tide evaluate student=runs/x/hf teacher=inclusionAI/LLaDA2.0-mini ar=Qwen/Qwen3-0.6B \\
       --out runs/scores --tasks gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp --dtype bfloat16
   python -m megatron_tide evaluate runs/quickstart/hf --data my.jsonl
   python -m megatron_tide evaluate --data runs/quickstart/test-data --teacher runs/quickstart/teacher \\
-      --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --completions 50 \\
-      --json scores.json
+      --student start=runs/quickstart/student --student tide-cross=runs/quickstart/tide-cross --completions 50
 """
 
 from __future__ import annotations
@@ -84,7 +81,7 @@ class LikelihoodArgs:
     completion_tokens: int = flag(96, "Maximum number of tokens per completion", low=1, high=1 << 24)
     completion_min_tokens: int = flag(0, "Minimum number of tokens per completion", low=0, high=1 << 24)
     completion_eos_in_order: bool = flag(
-        False, "Decide end of text only at the first open position of a block, so that no completion ends too early"
+        False, "Decide end of text only at the first open position of a block, as in generate"
     )
     per_sample: bool = flag(False, "Also write the nats and bytes of each sample to --json")
 
@@ -98,15 +95,14 @@ class BenchmarkArgs:
     max_new_tokens: int | None = flag(
         None,
         "Maximum number of tokens per answer",
-        shown="256; 3 for multiple choice; other tasks: their own",
+        shown="256; multiple choice 3; others: their own",
         low=1,
         high=1 << 24,
     )
     steps: int | None = flag(None, "Number of forward passes per answer", shown="one per token", low=1)
     thresholds: tuple[float, ...] = flag(
         (),
-        "Quality against speed: run each benchmark at these thresholds; a pass also decides every token with a higher "
-        "probability. 1: one token per pass, as published",
+        "Thresholds of decoding to run each benchmark at, for quality against speed",
         shown="1",
         metavar="P",
         low=0,
@@ -123,7 +119,7 @@ class BenchmarkArgs:
         shown="off for autoregressive models; others as they were trained",
     )
     samples_per_problem: int = flag(
-        1, "Number of answers per problem of humaneval or mbpp, for pass@10 and pass@100", low=1, high=10000
+        1, "Number of answers per problem (humaneval, mbpp), for pass@10 and pass@100", low=1, high=10000
     )
     include_path: tuple[str, ...] = flag(
         (), "Folder of further lm-eval tasks; repeatable", metavar="DIR", kind="repeated"

@@ -1,4 +1,4 @@
-"""Let a student answer prompts of a corpus: a round of on-policy data for prepare, on any number of ranks.
+"""Write on-policy data for prepare: a student's answers to prompts of a corpus.
 
 --samples rows of --data are drawn by (--seed, --round). The student writes the response of --share of them; the others
 keep theirs. OUT/mixture.json names both. Any number of ranks writes the same files; a command that was stopped, run
@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import flag, say
+from megatron_tide.cli import EXIT_INTERRUPTED, flag, say
+from megatron_tide.commands import mask_flag
 from megatron_tide.commands.generate import RuleArgs
-
-EXIT_STOPPED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +40,7 @@ class Args:
         ..., "Maximum number of tokens of prompt and answer: that of prepare", low=1, high=1 << 24
     )
     block_size: int | None = flag(None, "Block size to decode with", shown="that of the model", low=1, high=1 << 24)
-    student_mask: str | None = flag(
-        None, "Mask token or id of the student, if its tokenizer defines none", metavar="TOKEN"
-    )
+    student_mask: str | None = mask_flag("student")
     seed: int = flag(0, "Random seed", low=0, high=2**31)
     batch_size: int = flag(32, "Number of prompts per batch", low=1, high=1 << 20)
     dtype: str | None = flag(
@@ -101,7 +98,7 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
         done = rollouts.answer(opened.model, world, lambda: bool(stop.signal))
     if not done:
         world.print_rank0(f"stopped on request; run the same command again to continue ({args.out})")
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED
     if world.is_main:
         found = read_json(args.out / SUMMARY)
         rate = found["now"]["tokens"] / max(found["now"]["seconds"], 1e-9)
