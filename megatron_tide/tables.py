@@ -9,6 +9,7 @@ Unreadable input raises a one-line ValueError that names file and line; ``data.p
 from __future__ import annotations
 
 import json
+import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tide.arrow import check_stream, read_saved
 from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
 from megatron_tide.hub import hub_errors, one_line
 
@@ -39,6 +41,7 @@ ROW_BYTES = 1 << 24
 """Bytes of one row; a longer one is a bad row, of which no more is read."""
 LONGEST_TEXT = 1 << 22
 """Characters of one text to train tokenizers or measure a bridge on: libraries fail on longer ones."""
+_SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
 _HEAD = 100  # first rows, which define the columns of a JSON Lines file
 _FILES = (".jsonl", ".parquet")
@@ -316,7 +319,7 @@ def _check_own(folder: Path) -> None:
             raise ValueError(f"{path}: its front matter is not YAML without aliases; fix or remove it") from None
         configs = about.get("configs", []) if isinstance(about, dict) else about
         named += [(path, name) for name in _named_in(configs)]
-    for path in (*folder.rglob("state.json"), *folder.rglob("dataset_dict.json")):
+    for path in (*folder.rglob(_FILES_OF), *folder.rglob(_SPLITS)):
         about = read_json(path)
         named += [(path, name) for name in _named_in([about.get("_data_files"), about.get("splits")])]
     outside = (one for one in named if ".." in Path(one[1]).parts or Path(one[1]).is_absolute() or ":" in one[1])
@@ -325,7 +328,11 @@ def _check_own(folder: Path) -> None:
     real = folder.resolve()
     own = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]  # the hub's cache links
     for path in folder.rglob("*"):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in own):
+        try:
+            inside = not path.is_symlink() or any(path.resolve().is_relative_to(place) for place in own)
+        except (OSError, RuntimeError):  # a link to itself
+            inside = False
+        if not inside:
             raise ValueError(f"{path}: a link to a file outside its folder; replace it by a copy of that file")
 
 
@@ -333,10 +340,18 @@ def _open_folder(folder: Path, name: str | None, split: str) -> Any:
     import datasets
 
     _check_own(folder)
-    if (folder / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(folder))[split]
-    if (folder / "state.json").exists():
-        return datasets.load_from_disk(str(folder))
+    if os.path.lexists(folder / _SPLITS):
+        splits = read_json(folder / _SPLITS, "restore the file", {"splits": [str]})["splits"]
+        if split not in splits:
+            raise ValueError(f"{folder / _SPLITS}: no split {split!r}; it has {', '.join(splits)[:200]}")
+        folder /= split
+    if os.path.lexists(folder / _FILES_OF):
+        named = read_json(folder / _FILES_OF, "restore the file", {"_data_files": [{"filename": str}]})["_data_files"]
+        if not named:
+            raise ValueError(f"{folder / _FILES_OF}: names no file of rows")
+        return read_saved([folder / one["filename"] for one in named])
+    for path in folder.rglob("*.arrow"):
+        check_stream(path)
     return datasets.load_dataset(str(folder), name, split=split)
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import readers, run_readers
 from tests.support.damage import damage, restore
 from tests.support.readable import World, make_world
-from tests.support.readers import CASES
 
 ROUNDS, SEED = (int(os.environ.get(*name)) for name in (("TIDE_FUZZ", "25"), ("TIDE_FUZZ_SEED", "20261126")))
+CASES = readers.CASES | run_readers.CASES
 SECONDS, MEMORY = 30, 2 << 30  # of one read: far above what a valid file takes
 
 

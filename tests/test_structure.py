@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "gguf_header",
     "hub",
+    "arrow",
     "tables",
     "ranks",
     "scheduler",

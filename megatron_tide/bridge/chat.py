@@ -189,10 +189,9 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     ``shown`` renders a conversation of the same roles: a short text may be in ``rendered`` by chance, a mark cannot.
     Thoughts of an assistant's earlier turns may be left out: templates of reasoning models do so on purpose.
     """
-    if 2 * len(messages) > len(_RARE):
-        raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_RARE) // 2}")
-    letters = {field: map(chr, _RARE[start::2]) for start, field in enumerate(("content", "name"))}
-    marked = [{**one, **{k: next(letters[k]) for k in letters if _text(one, k)}} for one in messages]
+    if 8 * len(messages) > len(_RARE):
+        raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_RARE) // 8}")
+    marked = _marked(messages)
     marks = _try(shown, marked)  # None: a template that looks at the text
     for number, message in enumerate(messages):
         earlier = message.get("role") == "assistant" and number < len(messages) - 1
@@ -202,8 +201,9 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
             if earlier:
                 said = [text.rpartition("</think>")[2] for text in said]
             lost = [text for text in said if not _found(text, rendered)]
-            if marks is not None and said and field in letters and marked[number][field] not in marks:
-                lost = [_text(message, field)]
+            if marks is not None and said and not lost:
+                letters = [one for one in _said(marked[number][field]) if one[:1] and ord(one[0]) in _RARE]
+                lost = said[:1] if any(not _found(letter, marks) for letter in letters) else []
             if lost:
                 raise LeftOut(
                     f"the chat template leaves out {lost[0].strip()[:40]!r}, {field} of message {number} "
@@ -216,8 +216,35 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     for tool in [one for tools in given for one in (tools if isinstance(tools, list) else [tools])]:
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or name not in rendered:
+        if not isinstance(name, str) or name not in rendered or (marks is not None and not _has_tools(marked, marks)):
             raise LeftOut(f"the chat template leaves out the tool {str(name)[:40]!r}")
+
+
+def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with a rare letter of its own in place of what each says, of the names of tools and of calls."""
+    letters = {name: map(chr, _RARE[start::4]) for start, name in enumerate(("content", "name", "calls", "tools"))}
+
+    def named(tool: Any, kind: str) -> Any:
+        if not isinstance(tool, dict):
+            return tool
+        if isinstance(tool.get("function"), dict):
+            return {**tool, "function": named(tool["function"], kind)}
+        return {**tool, "name": next(letters[kind], BLANK)} if isinstance(tool.get("name"), str) else tool
+
+    found = []
+    for message in messages:
+        new: dict[str, Any] = {field: next(letters[field]) for field in ("content", "name") if _text(message, field)}
+        for field, kind in (("tool_calls", "calls"), ("function_call", "calls"), ("tools", "tools")):
+            value = message.get(field)
+            if isinstance(value, list | dict) and value:
+                new[field] = [named(one, kind) for one in value] if isinstance(value, list) else named(value, kind)
+        found.append({**message, **new})
+    return found
+
+
+def _has_tools(marked: list[dict[str, Any]], shown: str) -> bool:
+    tools = [message["tools"] for message in marked if message.get("tools")]
+    return all(_found(one, shown) for one in _said(tools) if one[:1] and ord(one[0]) in _RARE)
 
 
 def _text(message: dict[str, Any], field: str) -> str:
@@ -227,7 +254,9 @@ def _text(message: dict[str, Any], field: str) -> str:
 
 def _found(text: str, rendered: str) -> bool:
     text = text.strip()
-    return text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered
+    return any(
+        form in rendered for form in (text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
+    )
 
 
 def _said(value: Any) -> Iterator[str]:

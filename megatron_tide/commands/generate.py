@@ -113,13 +113,13 @@ def _answer(args: Args, writer: Any, model: Any, tokenizer: Any, decoding: dict[
     from tqdm import tqdm
 
     from megatron_tide.generate import AnswerFile, print_answer
-    from megatron_tide.models import weights_sha256
+    from megatron_tide.generate.identity import code, identity
 
     prompts, first_seed = _prompts(args, tokenizer), decoding.pop("seed")
     seeds = [first_seed + place if args.decoding.temperature else 0 for place in range(len(prompts))]
     file, places, tokens = None, list(range(len(prompts))), 0
     if args.json:
-        decides = [weights_sha256(model), args.dtype, decoding]
+        decides = [identity(model, tokenizer.path, tokenizer), code(), args.dtype, decoding]
         file = AnswerFile(args.json, tokenizer, prompts, seeds, decides)
         places = file.missing
         if len(places) < len(prompts):
@@ -135,7 +135,7 @@ def _answer(args: Args, writer: Any, model: Any, tokenizer: Any, decoding: dict[
                 for place, answer in sorted(found.items()):
                     title = f"prompt {place + 1} of {len(prompts)}"
                     print_answer(tokenizer, prompts[place], answer, title, args.show_reference)
-                    tokens += len(answer.ids) + int((prompts[place].ids == tokenizer.mask_id).sum())
+                    tokens += len(answer.ids) + prompts[place].holes
             bar.update(len(found))
     if file:
         file.close()

@@ -70,9 +70,10 @@ def run(args: Args) -> int:
 def _answer(args: Args, mixture: Any, world: Any) -> int:
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.files import read_json
+    from megatron_tide.generate.identity import code, identity
     from megatron_tide.generate.rollouts import SUMMARY, Rollouts, draw_round
     from megatron_tide.lock import locked
-    from megatron_tide.models import DTYPES, weights_sha256
+    from megatron_tide.models import DTYPES
     from megatron_tide.train.loop import StopRequest
     from megatron_tide.training_checkpoint import open_model
 
@@ -92,7 +93,7 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
         longest=args.student_length - block,
     )
     options = {**dataclasses.asdict(args.rule), "block_size": block}
-    decides = [weights_sha256(opened.model), dtype, options, args.student_length]
+    decides = [identity(opened.model, opened.folder, tokenizer), code(), dtype, options, args.student_length]
     rollouts = Rollouts(args.out, tokenizer, drawn, args.student_length, args.batch_size, decides, options)
     with locked(args.out, world):
         done = rollouts.answer(opened.model, world, lambda: bool(stop.signal))

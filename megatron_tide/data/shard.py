@@ -43,7 +43,6 @@ import hashlib
 import json
 import mmap
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +51,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from megatron_tide.arrow import BROKEN, next_message
 from megatron_tide.files import atomic_write, canonical
 
 PROMPT = -1
@@ -64,8 +64,6 @@ _PER_TOKEN = ("ids", "chunk")
 _PER_SAMPLE = ("prompt", "content_end")
 _COMMON = ("chunks", "response_bytes")
 _NOTE = b"megatron_tide"
-# What reading a corrupt file can raise, besides ArrowInvalid (a ValueError).
-_BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _SCHEMA = pa.schema(
     [pa.field("key", pa.int64())]
@@ -187,7 +185,7 @@ def read_table(path: Path, schema: pa.Schema, again: str) -> Shard:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         return _parse(mapped, schema)
-    except _BROKEN as error:
+    except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: truncated or not a shard ({reason}); {again}") from None
 
@@ -195,26 +193,17 @@ def read_table(path: Path, schema: pa.Schema, again: str) -> Shard:
 def _parse(mapped: mmap.mmap, expected: pa.Schema) -> Shard:
     source = pa.BufferReader(pa.py_buffer(mapped))
     messages = pa.ipc.MessageReader.open_stream(source)
-    schema = pa.ipc.read_schema(_next(messages, "schema"))
+    schema = pa.ipc.read_schema(next_message(messages, "schema"))
     start = source.tell()
     if not schema.equals(expected):
         raise ValueError("its columns are not those of a shard")
-    message = _next(messages, "record batch")
-    if _is_compressed(message.metadata.to_pybytes()):
-        raise ValueError("compressed")  # decompression would trust the sizes that it declares
+    message = next_message(messages, "record batch")
     batch = pa.ipc.read_record_batch(message, expected)
     batch.validate()
     if source.tell() + len(_END) != len(mapped):
         raise ValueError(f"{len(mapped)} bytes, but its messages have {source.tell() + len(_END)}")
     record = dict(json.loads(schema.metadata[_NOTE])["record"])
     return Shard(expected, record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
-
-
-def _next(messages: pa.ipc.MessageReader, kind: str) -> pa.ipc.Message:
-    message = messages.read_next_message()
-    if message.type != kind:  # pyarrow reads a message of another type as the requested one, and crashes
-        raise ValueError(f"no {kind}")
-    return message
 
 
 def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:
@@ -227,18 +216,3 @@ def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:
             column = column.values
         arrays[name] = np.from_dlpack(column)  # a view, read-only
     return arrays
-
-
-def _is_compressed(metadata: bytes) -> bool:
-    """Whether a record batch message has a compression, read from its flatbuffer (pyarrow does not expose it)."""
-
-    def field(table: int, number: int) -> int:
-        (back,) = struct.unpack_from("<i", metadata, table)
-        (size,) = struct.unpack_from("<H", metadata, table - back)
-        place = 4 + 2 * number
-        return table + struct.unpack_from("<H", metadata, table - back + place)[0] if place < size else table
-
-    (message,) = struct.unpack_from("<I", metadata, 0)
-    header = field(message, 2)
-    batch = header + struct.unpack_from("<I", metadata, header)[0]
-    return field(batch, 3) != batch

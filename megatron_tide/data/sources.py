@@ -21,6 +21,7 @@ from megatron_tide.tables import UNREADABLE_SHARE, Message, Table, open_table, p
 from megatron_tide.tables import conversation as read_conversation
 
 _CONTAINS = "contains"
+MOST_COPIES, MOST_POSITIONS = 1000, 1 << 27  # of a row, and of a source that is taken more than once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,11 @@ class SourceSpec:
             if (isinstance(value, str) and not 0 < len(value) <= LONGEST_NAME) or "\0" in str(value):
                 raise ValueError(f"{where}: {key} is {shown(value)}, which is no name")
         spec = cls(**entry)
-        if not 0 < spec.weight < float("inf"):
-            raise ValueError(f"{where}: weight is {spec.weight}; it must be above 0 (to skip a source, remove it)")
+        if not 0 < spec.weight <= MOST_COPIES:
+            raise ValueError(
+                f"{where}: weight is {spec.weight}; it must be above 0 (to skip a source, remove it), and at most "
+                f"{MOST_COPIES}"
+            )
         if (spec.prompt_column is None) != (spec.response_column is None):
             raise ValueError(f"{where}: prompt_column and response_column go together")
         for column, rule in spec.filter.items():
@@ -121,6 +125,11 @@ class DataSource:
     def copies(self) -> NDArray[np.int64]:
         """Row numbers of the source as the mixture has them: ``weight`` copies of the selected ones."""
         full, part = divmod(self.spec.weight, 1.0)
+        if full > 1 and full * len(self.selected) > MOST_POSITIONS:
+            raise ValueError(
+                f"{self.spec.path}: weight {self.spec.weight} of {len(self.selected):,} rows makes more than "
+                f"{MOST_POSITIONS:,}; use a smaller one"
+            )
         salt = int(fingerprint([self.rows.content, self.spec.name, self.spec.split])[:16], 16)
         extra = self.selected[_uniform(self.selected, salt) < part]
         return np.concatenate([np.repeat(self.selected, int(full)), extra])

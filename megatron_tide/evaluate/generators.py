@@ -6,7 +6,6 @@ request itself (prompt and generation settings) and in the model's fingerprint: 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -21,20 +20,18 @@ from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-import megatron_tide
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
-from megatron_tide.files import fingerprint, read_json, sha256_file
+from megatron_tide.files import fingerprint
 from megatron_tide.generate import complete
 from megatron_tide.generate.copies import shared
-from megatron_tide.models import weights_sha256
+from megatron_tide.generate.identity import code, identity
 from megatron_tide.models.autoregressive import end_tokens, load_autoregressive
 from megatron_tide.training_checkpoint import generation_of, open_model
 
-_CODE = ("bridge/*.py", "generate/*.py", "models/*.py", "evaluate/generators.py", "evaluate/thoughts.py")
-_PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "lm_eval")
+_CODE = ("evaluate/generators.py", "evaluate/thoughts.py")
 Written = tuple[Sequence[int], int]
 """The ids of an answer, and the forward passes that it took."""
 LOST = "had a prompt that exceeds the model's context: its beginning was left out"
@@ -132,15 +129,10 @@ class Generator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of weights (as they are in memory), config files, tokenizer, chat template, and of the code that
-        turns a prompt into an answer: this project's and the versions of libraries.
-        """
-        tokenizer = self.text_tokenizer
-        files = [self.folder / name for name in ("config.json", "generation_config.json")]
-        configs = [read_json(file) if file.is_file() else None for file in files]
-        identity = [type(self.model).__name__, configs, tokenizer.fingerprint, tokenizer.template_fingerprint, _code()]
-        identity.append(self.encode("", {"chat_template": False}).tolist())  # what stands before a prompt
-        return fingerprint([*identity, weights_sha256(self.model)])
+        """sha256 hex of the model's identity, what stands before a prompt, and the code from prompt to answer."""
+        before = self.encode("", {"chat_template": False}).tolist()  # what stands before a prompt
+        found = identity(self.model, self.folder, self.text_tokenizer)
+        return fingerprint([*found, before, code(_CODE, ("lm_eval",))])
 
 
 class BlockDiffusionGenerator(Generator, LM):
@@ -286,14 +278,6 @@ class _Answered(StoppingCriteria):
 def _seed(*request: Any) -> int:
     """Random seed of an answer: depends on the request's content, not on its position in the list."""
     return int(hash_args("seed", request)[:8], 16)
-
-
-def _code() -> str:
-    """What decides an answer besides the model: this project's code and its libraries."""
-    package = Path(megatron_tide.__file__).parent
-    files = sorted(file for pattern in _CODE for file in package.glob(pattern))
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return fingerprint([versions, [(file.name, sha256_file(file)) for file in files]])
 
 
 def open_generator(

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, own_settings, published_row
 from megatron_tide.evaluate.bootstrap import Estimate, mean, ratio
 from megatron_tide.evaluate.task_functions import PROGRAMS
-from megatron_tide.files import atomic_write, create_new, fingerprint, read_regular
+from megatron_tide.files import atomic_write, check_form, create_new, fingerprint, read_regular, sha256_file
 from megatron_tide.sandbox import LIMITS, WORKER, require_sandbox, run_programs
 
 OUR_TASKS = Path(__file__).with_name("tasks")
@@ -312,6 +312,8 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
         cache.dbdict.update({key: vars(outcome) for (key, _), outcome in zip(window, outcomes)})
     for row, many in zip(rows, keys):
         row["verdicts"] = [cache.dbdict[key] for key in many]
+        for verdict in row["verdicts"]:
+            check_form(verdict, {"passed": bool, "reason": str}, f"{cache.cache_db}: not a verdict:", "; remove it")
         passed = sum(verdict["passed"] for verdict in row["verdicts"])
         row["scores"] = {f"pass@{k}": pass_at_k(count, passed, k) for k in PASS_AT if k <= count}
 
@@ -345,7 +347,8 @@ def _not_installed(rows: Sequence[Sample]) -> list[str]:
 def _installed() -> str:
     """What decides a verdict besides the program: Python, the installed packages, the sandbox."""
     packages = sorted({f"{one.name} {one.version}" for one in importlib.metadata.distributions()})
-    return fingerprint([sys.version, packages, WORKER.read_text(encoding="utf-8")])
+    own = [sha256_file(path) for path in sorted(WORKER.parent.glob("*.py"))]
+    return fingerprint([sys.version, packages, own])
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.files import atomic_write, check_form, fingerprint
+from megatron_tide.files import atomic_write, check_form, fingerprint, open_to_append
 from megatron_tide.generate.complete import Completion
 from megatron_tide.generate.prompts import Prompt
 from megatron_tide.tables import read_rows
@@ -19,8 +19,8 @@ _ROW = {"answer": str, "tokens": range(1 << 31), "finished": bool, "key": str}
 class AnswerFile:
     """One row per prompt: ``prompt``, ``answer``, ``tokens``, ``finished``, ``reference`` and ``key``.
 
-    A key holds all that decides an answer: ``decides`` (model and settings), the prompt's ids and its seed. Rows are
-    appended while answers come; :meth:`close` puts them into the order of the prompts.
+    A key holds all that decides an answer: ``decides`` (the model's identity, code and settings), the prompt's ids and
+    its seed. Rows are appended while answers come; :meth:`close` puts them into the order of the prompts.
 
     Raises:
         ValueError: the file has a row that belongs to no prompt: of another model, other settings, or another file.
@@ -65,7 +65,7 @@ class AnswerFile:
 
     def add(self, answers: Mapping[int, Completion]) -> None:
         """Append the answers of a batch, by the places of their prompts."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with open_to_append(self._path) as file:
             for place, answer in sorted(answers.items()):
                 prompt = self._prompts[place]
                 row = {
@@ -86,7 +86,7 @@ class AnswerFile:
         return rows
 
     def _write(self, rows: Any) -> None:
-        atomic_write(self._path, "".join(map(_line, rows)).encode())
+        atomic_write(self._path, "".join(map(_line, rows)).encode("utf-8", "backslashreplace"))
 
 
 def _line(row: dict[str, Any]) -> str:

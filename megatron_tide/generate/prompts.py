@@ -17,20 +17,22 @@ from megatron_tide.data import PreparedData
 from megatron_tide.generate.complete import Completion, prompt_ids
 from megatron_tide.tables import ASSISTANT, check_bad, conversation, good_rows, read_rows
 
-HOLE = re.compile(r"<mask:(\d+)>")
+HOLE = re.compile(r"<mask:(\d+)>", re.ASCII)
+MOST_MASKS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Prompt:
     """``ids`` for the model; ``shown``: the same as text; ``reference``: the recorded answer, if there is one.
 
-    ``begun``: number of trailing ids that belong to the answer already, including masks to fill.
+    ``begun``: number of trailing ids that belong to the answer already, including masks to fill, ``holes`` of them.
     """
 
     ids: np.ndarray
     shown: str
     reference: str | None = None
     begun: int = 0
+    holes: int = 0
 
     def answer(self, tokenizer: TextTokenizer, completion: Completion) -> str:
         """The full answer: the partial answer with its holes filled, and the text after it."""
@@ -63,14 +65,15 @@ def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
         ValueError: no hole, or an empty one.
     """
     parts = HOLE.split(answer)  # text, size, text, size, ..., text
-    sizes = [int(size) for size in parts[1::2]]
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"--infill {answer!r}: mark each hole as <mask:N>, N tokens from 1 on")
+    sizes = [int(size[:10]) for size in parts[1::2]]
+    if not sizes or min(sizes) < 1 or sum(sizes) > MOST_MASKS:
+        raise ValueError(f"--infill {answer[:80]!r}: mark each hole as <mask:N>, N tokens, in all 1 to {MOST_MASKS}")
     begun: list[int] = []
     for place, part in enumerate(parts):
         text = [] if place % 2 or not part else tokenizer.encode(part, rest=place > 0).tolist()
         begun += [tokenizer.mask_id] * int(part) if place % 2 else text
-    return replace(prompt, ids=np.concatenate([prompt.ids, np.array(begun, dtype=np.int32)]), begun=len(begun))
+    ids = np.concatenate([prompt.ids, np.array(begun, dtype=np.int32)])
+    return replace(prompt, ids=ids, begun=len(begun), holes=sum(sizes))
 
 
 def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:

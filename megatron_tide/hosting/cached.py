@@ -41,7 +41,7 @@ from megatron_tide.bounds import short
 from megatron_tide.config import DistillConfig
 from megatron_tide.data.shard import MOST_TOKENS, Array, Shard, column, read_table, write_table
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.files import fingerprint, read_json
+from megatron_tide.files import check_form, fingerprint, read_json
 from megatron_tide.hosting.backend import Ranks, TeacherBackend
 from megatron_tide.models.head import rows_per_slice
 from megatron_tide.objectives import Strategy, TeacherOutputs
@@ -213,13 +213,7 @@ class AnswerCache:
     @classmethod
     def open(cls, folder: str | Path) -> AnswerCache:
         """ValueError, one line, where the folder is no complete cache."""
-        path = Path(folder) / MANIFEST
-        manifest = read_json(path, f"not a complete cache: {AGAIN}")
-        stated = {name: value for name, value in manifest.items() if name != "fingerprint"}
-        whole = fingerprint(stated) == manifest.get("fingerprint") and _is_manifest(manifest)
-        if manifest.get("format") != FORMAT or not whole:
-            raise ValueError(f"{path}: edited, corrupt or of another version; {AGAIN}")
-        return cls(Path(folder), manifest)
+        return cls(Path(folder), read_manifest(Path(folder)))
 
     @property
     def teacher(self) -> str:
@@ -303,20 +297,32 @@ class AnswerCache:
         return shard
 
 
-def _is_manifest(content: dict[str, Any]) -> bool:
-    """Whether all that is read from a manifest is there, of its type."""
+_NUMBER = range(1 << 53)
+_WHETHER = {"target_logprobs": bool, "distributions": bool}
+_SETTINGS = {**dict.fromkeys(("categories", "kept", "teacher_vocab"), _NUMBER), **_WHETHER, "teacher": str}
+SETTINGS_FORM = {**_SETTINGS, "steps_per_shard": range(1, 1 << 53)}
+_FORM = {
+    "settings": SETTINGS_FORM,
+    "seeds": {str: {"first": _NUMBER, "end": _NUMBER, "seed": _NUMBER, "shards": [_NUMBER]}},
+    "covered_mass": (None, float),
+    "teacher_name": str,
+    "format": range(FORMAT, FORMAT + 1),
+}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder; ValueError, one line, where there is none."""
+    path = folder / MANIFEST
+    manifest = read_json(path, f"not a complete cache: {AGAIN}")
+    stated = {name: value for name, value in manifest.items() if name != "fingerprint"}
     try:
-        numbers = [content["settings"][name] for name in ("categories", "kept", "teacher_vocab")]
-        for seed, swept in content["seeds"].items():
-            numbers += [int(seed), swept["first"], swept["end"], *swept["shards"]]
-        texts = [content["settings"]["teacher"], content["teacher_name"]]
-        return (
-            all(type(number) is int and number >= 0 for number in numbers)
-            and all(isinstance(text, str) for text in texts)
-            and isinstance(content["covered_mass"], float | None)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
+        check_form(manifest, _FORM, "")
+        whole = all(seed == str(swept["seed"]) and swept["shards"] for seed, swept in manifest["seeds"].items())
+    except ValueError:
+        whole = False
+    if not (whole and manifest["seeds"] and fingerprint(stated) == manifest.get("fingerprint")):
+        raise ValueError(f"{path}: edited, corrupt or of another version; {AGAIN}")
+    return manifest
 
 
 class CachedTeacher(TeacherBackend):

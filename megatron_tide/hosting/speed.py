@@ -36,6 +36,14 @@ class Rates:
 RATES = Rates()
 UPDATE_BYTES = 30  # per parameter: gradient, weight and moments read, weight and moments written, bf16 weight written
 REDUCED_BYTES = 10  # per parameter: gradients in fp32, there and back, and updated weights in bf16
+_RATE = (None, float)
+_MEASURED = {
+    "stages": {
+        "a?": {"memory_gbs?": _RATE, "pinned_to_card_gbs?": _RATE, "bf16_tflops?": float},
+        "h?": {str: (Any, {"tflops?": float})},
+        str: dict,
+    }
+}
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/gpu.json"
 
 
@@ -46,9 +54,10 @@ def measured_rates(file: Path = MEASURED) -> dict[str, float]:
     """
     if not file.is_file():
         return {}
-    stages = read_json(file)["stages"]
+    stages = read_json(file, "measure again, or remove it", _MEASURED)["stages"]
     card, full_size = stages.get("a", {}), stages.get("h", {})
-    steps = [part["tflops"] for name, part in full_size.items() if name.startswith("tide-") and "tflops" in part]
+    parts = [part for name, part in full_size.items() if name.startswith("tide-") and isinstance(part, dict)]
+    steps = [part["tflops"] for part in parts if "tflops" in part]
     found = {"memory_gbs": card.get("memory_gbs"), "pcie_gbs": card.get("pinned_to_card_gbs")}
     found["gpu_tflops"] = max(steps, default=0.0) or 0.4 * card.get("bf16_tflops", 0.0) or None
     return {name: float(rate) for name, rate in found.items() if rate}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_tide.bounds import CONFIG
+from megatron_tide.bounds import CONFIG, check_config
 from megatron_tide.files import check_regular, read_json
 from megatron_tide.models.load import resolve_folder
 from megatron_tide.models.shards import ShardedFolder
@@ -49,8 +49,13 @@ def _check(folder: Path) -> None:
     ShardedFolder(folder)  # safetensors, all in this folder
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder}: holds an adapter, which names another model; merge it into its model first")
-    path = folder / "config.json"
+    path, stated = folder / "config.json", folder / "generation_config.json"
     config = read_json(path)
+    for file, values in ((path, config), (stated, read_json(stated) if stated.exists() else {})):
+        try:
+            check_config({"eos_token_id": values.get("eos_token_id")})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     for key, value in [pair for part in (config, *config.values()) if isinstance(part, dict) for pair in part.items()]:
         if "layer" in key and type(value) is int and value > CONFIG["num_hidden_layers"]:
             raise ValueError(f"{path}: {key[:40]} is {str(value)[:20]}, more than any model has; restore the file")

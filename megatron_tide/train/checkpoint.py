@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -74,25 +74,50 @@ def restore(folder: Path, engine: Any) -> TrainState:
     """Load a checkpoint into the engine's partitions; each rank reads its own part.
 
     Raises:
-        ValueError: when its parameters differ from this model's.
+        ValueError: when its parameters differ from this model's, or a file is no such checkpoint's.
     """
-    state = TrainState(**read_description(folder)["state"])
-    with safe_open(folder / WEIGHTS, "pt") as weights:
-        stored = set(weights.keys())
-    wanted = {name for name, _ in trained_parameters(engine)}
-    if stored != wanted:
-        odd = sorted(stored ^ wanted)[0]
-        raise ValueError(f"{folder / WEIGHTS}: parameters of another model (first difference: {odd}); check --student")
-    stored_moments = {moment: _Lazy(folder / f"{moment}.safetensors") for moment in moments(engine)}
-    restore_state(engine, _Lazy(folder / WEIGHTS), stored_moments, state.step)
+    described = read_description(folder)["state"]
+    state = TrainState(**{field.name: described[field.name] for field in fields(TrainState)})
+    stored = StoredTensors(folder, {name: p.shape for name, p in trained_parameters(engine)}, moments(engine))
+    restore_state(engine, stored.weights, stored.moments, state.step)
     return state
 
 
-class _Lazy:
-    """Tensors of one safetensors file, read one at a time."""
+class StoredTensors:
+    """Weights and moments of a checkpoint, read one at a time; their names and shapes are checked first.
 
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, "pt")
+    ``shapes``: of the parameters; ``having``: of each moment, the parameters that have it.
+
+    Raises:
+        ValueError: names the file that cannot be read, or is of another model or optimizer.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Mapping[str, Sequence[int]], having: Mapping[str, Collection[str]]
+    ) -> None:
+        self.weights = _Lazy(folder / WEIGHTS, shapes, "--student")
+        self.moments = {
+            moment: _Lazy(folder / f"{moment}.safetensors", {name: shapes[name] for name in names}, "--optimizer")
+            for moment, names in having.items()
+        }
+
+
+class _Lazy:
+    """The fp32 tensors of a safetensors file that should have ``shapes``; ``flag``: what would explain others."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, Sequence[int]], flag: str) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path}: missing from the checkpoint; check {flag}, or use another checkpoint")
+        try:
+            self._file = safe_open(path, "pt")
+            parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118  # it is no mapping
+            found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in parts.items()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+        wanted = {name: ("F32", list(shape)) for name, shape in shapes.items()}
+        odd = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        if odd:
+            raise ValueError(f"{path}: parameters of another model (first difference: {odd[0][:80]}); check {flag}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)

@@ -29,10 +29,12 @@ from megatron_tide.hosting.cached import (
     FORMAT,
     MANIFEST,
     SETTINGS,
+    SETTINGS_FORM,
     Answer,
     answers,
     deciding,
     read_answers,
+    read_manifest,
     shard_path,
     widths,
     write_answers,
@@ -256,7 +258,7 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"format": FORMAT, "steps_per_shard": per_shard, **mine})
     sweep(folder)
-    found = read_json(path, "remove the folder, or use another --out")
+    found = read_json(path, "remove the folder, or use another --out", SETTINGS_FORM)
     for name, value in {"format": FORMAT, **mine}.items():
         if found.get(name) != value:
             raise ValueError(
@@ -267,9 +269,11 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
 
 def _known(job: Sweep) -> dict[str, Any]:
     """The seeds that the folder has already, with their steps and shards."""
-    path = job.folder / MANIFEST
-    before = read_json(path) if path.exists() else {}
-    return before["seeds"] if before.get("settings") == job.settings else {}
+    try:
+        before = read_manifest(job.folder)
+    except ValueError:  # none yet, or a damaged one: its finished shards are kept all the same
+        return {}
+    return dict(before["seeds"]) if before["settings"] == job.settings else {}
 
 
 def _covered(job: Sweep, seed: int) -> bool:

@@ -183,6 +183,16 @@ def test_calls_and_tools_are_refused_where_the_template_does_not_know_them(
         tokenizers["student"].render([{"role": "user", "content": "Hi", field: calls[field]}, *user("Well?")])
 
 
+@pytest.mark.parametrize("field", ["tool_calls", "function_call", "tools"])
+def test_calls_and_tools_are_missed_though_their_words_stand_elsewhere(
+    tokenizers: Mapping[str, TextTokenizer], field: str
+) -> None:
+    function = {"name": "add", "arguments": {"a": 1}}
+    calls = {"tool_calls": [{"function": function}], "function_call": function, "tools": [{"function": function}]}
+    with pytest.raises(LeftOut, match="add"):
+        tokenizers["student"].render([{"role": "user", "content": "add it", field: calls[field]}, *user("Well?")])
+
+
 def test_dropout_is_refused(tmp_path: Path, folders: Mapping[str, Path]) -> None:
     shutil.copytree(folders["student"], tmp_path / "random")
     file = tmp_path / "random" / "tokenizer.json"

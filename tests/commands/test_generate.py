@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from megatron_tide import cli
 from megatron_tide.screen import printable
 from tests.support.answering import write_autoregressive
+from tests.support.ar_models import ar_folder
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
 
@@ -93,6 +95,17 @@ def test_a_stopped_file_of_prompts_goes_on(lab: Lab, tmp_path: Path, capsys: pyt
     assert out.read_text() == whole.read_text()
     with pytest.raises(ValueError, match=r"answers.jsonl:1: an answer of another model, prompt or setting"):
         generate([*flags, "--json", str(out), "--seed", "1"])
+    for name, key in (("config.json", "rope_theta"), ("tokenizer_config.json", "eos_token")):
+        other = shutil.copytree(lab.student, tmp_path / name)
+        values = json.loads((other / name).read_text())
+        changed = values[key] / 2 if key == "rope_theta" else values["pad_token"]
+        (other / name).write_text(json.dumps({**values, key: changed}))
+        with pytest.raises(ValueError, match=r"answers.jsonl:1: an answer of another model, prompt or setting"):
+            generate([str(other), *flags[1:], "--json", str(out)])
+    whole_row = json.loads(rows[0])
+    out.write_text(json.dumps({"key": whole_row["key"]}) + "\n" + "".join(rows[1:]))
+    with pytest.raises(ValueError, match=r"answers.jsonl:1: no answer; remove that line"):
+        generate([*flags, "--json", str(out)])
 
 
 def test_an_autoregressive_model_writes_token_by_token(
@@ -114,3 +127,8 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         cli.run(generate, ["./nowhere", "--prompt", "x"])
     assert ended.value.code == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_an_autoregressive_model_needs_no_mask_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate([str(ar_folder(tmp_path / "ar", "llama")), "--prompt", "Hello", "--max-new-tokens", "2"])
+    assert "2 tokens in" in capsys.readouterr().out

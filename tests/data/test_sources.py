@@ -138,6 +138,7 @@ def test_malformed_rows_are_named(tmp_path: Path, row: object, words: str) -> No
 BAD_SOURCES = [
     ({"path": "rows.jsonl", "wieght": 2}, r"sources\[0\]: unknown field 'wieght'; the fields are path, name"),
     ({"path": "rows.jsonl", "weight": 0}, r"weight is 0; it must be above 0"),
+    ({"path": "rows.jsonl", "weight": 1e12}, r"weight is 1000000000000.0; .* at most 1000"),
     ({"path": "rows.jsonl", "weight": "2"}, r"weight cannot be '2'"),
     ({"path": "rows.jsonl", "weight": True}, r"weight cannot be True"),
     ({"path": "rows.jsonl", "prompt_column": "a"}, r"prompt_column and response_column go together"),

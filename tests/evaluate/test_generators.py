@@ -186,6 +186,10 @@ def test_fingerprints_tell_models_apart(lab: Lab, baseline: Path, tmp_path: Path
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": config["rope_theta"] / 2}))
     assert opened(other).fingerprint not in found
+    ends = shutil.copytree(lab.student, tmp_path / "ends")
+    settings = json.loads((ends / "tokenizer_config.json").read_text())
+    (ends / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": settings["pad_token"]}))
+    assert opened(ends).fingerprint not in found
 
 
 def test_long_prompts_lose_their_beginning_and_keep_their_text(baseline: Path, tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_tasks_of_one_batch_keep_their_own_lengths(lab: Lab) -> None:
 
 
 def test_the_code_that_makes_answers_is_part_of_a_fingerprint(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    import megatron_tide.evaluate.generators as module
+    import megatron_tide.generate.identity as module
 
     first = opened(lab.student).fingerprint
     monkeypatch.setattr(module, "sha256_file", lambda path: "changed")

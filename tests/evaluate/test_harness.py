@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sqlite3
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
 import torch
-from sqlitedict import SqliteDict
 
 from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset, preset_of
 from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark, user_secret
+from megatron_tide.evaluate.response_cache import Store
 from megatron_tide.evaluate.task_functions import first_code_block
 from megatron_tide.evaluate.thoughts import STILL_THINKING
 from tests.support.answering import Scripted, write_autoregressive
@@ -110,10 +111,11 @@ def test_verdicts_that_come_with_a_folder_are_not_believed(
         found = scored(knows(lab, "mbpp", rows, share=2), "mbpp", tmp_path / "out", tmp_path / "tasks", limit=2)
         assert found[headline].estimate.value == 0.5
         for path in (tmp_path / "out").glob("cache-*.sqlite"):
-            with SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads) as kept:
-                judged = {key: value for key, value in kept.items() if isinstance(value, dict) and "passed" in value}
-                assert judged
-                kept.update({key: value | {"passed": True} for key, value in judged.items()})
+            with sqlite3.connect(path) as database:
+                values = {key: json.loads(value) for key, value in database.execute("select key, value from unnamed")}
+            judged = {key: value for key, value in values.items() if isinstance(value, dict) and "passed" in value}
+            assert judged
+            Store(path).update({key: value | {"passed": True} for key, value in judged.items()})
     assert len(list((tmp_path / "out").glob("cache-*.sqlite"))) == 2
 
 

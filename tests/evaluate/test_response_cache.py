@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import sqlite3
 from dataclasses import replace
@@ -96,6 +97,24 @@ def test_a_cache_is_json_and_never_unpickled(lab: Lab, tmp_path: Path) -> None:
         database.execute("update unnamed set value = ?", (pickle.dumps(found[0]),))
     with pytest.raises(ValueError, match=r"codec|JSON|Expecting"), ResponseCache(generator, path) as cache:
         answers(cache, PROMPTS[:1])
+    for value in (json.dumps(5), json.dumps({"notes": 5}), None, "[" * 100_000):
+        with sqlite3.connect(path) as database:
+            database.execute("update unnamed set value = ?", (value,))
+        with ResponseCache(opened(lab.student), path) as cache:
+            if value is None:  # never written: asked again
+                assert answers(cache, PROMPTS[:1]) == found
+            else:
+                with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache .*remove it"):
+                    answers(cache, PROMPTS[:1])
+    with sqlite3.connect(path) as database:
+        database.execute("alter table unnamed rename column value to other")
+    with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache .*remove it"):
+        ResponseCache(generator, path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache .*remove it"):
+        ResponseCache(generator, path)
+    path.unlink()
     path.write_bytes(b"no database at all, for certain" * 100)
     with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache .*remove it"):
         ResponseCache(generator, path)

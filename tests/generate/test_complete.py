@@ -83,7 +83,7 @@ def test_holes_of_an_answer_are_filled_in(model: Any, tokenizer: TextTokenizer) 
     text = prompt.answer(tokenizer, answer)
     assert text.startswith("def f(")
     assert "):\n    return " in text
-    for wrong in ("no hole", "<mask:0>", "<mask:x>"):
+    for wrong in ("no hole", "<mask:0>", "<mask:x>", "<mask:99999999999>", "<mask:²>", "<mask:1000000>" * 2):
         with pytest.raises(ValueError, match="mask:N"):
             with_holes(tokenizer, prompt, wrong)
 

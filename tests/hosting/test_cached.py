@@ -22,18 +22,13 @@ from megatron_tide.models import load_model
 from megatron_tide.objectives import Counts
 from megatron_tide.train import sweep as sweeping
 from megatron_tide.train.build import make_loader, record_models
-from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.loop import StopRequest
 from tests.hosting.backends import joined
 from tests.support.commands import command
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve
-
-WORLD = DistContext(rank=0, size=1, device=torch.device("cpu"), host_group=None)
-# All that makes a question: both CompDemo passes, timesteps per block, strata of the global batch; and all answers.
-NOISE = {"timesteps": "block", "timestep_sampling": "stratified", "mask_count": "exact", "compdemo_split": "exact"}
-ASKS = {"strategy": "tide-bridge", "teacher_context": "staircase", "masking": "synchronous", "max_steps": 8, **NOISE}
+from tests.support.sweeps import ASKS, WORLD, reading, swept
 
 
 class StopAfter(StopRequest):
@@ -46,25 +41,6 @@ class StopAfter(StopRequest):
     def signal(self) -> int:
         self.left -= 1
         return int(self.left < 0)
-
-
-def swept(chain, out, stop=None, seeds=(42,), window=1, **flags):
-    """The manifest of a sweep on this process alone, as the command makes it; and its forecast."""
-    config = from_flat(chain.run(out, **{**ASKS, **flags}))
-    inputs = read_run_inputs(config, 1)
-    loader = make_loader(config, inputs, WORLD)
-    expected = sweeping.forecast(config, inputs, loader, len(seeds), cache_command.Rates())
-    options = {"seeds": seeds, "window": window, "stop": stop or StopRequest()}
-    return sweeping.sweep_teacher(config, inputs, loader, WORLD, expected, **options), expected
-
-
-def reading(chain, folder, **flags):
-    """(inputs, loader) of a run that reads ``folder``, without a teacher's folder."""
-    cached = {"teacher_hosting": "cached", "teacher_cache": str(folder), "teacher": ""}
-    config = from_flat(chain.run(folder.parent / "run", **{**ASKS, **cached, **flags}))
-    config.check()
-    inputs = read_run_inputs(config, 1)
-    return inputs, make_loader(config, inputs, WORLD)
 
 
 @pytest.fixture(scope="module")

@@ -102,9 +102,12 @@ def write_checkpoint(
     }
     folder = run_folder / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    save_file(moved(start, seed), folder / "model.safetensors")
+    weights = moved(start, seed)
+    save_file(weights, folder / "model.safetensors")
     for moment in ("exp_avg", "exp_avg_sq"):
-        save_file({"unused": torch.zeros(2)}, folder / f"{moment}.safetensors")
+        save_file(
+            {name: torch.zeros_like(weight) for name, weight in weights.items()}, folder / f"{moment}.safetensors"
+        )
     state = {"step": step, "total_steps": step, "samples_seen": 16 * step}
     (folder / "trainer.json").write_text(json.dumps({"state": state, "run": run}))
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

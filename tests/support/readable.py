@@ -8,24 +8,31 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
+from lm_eval.api.instance import Instance
 from pyarrow import parquet
 
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
 from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured
+from megatron_tide.evaluate.response_cache import ResponseCache
 from megatron_tide.models import load_model
 from megatron_tide.models.load import write_folder
 from tests.support.ar_models import ar_folder, write_gguf
 from tests.support.chain import Chain
 from tests.support.commands import command
 from tests.support.lab import write_checkpoint
+from tests.support.sweeps import swept
 
 STEP = "tiny/step-00000020"
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows.parquet}\n---\nRows.\n"
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,29 @@ class World:
 
     root: Path
     out: Path
+
+
+Read = Callable[[World], object]
+
+
+def sealed(path: Path, seal: Callable[[Any], object]) -> None:
+    """Make the checksums of a JSON file right again, as a tampering hand would; where it can."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        record = json.loads(path.read_text())
+        seal(record)
+        path.write_text(json.dumps(record))
+
+
+class Echo:
+    """A model for a cache of answers: it writes what it is asked."""
+
+    def set_cache_hook(self, hook: Any) -> None: ...
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        return [request.args[0] for request in requests]
+
+
+ASKED = [Instance("generate_until", {}, (f"prompt {n} " * 50, {"until": []}), n) for n in range(30)]
 
 
 def sides_of(world: World) -> list[str]:
@@ -58,6 +88,7 @@ def make_world(chain: Chain, folder: Path) -> World:
     write(root / "ar/special_tokens_map.json", {"eos_token": "<|im_end|>", "pad_token": {"content": "<|endoftext|>"}})
     write_gguf(root / "ar.gguf", root / "ar")
     command("convert-gguf")([str(student), str(root / "student.gguf"), "--type", "bf16"])
+    write(root / "ar/generation_config.json", {"do_sample": True, "top_k": 20, "eos_token_id": [1, 2]})
     for name, settings in (("ds", "zero1"), ("ds_teacher", "teacher_zero3")):
         shutil.copyfile(Path(__file__).parents[2] / f"ds_configs/{settings}.json", root / f"{name}.json")
     write_checkpoint(None, root / "tiny", start=student, data=root / "data")  # type: ignore[arg-type]
@@ -67,6 +98,10 @@ def make_world(chain: Chain, folder: Path) -> World:
     sources = [{"path": "corpus.jsonl", "weight": 0.5, "filter": {"messages": {"contains": "x"}}}]
     sources.append({"path": "corpus.jsonl", "max_chars": 1000, "split": "train"})
     write(root / "mixture.json", {"sources": sources})
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(talks)}).save_to_disk(root / "saved")
+    (root / "described").mkdir()
+    shutil.copyfile(root / "corpus.parquet", root / "described/rows.parquet")
+    (root / "described/README.md").write_text(CARD)
     _results(root)
     return world
 
@@ -105,6 +140,11 @@ def _results(root: Path) -> None:
     write(root / "lr/best-last.json", {"config": {"lr": 1.0}, "trials": {"x": 1.0}, "best": "x"})
     asked = ["--prompt", "Count.", "--max-new-tokens", "4", "--json", str(tiny / "completions.jsonl")]
     command("generate")([student, *asked])
+    with ResponseCache(Echo(), root / "kept.sqlite") as cache:
+        cache.generate_until(ASKED)
+    swept(Chain(root), root / "answers", max_steps=2)
+    (root / "cache/megatron_tide").mkdir(parents=True)
+    (root / "cache/megatron_tide/evaluation-secret").write_text("0" * 64)
     for name in ("bridge", "one"):
         stamp = {"command": ["true"], "finished": 10.0, "seconds": 60.0, "peak_process_bytes": 2**30}
         write(tiny / f".stages/{name}.json", {**stamp, "inputs": {"a": "b"}})

@@ -5,11 +5,7 @@ Those that only the report reads are in tests/report/test_damage.py.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +16,17 @@ from megatron_tide.bridge.train_tokenizers import TokenizerTraining, read_messag
 from megatron_tide.data import PreparedData
 from megatron_tide.data.corpus import _existing
 from megatron_tide.data.sources import open_mixture
-from megatron_tide.files import fingerprint
+from megatron_tide.files import fingerprint, sha256_file
 from megatron_tide.generate.prompts import read_prompts
 from megatron_tide.hub import stated_block_size
-from megatron_tide.lock import RunLock, is_held
 from megatron_tide.models import generation_of, load_model
 from megatron_tide.models.gguf_file import gguf_to_folder
 from megatron_tide.models.gguf_release import read_release
 from megatron_tide.models.shards import ShardedFolder
-from megatron_tide.release import write_scores
-from megatron_tide.train.build import refuse_other_run
-from megatron_tide.train.metrics import MetricLogger
-from megatron_tide.training_checkpoint import newest_complete, open_checkpoint
-from recipes import stage
-from recipes.quickstart import report as quickstart_report
-from recipes.study import choose, results
 from tests.support.commands import command
-from tests.support.readable import STEP, World, sides_of
+from tests.support.readable import Read, World, sealed, sides_of
 
 TALK = [{"role": "user", "content": "Add <|im_end|> two."}]
-
-
-Read = Callable[[World], object]
 
 
 def tokenizer(name: str) -> Read:
@@ -75,6 +60,14 @@ def model(name: str) -> Read:
     return read
 
 
+def written(name: str) -> Read:
+    def read(world: World) -> object:
+        asked = ["--prompt", "Count.", "--max-new-tokens", "2", "--device", "cpu"]
+        return command("generate")([str(world.root / name), *asked])
+
+    return read
+
+
 def plan(world: World) -> object:
     paths = ["--student", str(world.root / "student"), "--teacher", str(world.root / "teacher")]
     return command("plan")([*paths, "--gpus", "1", "--gpu-mem", "24"])
@@ -102,14 +95,6 @@ def gguf_of_a_release(world: World) -> object:
     return read_release(world.root / "student.gguf"), tokenizer("student.gguf")(world)
 
 
-def sealed(path: Path, seal: Callable[[Any], object]) -> None:
-    """Make the checksums of a JSON file right again, as a tampering hand would; where it can."""
-    with suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
-        record = json.loads(path.read_text())
-        seal(record)
-        path.write_text(json.dumps(record))
-
-
 def bridge(seal: bool) -> Read:
     def right(record: Any) -> None:
         record["manifest"]["fingerprint"] = _fingerprint(record["manifest"])
@@ -130,7 +115,7 @@ def bridge(seal: bool) -> Read:
 def data(seal: bool, shard: bool = False) -> Read:
     def right(manifest: Any) -> None:
         if shard:
-            manifest["shards"][0]["sha256"] = _sha256(shard_path)
+            manifest["shards"][0]["sha256"] = sha256_file(shard_path)
         manifest.pop("fingerprint")
         manifest["fingerprint"] = fingerprint(manifest)
 
@@ -156,10 +141,6 @@ def data(seal: bool, shard: bool = False) -> Read:
     return read
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def preparing(source: str) -> Read:
     def read(world: World) -> object:
         flags = ["--data", str(world.root / source), *sides_of(world), "--bridge", str(world.root / "bridge")]
@@ -181,66 +162,6 @@ def rows(source: str) -> Read:
     return read
 
 
-def checkpoint(file: str, seal: bool) -> Read:
-    def read(world: World) -> object:
-        folder = world.root / STEP
-        before = (folder / "checksums.json").read_bytes() if seal else b""
-        if seal and (folder / file).is_file():
-            sealed(folder / "checksums.json", lambda sums: sums.update({file: _sha256(folder / file)}))
-        try:
-            newest_complete(world.root / "tiny", lambda _: None)
-            trained = open_checkpoint(folder)
-            run = json.loads((world.root / "tiny/run.json").read_text())
-            with suppress(ValueError):
-                refuse_other_run(folder, run | {"teacher_fingerprint": None, "student_fingerprint": None})
-            generation = ["--max-new-tokens", "2", "--prompt", "Hello"]
-            command("generate")([str(folder), *generation])
-            flags = ["--skip-parity", "--overwrite"]
-            return trained, command("convert")([str(folder), str(world.out / "hf"), *flags])
-        finally:
-            if seal:
-                (folder / "checksums.json").write_bytes(before)
-
-    return read
-
-
-def resumed_log(world: World) -> object:
-    class Main:
-        is_main, size, rank = True, 1, 0
-
-        def broadcast_object(self, value: Any) -> Any:
-            return value
-
-    folder = shutil.copytree(world.root / "tiny", world.out / "resumed", dirs_exist_ok=True, symlinks=True)
-    logger = MetricLogger(Path(folder), Main(), 30, 20)  # type: ignore[arg-type]
-    logger.close()
-    return open_checkpoint(world.root / STEP)
-
-
-def staged(world: World) -> object:
-    stamps = world.root / "tiny/.stages"
-    flags = ["--after", str(stamps / "bridge.json"), "--plan", "bridge one two", "--expected", "bridge=1 one=1 two=1"]
-    return stage.main([str(stamps / "one.json"), *flags, "--", "true", str(world.root / "mixture.json")])
-
-
-def study(world: World) -> object:
-    seeds = [str(world.root / "tiny/scores.json"), str(world.root / "scores-2.json")]
-    flags = ["--hypothesis", "H1 a < b: x", "--tuning", str(world.root), "--size", "cpu", "--out", str(world.out)]
-    return results.main([*seeds, *flags])
-
-
-def chosen(world: World) -> object:
-    return choose.main([str(world.root / "tuning.json"), "--out", str(world.out / "best.json")])
-
-
-def locked(world: World) -> object:
-    is_held(world.root / "used/.lock")
-    with RunLock(world.root / "used"):
-        shutil.copyfile(world.root / "used/.lock", world.root / "used/now")
-    (world.root / "used/.lock").write_bytes((world.root / "used/now").read_bytes())
-    return None
-
-
 def trained_tokenizer(world: World) -> object:
     folder = world.root / "tokenizers/student"
     return TokenizerTraining(folder, 320, train_byte_bpe, "tokenizers").run([], "sum", False)
@@ -254,6 +175,9 @@ CASES: dict[str, tuple[str, Read]] = {
     "config.json of a source": ("ar/config.json", student_from("ar")),
     "generation_config.json": ("student/generation_config.json", model("student")),
     "safetensors": ("student/model.safetensors", model("student")),
+    "config.json of a baseline": ("ar/config.json", written("ar")),
+    "generation_config.json of a baseline": ("ar/generation_config.json", written("ar")),
+    "weights of a baseline": ("ar/model.safetensors", written("ar")),
     "index of shards": ("sharded/model.safetensors.index.json", model("sharded")),
     "shard of safetensors": ("sharded/model-00001-of-00003.safetensors", model("sharded")),
     "gguf": ("ar.gguf", gguf),
@@ -282,6 +206,11 @@ CASES: dict[str, tuple[str, Read]] = {
     "shard of data being prepared": ("data/shard-00000.arrow", preparing("corpus.jsonl")),
     "conversations": ("corpus.jsonl", rows("corpus.jsonl")),
     "conversations in Parquet": ("corpus.parquet", rows("corpus.parquet")),
+    "saved data set": ("saved/dataset_dict.json", rows("saved")),
+    "saved data set's state": ("saved/train/state.json", rows("saved")),
+    "saved data set's columns": ("saved/train/dataset_info.json", rows("saved")),
+    "saved data set's rows": ("saved/train/data-00000-of-00001.arrow", rows("saved")),
+    "data folder's card": ("described/README.md", rows("described")),
     "mixture": ("mixture.json", rows("mixture.json")),
     "sample": ("corpus.jsonl", lambda world: read_samples([world.root / "corpus.jsonl"], 10)),
     "sample in Parquet": ("corpus.parquet", lambda world: read_samples([world.root / "corpus.parquet"], 10)),
@@ -294,30 +223,7 @@ CASES: dict[str, tuple[str, Read]] = {
         "tiny/corpus/manifest.json",
         lambda world: _existing(world.root / "tiny/corpus/manifest.json", "file"),
     ),
-    "checksums": (f"{STEP}/checksums.json", checkpoint("", False)),
-    "trainer.json": (f"{STEP}/trainer.json", checkpoint("", False)),
-    "trainer.json, sealed": (f"{STEP}/trainer.json", checkpoint("trainer.json", True)),
-    "weights": (f"{STEP}/model.safetensors", checkpoint("", False)),
-    "weights, sealed": (f"{STEP}/model.safetensors", checkpoint("model.safetensors", True)),
     "run.json as --config": ("tiny/run.json", dry_run("--config", "{root}/tiny/run.json")),
     "DeepSpeed": ("ds.json", dry_run("--deepspeed", "{root}/ds.json")),
     "DeepSpeed of the teacher": ("ds_teacher.json", dry_run("--teacher-deepspeed", "{root}/ds_teacher.json")),
-    "metrics": ("tiny/metrics.jsonl", resumed_log),
-    "lock": ("used/.lock", locked),
-    "model card": ("hf/README.md", lambda world: write_scores(world.root / "hf", [])),
-    "stamp": ("tiny/.stages/one.json", staged),
-    "stamp before": ("tiny/.stages/bridge.json", staged),
-    "mixture of a stage": ("mixture.json", staged),
-    "scores of the quickstart": (
-        "tiny/scores.json",
-        lambda world: quickstart_report.main([str(world.root / "tiny"), "--seed", "1"]),
-    ),
-    "stamp of the quickstart": (
-        "tiny/.stages/one.json",
-        lambda world: quickstart_report.main([str(world.root / "tiny"), "--seed", "1"]),
-    ),
-    "scores of a study": ("tiny/scores.json", study),
-    "scores of tuning": ("tuning.json", chosen),
-    "run.json of a trial": ("tiny/run.json", chosen),
-    "tuning's choice": ("lr/best-last.json", study),
 }

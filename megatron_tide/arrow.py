@@ -1,0 +1,86 @@
+"""Arrow files of others, checked before anything else reads them: readers trust what a file says of its own sizes."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
+"""What reading a corrupt file can raise, besides ArrowInvalid (a ValueError)."""
+
+
+def next_message(messages: pa.ipc.MessageReader, *kinds: str) -> pa.ipc.Message:
+    """ValueError for a message of none of ``kinds``: pyarrow reads it as one of them, and crashes."""
+    message = messages.read_next_message()
+    if message.type not in kinds:
+        raise ValueError(f"no {kinds[0]}")
+    if message.type != "schema" and _is_compressed(message.metadata.to_pybytes(), message.type == "dictionary"):
+        raise ValueError("compressed")  # decompression would trust the sizes that it declares
+    return message
+
+
+def check_stream(path: Path) -> None:
+    """Read an Arrow stream, or file, as a whole: every value is inside its column, every text is UTF-8.
+
+    Raises:
+        ValueError: names the file; it is damaged, or compressed.
+    """
+    try:
+        with pa.memory_map(str(path)) as source:
+            start = 8 if source.read(6) == b"ARROW1" else 0  # a file's stream is behind its magic
+            source.seek(start)
+            messages = pa.ipc.MessageReader.open_stream(source)
+            next_message(messages, "schema")
+            try:
+                while True:
+                    next_message(messages, "record batch", "dictionary")
+            except StopIteration:
+                pass
+            source.seek(start)
+            for batch in pa.ipc.open_stream(source):
+                batch.validate(full=True)
+    except BROKEN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path}: damaged, or no Arrow file that can be read ({reason}); restore it") from None
+
+
+def _is_compressed(metadata: bytes, is_dictionary: bool) -> bool:
+    """Whether a message of columns has a compression, read from its flatbuffer (pyarrow does not expose it)."""
+
+    def field(table: int, number: int) -> int:
+        (back,) = struct.unpack_from("<i", metadata, table)
+        (size,) = struct.unpack_from("<H", metadata, table - back)
+        place = 4 + 2 * number
+        return table + struct.unpack_from("<H", metadata, table - back + place)[0] if place < size else table
+
+    def inner(table: int, number: int) -> int:
+        place = field(table, number)
+        return place + int(struct.unpack_from("<I", metadata, place)[0])
+
+    (message,) = struct.unpack_from("<I", metadata, 0)
+    batch = inner(message, 2)
+    batch = inner(batch, 1) if is_dictionary else batch
+    return field(batch, 3) != batch
+
+
+def read_saved(paths: list[Path]) -> Any:
+    """A data set of ``datasets`` over checked Arrow streams, memory-mapped; their schema's own notes are not read.
+
+    Raises:
+        ValueError: names a file that is damaged, or has other columns than the first.
+    """
+    from datasets import Dataset, table
+
+    for path in paths:
+        check_stream(path)
+    try:
+        parts = [table.MemoryMappedTable.from_file(str(path)).replace_schema_metadata(None) for path in paths]
+        if any(part.schema != parts[0].schema for part in parts):
+            raise ValueError("their columns differ")
+        return Dataset(table.concat_tables(parts))
+    except BROKEN as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{paths[0].parent}: its .arrow files are not of one data set ({reason})") from None
