@@ -256,7 +256,7 @@ def test_mistakes(lab: Lab, baseline: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(baseline, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="broken: cannot be read as a causal language model"):
+    with pytest.raises(ValueError, match=r"broken.*: cannot be read"):
         opened(broken)
     lacking = tmp_path / "lacking"
     shutil.copytree(baseline, lacking)
