@@ -101,7 +101,7 @@ def given(args_type: Any, argv: Sequence[str], doc: str, prog: str) -> dict[str,
         ValueError: an unknown flag, or a value of another type.
     """
     about, examples, lines = doc.partition("\nExamples:\n")
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         usage=_usage(args_type, prog),
         description=about.strip(),
@@ -235,10 +235,28 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=width)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose mistakes are a ValueError, in one line."""
+
     def error(self, message: str) -> typing.NoReturn:
         message = message.removeprefix("argument ")
         raise ValueError(f"{message if len(message) < 300 else message[:150] + ' ...'} (see {self.prog} --help)")
+
+
+def number(kind: type[int] | type[float], low: float = -MOST, high: float = MOST) -> Callable[[str], float]:
+    """The ``type`` of an argument of a :class:`Parser`: a finite number in [``low``, ``high``]."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            wanted = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {wanted}")
+        return value
+
+    return read
 
 
 def _usage(args_type: Any, prog: str) -> str:

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_tide import scheduler
-from megatron_tide.cli import run, say
+from megatron_tide import cli, scheduler
+from megatron_tide.cli import Parser, run, say
 from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file
 from megatron_tide.lock import RunLock
 
@@ -180,13 +180,18 @@ def place_of(stamp: Path, plan: list[str], expected: dict[str, float]) -> str:
     return f"{text}  about {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'} left"
 
 
+def seconds_of(text: str) -> dict[str, float]:
+    """``NAME=SECONDS ...``"""
+    return {name: cli.number(float, 0)(seconds) for name, _, seconds in (word.partition("=") for word in text.split())}
+
+
 def main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stamp", help="file that records the finished stage")
     parser.add_argument("--after", default="", help="stamp of the stage before this one")
     parser.add_argument("--plan", default="", help="names of all stages of the recipe, in order")
-    parser.add_argument("--expected", default="", help="their seconds on some machine: NAME=SECONDS ...")
+    parser.add_argument("--expected", type=seconds_of, default={}, help="their seconds somewhere: NAME=SECONDS ...")
     parser.add_argument("--again", default="the recipe's command", help="the command that continues the recipe")
     arguments, command = parser.parse_args(argv[:split]), argv[split + 1 :]
     name = Path(arguments.stamp).stem
@@ -197,8 +202,7 @@ def main(argv: list[str]) -> int:
     if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0) and not changed:
         say(f"== {name}: already done, skipped", flush=True)
         return 0
-    expected = {one: float(seconds) for one, _, seconds in (word.partition("=") for word in arguments.expected.split())}
-    place = place_of(Path(arguments.stamp), arguments.plan.split(), expected)
+    place = place_of(Path(arguments.stamp), arguments.plan.split(), arguments.expected)
     say(f"\n== {name}{f' ({changed} changed)' if changed else ''}{place}", flush=True)
     started = time.time()
     child = Child(command)

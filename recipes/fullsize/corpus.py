@@ -17,7 +17,7 @@ MODULES, CHARACTERS = 64, 12_000
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .jsonl file to write")
     arguments = parser.parse_args(argv)
     rows = []

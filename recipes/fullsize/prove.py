@@ -7,6 +7,7 @@ shards can be made one at a time and every part can be timed. What follows the o
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ import torch
 from benchmarks.common import report
 from megatron_tide import cli, distill
 from megatron_tide.bridge import load_tokenizer
+from megatron_tide.cli import number
 from megatron_tide.config import DistillConfig
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.build import DTYPES, hosting_of
@@ -147,20 +149,31 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the recipe's folder")
     parser.add_argument("--teacher-shape", type=Path, required=True, metavar="JSON", help="config.json of the teacher")
     parser.add_argument("--student-shape", type=Path, required=True, metavar="JSON", help="config.json of the student")
-    parser.add_argument("--accumulation", type=int, default=2, help="micro-batches in the step (default: %(default)s)")
-    parser.add_argument("--memory-gib", type=float, default=22.0, help="stop above this (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of weights and noise (default: %(default)s)")
+    parser.add_argument(
+        "--accumulation",
+        type=cli.number(int, 1, 1024),
+        default=2,
+        help="micro-batches in the step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-gib", type=number(float, 1, 1 << 20), default=22.0, help="stop above (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**31), default=42, help="of weights and noise (default: %(default)s)"
+    )
     arguments, flags = parser.parse_known_args(argv)
     folders, started = Folders(arguments.run), time.perf_counter()
     stop_above(int(arguments.memory_gib * 2**30))
     shapes = {}
     for side, path in (("student", arguments.student_shape), ("teacher", arguments.teacher_shape)):
         shapes[side] = complete_config(read_json(path), load_tokenizer(folders.run / "tokenizers" / side))
-    disk = Path(flags[flags.index("--teacher-nvme") + 1])
+    disk = Path(dict(itertools.pairwise(flags)).get("--teacher-nvme", ""))
+    if not disk.name:
+        raise ValueError("--teacher-nvme DIR: is missing; name a folder on a fast disk")
     needed = check_disk(folders, disk, shapes["teacher"], shapes["student"])
     make_models(folders, shapes, arguments.seed)
     figures = prove(folders, trainer_config(folders, arguments.accumulation, flags), arguments.seed)

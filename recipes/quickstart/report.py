@@ -19,9 +19,9 @@ from megatron_tide.report.run_folder import read_stages
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the recipe's folder")
-    parser.add_argument("--seed", type=int, required=True, help="the recipe's seed, for the record")
+    parser.add_argument("--seed", type=cli.number(int, 0, 2**31), required=True, help="the recipe's, for the record")
     arguments = parser.parse_args(argv)
     run: Path = arguments.run
     scores = read_scores(run / "scores.json", {"completions": {"prompts": [str]}})

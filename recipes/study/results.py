@@ -188,8 +188,8 @@ def to_json(result: dict[str, Any]) -> str:
     return re.sub(r"\[[-+.,\deE\s]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n"
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> cli.Parser:
+    found = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("scores", nargs="+", type=Path, help="scores.json of each seed")
     found.add_argument("--hypothesis", action="append", required=True, help="NAME LOWER < HIGHER: meaning; repeatable")
     found.add_argument("--tuning", type=Path, required=True, help="folder of what tuning chose")

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from recipes import stage as recipe_stage
+from recipes.quickstart import report
+
 STAGE = Path(__file__).resolve().parents[2] / "recipes" / "stage.py"
 
 
@@ -127,3 +132,21 @@ def test_its_place_and_the_time_left_by_this_machines_pace(tmp_path):
     assert started("two", "--plan", "one two three", "--expected=two=5")[1] == "== two  [2/3]"
     assert started("three", "--plan", "one two three", "--expected=three=8")[1].startswith("== three  [3/3]  about ")
     assert started("four", "--plan", "one two three")[1] == "== four"
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        (recipe_stage.main, ["s.json", "--expected", "one=soon"], "--expected: 'soon' is not a number from 0 to"),
+        (recipe_stage.main, ["s.json", "--expected", "one=nan"], "--expected: 'nan' is not a number from 0 to"),
+        (report.main, ["runs", "--seed", "1e3"], "--seed: '1e3' is not a whole number from 0 to"),
+        (report.main, ["runs", "--seed", "-1"], "--seed: '-1' is not a whole number from 0 to"),
+        (report.main, ["runs", "--seed", "9" * 5000], "--seed: '99999"),
+        (report.main, ["runs"], "the following arguments are required: --seed"),
+    ],
+)
+def test_numbers_of_recipes_are_checked_in_one_line(command, flags, said):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011  # the text is checked below
+        command(flags)
+    assert str(refused.value).startswith(said)
+    assert len(str(refused.value)) < 400
