@@ -158,7 +158,6 @@ CASES: dict[str, tuple[str, Read]] = {
     "shard of a teacher's answers": ("answers/42-000000.arrow", teachers_answers(False)),
     "settings of a sweep": ("answers/settings.json", swept_again),
     "manifest of a sweep": ("answers/manifest.json", swept_again),
-    "shard of a sweep": ("answers/42-000000.arrow", swept_again),
     "secret of a user": (
         "cache/megatron_tide/evaluation-secret",
         user_secret_in,
