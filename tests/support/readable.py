@@ -137,6 +137,8 @@ def _results(root: Path) -> None:
     write(root / "scores-2.json", scores)
     scores["models"] = scores["models"][1:]
     write(root / "tuning.json", scores)
+    rollouts = dict.fromkeys(("own", "corpus", "tokens", "finished", "empty", "as_written"), 3)
+    write(tiny / "round-1-answers/rollouts.json", rollouts)
     write(root / "lr/best-last.json", {"config": {"lr": 1.0}, "trials": {"x": 1.0}, "best": "x"})
     asked = ["--prompt", "Count.", "--max-new-tokens", "4", "--json", str(tiny / "completions.jsonl")]
     command("generate")([student, *asked])

@@ -22,6 +22,7 @@ from megatron_tide.train.checkpoint import StoredTensors
 from megatron_tide.train.metrics import MetricLogger
 from megatron_tide.training_checkpoint import newest_complete, open_checkpoint
 from recipes import stage
+from recipes.on_policy import report as on_policy_report
 from recipes.quickstart import report as quickstart_report
 from recipes.study import choose, results
 from tests.support.chain import Chain
@@ -180,6 +181,10 @@ CASES: dict[str, tuple[str, Read]] = {
     "stamp of the quickstart": (
         "tiny/.stages/one.json",
         lambda world: quickstart_report.main([str(world.root / "tiny"), "--seed", "1"]),
+    ),
+    "summary of a round's answers": (
+        "tiny/round-1-answers/rollouts.json",
+        lambda world: on_policy_report.main([str(world.root / "tiny"), "--rounds", "1"]),
     ),
     "scores of a study": ("tiny/scores.json", study),
     "scores of tuning": ("tuning.json", chosen),
