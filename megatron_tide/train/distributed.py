@@ -153,13 +153,9 @@ def init_distributed() -> DistContext:
     if cuda:
         _take_gpu()
     if not dist.is_initialized():
+        settings = {"timeout": COLLECTIVE_TIMEOUT, "verbose": False, "auto_mpi_discovery": False}
         with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
-            deepspeed.init_distributed(
-                dist_backend="nccl" if cuda else "gloo",
-                timeout=COLLECTIVE_TIMEOUT,
-                verbose=False,
-                auto_mpi_discovery=False,
-            )
+            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", **settings)
     del here  # the group's own store, of the same server, lives on
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     world = DistContext(

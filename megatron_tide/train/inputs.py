@@ -75,21 +75,6 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
     phases = build_phases(config.strategy, strategy, total, data.manifest["student"]["block"])
     steps, begun = _part(config, total)
-    run = {
-        "version": __version__,
-        "config": config.to_dict(),
-        "fingerprint": config.fingerprint,
-        "affects_loss": config.loss_flags(),
-        "strategy": strategy.describe(),
-        "phases": phases.describe(),
-        "bridge_fingerprint": bridge.fingerprint if bridge else None,
-        "data_fingerprint": data.fingerprint,
-        "data": data.manifest,
-        "model_folder": str(Path(paths.student).resolve()) if Path(paths.student).exists() else paths.student,
-        "total_steps": total,
-        "until_step": steps.stop,
-        "continued": begun,
-    }
     found = RunInputs(
         data=data,
         validation=validation,
@@ -98,9 +83,29 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         sampler=sampler,
         total_steps=total,
         steps=steps,
-        run=run,
+        run={},
     )
+    found.run.update(_record(config, found, bridge), continued=begun)
     return replace(found, cache=_cache(config, found)) if cached and strategy.needs_teacher else found
+
+
+def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None) -> dict[str, Any]:
+    """What run.json and every checkpoint say of the run."""
+    student = config.paths.student
+    return {
+        "version": __version__,
+        "config": config.to_dict(),
+        "fingerprint": config.fingerprint,
+        "affects_loss": config.loss_flags(),
+        "strategy": inputs.strategy.describe(),
+        "phases": inputs.phases.describe(),
+        "bridge_fingerprint": bridge.fingerprint if bridge else None,
+        "data_fingerprint": inputs.data.fingerprint,
+        "data": inputs.data.manifest,
+        "model_folder": str(Path(student).resolve()) if Path(student).exists() else student,
+        "total_steps": inputs.total_steps,
+        "until_step": inputs.steps.stop,
+    }
 
 
 def _part(config: DistillConfig, total: int) -> tuple[range, dict[str, Any] | None]:
