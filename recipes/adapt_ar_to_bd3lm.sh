@@ -19,9 +19,9 @@ set -euo pipefail
 NAME=${NAME:-adapt_ar_to_bd3lm}                                     # output folder: runs/NAME
 SOURCE=${SOURCE:-Qwen/Qwen3-0.6B}                                   # hub name, folder in hub format, or .gguf file of Llama's shape
 MASK_TOKEN=${MASK_TOKEN:-}                                          # string or id of an unused token; empty: <|mask|> is added
-BLOCK=${BLOCK:-32}                                                  # tokens per block
+BLOCK=${BLOCK:-}                                                    # tokens per block; empty: SOURCE's own, or 32
 PRETRAINING=${PRETRAINING-ar:0.05,joint:0.35}                       # phases before the last, with their shares of the steps
-BLOCK_GROWTH=${BLOCK_GROWTH-}                                       # smaller blocks first, such as 8:0.4,16:0.3; divisors of BLOCK
+BLOCK_GROWTH=${BLOCK_GROWTH-}                                       # smaller blocks first, such as 8:0.4,16:0.3; divisors of the block size
 NOISE=${NOISE---timesteps block --timestep-sampling stratified --mask-count exact}   # empty: published noise
 DATA=${DATA:-recipes/mixtures/paper.json}                           # a mixture, or JSONL / Parquet / hub data sets
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}

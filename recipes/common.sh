@@ -32,6 +32,10 @@ ONLY=${ONLY:-}
 LAUNCHER=${LAUNCHER:-torchrun}
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}
 CACHE=${CACHE:-0}
+# Settings of a chain that its folders or the commands decide where they are empty: the teacher's block size, mask tokens,
+# the least share of bytes in chunks, and the precision of the release.
+TEACHER_BLOCK=${TEACHER_BLOCK:-} STUDENT_MASK=${STUDENT_MASK:-} TEACHER_MASK=${TEACHER_MASK:-}
+COVERAGE_FLOOR=${COVERAGE_FLOOR:-} RELEASE_DTYPE=${RELEASE_DTYPE:-}
 PYTHON=${PYTHON:-$REPO/.venv/bin/python} # or another interpreter with everything installed; the default .venv is created here
 
 fail() {
@@ -227,23 +231,25 @@ release() {
   local run=$RUNS/$NAME
   local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
   local hosting=(${HOSTING:+--teacher-hosting "$HOSTING"} ${TEACHER_NVME:+--teacher-nvme "$TEACHER_NVME"})
-  [[ -z ${STUDENT_MASK:-} ]] || masks+=(--student-mask "$STUDENT_MASK")
-  [[ -z ${TEACHER_MASK:-} ]] || masks+=(--teacher-mask "$TEACHER_MASK")
+  [[ -z $STUDENT_MASK ]] || masks+=(--student-mask "$STUDENT_MASK")
+  [[ -z $TEACHER_MASK ]] || masks+=(--teacher-mask "$TEACHER_MASK")
   ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
   local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
 
   stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
-  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
+  local floor=(${COVERAGE_FLOOR:+--coverage-floor "$COVERAGE_FLOOR"})
+  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge" \
+    ${floor[@]+"${floor[@]}"}
   stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
     --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data" \
-    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"}
+    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"} ${TEACHER_BLOCK:+--teacher-block "$TEACHER_BLOCK"} ${floor[@]+"${floor[@]}"}
   local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" --strategy "$STRATEGY")
   if [[ $CACHE == 1 ]]; then # training then loads no teacher
     on_ranks cache "megatron_tide cache" --out "$run/cache" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
     hosting=(--teacher-hosting cached --teacher-cache "$run/cache")
   fi
   distil "$run/$STRATEGY" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
-  stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite
+  stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite ${RELEASE_DTYPE:+--dtype "$RELEASE_DTYPE"}
   [[ -n ${EVAL_DATA:-} ]] || return 0 # prepared data that was not used for training
   stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
     --json "$run/scores.json" --card
@@ -254,10 +260,10 @@ release() {
 adapt() {
   local source=$1 run=$2
   shift 2
-  stage student "$PYTHON" -m megatron_tide init-model --from "$source" --block-size "$BLOCK" \
+  stage student "$PYTHON" -m megatron_tide init-model --from "$source" ${BLOCK:+--block-size "$BLOCK"} \
     ${MASK_TOKEN:+--mask-token "$MASK_TOKEN"} --out "$run/student" --fresh
   stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" --student "$run/student" --student-length "$STUDENT_LENGTH" \
-    --student-block "$BLOCK" --out "$run/data"
+    --out "$run/data"
   distil "$run/adaptation" --student "$run/student" --data "$run/data" --strategy bd3lm "$@"
   stage convert "$PYTHON" -m megatron_tide convert "$run/adaptation" "$run/hf" --overwrite ${RELEASE_DTYPE:+--dtype "$RELEASE_DTYPE"}
 }

@@ -27,6 +27,7 @@ HOSTING=${HOSTING:-}                                                # where the 
 TEACHER_NVME=${TEACHER_NVME:-}                                      # HOSTING=zero3_nvme: a folder on a fast local disk
 CACHE=${CACHE:-0}                                                   # 1: a stage in which the teacher answers the whole training first (distributions: --teacher-top 64)
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                           # 1: allow Python code from the hub repositories
+# TEACHER_BLOCK, STUDENT_MASK, COVERAGE_FLOOR, RELEASE_DTYPE, EVAL_DATA: see common.sh
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh
 # ---
 

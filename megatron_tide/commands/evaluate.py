@@ -148,7 +148,7 @@ class Args:
         None,
         f"Where blocks begin. {BLOCK_LAYOUTS}",
         choices=BLOCK_LAYOUTS,
-        shown="answer for benchmarks, as published; sequence for --data",
+        shown="the model's own, or answer for benchmarks, as published; sequence for --data",
     )
     batch_size: int | None = flag(
         None, "Number of samples per batch, for speed and memory only", low=1, shown="64 on a GPU, else 8"
@@ -287,7 +287,13 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
             name=name,
             path=path,
             generator=open_generator(
-                path, where.dtype, where.devices[0], where.batch_size, given.thinking, where.devices[1:]
+                path,
+                where.dtype,
+                where.devices[0],
+                where.batch_size,
+                given.thinking,
+                where.devices[1:],
+                args.block_layout,
             ),
             folder=folder,
             seed=args.seed,

@@ -76,6 +76,11 @@ def run(args: Args) -> None:
     from megatron_tide.data.sources import open_mixture
 
     encoder, mixture = _encoder(args), open_mixture(args.data)
+    for name, model, length in (
+        ("student", args.student, args.student_length),
+        ("teacher", args.teacher, args.teacher_length),
+    ):
+        _warn_of_positions(name, model, length)
     job = PrepareJob(
         mixture=mixture.limited(args.limit),
         encoder=encoder,
@@ -105,6 +110,21 @@ def _encoder(args: Args) -> Any:
     bridge = Bridge.load(args.bridge)
     bridge.check(student, teacher)
     return Encoder(student=side, teacher=other, bridge=bridge)
+
+
+def _warn_of_positions(name: str, model: str | None, length: int) -> None:
+    """Tell of a length that the model's config says it was not made for."""
+    import sys
+
+    from megatron_tide.hub import stated_config
+
+    most = stated_config(model).get("max_position_embeddings") if model else None
+    if type(most) is int and length > most:
+        say(
+            f"warning: --{name}-length {length}: {model} was made for {most} tokens (max_position_embeddings); longer "
+            "samples are beyond what it knows",
+            file=sys.stderr,
+        )
 
 
 def _is_autoregressive(path: str) -> bool:

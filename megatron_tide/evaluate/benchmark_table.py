@@ -44,6 +44,9 @@ def _notes(result: BenchmarkResult) -> Iterator[str]:
         changed.append(f"threshold {result.preset.threshold:g}")
     if block != result.preset.block_size:
         changed.append(f"blocks of {block} ({result.model})")
+    layout = result.settings.get("block_layout", result.preset.block_layout)
+    if layout != result.preset.block_layout:
+        changed.append(f"block_layout {layout} ({result.model})")
     if changed:
         yield f"{result.benchmark}: not the paper's settings: {', '.join(changed)}"
 

@@ -45,7 +45,7 @@ class LikelihoodSettings:
     ``teacher_context``: the attention layout of teachers. ``noise``: a name of ``LIKELIHOOD_NOISE``. ``baselines``:
     names of the rows that each row is compared with; none: the first student. ``completions``: the number of prompts to
     answer, by the ``decoding`` rule (fields of ``DecodingRule``); ``copies``: further
-    devices whose copies of a model help with that. ``block_layout``: a name of ``BLOCK_LAYOUTS``, for
+    devices, whose copies of a model share the batches. ``block_layout``: a name of ``BLOCK_LAYOUTS``, for
     both. ``per_sample``: the record has each sample's numbers.
     """
 
@@ -87,6 +87,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     if role not in fitting:
         raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
     started = time.perf_counter()
+    copies = [open_model(path, how.dtype, device).model for device in how.copies]
     report = evaluate_likelihood(
         opened.model,
         how.data,
@@ -97,13 +98,14 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
         seed=how.seed,
         batch_size=how.batch_size,
         label=name,
+        copies=copies,
     )
     answers = None
     if how.completions:
         how_many: dict[str, Any] = {
             "count": how.completions,
             "batch_size": how.batch_size,
-            "copies": [open_model(path, how.dtype, device).model for device in how.copies],
+            "copies": copies,
             "block_layout": how.block_layout,
         }
         answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many, **how.decoding)

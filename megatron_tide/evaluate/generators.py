@@ -7,7 +7,9 @@ request itself (prompt and generation settings) and in the model's fingerprint: 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,18 @@ from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from megatron_tide.bounds import shown
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
-from megatron_tide.files import fingerprint
+from megatron_tide.files import fingerprint, read_json
 from megatron_tide.generate import complete
 from megatron_tide.generate.copies import shared
 from megatron_tide.generate.identity import code, identity
 from megatron_tide.models.autoregressive import end_tokens, load_autoregressive
+from megatron_tide.models.families import family_of
+from megatron_tide.models.sampling_a2d import BLOCKS_AT_ANSWER
 from megatron_tide.training_checkpoint import generation_of, open_model
 
 _CODE = ("evaluate/generators.py", "evaluate/thoughts.py")
@@ -139,6 +144,8 @@ class BlockDiffusionGenerator(Generator, LM):
     """A model that decodes block by block. It generates; it has a bound in place of a likelihood of given text."""
 
     decoder = "block diffusion"
+    block_layout: str | None = None
+    """Where blocks begin; None for the preset's."""
 
     def __init__(
         self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int, copies: Sequence[Any] = ()
@@ -150,7 +157,8 @@ class BlockDiffusionGenerator(Generator, LM):
     def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
         # A model decodes in the blocks it was trained with; the paper's models were all trained with the preset's.
         block_size = getattr(self.model.config, "block_size", None) or preset.block_size
-        stated = {"block_size": block_size, "block_layout": preset.block_layout, "steps": preset.steps}
+        layout = self.block_layout or preset.block_layout
+        stated = {"block_size": block_size, "block_layout": layout, "steps": preset.steps}
         if preset.threshold is not None:
             stated["threshold"] = preset.threshold
         return {**super().settings(preset), **stated}
@@ -182,13 +190,17 @@ class AutoregressiveGenerator(Generator, HFLM):
 
     decoder = "autoregressive"
     thinking = False
+    _draws = threading.Lock()
 
-    def __init__(self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: TextTokenizer, folder: Path, batch_size: int, copies: Sequence[Any] = ()
+    ) -> None:
         from transformers import GenerationConfig
 
-        # In place of the checkpoint's own: its top-k, top-p and temperature would apply.
-        model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer.eos_id))
-        self.text_tokenizer, self.folder = tokenizer, folder
+        ends = end_tokens(model, tokenizer.eos_id)
+        for one in (model, *copies):  # in place of the checkpoint's own: its top-k, top-p and temperature would apply
+            one.generation_config = GenerationConfig(eos_token_id=ends)
+        self.text_tokenizer, self.folder, self.copies = tokenizer, folder, copies
         super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)
 
     def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
@@ -232,13 +244,15 @@ class AutoregressiveGenerator(Generator, HFLM):
                 f"{tokens} new tokens do not fit the model's context of {self.max_length}; lower --max-new-tokens"
             )
         rows = [prompt[-room:].tolist() for prompt in prompts]
-        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(self.device)
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
         context = padded["input_ids"]
         drawn = {"do_sample": True, "temperature": heat, "top_k": 0, "top_p": 1.0} if heat else {"do_sample": False}
         ends = _Answered(self.text_tokenizer, [(request.args[0], settings["until"]) for request in requests])
         own = {name: settings.get(name) for name in ("chat_template", "seed", "sample")}
-        with torch.random.fork_rng():
-            torch.manual_seed(_seed(context.tolist(), own))
+        # What is drawn comes from torch's global state, so one batch draws at a time.
+        with self._draws if heat else nullcontext(), torch.random.fork_rng() if heat else nullcontext():
+            if heat:
+                torch.manual_seed(_seed(context.tolist(), own))
             found = model.generate(
                 **padded,
                 max_new_tokens=tokens,
@@ -280,6 +294,17 @@ def _seed(*request: Any) -> int:
     return int(hash_args("seed", request)[:8], 16)
 
 
+def _own_layout(model: Any, folder: Path) -> str | None:
+    """Where blocks begin by a folder's generation_config.json or config.json, or in its family's own generation."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        stated = read_json(file).get("block_layout") if file.is_file() else None
+        if stated is not None and stated not in tuple(BLOCKS_AT_ANSWER):
+            raise ValueError(f"{file}: block_layout is {shown(stated)}; use {' or '.join(BLOCKS_AT_ANSWER)}")
+        if stated is not None:
+            return stated
+    return family_of(model).block_layout or None
+
+
 def open_generator(
     path: str,
     dtype: torch.dtype,
@@ -287,12 +312,14 @@ def open_generator(
     batch_size: int,
     thinking: bool | None = None,
     copies: Sequence[str] = (),
+    block_layout: str | None = None,
 ) -> Generator:
     """The generator of a folder in hub format, a hub name, or a checkpoint of the trainer.
 
     ``thinking``: whether a chat template that knows ``enable_thinking`` lets the model think before it answers; None:
     an autoregressive model does not, others are prompted as they were trained. ``copies``: further devices, each with a
-    copy of the model that takes a share of the batches (block diffusion only).
+    copy of the model that takes a share of the batches. ``block_layout``: where blocks begin; None: as the folder or
+    the model's family states, or else the preset.
 
     Raises:
         ValueError: no model there, or of a type that cannot generate.
@@ -304,12 +331,14 @@ def open_generator(
         tokenizer = load_tokenizer(folder)
         if tokenizer.raw is None:
             raise ValueError(f"{path}: a baseline needs a tokenizer.json; save its tokenizer with transformers first")
-        generator: Generator = AutoregressiveGenerator(model, tokenizer, folder, batch_size)
+        others = [load_autoregressive(path, dtype, other)[0] for other in copies]
+        generator: Generator = AutoregressiveGenerator(model, tokenizer, folder, batch_size, others)
     else:
         opened = open_model(path, dtype, device)
         more = [open_model(path, dtype, other).model for other in copies]
         tokenizer = load_tokenizer(opened.folder)
         generator = BlockDiffusionGenerator(opened.model, tokenizer, opened.folder, batch_size, more)
+        generator.block_layout = block_layout or _own_layout(opened.model, opened.folder)
     if thinking is not None:
         generator.thinking = thinking
     return generator

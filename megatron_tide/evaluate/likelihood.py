@@ -16,7 +16,7 @@ is scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from megatron_tide.diffusion import ATTENTION_LAYOUTS, AttentionLayout, ModelInp
 from megatron_tide.evaluate.block_layout import lead_of, moved, without_lead
 from megatron_tide.evaluate.bootstrap import Estimate, Floats, ratio
 from megatron_tide.evaluate.likelihood_noise import PER_SAMPLE, LikelihoodNoise
+from megatron_tide.generate.copies import shared
 from megatron_tide.models import masked_hidden_states, score_rows
 from megatron_tide.objectives.common import BINS, sums_at
 from megatron_tide.screen import printable
@@ -232,13 +233,18 @@ def measure(
     batch_size: int,
     slice_rows: int | None,
     label: str,
+    copies: Sequence[Any] = (),
 ) -> LikelihoodSums:
-    """The sums of the samples ``indices``, in their order; the model is put in eval mode meanwhile."""
+    """The sums of the samples ``indices``, in their order; the model is put in eval mode meanwhile.
+
+    ``copies`` of it, on other GPUs, take a share of the batches; the numbers are the same.
+    """
     places_L, numbers_L = [np.zeros((2, 0), np.int64)], [np.zeros((5, 0))]
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(indices), desc=printable(label, keep=""), disable=not label, leave=False)
-    for places in _batches(scoring, indices, batch_size):
+
+    def work(model: Any, places: np.ndarray) -> list[tuple[NDArray[np.int64], Floats]]:
+        found_K = []
         batch, lead_B = scoring.placed(read_batch(data, indices[places]))
         for k, drawn in enumerate(noise.draws(batch, scoring.tokens(batch), scoring.block, mc_samples, seed)):
             found, levels = masked_tokens(scoring, batch, drawn), len(drawn.rate)
@@ -247,10 +253,17 @@ def measure(
             scores_3N = drawn.rate.new_zeros(3, levels)
             if len(found.targets_M):
                 scores_3N = _score(model, found, levels, slice_rows)
-            places_L.append(np.stack((places[drawn.level_sample.numpy()], np.full(levels, k))))
-            numbers_L.append(torch.stack((drawn.rate, drawn.inverse_weight, *scores_3N)).numpy())
-        bar.update(len(places))
-    bar.close()
+            place_L = np.stack((places[drawn.level_sample.numpy()], np.full(levels, k)))
+            found_K.append((place_L, torch.stack((drawn.rate, drawn.inverse_weight, *scores_3N)).numpy()))
+        return found_K
+
+    batches = list(_batches(scoring, indices, batch_size))
+    with tqdm(total=len(indices), desc=printable(label, keep=""), disable=not label, leave=False) as bar:
+        for places, found_K in zip(batches, shared([model, *copies], work, batches)):
+            for place_L, number_L in found_K:
+                places_L.append(place_L)
+                numbers_L.append(number_L)
+            bar.update(len(places))
     model.train(was_training)
     size = np.array([data.sample(int(index)).response_bytes for index in indices], dtype=np.float64)
     rate, inverse_weight, nats, right, masked = np.concatenate(numbers_L, 1)
@@ -284,11 +297,13 @@ def evaluate_likelihood(
     batch_size: int = 8,
     slice_rows: int | None = None,
     label: str = "",
+    copies: Sequence[Any] = (),
 ) -> LikelihoodReport:
     """Measure ``model`` on ``samples`` (0 = all) of ``data``, with ``mc_samples`` timesteps per sample or block.
 
     The result depends on (data, samples, mc_samples, noise, seed) and the weights; ``batch_size`` and ``slice_rows``
-    change memory and speed only. ``label`` names a progress bar; without one there is none.
+    change memory and speed only, and so do ``copies`` of the model on other GPUs, which share the batches. ``label``
+    names a progress bar; without one there is none.
     """
     if mc_samples < 1 or batch_size < 1:
         raise ValueError(f"likelihood: mc_samples {mc_samples} and batch size {batch_size} must both be 1 or more")
@@ -305,6 +320,7 @@ def evaluate_likelihood(
         batch_size=batch_size,
         slice_rows=slice_rows,
         label=label,
+        copies=copies,
     )
     nats_n = sums.bound()
     return LikelihoodReport(

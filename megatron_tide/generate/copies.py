@@ -30,7 +30,7 @@ def shared(models: Sequence[Any], work: Callable[[Any, Item], Result], items: Se
     def take(item: Item) -> Result:
         model = free.get()
         try:
-            device = model.head_weight.device
+            device = model.device
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 return work(model, item)
         finally:

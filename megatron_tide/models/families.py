@@ -122,7 +122,8 @@ class Family:
     [V, H]. ``config``: reads and writes ``config.json``. ``checkpoint_keys``: see
     :func:`megatron_tide.models.checkpoint_keys.checkpoint_table`. ``stored_precision``: endings of tensor names that
     are never cast. ``shifts_by_one``: the row at a position predicts the NEXT token, not its own. ``trains_as``: the
-    model type that training makes of it ("" for its own).
+    model type that training makes of it ("" for its own). ``block_layout``: where blocks begin in its published
+    generation (a key of ``BLOCKS_AT_ANSWER``), which evaluation keeps; "" where the evaluation's preset decides.
     """
 
     model_types: tuple[str, ...]
@@ -134,6 +135,7 @@ class Family:
     generation: Literal["block_diffusion", "autoregressive"] = "block_diffusion"
     shifts_by_one: bool = False
     trains_as: str = ""
+    block_layout: Literal["", "sequence", "answer"] = ""
     release: ReleaseFiles = ReleaseFiles()
 
     def keeps_precision(self, name: str) -> bool:
@@ -205,6 +207,7 @@ register(
         module=SDARForCausalLM,
         config=HubConfig(config_class=SDARConfig, required=_QWEN3_REQUIRED, optional=(*_QWEN3_OPTIONAL, *_STUDENT)),
         trains_as="a2d-qwen3",
+        block_layout="sequence",
         release=ReleaseFiles(
             code=("modeling_sdar.py", "a2d_qwen3.py", *_DECODING),
             auto_map={
@@ -255,6 +258,7 @@ register(
         config=LLaDA2Config,
         checkpoint_keys={r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)": r"\1.{index}.\2.weight"},
         stored_precision=(".expert_bias",),
+        block_layout="sequence",
         layout=LayerLayout(embedding="model.word_embeddings", joint_mlp=True),
     )
 )

@@ -285,3 +285,34 @@ def test_copies_of_a_model_share_the_batches(lab: Lab) -> None:
     ids = [one.text_tokenizer.encode(prompt) for prompt in PROMPTS]
     plainly = complete(one.model, one.text_tokenizer, ids, batch_size=1, max_new_tokens=6)
     assert complete(one.model, one.text_tokenizer, ids, batch_size=1, max_new_tokens=6, copies=three.copies) == plainly
+
+
+def test_a_models_own_layout_of_blocks_comes_before_the_presets(lab: Lab, tmp_path: Path) -> None:
+    """LLaDA2 counts blocks from the start of the text in its published generation; a flag comes before both."""
+    assert opened(lab.teacher).settings(PRESET)["block_layout"] == "sequence" != PRESET.block_layout
+    given = open_generator(str(lab.teacher), torch.float32, "cpu", 2, block_layout="answer")
+    assert given.settings(PRESET)["block_layout"] == "answer"
+    assert opened(lab.student).settings(PRESET)["block_layout"] == "answer"
+    stating = Path(shutil.copytree(lab.student, tmp_path / "stating"))
+    (stating / "generation_config.json").write_text(json.dumps({"block_layout": "sequence"}))
+    generator = opened(stating)
+    assert generator.settings(PRESET)["block_layout"] == "sequence"
+    ids = [generator.text_tokenizer.encode(prompt) for prompt in PROMPTS]
+    rule: dict[str, Any] = {"max_new_tokens": 12, "tokens_per_step": 2, "block_layout": "sequence"}
+    found = complete(generator.model, generator.text_tokenizer, ids, **rule)
+    assert answers(generator, PROMPTS) == [one.text for one in found]
+    (stating / "generation_config.json").write_text(json.dumps({"block_layout": "diagonal"}))
+    with pytest.raises(ValueError, match="block_layout is 'diagonal'; use sequence or answer"):
+        opened(stating)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_copies_of_a_baseline_write_what_one_writes(baseline: Path, temperature: float) -> None:
+    """They share the batches; drawing takes turns."""
+    preset = replace(PRESET, temperature=temperature)
+    drawn = {"seed": 7, "sample": 0} if temperature else {}
+    shared: Any = open_generator(str(baseline), torch.float32, "cpu", 1, copies=["cpu"])
+    complete, used = shared._complete, set[int]()
+    shared._complete = lambda model, *asked: used.add(id(model)) or complete(model, *asked)
+    assert answers(shared, PROMPTS, preset, **drawn) == answers(opened(baseline, 1), PROMPTS, preset, **drawn)
+    assert used == {id(shared.model), id(shared.copies[0])}

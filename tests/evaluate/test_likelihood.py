@@ -48,6 +48,23 @@ def test_equals_the_plain_way(models: dict[str, Any], data: PreparedData, name: 
     assert report.bits_per_byte.low < report.bits_per_byte.value < report.bits_per_byte.high
 
 
+def test_copies_of_a_model_share_the_samples(lab: Lab, models: dict[str, Any], data: PreparedData) -> None:
+    """Whatever their number, the numbers are the same bit for bit."""
+    copies = [load_model(lab.student) for _ in range(2)]
+    used: list[int] = []
+    for place, model in enumerate(copies):
+        plain = model.backbone
+        model.backbone = lambda *given, plain=plain, place=place, **more: used.append(place) or plain(*given, **more)
+    how: dict[str, Any] = {"mc_samples": 2, "seed": 4, "batch_size": 3}
+    scoring = scoring_inputs(data, "student")
+    alone = evaluate_likelihood(models["student"], data, scoring, **how)
+    for number in (1, 2):
+        found = evaluate_likelihood(models["student"], data, scoring, copies=copies[:number], **how)
+        assert found.to_dict() == alone.to_dict()
+        assert found.nats.tolist() == alone.nats.tolist()
+    assert set(used) == {0, 1}
+
+
 @pytest.mark.parametrize("name", ["student", "teacher", "alone"])
 def test_blocks_that_begin_at_the_answer_equal_the_plain_way(lab: Lab, models: dict[str, Any], name: str) -> None:
     """With the masks of the other layout, token for token."""

@@ -15,7 +15,7 @@ from megatron_tide.generate.copies import shared
 
 
 def models(count: int) -> list[Any]:
-    return [SimpleNamespace(name=number, head_weight=torch.zeros(1)) for number in range(count)]
+    return [SimpleNamespace(name=number, device=torch.device("cpu")) for number in range(count)]
 
 
 def test_every_copy_takes_items_and_results_are_in_order() -> None:

@@ -22,7 +22,8 @@ def test_settings_reach_the_stages() -> None:
     assert list(stages) == ["student", "data", "train-adaptation", "convert", "report"]
     made, trained = " ".join(stages["student"]), " ".join(stages["train-adaptation"])
     assert "init-model --from a/b --block-size 8 --mask-token <M> --out" in made
-    assert "--student-block 8" in " ".join(stages["data"])
+    assert "--student-block" not in stages["data"]  # the folder of the stage before states it
+    assert "--block-size" not in commands(RECIPE)["student"]  # and SOURCE what that one is made of
     for flags in (
         "--strategy bd3lm",
         "--pretraining ar:0.05,joint:0.35",

@@ -188,6 +188,24 @@ def test_the_students_block_size_is_a_knob_of_the_data():
     assert words[words.index("--student-block") + 1] == "8"
 
 
+@pytest.mark.parametrize(
+    ("knob", "value", "flag", "stages"),
+    [
+        ("TEACHER_BLOCK", "4", "--teacher-block", ["data"]),
+        ("STUDENT_MASK", "<m>", "--student-mask", ["bridge", "data"]),
+        ("TEACHER_MASK", "<t>", "--teacher-mask", ["bridge", "data"]),
+        ("COVERAGE_FLOOR", "0.9", "--coverage-floor", ["bridge", "data"]),
+        ("RELEASE_DTYPE", "float32", "--dtype", ["convert"]),
+    ],
+)
+def test_what_a_stage_asks_for_is_a_knob_of_the_chain(knob, value, flag, stages):
+    """Empty, the folder or the command decides."""
+    recipe = "distill_16b_to_0.6b.sh"
+    assert not [name for name, words in commands(recipe).items() if flag in words and name in stages]
+    found = commands(recipe, **{knob: value})
+    assert [name for name, words in found.items() if flag in words and words[words.index(flag) + 1] == value] == stages
+
+
 def test_trust_refuses_another_word():
     refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", TRUST_REMOTE_CODE="maybe")
     assert refused.returncode == 2
