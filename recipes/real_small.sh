@@ -2,16 +2,19 @@
 # Real weights on a small machine: SmolLM2-135M-Instruct -> block diffusion model -> teacher of students with fewer layers.
 #
 #   corpus      docstring -> code pairs of this machine's own Python standard library, split by function (as in the quickstart)
-#   adaptation  the autoregressive model becomes a block diffusion model: next token -> both -> masked tokens, in one run
-#   small       a student made of some of its layers, distilled with each of STRATEGIES from the same start, data and noise
-#   scores      held-out bits per byte of all of them, and their completions, judged
+#   adaptation  the autoregressive model becomes a block diffusion model: next token -> both -> masked tokens, in one run;
+#               once by denoising only and once with its own left-to-right distributions as the teacher's (ADAPTATIONS)
+#   small       a student made of some of its layers, distilled with each of STRATEGIES from the same start, data and noise;
+#               denoising only and the first strategy with a teacher once for each of SEEDS
+#   scores      held-out bits per byte of all of them and of the autoregressive model, and their completions, judged
 # Output:    runs/real_small/hf (the adapted model), runs/real_small/hf_small (the first of STRATEGIES that has a teacher),
-#            scores.json with all completions, report/index.html
-# Machine:   SIZE=cpu: 2 cores with bf16 matmuls (AMX), 8 GiB, 30 to 45 minutes. SIZE=gpu: one GPU of 24 GB, ten minutes.
+#            scores.json with all completions, report.json, picture.png, report/index.html
+# Machine:   SIZE=cpu: 2 cores, 10 GiB; a step of the adaptation takes 4.4 s with AMX, about 6.6 s with AVX-512's bf16 only.
+#            DRY_RUN=1 adds up the latter: most is the number of steps, strategies and SEEDS. SIZE=gpu: one GPU of 24 GB.
 # Launch:    bash recipes/real_small.sh
 #            SOURCE=SmolLM2-135M-Instruct.gguf bash recipes/real_small.sh     no hub: a GGUF file of the model
 #            SIZE=gpu bash recipes/real_small.sh
-#            DRY_RUN=1 bash recipes/real_small.sh                  print the commands
+#            DRY_RUN=1 bash recipes/real_small.sh                  print the commands, and the time they should take
 # A second run skips finished stages; --fresh starts over.
 
 set -euo pipefail
@@ -25,21 +28,25 @@ STUDENT_LENGTH=${STUDENT_LENGTH:-220}                   # in tokens; longer resp
 PRETRAINING=${PRETRAINING-ar:0.1,joint:0.3}             # phases of the adaptation before the last, with their shares of the steps
 NOISE=${NOISE---timesteps block --timestep-sampling stratified --mask-count exact}   # flags of every training; empty: published noise
 KEEP_LAYERS=${KEEP_LAYERS:-2/3}                         # layers of the small student: two of three; 1/3: every third; or 0,1,5
-STRATEGIES=${STRATEGIES:-bd3lm kl tide-bridge}          # bd3lm is denoising only; tide-shared also fits, the tokenizers are equal
+STRATEGIES=${STRATEGIES:-bd3lm kl tide-bridge}          # bd3lm (denoising only) first; tide-shared also fits, the tokenizers are equal
 TEMPERATURE=${TEMPERATURE:-1}                           # of every distillation objective
+ROWS=${ROWS:-byte_prefix}                               # --distribution-rows: weighted as denoising is; pairs: averaged over chunks
 LR=${LR:-3e-4}
-SEED=${SEED:-42}
-ADAPT_FLAGS=${ADAPT_FLAGS:-}                            # more flags for the adaptation, such as a teacher's for its own left-to-right row
-case $SIZE in # steps of the adaptation and of each distillation, samples per step, test samples, completions
-  cpu) sizes=(150 100 8 100 50) ;;
-  gpu) sizes=(1500 800 32 400 50) ;;
+SEEDS=${SEEDS:-42 43 44}                                # of data order and noise; the first also of the adaptation
+ADAPTATIONS=${ADAPTATIONS:-bd3lm kl}                    # bd3lm: denoising only; others: its own left-to-right row is the teacher's
+ADAPT_FLAGS=${ADAPT_FLAGS:-}                            # more flags for each of these
+PRECISION=${PRECISION:-}                                # bf16 or fp32; empty: bf16 on a GPU, and on a CPU that has instructions for it
+case $SIZE in # steps of each adaptation and of each distillation, samples per step, test samples, timesteps of each, completions
+  cpu) sizes=(150 100 8 100 4 50) ;;
+  gpu) sizes=(1500 800 32 400 8 50) ;;
   *) sizes=() ;;
 esac
 ADAPT_STEPS=${ADAPT_STEPS:-${sizes[0]:-}}
 DISTILL_STEPS=${DISTILL_STEPS:-${sizes[1]:-}}
 BATCH=${BATCH:-${sizes[2]:-}}
 EVAL_SAMPLES=${EVAL_SAMPLES:-${sizes[3]:-}}
-COMPLETIONS=${COMPLETIONS:-${sizes[4]:-}}
+MC_SAMPLES=${MC_SAMPLES:-${sizes[4]:-}}
+COMPLETIONS=${COMPLETIONS:-${sizes[5]:-}}
 # ---
 
 # shellcheck source=recipes/common.sh
@@ -54,41 +61,122 @@ setup_environment "${requirements[@]}"
 
 read -ra noise <<<"$NOISE"
 read -ra more <<<"$ADAPT_FLAGS"
+read -ra adaptations <<<"$ADAPTATIONS"
 read -ra strategies <<<"$STRATEGIES"
-common=(--preset ours ${noise[@]+"${noise[@]}"} --precision bf16 --global-batch-size "$BATCH" --micro-batch-size 8 --beta2 0.98
-  --lr "$LR" --seed "$SEED" --save-every 500 --keep-last 1 --log-every 5)
+read -ra seeds <<<"$SEEDS"
+((${#adaptations[@]} > 0 && ${#seeds[@]} > 0)) || fail "ADAPTATIONS and SEEDS need one word or more each"
+[[ ${strategies[0]:-} == bd3lm ]] || fail "STRATEGIES=\"$STRATEGIES\": the first must be bd3lm, which the others are compared with"
+distilled=${strategies[1]:-}
+if [[ -z $PRECISION ]]; then
+  PRECISION=fp32
+  if [[ $SIZE == gpu ]] || grep -qswE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then PRECISION=bf16; fi
+  [[ $SIZE == gpu || $DRY_RUN == 1 ]] || printf '== matrix products in %s: what this CPU has instructions for (PRECISION)\n' "$PRECISION"
+fi
+common=(--preset ours ${noise[@]+"${noise[@]}"} --precision "$PRECISION" --global-batch-size "$BATCH" --micro-batch-size 8
+  --beta2 0.98 --lr "$LR" --save-every 500 --keep-last 1 --log-every 5)
+dtype=bfloat16
+[[ $PRECISION == bf16 ]] || dtype=float32
+
+# teaches STRATEGY: set `rows` to the flags of its objectives; none for denoising only.
+teaches() {
+  rows=()
+  [[ $1 == bd3lm ]] || rows=(--temperature "$TEMPERATURE" --distribution-rows "$ROWS")
+}
+
+# adapt_with STRATEGY OUT: the autoregressive model -> a block diffusion model in hub format.
+adapt_with() {
+  local name=$1 out=$2 rows
+  teaches "$name"
+  [[ $name == bd3lm ]] || rows+=(--teacher-context causal --no-compdemo)
+  distil "$run/adapted-$name" --student "$run/student" --teacher "$model" --bridge "$run/bridge" --data "$run/data" \
+    --strategy "$name" "${common[@]}" --seed "${seeds[0]}" --max-steps "$ADAPT_STEPS" \
+    ${PRETRAINING:+--pretraining "$PRETRAINING"} ${rows[@]+"${rows[@]}"} ${more[@]+"${more[@]}"}
+  stage "convert-$name" "$PYTHON" -m megatron_tide convert "$run/adapted-$name" "$out" --overwrite --dtype float32
+}
+
+# students SEED ENDING STRATEGY...: the small student, trained with each of these -> $run/STRATEGY ENDING
+students() {
+  local seed=$1 ending=$2 name rows
+  for name in "${@:3}"; do
+    teaches "$name"
+    distil "$run/$name$ending" "${pair[@]}" --bridge "$run/small-bridge" --data "$run/small-data" --strategy "$name" "${common[@]}" \
+      --seed "$seed" --max-steps "$DISTILL_STEPS" ${rows[@]+"${rows[@]}"}
+  done
+}
+
+# expect SECONDS_DENOISING SECONDS_WITH_TEACHER OUT STEPS STRATEGY...: add the training of each to EXPECTED_SECONDS.
+expect() {
+  local name seconds
+  for name in "${@:5}"; do
+    seconds=$2
+    [[ $name != bd3lm ]] || seconds=$1
+    EXPECTED_SECONDS+=" train-${3//NAME/$name}=$((20 + seconds * $4 * BATCH / 8 / 10))"
+  done
+}
+
+# Seconds of each stage on 2 cores in bf16, for the time left; those of a step of 8 samples in tenths.
+EXPECTED_SECONDS=
+if [[ $SIZE == cpu ]]; then
+  models=$((${#adaptations[@]} + ${#strategies[@]} + 2)) repeats=$((2 * ${#seeds[@]} - 2)) one=$((EVAL_SAMPLES * MC_SAMPLES / 4))
+  [[ $SOURCE != *.gguf ]] || EXPECTED_SECONDS="source=25"
+  [[ -n $distilled ]] || repeats=0
+  [[ -z $distilled ]] || EXPECTED_SECONDS+=" convert-small=40"
+  EXPECTED_SECONDS+=" corpus=40 data=60 small=70 scores=$((30 + models * (one + COMPLETIONS * 3 / 2) + repeats * one)) results=40 report=15"
+  expect 65 95 adapted-NAME "$ADAPT_STEPS" "${adaptations[@]}"
+  for name in "${adaptations[@]}"; do EXPECTED_SECONDS+=" convert-$name=45"; done
+  expect 50 90 NAME "$DISTILL_STEPS" "${strategies[@]}"
+  for seed in "${seeds[@]:1}"; do expect 50 90 "NAME-seed-$seed" "$DISTILL_STEPS" bd3lm ${distilled:+"$distilled"}; done
+fi
 
 main() {
-  local students=() name model released=
-  stage corpus "$PYTHON" -m megatron_tide corpus --out "$run/corpus"
-  DATA=$run/corpus/train.jsonl RELEASE_DTYPE=float32
-  adapt "$SOURCE" "$run" "${common[@]}" --max-steps "$ADAPT_STEPS" ${PRETRAINING:+--pretraining "$PRETRAINING"} \
-    ${more[@]+"${more[@]}"}
-
-  # The adapted model is the teacher, and some of its layers are the student.
-  stage small "$PYTHON" -m megatron_tide init-model --from "$run/hf" --keep-layers "$KEEP_LAYERS" --out "$run/small" --fresh
-  local pair=(--student "$run/small" --teacher "$run/hf")
-  local read=("${pair[@]}" --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$STUDENT_LENGTH"
-    --student-block "$BLOCK" --teacher-block "$BLOCK")
-  stage pair-data "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl" \
+  local model=$SOURCE out=$run/hf name seed one expected=0 named=() repeated=() scored=("$run/scores/first.json")
+  if [[ $SOURCE == *.gguf ]]; then
+    model=$run/source
+    stage source "$PYTHON" -m megatron_tide init-model --from "$SOURCE" --as-is --out "$model" --fresh
+  fi
+  local lengths=(--student-length "$STUDENT_LENGTH" --teacher-length "$STUDENT_LENGTH" --student-block "$BLOCK" --teacher-block "$BLOCK")
+  local pair=(--student "$run/student" --teacher "$model") data=$run/corpus/train.jsonl
+  local read=("${pair[@]}" --bridge "$run/bridge" "${lengths[@]}")
+  stage corpus "$PYTHON" -m megatron_tide corpus --out "$run/corpus" \
+    --then init-model --from "$model" --block-size "$BLOCK" ${MASK_TOKEN:+--mask-token "$MASK_TOKEN"} --out "$run/student" --fresh
+  stage data "$PYTHON" -m megatron_tide sample --data "$data" --out "$run/sample.jsonl" \
     --then bridge "${pair[@]}" --sample "$run/sample.jsonl" --out "$run/bridge" \
-    --then prepare --data "$DATA" "${read[@]}" --out "$run/pair-data" \
+    --then prepare --data "$data" "${read[@]}" --out "$run/data" \
     --then prepare --data "$run/corpus/test.jsonl" "${read[@]}" --out "$run/test-data"
-  for name in "${strategies[@]}"; do
-    distil "$run/$name" "${pair[@]}" --bridge "$run/bridge" --data "$run/pair-data" --strategy "$name" "${common[@]}" \
-      --temperature "$TEMPERATURE" --max-steps "$DISTILL_STEPS"
-    model=$run/$name
-    if [[ $name != bd3lm && -z $released ]]; then
-      released=$name model=$run/hf_small
-      stage convert-small "$PYTHON" -m megatron_tide convert "$run/$name" "$model" --overwrite
-    fi
-    students+=(--student "$name=$model")
+  for name in "${adaptations[@]}"; do
+    adapt_with "$name" "$out"
+    named+=(--student "adapted-$name=$out")
+    out=$run/hf-${adaptations[${#named[@]} / 2]:-}
   done
 
-  stage scores "$PYTHON" -m megatron_tide evaluate --data "$run/test-data" --samples "$EVAL_SAMPLES" --dtype bfloat16 \
-    --student start="$run/small" "${students[@]}" --student adapted="$run/hf" \
-    --baseline "${strategies[0]}" --completions "$COMPLETIONS" --completion-tokens 96 --json "$run/scores.json" --card
+  # The first adapted model is the teacher, and some of its layers are the student.
+  pair=(--student "$run/small" --teacher "$run/hf")
+  stage small "$PYTHON" -m megatron_tide init-model --from "$run/hf" --keep-layers "$KEEP_LAYERS" --out "$run/small" --fresh \
+    --then bridge "${pair[@]}" --sample "$run/sample.jsonl" --out "$run/small-bridge" \
+    --then prepare --data "$data" "${pair[@]}" --bridge "$run/small-bridge" "${lengths[@]}" --out "$run/small-data"
+  students "${seeds[0]}" "" "${strategies[@]}"
+  for name in "${strategies[@]}"; do named+=(--student "$run/$name"); done
+  if [[ -n $distilled ]]; then
+    stage convert-small "$PYTHON" -m megatron_tide convert "$run/$distilled" "$run/hf_small" --overwrite
+    for seed in "${seeds[@]:1}"; do
+      students "$seed" "-seed-$seed" bd3lm "$distilled"
+      repeated+=(--student "$run/bd3lm-seed-$seed" --student "$run/$distilled-seed-$seed")
+    done
+  fi
+
+  local evaluate=(evaluate --data "$run/test-data" --samples "$EVAL_SAMPLES" --mc-samples "$MC_SAMPLES" --dtype "$dtype" --per-sample) then=()
+  if ((${#repeated[@]} > 0)); then
+    scored+=("$run/scores/seeds.json")
+    then=(--then "${evaluate[@]}" "${repeated[@]}" --json "${scored[1]}")
+  fi
+  stage scores "$PYTHON" -m megatron_tide "${evaluate[@]}" --student small="$run/small" "${named[@]}" \
+    --teacher autoregressive="$model" --teacher-context causal --baseline bd3lm --baseline "adapted-${adaptations[0]}" \
+    --completions "$COMPLETIONS" --completion-tokens 96 --json "${scored[0]}" --card ${then[@]+"${then[@]}"}
+  stage results "$PYTHON" recipes/real_small/results.py "${scored[@]}" --data "$run/test-data" --writer "adapted-${adaptations[0]}" --out "$run"
   stage report "$PYTHON" -m megatron_tide report "$run"
+  [[ $DRY_RUN == 1 && -n $EXPECTED_SECONDS ]] || return 0
+  for one in $EXPECTED_SECONDS; do expected=$((expected + ${one#*=})); done
+  printf '# expected on 2 cores: %d minutes; seconds: %s\n' $((expected / 60)) "$EXPECTED_SECONDS"
 }
 # On one line, because bash reads a script while it runs it, and this file may be edited before it has finished.
 main; exit

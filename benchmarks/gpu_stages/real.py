@@ -37,6 +37,8 @@ def run(bench: Bench) -> None:
         "DISTILL_STEPS": str(steps // 3),
         "EVAL_SAMPLES": "100",
         "COMPLETIONS": "20",
+        "ADAPTATIONS": "bd3lm",
+        "SEEDS": "42",
     }
     if bench.tiny:
         settings["DRY_RUN"] = "1"

@@ -9,7 +9,9 @@ model: students are scored on the student's tokens of prepared data and teachers
 the same bytes from the same bytes. Differences are paired, to each --baseline. --likelihood-noise block estimates the
 same bound with less variance; student and teacher then have different masks, and teachers need the staircase.
 --completions N also completes N of the prompts, greedily and one token per pass, and counts those that parse as Python
-and say something: 40 characters or more, no line three times. No completion is run.
+and say something: 40 characters or more, no line three times. Of an answer with a code fence, what is inside the first
+one counts. No completion is run. --teacher-context causal scores an autoregressive model, named with --teacher; it
+writes from left to right.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
 settings; other tasks keep their own number of tokens. They need requirements-eval.txt. Stop strings count behind

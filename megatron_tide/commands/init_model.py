@@ -2,7 +2,8 @@
 
 --from SOURCE takes weights, tokenizer, chat template, end and padding tokens of an autoregressive model (Qwen3 or
 Llama: a folder in hub format, a hub name, or a .gguf file of Llama's shape) or of a block diffusion one. The mask token
-is the tokenizer's own, or added to it; where it is new to the model, its embedding starts as the mean of all.
+is the tokenizer's own, or added to it; where it is new to the model, its embedding starts as the mean of all. --as-is
+only converts a .gguf file: its autoregressive model in hub format, for a teacher or a baseline.
 
 --config JSON makes random weights: shapes come from a config.json (model_type a2d-qwen3, a2d-llama or llada2_moe). The
 ids of the mask, end and padding tokens come from the tokenizer, and so does vocab_size if the config has none, rounded
@@ -44,6 +45,7 @@ class SourceArgs:
         metavar="LAYERS",
         shown="all",
     )
+    as_is: bool | None = flag(None, "Write the autoregressive model of a .gguf file unchanged", shown="off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,18 @@ def run(args: Args) -> None:
             raise ValueError(
                 f"{flag_name(info)} needs --{'config' if unused is random else 'from'}; use one of the two ways"
             )
+    if start.from_ is not None and start.as_is:
+        changes = {
+            "--mask-token": start.mask_token,
+            "--keep-layers": start.keep_layers,
+            "--block-size": args.block_size,
+        }
+        if given := [name for name, value in changes.items() if value is not None]:
+            raise ValueError(f"{given[0]} changes the model, and --as-is does not; leave one of them out")
+        from megatron_tide.models.student_from import unchanged
+
+        unchanged(start.from_, args.out, args.fresh)
+        return
     if start.from_ is not None:
         from megatron_tide.models.student_from import StudentOptions, student_from
 

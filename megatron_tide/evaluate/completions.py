@@ -1,12 +1,14 @@
 """Completions of code, judged without running them: whether a text parses, and whether it says something.
 
 Parsing alone rewards silence: a model that answers everything with ``return self._t`` parses every time. Length alone
-rewards noise. ``both`` is the number to compare.
+rewards noise. ``both`` is the number to compare. Of an answer that has a code fence, as chat models write, what is
+inside the first one is judged (``code_of``), whatever the model.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import textwrap
 import warnings
 from collections import Counter
@@ -20,12 +22,21 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.bootstrap import mean
 from megatron_tide.evaluate.thoughts import text_of, without_thoughts
-from megatron_tide.generate import complete, from_prepared
+from megatron_tide.generate import BLOCKS, IN_ORDER, Completion, from_prepared
+from megatron_tide.models.families import family_of
 from megatron_tide.screen import printable
 
 LONGEST = 8_000  # characters, about 2,000 tokens; the parser's memory and recursion grow with the text
 SHORTEST = 40
 REPEATS = 3
+_OPEN = re.compile(r"^[ \t]*```[^`\n]*\n", re.M)
+_CLOSE = re.compile(r"^[ \t]*```", re.M)
+
+
+def code_of(text: str) -> str:
+    """What is inside the first code fence of ``text``, to its end where the fence stays open; without one, ``text``."""
+    begin = _OPEN.search(text)
+    return _CLOSE.split(text[begin.end() :], maxsplit=1)[0] if begin else text
 
 
 def parses(text: str) -> bool:
@@ -58,8 +69,14 @@ class Completions:
     """Number of texts that are empty because the model was still thinking when its tokens ran out."""
 
     def to_dict(self, seed: int) -> dict[str, Any]:
-        """Counts, mean length in characters, the share of ``both`` with its interval, every text with its verdicts."""
-        judged = [{"text": text, "parses": parses(text), "says_something": says_something(text)} for text in self.texts]
+        """Counts, mean length of the code in characters, the share of ``both`` with its interval, every text with its
+        verdicts.
+        """
+        codes = [code_of(text) for text in self.texts]
+        judged = [
+            {"text": text, "parses": parses(code), "says_something": says_something(code)}
+            for text, code in zip(self.texts, codes)
+        ]
         both = [bool(one["parses"] and one["says_something"]) for one in judged]
         return {
             "count": len(judged),
@@ -68,7 +85,7 @@ class Completions:
             "both": sum(both),
             "both_share": mean(both, seed).to_dict(),
             "still_thinking": self.still_thinking,
-            "mean_characters": sum(len(text.strip()) for text in self.texts) / len(self.texts),
+            "mean_characters": sum(len(code.strip()) for code in codes) / len(codes),
             "texts": judged,
         }
 
@@ -87,30 +104,27 @@ def completions(
 ) -> Completions:
     """Answer ``count`` prompts of ``data``, evenly spaced, from its ``role`` half (student or teacher).
 
-    ``decoding``: fields of ``DecodingRule``. ``copies`` of the model, on other GPUs, share the batches.
+    ``decoding``: fields of ``DecodingRule``; of these, an autoregressive model uses its numbers of tokens, and takes
+    the most likely one. ``copies`` of the model, on other GPUs, share the batches of block decoding.
 
     Raises:
-        ValueError: the model is autoregressive, or has another tokenizer or chat template than the data.
+        ValueError: the model has another tokenizer or chat template than the data.
     """
     prompts = from_prepared(data, tokenizer, count, role)
+    ids, found = [prompt.ids for prompt in prompts], dict[int, Completion]()
+    if family_of(model).generation == "autoregressive":
+        limits = {name: decoding[name] for name in ("max_new_tokens", "min_new_tokens") if name in decoding}
+        written = IN_ORDER.answers(model, tokenizer, ids, batch_size=batch_size, temperature=0.0, **limits)
+    else:
+        rule = {"block_size": data.manifest[role]["block"], "copies": copies, **decoding}
+        written = BLOCKS.answers(model, tokenizer, ids, batch_size=batch_size, **rule)
     with tqdm(
         total=len(prompts), desc=printable(f"{label}, completions", keep=""), disable=not label, leave=False
     ) as bar:
-
-        def progress(done: int) -> None:
-            bar.update(done - bar.n)
-
-        found = complete(
-            model,
-            tokenizer,
-            [prompt.ids for prompt in prompts],
-            batch_size=batch_size,
-            progress=progress,
-            copies=copies,
-            block_size=data.manifest[role]["block"],
-            **decoding,
-        )
+        for batch in written:
+            found |= batch
+            bar.update(len(batch))
     references = [prompt.reference or "" for prompt in prompts]
     shown = [prompt.shown for prompt in prompts]
-    texts = [without_thoughts(text_of(tokenizer, one.ids), asked) for one, asked in zip(found, shown)]
+    texts = [without_thoughts(text_of(tokenizer, found[place].ids), asked) for place, asked in enumerate(shown)]
     return Completions([*texts], shown, references, sum(bool(text.notes) for text in texts))

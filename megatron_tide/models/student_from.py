@@ -68,6 +68,19 @@ def student_from(source: str, out: Path, options: StudentOptions, fresh: bool) -
     return model
 
 
+def unchanged(source: str, out: Path, fresh: bool) -> None:
+    """Write the autoregressive model of a ``.gguf`` file as the folder ``out`` in hub format, complete or not at all.
+
+    Raises:
+        ValueError: ``source`` is no such file, or ``out`` holds something else.
+    """
+    if not source.endswith(".gguf"):
+        raise ValueError(f"--as-is is for .gguf files, and {source} is none: use it directly")
+    check_out(out, fresh)
+    with lock_beside(out), AtomicFolder(out) as draft:
+        gguf_to_folder(Path(source), draft)
+
+
 def kept_layers(text: str, count: int) -> list[int]:
     """Which of ``count`` layers ``text`` names: ``K/N``, the first K of every N layers (``1/3``: every third layer;
     ``2/3``: two of three), or their numbers from 0, ascending (``0,1,5``).

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.evaluate.completions import LONGEST, Completions, parses, says_something
+from megatron_tide.evaluate.completions import LONGEST, Completions, code_of, parses, says_something
 
 GOOD = "if tz is not None:\n    t = t.astimezone(tz)\nreturn cls(t.year, t.month)\n"
 JUDGED = {  # text: parses, says something
@@ -69,3 +69,24 @@ def test_counts_and_length() -> None:
     assert record["both_share"]["low"] == 0.0
     assert record["mean_characters"] == pytest.approx((14 + len(GOOD) - 1 + 40) / 3)
     assert [one["text"] for one in record["texts"]] == found.texts
+
+
+FENCED = {
+    "```python\n" + GOOD + "```\nIt returns a new object.": GOOD,
+    "Sure:\n\n  ```\n" + GOOD + "  ```": GOOD,
+    "```py\n" + GOOD: GOOD,  # cut at the maximum length
+    "```\nx = 1\n```\nor\n```\ny = 2\n```": "x = 1\n",
+    GOOD: GOOD,
+    "x = '```'": "x = '```'",
+    "```": "```",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("text", FENCED)
+def test_the_code_inside_a_fence_is_judged(text: str) -> None:
+    assert code_of(text) == FENCED[text]
+    (judged,) = Completions([text], ["p"], ["r"]).to_dict(seed=0)["texts"]
+    assert judged == {
+        "text": text, "parses": parses(FENCED[text]), "says_something": says_something(FENCED[text])
+    }  # fmt: skip

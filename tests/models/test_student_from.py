@@ -154,6 +154,8 @@ def test_mistakes_are_one_line(source: Path, tmp_path: Path) -> None:
     ):
         refuse(source, tmp_path / "out", message, *flags)
     refuse(tmp_path / "none", tmp_path / "out", "no such folder")
+    refuse(source, tmp_path / "out", "--as-is is for .gguf files", "--as-is")
+    refuse(source, tmp_path / "out", "--block-size changes the model", "--as-is", "--block-size", "4")
     with pytest.raises(ValueError, match="--keep-layers needs --from"):
         init_model(["--config", "c.json", "--keep-layers", "1/2", "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="missing --from, or all of --config, --tokenizer and --seed"):
@@ -180,6 +182,11 @@ def test_a_gguf_file_is_the_same_model(tmp_path: Path) -> None:
     assert new.encode(text).tolist() == old.encode(text).tolist()
     assert (new.eos_id, new.mask_id) == (old.eos_id, mask)
     assert "<|im_start|>user" in new.render(TALK)
+    init_model(["--from", str(file), "--as-is", "--out", str(tmp_path / "a")])
+    plain = load_model(tmp_path / "a")
+    assert plain.config.model_type == "llama"
+    assert all(torch.equal(plain.get_parameter(name), one) for name, one in load_model(source).named_parameters())
+    assert load_tokenizer(tmp_path / "a").fingerprint == new.fingerprint
 
 
 def test_a_broken_gguf_file_is_refused(tmp_path: Path) -> None:
