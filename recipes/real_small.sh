@@ -85,13 +85,14 @@ teaches() {
 
 # adapt_with STRATEGY OUT: the autoregressive model -> a block diffusion model in hub format.
 adapt_with() {
-  local name=$1 out=$2 rows
+  local name=$1 out=$2 gate=() rows
   teaches "$name"
-  [[ $name == bd3lm ]] || rows+=(--teacher-context causal --no-compdemo)
+  [[ $out == "$run/hf" ]] || gate=(--skip-parity) # the first one is the release
+  [[ $name == bd3lm ]] || rows+=(--teacher-context causal)
   distil "$run/adapted-$name" --student "$run/student" --teacher "$model" --bridge "$run/bridge" --data "$run/data" \
     --strategy "$name" "${common[@]}" --seed "${seeds[0]}" --max-steps "$ADAPT_STEPS" \
     ${PRETRAINING:+--pretraining "$PRETRAINING"} ${rows[@]+"${rows[@]}"} ${more[@]+"${more[@]}"}
-  stage "convert-$name" "$PYTHON" -m megatron_tide convert "$run/adapted-$name" "$out" --overwrite --dtype float32
+  stage "convert-$name" "$PYTHON" -m megatron_tide convert "$run/adapted-$name" "$out" --overwrite --dtype float32 ${gate[@]+"${gate[@]}"}
 }
 
 # students SEED ENDING STRATEGY...: the small student, trained with each of these -> $run/STRATEGY ENDING

@@ -71,7 +71,8 @@ def build_phases(config: StrategyConfig, strategy: Strategy, total: int, block: 
         if named(STRATEGIES, name, "strategy").distils:
             raise ValueError(f"{name} needs a teacher; only --strategy, which comes last, can have one")
         plain = replace(config, chunk_objective=None, distribution_objective=None, tidal=None, compdemo=None)
-        return build_strategy(replace(plain, strategy=name, tidal_midrange=False), None)
+        rows = StrategyConfig().distribution_rows
+        return build_strategy(replace(plain, strategy=name, tidal_midrange=False, distribution_rows=rows), None)
 
     def size(text: str) -> int:
         if not text.isdecimal() or not int(text) or block % int(text):

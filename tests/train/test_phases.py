@@ -48,6 +48,8 @@ def test_flags_of_the_last_strategy_do_not_reach_the_first_ones():
     found = phases(pretraining="joint:0.5", chunk_objective="calm", tidal="weight", tidal_midrange=True, compdemo=True)
     assert not found.at(0).strategy.needs_teacher
     assert found.last.strategy.chunk.objective.name == "calm"
+    config = StrategyConfig(strategy="kl", pretraining="ar:0.5", distribution_rows="byte_prefix")
+    assert not build_phases(config, found.last.strategy, 10, 32).at(0).strategy.needs_teacher
 
 
 @pytest.mark.parametrize(
