@@ -26,6 +26,7 @@ from megatron_tide.files import atomic_write, write_json
 from megatron_tide.machine import machine, versions
 from megatron_tide.report.run_folder import read_stages
 from megatron_tide.report.style import COLOURS, INK, MUTED, new_figure, png, styled
+from megatron_tide.screen import printable
 
 BASELINE = "bd3lm"
 FORM = {"completions": {"prompts": [str]}}
@@ -115,7 +116,7 @@ def laid_out(pieces: list[list[str]]) -> list[tuple[int, int, str, str]]:
         for place, part in enumerate(re.split("\n", text.replace("\t", "    "))):
             line, column = (line + 1, 0) if place else (line, column)
             if part and line < LINES and column < COLUMNS:
-                found.append((line, column, cli.printable(part)[: COLUMNS - column], kind))
+                found.append((line, column, printable(part)[: COLUMNS - column], kind))
             column += len(part)
     return found
 
@@ -132,7 +133,7 @@ def picture(models: list[dict[str, Any]], states: list[dict[str, Any]]) -> Figur
         bits, colour = model["bits_per_byte"], COLOURS[0 if model["side"] == "student" else 1]
         ax.hlines(place, bits["low"], bits["high"], colors=colour, linewidth=2)
         ax.scatter(bits["value"], place, 36, color=colour)
-    ax.set_yticks(list(places), [cli.printable(model["name"]) for model in models])
+    ax.set_yticks(list(places), [printable(model["name"]) for model in models])
     ax.set(title="held-out bits per byte, 95 %", xlabel="lower is better", ylim=(-0.6, len(models) - 0.4))
     for ax, text, height, state in zip(right.subplots(len(states), 1, height_ratios=heights), texts, heights, states):
         ax.set_title(f"after {state['passes']} forward passes", fontsize=8)
