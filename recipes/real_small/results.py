@@ -81,17 +81,16 @@ def writing(scores: dict[str, Any], writer: str, data: Path) -> list[dict[str, A
     """The states of one completion of ``writer`` after the passes ``SHOWN``: pieces of text, each with its key of
     ``ORDER``; the last state is the whole completion.
     """
-    import torch
-
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.data import PreparedData
     from megatron_tide.generate import from_prepared, stream
+    from megatron_tide.models import DTYPES
     from megatron_tide.training_checkpoint import open_model
 
     (model,) = (one for one in scores["models"] if one["name"] == writer)
     texts = model["completions"]["texts"]
     good = [place for place, one in enumerate(texts) if one["parses"] and one["says_something"]]
-    opened = open_model(model["path"], getattr(torch, scores["settings"]["dtype"]))
+    opened = open_model(model["path"], DTYPES[scores["settings"]["dtype"]])
     tokenizer = load_tokenizer(opened.folder)
     prompt = from_prepared(PreparedData.open(data), tokenizer, len(texts), "student")[good[0] if good else 0]
     most = scores["settings"]["decoding"]["max_new_tokens"]
