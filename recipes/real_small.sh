@@ -130,7 +130,7 @@ if [[ $SIZE == cpu ]]; then
 fi
 
 main() {
-  local model=$SOURCE out=$run/hf name seed one expected=0 named=() repeated=() scored=("$run/scores/first.json")
+  local model=$SOURCE out=$run/hf name seed one expected=0 named=() repeated=() scored=("$run/scores-first.json")
   if [[ $SOURCE == *.gguf ]]; then
     model=$run/source
     stage source "$PYTHON" -m megatron_tide init-model --from "$SOURCE" --as-is --out "$model" --fresh
@@ -167,7 +167,7 @@ main() {
 
   local evaluate=(evaluate --data "$run/test-data" --samples "$EVAL_SAMPLES" --mc-samples "$MC_SAMPLES" --dtype "$dtype" --per-sample) then=()
   if ((${#repeated[@]} > 0)); then
-    scored+=("$run/scores/seeds.json")
+    scored+=("$run/scores-seeds.json")
     then=(--then "${evaluate[@]}" "${repeated[@]}" --json "${scored[1]}")
   fi
   stage scores "$PYTHON" -m megatron_tide "${evaluate[@]}" --student small="$run/small" "${named[@]}" \

@@ -1,6 +1,6 @@
 """What recipes/real_small.sh found: scores.json, report.json and a picture.
 
-    python recipes/real_small/results.py runs/real_small/scores/first.json runs/real_small/scores/seeds.json \\
+    python recipes/real_small/results.py runs/real_small/scores-first.json runs/real_small/scores-seeds.json \\
         --data runs/real_small/test-data --writer adapted-bd3lm --out runs/real_small
 
 Reads what `evaluate --per-sample` wrote: all models, and the students of the further seeds, named NAME-seed-SEED.

@@ -54,7 +54,7 @@ def test_one_model_and_one_seed_are_enough() -> None:
     assert "adapted-kl=runs/real_small/hf" in stages["scores"]
     assert "autoregressive=runs/real_small/source" in stages["scores"]
     assert "float32" in stages["scores"]
-    assert "seeds.json" not in " ".join(stages["scores"])
+    assert "scores-seeds.json" not in " ".join(stages["scores"])
 
 
 @pytest.mark.parametrize(
