@@ -101,7 +101,10 @@ class FastCodec:
         self._prefix_once = '"prepend_scheme": "first"' in json.dumps(spec["pre_tokenizer"])
         self._control = _any_of(self.special)
         self._edges = _Edges({*self.special, *map(self._normal, self.special)})
-        self.core = _digest({key: spec[key] for key in ("normalizer", "pre_tokenizer", "model")})
+        read = ["normalizer", "pre_tokenizer", "model"]
+        if "ByteLevel" in {*_kinds(spec.get("decoder"))} - {*_kinds(spec.get("pre_tokenizer"))}:
+            read.append("decoder")  # it alone says which bytes a token has
+        self.core = _digest({key: spec[key] for key in read})
 
     def encode(self, text: str) -> list[int]:
         return _encode(self._text, text).ids

@@ -291,3 +291,15 @@ def test_how_an_added_token_takes_its_surroundings_is_part_of_the_fingerprint(
         found.append(load_tokenizer(folder).fingerprint)
     assert found[0] != found[1]
     assert found[0] == load_tokenizer(folders["student"]).fingerprint
+
+
+def test_a_decoder_that_decides_the_bytes_is_in_the_fingerprint(tmp_path: Path) -> None:
+    folder = train_byte_bpe(tmp_path / "bpe", TEXTS, 320)
+    file = folder / "tokenizer.json"
+    spec = json.loads(file.read_text())
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never"}
+    found = set()
+    for decoder in (spec["decoder"], spec["pre_tokenizer"]):
+        file.write_text(json.dumps({**spec, "decoder": decoder}))
+        found.add(load_tokenizer(folder).fingerprint)
+    assert len(found) == 2
