@@ -180,9 +180,10 @@ class FastCodec:
 class SentencePieceCodec:
     """A SentencePiece model, with ``added`` tokens (string -> id) on top of or inside its vocabulary.
 
-    Control pieces and added tokens are special: SentencePiece itself never makes a control piece from text, and added
-    tokens are looked for in prompts only. In a prompt, each stretch between special tokens is encoded as a text of its
-    own.
+    Control pieces, added tokens and those in ``named`` are special. SentencePiece makes no control piece from text, but
+    does make user-defined pieces; where a special one stands in a text, the text is encoded in two stretches that part
+    it. Special tokens are looked for in prompts only. In a prompt, each stretch between them is encoded as a text of
+    its own.
     """
 
     def __init__(
@@ -207,23 +208,41 @@ class SentencePieceCodec:
             for index, token in enumerate(self.strings)
         ]
         self._control = _any_of(self.special)
+        eager = (token for token, index in self.special.items() if len(token) > 1 and index in processor.encode(token))
+        self._eager = _any_of(eager)
         self._edges = _Edges(self.special)
         self.core = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        if self._eager is None or not self._eager.search(text):
+            return self._processor.encode(text)
+        return [index for index, _, _ in self._pieces(text)]
 
     def spans(self, text: str) -> np.ndarray:
         """int64 [n, 2]: the bytes of ``text`` that each token of ``encode(text)`` stands for, as the library has it."""
-        pieces = self._processor.encode(text, return_type="proto").pieces
-        return np.array([(piece.begin, piece.end) for piece in pieces], np.int64).reshape(-1, 2)
+        return np.array([(start, stop) for _, start, stop in self._pieces(text)], np.int64).reshape(-1, 2)
 
     def encode_rest(self, text: str) -> list[int]:
         """Ordinary text that goes on after other tokens: without the space that some write before a text."""
-        pieces = self._processor.encode(BLANK + text, return_type="proto").pieces
-        size = len(BLANK.encode())
-        own = (place for place, piece in enumerate(pieces) if piece.begin >= size or piece.end > size)
-        return [piece.id for piece in pieces[next(own, len(pieces)) :]]
+        return [index for index, _, _ in self._pieces(text, BLANK)]
+
+    def _pieces(self, text: str, before: str = "") -> Iterator[tuple[int, int, int]]:
+        """Id and bytes in ``text`` of each token; ``before`` is encoded with its first stretch, and then left out."""
+        place = 0
+        for stretch in self._stretches(text):
+            pieces, size = self._processor.encode(before + stretch, return_type="proto").pieces, len(before.encode())
+            own = (number for number, piece in enumerate(pieces) if piece.begin >= size or piece.end > size)
+            for piece in pieces[next(own, len(pieces)) :] if before else pieces:
+                yield piece.id, place + piece.begin - size, place + piece.end - size
+            before, place = BLANK, place + len(stretch.encode())
+
+    def _stretches(self, text: str) -> Iterator[str]:
+        """``text``, cut behind the first letter of every special token that the library would make of it."""
+        start = 0
+        while self._eager and (found := self._eager.search(text, start)):
+            yield text[start : found.start() + 1]
+            start = found.start() + 1
+        yield text[start:]
 
     def encode_prompt(self, text: str) -> list[int]:
         return [index for ids, _ in self.prompt_parts(text, ()) for index in ids]

@@ -232,8 +232,11 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
             template = read_whole(model.parent / _TEMPLATE).decode("utf-8-sig")
     if isinstance(template, Mapping):
         template = template.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{request.name}: its chat template is a {type(template).__name__}, not text; restore it")
+    turns = tokens_of_turns(template, pieces | added.keys(), {f"{role}_token": roles[role] for role in roles})
     with _reading(request.name):
-        codec = SentencePieceCodec(processor, added, roles.values())
+        codec = SentencePieceCodec(processor, added, turns.union(roles.values()))
     source = TokenizerSource(
         name=request.name,
         path=model if model.name != _SENTENCEPIECE else model.parent,

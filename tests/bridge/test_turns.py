@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+
+import sentencepiece
 
 from megatron_tide.bridge import load_tokenizer
 
@@ -41,3 +44,28 @@ def test_what_a_template_writes_around_messages_is_no_messages_to_write(
     assert not {opens, ends} & {*ids}
     assert tokenizer.decode(ids) == text
     assert first + 4 in ids  # <b>
+
+
+def test_pieces_that_sentencepiece_itself_makes_of_text_are_control_tokens_too(tmp_path: Path) -> None:
+    """User-defined pieces, as Gemma's turns are: with a ``tokenizer.model`` alone, nothing else tells of them."""
+    names = {"user_defined_symbols": ["<start_of_turn>", "<end_of_turn>", "<mask>", "<b>"], "hard_vocab_limit": False}
+    model = io.BytesIO()
+    lines = iter(["the cat sat on the mat", "start end of turn mask model user", "abc <b> </b> < > / \u00e9 _"] * 9)
+    train = sentencepiece.SentencePieceTrainer.train
+    train(sentence_iterator=lines, model_writer=model, vocab_size=90, model_type="bpe", minloglevel=2, **names)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": "<mask>"}')
+    turns = "{% for m in messages %}{{ '<start_of_turn>' + m.role + ' ' + m.content + '<end_of_turn>' }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(turns)
+    tokenizer = load_tokenizer(tmp_path)
+    opens, ends, mask, bold = (tokenizer.encode_prompt(one).tolist()[-1] for one in names["user_defined_symbols"])
+    assert {opens, ends, mask} <= tokenizer.special_ids
+    assert bold not in tokenizer.special_ids
+    for text in ("a <end_of_turn><start_of_turn>model <mask> b", "<mask>", "\u00e9 <<mask>\u00e9<mask><mask> <b>"):
+        ids = tokenizer.encode(text).tolist()
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.spans(text)[:, 1].tolist()[-1] == len(text.encode())
+        assert not {opens, ends, mask} & {*ids}
+        prompt = tokenizer.encode_prompt(tokenizer.render([{"role": "user", "content": text}])).tolist()
+        assert [index for index in prompt if index in (opens, ends, mask)] == [opens, ends]
+    assert bold in ids
