@@ -255,7 +255,7 @@ def quickstart(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_quickstart_whole_and_small(quickstart, tmp_path):
+def test_quickstart_whole_and_small(quickstart, tmp_path, monkeypatch):
     folder, printed = quickstart
     report = json.loads((folder / "report.json").read_text())
     strategies = ["bd3lm", "bd3lm-short", "tide-cross", "tide-bridge"]
@@ -278,13 +278,21 @@ def test_quickstart_whole_and_small(quickstart, tmp_path):
     again = run("quickstart.sh", timeout=300, RUNS=str(folder.parent), **SMALL)
     assert again.returncode == 0
     assert again.stdout.count("already done, skipped") == len(report["stages"])
+    monkeypatch.chdir(tmp_path)  # where some of them write
     for number, words in enumerate(readme_commands_on("runs/quickstart")):
-        assert words[:3] == ["python", "-m", "megatron_tide"]
-        on_this_run = [word.replace("runs/quickstart", str(folder)) for word in words[3:]]
+        on_this_run = [word.replace("runs/quickstart", str(folder)) for word in command_of(words)]
         if "--tasks" in words:
             on_this_run += ["--limit", "4"]  # of 164 problems
         shown = run_command(main, on_this_run, tmp_path / str(number))
         assert shown.status == 0, (words, shown.printed[-2000:])
+
+
+def command_of(words):
+    """The words behind ``python -m megatron_tide`` that a command line of the README stands for."""
+    if words[:3] == ["python", "-m", "megatron_tide"]:
+        return words[3:]
+    script = (REPOSITORY / words[1]).read_text(encoding="utf-8")
+    return [re.search(r'entry\("([a-z-]+)"\)', script)[1], *words[2:]]
 
 
 def readme_commands_on(folder):
