@@ -187,13 +187,7 @@ def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _
         if role.endswith("_token") and token is not None
     }
     _name_mask(request, roles, raw.get_vocab())
-    template = raw.chat_template
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not isinstance(template, str | None):
-        raise ValueError(
-            f"{request.name}: its chat template is a {type(template).__name__}, not text; restore the file"
-        )
+    template = _default_template(request, raw.chat_template)
     added = raw.backend_tokenizer.get_added_tokens_decoder().values()
     turns = tokens_of_turns(
         template, (one.content for one in added if not one.special), {f"{role}_token": roles[role] for role in roles}
@@ -230,10 +224,7 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     if model.parent / _TEMPLATE in files:
         with _reading(request.name):
             template = read_whole(model.parent / _TEMPLATE).decode("utf-8-sig")
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    if not isinstance(template, str | None):
-        raise ValueError(f"{request.name}: its chat template is a {type(template).__name__}, not text; restore it")
+    template = _default_template(request, template)
     turns = tokens_of_turns(template, pieces | added.keys(), {f"{role}_token": roles[role] for role in roles})
     with _reading(request.name):
         codec = SentencePieceCodec(processor, added, turns.union(roles.values()))
@@ -246,6 +237,16 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
         again=request.again,
     )
     return TextTokenizer(codec, source)
+
+
+def _default_template(request: _LoadRequest, template: Any) -> str | None:
+    """The chat template, or of several by name the default one."""
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if not isinstance(template, str | None):
+        kind = type(template).__name__
+        raise ValueError(f"{request.name}: its chat template is a {kind}, not text; restore the file")
+    return template
 
 
 def _name_mask(request: _LoadRequest, roles: dict[str, str], vocabulary: Container[str]) -> None:

@@ -85,7 +85,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         steps=steps,
         run={},
     )
-    found.run.update(_record(config, found, bridge), continued=begun)
+    found = replace(found, run=_record(config, found, bridge) | {"continued": begun})
     return replace(found, cache=_cache(config, found)) if cached and strategy.needs_teacher else found
 
 

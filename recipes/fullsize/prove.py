@@ -20,7 +20,6 @@ import torch
 from benchmarks.common import report
 from megatron_tide import cli, distill
 from megatron_tide.bridge import load_tokenizer
-from megatron_tide.cli import number
 from megatron_tide.config import DistillConfig
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.build import DTYPES, hosting_of
@@ -160,10 +159,10 @@ def main(argv: list[str]) -> None:
         help="micro-batches in the step (default: %(default)s)",
     )
     parser.add_argument(
-        "--memory-gib", type=number(float, 1, 1 << 20), default=22.0, help="stop above (default: %(default)s)"
+        "--memory-gib", type=cli.number(float, 1, 1 << 20), default=22.0, help="stop above (default: %(default)s)"
     )
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**31), default=42, help="of weights and noise (default: %(default)s)"
+        "--seed", type=cli.number(int, 0, 2**31), default=42, help="of weights and noise (default: %(default)s)"
     )
     arguments, flags = parser.parse_known_args(argv)
     folders, started = Folders(arguments.run), time.perf_counter()

@@ -20,9 +20,9 @@ FORM = {"own": int, "corpus": int, "tokens": int, "finished": int, "empty": int,
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the recipe's folder")
-    parser.add_argument("--rounds", type=int, required=True, help="number of rounds")
+    parser.add_argument("--rounds", type=cli.number(int, 1, 1 << 20), required=True, help="number of rounds")
     arguments = parser.parse_args(argv)
     run: Path = arguments.run
     rounds = [
