@@ -33,6 +33,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
+@pytest.fixture(autouse=True)
+def launched_by_nobody():
+    """A command in this process joins a group of one; the environment of the next test does not say so."""
+    yield
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     """A tiny chain of the real parts (tests.support.chain.Chain), made once a session; treat it as read-only."""

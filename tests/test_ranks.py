@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tests.support.ranks import run_on_ranks
@@ -48,3 +52,13 @@ def test_a_value_or_an_error_of_rank_0_reaches_all() -> None:
     assert first[2].startswith("OSError: [Errno 13] Permission denied")
     assert first[4] == "ValueError: rank 1 has no disk"
     assert (first[5], second[5]) == ("0", "1")
+
+
+JOIN = "from megatron_tide.train.distributed import init_distributed as join; join()"
+
+
+def test_a_process_that_a_group_of_one_starts_joins_a_group_of_its_own() -> None:
+    own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    starts = f"{JOIN}; import subprocess, sys; subprocess.run([sys.executable, '-c', {JOIN!r}], check=True)"
+    ended = subprocess.run([sys.executable, "-c", starts], env=own, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr

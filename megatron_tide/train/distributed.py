@@ -135,7 +135,7 @@ def init_distributed() -> DistContext:
     Raises:
         ValueError: as :func:`launched_ranks`.
     """
-    launched_ranks()
+    own_port = launched_ranks() == 1 and "MASTER_PORT" not in os.environ
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     refuse_idle_gpu()
@@ -157,6 +157,8 @@ def init_distributed() -> DistContext:
         with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
             deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", **settings)
     del here  # the group's own store, of the same server, lives on
+    if own_port:
+        os.environ.pop("MASTER_PORT", None)  # a process started from here would find that port in use
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     world = DistContext(
         rank=dist.get_rank(),
