@@ -10,9 +10,11 @@ import pytest
 
 from megatron_tide import cli, distill
 from megatron_tide.config import DistillConfig, StrategyConfig, TrainConfig
+from megatron_tide.files import read_json
 from megatron_tide.objectives import build_strategy
 from tests.objectives.test_table import MAPPED, SHARED
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 OPTIMISER = ("optimizer", "lr_schedule", "warmup_ratio", "lr", "epochs")
 # (preset, strategy, shared tokenizer) -> chunk objective, distribution objective, what TIDAL does to each, CompDemo,
 # midrange weight, T, samples per step.
@@ -66,14 +68,21 @@ def test_a_file_and_the_command_line_come_first(tmp_path: Path) -> None:
     assert cli.parse(distill, ["--config", str(file)]).run.strategy.tidal_midrange
 
 
-def test_ours_is_the_same_for_every_pipeline(tmp_path: Path) -> None:
+def test_ours_is_what_won_the_study_in_every_pipeline(tmp_path: Path) -> None:
+    study = read_json(REPOSITORY / "benchmarks" / "results" / "study.json")
+    verdicts = {one["name"]: (one["difference"]["value"] < 0, one["verdict"]) for one in study["hypotheses"]}
+    assert verdicts["H4"] == (True, "holds")
+    assert verdicts["H7a"] == verdicts["H7b"] == (False, "does not hold")
     for shared in (True, False):
-        run = run_of(tmp_path, shared, "--preset", "ours", "--strategy", "tide-shared")
-        assert (run.strategy.masking, run.strategy.tidal_midrange, run.train.global_batch_size) == (
-            "synchronous",
-            False,
-            64,
-        )
+        run = run_of(tmp_path, shared, "--preset", "ours", "--strategy", "tide-bridge")
+        teaching = [getattr(run.strategy, name) for name in ("teacher_context", "compdemo", "tidal", "tidal_midrange")]
+        assert teaching == ["staircase", False, "off", False]
+        noise = [getattr(run.strategy, name) for name in ("masking", "timesteps", "timestep_sampling", "mask_count")]
+        assert noise == ["synchronous", "block", "stratified", "exact"]
+        assert run.train.global_batch_size == 64
+    built = build_strategy(run.strategy, MAPPED).describe()
+    assert (built["compdemo"], built["distribution_tidal"], built["chunk_tidal"]) == (False, "off", "off")
+    assert run_of(tmp_path, False, "--preset", "ours", "--compdemo").strategy.compdemo
 
 
 def test_trust_comes_from_the_command_line_alone(tmp_path: Path) -> None:

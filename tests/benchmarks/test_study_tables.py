@@ -1,0 +1,50 @@
+"""The study's numbers in the READMEs are those of its results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_tide.files import read_json
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUMBERS = re.compile(r"[-+]?\d+\.\d+|\d+e-\d+")
+
+
+@pytest.fixture(scope="module")
+def study() -> Any:
+    return read_json(REPOSITORY / "benchmarks" / "results" / "study.json")
+
+
+def rows(file: str, heading: str) -> dict[str, list[str]]:
+    """The cells of a section's table, by its first cell."""
+    section = (REPOSITORY / file).read_text().split(f" {heading}\n", 1)[1].split("\n#", 1)[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    return {cells[0]: cells[1:] for cells in lines[1:]}
+
+
+def interval(values: dict[str, float]) -> str:
+    return f"{values['value']:+.4f} [{values['low']:+.4f}, {values['high']:+.4f}]"
+
+
+def test_verdicts(study: Any) -> None:
+    table = rows("README.md", "What five seeds say")
+    assert list(table) == [one["name"] for one in study["hypotheses"]]
+    for one in study["hypotheses"]:
+        _, difference, p, verdict = table[one["name"]]
+        assert difference == interval(one["difference"])
+        assert one["p_holm"] < 1e-6 if p == "< 1e-6" else float(p) == pytest.approx(one["p_holm"], rel=0.05)
+        assert verdict.strip("*") == one["verdict"]
+
+
+def test_models(study: Any) -> None:
+    table = rows("recipes/README.md", "The study")
+    assert set(table) == set(study["models"])
+    for name, (bits, change, settings) in table.items():
+        assert bits == f"{study['models'][name]['bits_per_byte']:.4f}"
+        assert name == "start" or change == interval(study["models"][name]["minus_start"])
+        if name in study["tuning"]:
+            assert float(NUMBERS.findall(settings)[0]) == study["tuning"][name]["chosen"]["lr"]
