@@ -69,7 +69,7 @@ PRESETS = Table(
         "paper": Choice("the published setting of the run's pipeline (what its tokenizers say)", PAPER),
         "paper-script": Choice("the same, with its script's temperature where the tokenizers differ", PAPER_SCRIPT),
         "ours": Choice(
-            "what won the study (README): unbiased masking of less variance, a teacher with the student's attention mask, "
+            "what won the study (README): unbiased masking of less variance, a teacher with the student's attention, "
             "no TIDAL and no CompDemo",
             OURS,
         ),
