@@ -225,31 +225,59 @@ chain() {
   stage report "$PYTHON" -m megatron_tide report "$RUNS/$NAME"
 }
 
+# read_settings: set pair, trust, read (how the tools read both models), hosting and floor, which the caller declares, from
+# the settings of the recipe.
+read_settings() {
+  pair=(--student "$STUDENT" --teacher "$TEACHER")
+  trust=()
+  ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
+  read=("${pair[@]}" ${STUDENT_MASK:+--student-mask "$STUDENT_MASK"} ${TEACHER_MASK:+--teacher-mask "$TEACHER_MASK"}
+    ${trust[@]+"${trust[@]}"})
+  hosting=(${HOSTING:+--teacher-hosting "$HOSTING"} ${TEACHER_NVME:+--teacher-nvme "$TEACHER_NVME"})
+  floor=(${COVERAGE_FLOOR:+--coverage-floor "$COVERAGE_FLOOR"})
+}
+
+# build_bridge: a sample of DATA -> the bridge of both tokenizers.
+build_bridge() {
+  stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
+  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge" \
+    ${floor[@]+"${floor[@]}"}
+}
+
+# prepare_pair TITLE SOURCE OUT: SOURCE as training data of both models.
+prepare_pair() {
+  stage "$1" "$PYTHON" -m megatron_tide prepare --data "$2" "${read[@]}" --bridge "$run/bridge" \
+    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$3" \
+    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"} ${TEACHER_BLOCK:+--teacher-block "$TEACHER_BLOCK"} ${floor[@]+"${floor[@]}"}
+}
+
+# teach OUT CACHE DATA FLAGS...: one distillation, as distil; with CACHE=1 the teacher answers it first, into the folder
+# CACHE, as a stage of that name, and the training loads no teacher.
+teach() {
+  local out=$1 answers=$2 prepared=$3 hosted=(${hosting[@]+"${hosting[@]}"})
+  shift 3
+  local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$prepared" --strategy "$STRATEGY")
+  if [[ $CACHE == 1 ]]; then
+    on_ranks "$(basename "$answers")" "megatron_tide cache" --out "$answers" "${training[@]}" ${hosted[@]+"${hosted[@]}"} "$@"
+    hosted=(--teacher-hosting cached --teacher-cache "$answers")
+  fi
+  distil "$out" "${training[@]}" ${hosted[@]+"${hosted[@]}"} "$@"
+}
+
+# export_hf TRAINED OUT: its newest checkpoint as a Hugging Face folder.
+export_hf() {
+  stage convert "$PYTHON" -m megatron_tide convert "$1" "$2" --overwrite ${RELEASE_DTYPE:+--dtype "$RELEASE_DTYPE"}
+}
+
 # release [FLAGS...]: bridge -> data (-> cache) -> distil -> convert (-> evaluate on EVAL_DATA), with the settings of the
 # recipe; FLAGS are passed to distil. CACHE=1: the teacher answers the whole training first, as a stage of its own.
 release() {
-  local run=$RUNS/$NAME
-  local pair=(--student "$STUDENT" --teacher "$TEACHER") masks=() trust=()
-  local hosting=(${HOSTING:+--teacher-hosting "$HOSTING"} ${TEACHER_NVME:+--teacher-nvme "$TEACHER_NVME"})
-  [[ -z $STUDENT_MASK ]] || masks+=(--student-mask "$STUDENT_MASK")
-  [[ -z $TEACHER_MASK ]] || masks+=(--teacher-mask "$TEACHER_MASK")
-  ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
-  local read=("${pair[@]}" ${masks[@]+"${masks[@]}"} ${trust[@]+"${trust[@]}"})
-
-  stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
-  local floor=(${COVERAGE_FLOOR:+--coverage-floor "$COVERAGE_FLOOR"})
-  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge" \
-    ${floor[@]+"${floor[@]}"}
-  stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" "${read[@]}" --bridge "$run/bridge" \
-    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/data" \
-    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"} ${TEACHER_BLOCK:+--teacher-block "$TEACHER_BLOCK"} ${floor[@]+"${floor[@]}"}
-  local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$run/data" --strategy "$STRATEGY")
-  if [[ $CACHE == 1 ]]; then # training then loads no teacher
-    on_ranks cache "megatron_tide cache" --out "$run/cache" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
-    hosting=(--teacher-hosting cached --teacher-cache "$run/cache")
-  fi
-  distil "$run/$STRATEGY" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
-  stage convert "$PYTHON" -m megatron_tide convert "$run/$STRATEGY" "$run/hf" --overwrite ${RELEASE_DTYPE:+--dtype "$RELEASE_DTYPE"}
+  local run=$RUNS/$NAME pair trust read hosting floor
+  read_settings
+  build_bridge
+  prepare_pair data "$DATA" "$run/data"
+  teach "$run/$STRATEGY" "$run/cache" "$run/data" "$@"
+  export_hf "$run/$STRATEGY" "$run/hf"
   [[ -n ${EVAL_DATA:-} ]] || return 0 # prepared data that was not used for training
   stage evaluate "$PYTHON" -m megatron_tide evaluate --data "$EVAL_DATA" --student start="$STUDENT" --student distilled="$run/hf" \
     --json "$run/scores.json" --card
@@ -265,5 +293,5 @@ adapt() {
   stage data "$PYTHON" -m megatron_tide prepare --data "$DATA" --student "$run/student" --student-length "$STUDENT_LENGTH" \
     --out "$run/data"
   distil "$run/adaptation" --student "$run/student" --data "$run/data" --strategy bd3lm "$@"
-  stage convert "$PYTHON" -m megatron_tide convert "$run/adaptation" "$run/hf" --overwrite ${RELEASE_DTYPE:+--dtype "$RELEASE_DTYPE"}
+  export_hf "$run/adaptation" "$run/hf"
 }

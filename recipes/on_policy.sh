@@ -38,12 +38,11 @@ SEED=${SEED:-42}                                                     # of rows, 
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 STUDENT_BLOCK=${STUDENT_BLOCK:-}                                     # block size to train the student with; empty: its own
 TEACHER_LENGTH=${TEACHER_LENGTH:-768}
-STUDENT_MASK=${STUDENT_MASK:-}                                       # mask token, if the tokenizer defines none
-TEACHER_MASK=${TEACHER_MASK:-}
 HOSTING=${HOSTING:-}                                                 # where the teacher's weights are (table in README.md); empty: replicated
 TEACHER_NVME=${TEACHER_NVME:-}                                       # HOSTING=zero3_nvme: a folder on a fast local disk
 CACHE=${CACHE:-0}                                                    # 1: a stage per round in which the teacher answers it first (distributions: --teacher-top 64)
 TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                            # 1: allow Python code from the hub repositories
+# TEACHER_BLOCK, STUDENT_MASK, TEACHER_MASK, COVERAGE_FLOOR, RELEASE_DTYPE: see common.sh
 # NPROC, NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT: see launcher() in common.sh
 # ---
 
@@ -60,32 +59,21 @@ round() {
   on_ranks "answer-$number" "megatron_tide rollout" "$now" --data "$DATA" --round "$number" --samples "$SAMPLES" --share "$ON_POLICY" \
     --seed "$SEED" --student-length "$STUDENT_LENGTH" ${STUDENT_BLOCK:+--block-size "$STUDENT_BLOCK"} \
     ${STUDENT_MASK:+--student-mask "$STUDENT_MASK"} ${trust[@]+"${trust[@]}"} --out "$rows" "${decoding[@]}"
-  stage "data-$number" "$PYTHON" -m megatron_tide prepare --data "$rows/mixture.json" "${read[@]}" --bridge "$run/bridge" \
-    --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$data" \
-    ${STUDENT_BLOCK:+--student-block "$STUDENT_BLOCK"}
+  prepare_pair "data-$number" "$rows/mixture.json" "$data"
   ((number == 1)) || from=(--continue-from "$now")
-  local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$data" --strategy "$STRATEGY"
-    --global-batch-size "$BATCH" --max-steps $((ROUNDS * STEPS)) --until-step $((number * STEPS)) --seed "$SEED" ${from[@]+"${from[@]}"})
-  local hosting=(${HOSTING:+--teacher-hosting "$HOSTING"} ${TEACHER_NVME:+--teacher-nvme "$TEACHER_NVME"})
-  if [[ $CACHE == 1 ]]; then
-    on_ranks "cache-$number" "megatron_tide cache" --out "$run/round-$number-cache" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
-    hosting=(--teacher-hosting cached --teacher-cache "$run/round-$number-cache")
-  fi
-  distil "$run/round-$number" "${training[@]}" ${hosting[@]+"${hosting[@]}"} "$@"
+  teach "$run/round-$number" "$run/cache-$number" "$data" --global-batch-size "$BATCH" --max-steps $((ROUNDS * STEPS)) \
+    --until-step $((number * STEPS)) --seed "$SEED" ${from[@]+"${from[@]}"} "$@"
 }
 
 main() {
-  local pair=(--student "$STUDENT" --teacher "$TEACHER") trust=() now=$STUDENT number
-  ((TRUST_REMOTE_CODE == 0)) || trust=(--trust-remote-code)
-  local read=("${pair[@]}" ${STUDENT_MASK:+--student-mask "$STUDENT_MASK"} ${TEACHER_MASK:+--teacher-mask "$TEACHER_MASK"}
-    ${trust[@]+"${trust[@]}"})
-  stage sample "$PYTHON" -m megatron_tide sample --data "$DATA" --out "$run/sample.jsonl"
-  stage bridge "$PYTHON" -m megatron_tide bridge "${read[@]}" --sample "$run/sample.jsonl" --out "$run/bridge"
+  local pair trust read hosting floor now=$STUDENT number
+  read_settings
+  build_bridge
   for ((number = 1; number <= ROUNDS; number++)); do
     round "$number" "$now" "$@"
     now=$run/round-$number
   done
-  stage convert "$PYTHON" -m megatron_tide convert "$now" "$run/hf" --overwrite
+  export_hf "$now" "$run/hf"
   stage report "$PYTHON" -m megatron_tide report "$run"
   [[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/on_policy/report.py "$run" --rounds "$ROUNDS"
 }

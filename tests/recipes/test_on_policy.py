@@ -45,7 +45,7 @@ def test_settings_reach_the_stages_and_rounds_go_on() -> None:
         assert "--continue-from runs/on_policy/round-1 " in lines[stage]
         assert lines[stage].endswith("--lr 1e-5")
     assert "--continue-from" not in lines["train-round-1"]
-    assert "--teacher-cache runs/on_policy/round-2-cache" in lines["train-round-2"]
+    assert "--teacher-cache runs/on_policy/cache-2" in lines["train-round-2"]
     assert "convert runs/on_policy/round-2 " in lines["convert"]
     assert not any("cache" in name for name in commands(RECIPE, ROUNDS="1"))
     refused = run(RECIPE, DRY_RUN="1", ROUNDS="0")

@@ -204,6 +204,9 @@ def test_what_a_stage_asks_for_is_a_knob_of_the_chain(knob, value, flag, stages)
     assert not [name for name, words in commands(recipe).items() if flag in words and name in stages]
     found = commands(recipe, **{knob: value})
     assert [name for name, words in found.items() if flag in words and words[words.index(flag) + 1] == value] == stages
+    rounds = commands("on_policy.sh", ROUNDS="1", **{knob: value})
+    given = [name for name, words in rounds.items() if flag in words and words[words.index(flag) + 1] == value]
+    assert set(stages) <= {name.removesuffix("-1") for name in given}
 
 
 def test_trust_refuses_another_word():
