@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Protocol
 
-from megatron_tide.bridge.template import TemplateLimit
+from megatron_tide.bridge.template import MARKS_OF_THOUGHTS, TemplateLimit
 from megatron_tide.tables import MEDIA, THOUGHTS
 
 Range = tuple[int, int]
@@ -21,6 +21,7 @@ SPOKEN = ("content", *THOUGHTS, "tool_calls", "function_call", "refusal", "name"
 TOOLS = ("tool", "function")  # roles whose name is that of a tool, which its call has said
 _RARE = range(0x20000, 0x2A6E0)
 """Letters that stand for parts of messages: without cases or composition, printed as they are, in hardly any text."""
+_END_OF_THOUGHTS = re.compile("|".join(map(re.escape, MARKS_OF_THOUGHTS.values())))
 BLANK = "\ue000"  # a private-use character that is in no vocabulary
 _NOT_SAID = ("id", "type", "index")  # of a tool call
 
@@ -199,7 +200,7 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
             silent = (earlier and field in THOUGHTS) or (field == "name" and message.get("role") in TOOLS)
             said = [] if silent else [text for text in _said(message.get(field)) if text.strip()]
             if earlier:
-                said = [text.rpartition("</think>")[2] for text in said]
+                said = [_END_OF_THOUGHTS.split(text)[-1] for text in said]
             lost = [text for text in said if not _found(text, rendered)]
             if marks is not None and said and not lost:
                 letters = [one for one in _said(marked[number][field]) if one[:1] and ord(one[0]) in _RARE]

@@ -23,7 +23,16 @@ from megatron_tide.bridge.template_worker import SECONDS, SIZE
 
 WORKER = Path(__file__).with_name("template_worker.py")
 _PIPE = 1 << 15  # bytes that a pipe takes at once
-MARKS_OF_THOUGHTS = ("<think>", "</think>")
+MARKS_OF_THOUGHTS = {  # around what a model writes before it answers: Qwen3 and DeepSeek, Seed, Mistral, Cohere, Kimi
+    "<think>": "</think>",
+    "<seed:think>": "</seed:think>",
+    "[THINK]": "[/THINK]",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "◁think▷": "◁/think▷",
+    "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<reasoning>": "</reasoning>",
+}
 _MARKUP = re.compile(r"[<\[]\S+[>\]]")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -66,7 +75,7 @@ def tokens_of_turns(template: str | None, tokens: Iterable[str], names: Mapping[
     markup are text, which a message may have.
     """
     found = [one for one in tokens if _MARKUP.fullmatch(one) and one in (template or "")]
-    candidates = set(found) - {*MARKS_OF_THOUGHTS}
+    candidates = set(found) - {*MARKS_OF_THOUGHTS, *MARKS_OF_THOUGHTS.values()}
     talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     for messages in (talk, talk[:1]) if candidates else ():
         try:

@@ -1,4 +1,4 @@
-"""Thoughts and answers: what a model writes in ``<think>...</think>`` before it answers is no part of its answer."""
+"""Thoughts and answers: what a model writes in ``<think>...</think>``, or other marks, is no part of its answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from megatron_tide.bridge import TextTokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.bridge.template import MARKS_OF_THOUGHTS
 
-OPEN, CLOSE = MARKS = MARKS_OF_THOUGHTS
+MARKS = {*MARKS_OF_THOUGHTS, *MARKS_OF_THOUGHTS.values()}
+_ALWAYS = "<think>"  # its end counts also where no start was seen: some templates write that themselves
 STILL_THINKING = "were still thinking when their tokens ran out: they count as empty; raise --max-new-tokens"
 
 
@@ -29,21 +30,24 @@ class Answer(str):
         return answer
 
 
-def is_open(prompt: str) -> bool:
-    """Whether a prompt ends in thoughts, so that an answer begins with them and no ``<think>``."""
-    return prompt.rstrip().endswith(OPEN)
+def opened_by(prompt: str) -> str:
+    """The mark of thoughts that a prompt ends in, so that an answer begins with them and no mark; "" for none."""
+    return next((mark for mark in MARKS_OF_THOUGHTS if prompt.rstrip().endswith(mark)), "")
 
 
 def closed(prompt: Rendered) -> Rendered:
     """``prompt`` with its thoughts, if it ends in some, left empty: for an answer that is begun already."""
-    return Rendered(f"{prompt.rstrip()}\n\n{CLOSE}\n\n", prompt.content) if is_open(prompt) else prompt
+    mark = opened_by(prompt)
+    return Rendered(f"{prompt.rstrip()}\n\n{MARKS_OF_THOUGHTS[mark]}\n\n", prompt.content) if mark else prompt
 
 
 def without_thoughts(text: str, prompt: str = "") -> Answer:
     """The answer behind the thoughts; empty, with a note, where a model was still thinking when its tokens ran out."""
-    _, end, answer = text.rpartition(CLOSE)
+    begun = opened_by(prompt)
+    mark = begun or next((one for one in MARKS_OF_THOUGHTS if text.lstrip().startswith(one)), _ALWAYS)
+    _, end, answer = text.rpartition(MARKS_OF_THOUGHTS[mark])
     answer = answer.lstrip("\n") if end else text
-    thinking = answer.lstrip().startswith(OPEN) or (not end and is_open(prompt))
+    thinking = answer.lstrip().startswith(mark) or (not end and begun)
     return Answer("", (STILL_THINKING,)) if thinking else Answer(answer)
 
 

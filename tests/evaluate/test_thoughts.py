@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from megatron_tide.bridge import load_tokenizer
+from megatron_tide.bridge.chat import Rendered
+from megatron_tide.bridge.template import MARKS_OF_THOUGHTS
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.generators import (
     Generator,
     open_generator,
 )
 from megatron_tide.evaluate.response_cache import ResponseCache
-from megatron_tide.evaluate.thoughts import STILL_THINKING, cut, is_open, text_of
+from megatron_tide.evaluate.thoughts import STILL_THINKING, closed, cut, opened_by, text_of, without_thoughts
 from tests.evaluate.generating import PRESET, TURN, answers, opened
 from tests.support.lab import Lab
 
@@ -32,6 +34,22 @@ def test_stop_strings_in_thoughts_end_nothing() -> None:
     assert cut(thought, ["\n\n", "Q:"]) == "5."
     assert cut("still opened by the prompt\n\n</think>  x = 1\n\n", ["\n\n"]) == "  x = 1"
     assert cut("<think>\nwithout an end. The answer is 7.", []) == ""
+
+
+@pytest.mark.parametrize(("start", "end"), MARKS_OF_THOUGHTS.items(), ids=str)
+def test_every_mark_of_thoughts(start: str, end: str) -> None:
+    thought = f"{start}\nQ: is it 4?\n\nNo.{end}\n\n5.\n\nQ: next"
+    assert cut(thought, ["\n\n", "Q:"]) == "5."
+    assert cut(f"It is 4, no.{end}\n\n5.", [], f"[assistant] {start}\n") == "5."
+    for text, prompt in ((f"{start} still", ""), ("still", f"[assistant] {start}\n")):
+        assert without_thoughts(text, prompt).notes == (STILL_THINKING,)
+    assert closed(Rendered(f"[assistant] {start}\n", [])).endswith(f"{start}\n\n{end}\n\n")
+    assert opened_by(f"what does {start} mean?") == ""
+
+
+def test_marks_of_other_models_in_an_answer_are_text() -> None:
+    for end in set(MARKS_OF_THOUGHTS.values()) - {"</think>"}:
+        assert cut(f"Write {end} at the end.", []) == f"Write {end} at the end."
 
 
 def test_models_think_where_they_are_told_to(lab: Lab, baseline: Path, tmp_path: Path) -> None:
@@ -98,7 +116,7 @@ def test_a_baseline_stops_behind_its_thoughts_only(
         (folder / "chat_template.jinja").write_text(template)
         generator = opened(folder, 1)
         prompt = generator.apply_chat_template([{"role": "user", "content": "x <think>"}])
-        assert is_open(prompt) == (name == "opened")
+        assert bool(opened_by(prompt)) == (name == "opened")
         says = writes(generator, text, monkeypatch)
         (found,) = answers(generator, [prompt], LONG, until=[" STOP"])
         assert found == answer
