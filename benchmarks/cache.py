@@ -4,8 +4,8 @@ Given the flags of a training (--config runs/quickstart/tide-bridge/run.json): t
 as the cache command lets it; then the same steps are trained in turn with the teacher and from its answers. Losses of
 both must agree before anything is timed. One rank; the optimizer's update is left out of neither.
 
-Seconds of a sweep are of asking and writing; bytes are of the files, per scored token of the teacher, per distribution,
-and per token of the student's text. A training from answers saves (live - cached) seconds per step, a sweep costs its
+Seconds of filling are of asking and writing; bytes are of the files, per scored token of the teacher, per distribution,
+and per token of the student's text. A training from answers saves (live - cached) seconds per step, filling costs its
 own: ``trainings_to_pay`` of the same questions are needed before it pays on this machine.
 """
 
@@ -51,18 +51,18 @@ def run(args: Args) -> int:
 def figures(config: DistillConfig, args: Args, world: Any) -> dict[str, Any]:
     from megatron_tide.hosting.cached import AnswerCache, CachedTeacher
     from megatron_tide.train import build
+    from megatron_tide.train.fill_cache import fill_cache, forecast
     from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.loop import StopRequest
     from megatron_tide.train.step import global_counts, to_device, train_step
-    from megatron_tide.train.sweep import forecast, sweep_teacher
 
     inputs = read_run_inputs(config, world.size)
     loader = build.make_loader(config, inputs, world)
     expected = forecast(config, inputs, loader, 1, RATES)
     began = time.perf_counter()
     seeds = (config.train.seed,)
-    sweep_teacher(config, inputs, loader, world, expected, seeds=seeds, window=1, stop=StopRequest())
-    sweep = (time.perf_counter() - began) / args.steps
+    fill_cache(config, inputs, loader, world, expected, seeds=seeds, window=1, stop=StopRequest())
+    filling = (time.perf_counter() - began) / args.steps
     context, _ = build.build(config, inputs, world)
     cached = replace(context, backend=CachedTeacher(AnswerCache.open(config.paths.out), inputs.strategy))
     steps = [to_device(loader(step), world.device) for step in range(args.steps)]
@@ -85,11 +85,11 @@ def figures(config: DistillConfig, args: Args, world: Any) -> dict[str, Any]:
         "bytes_per_scored_token": files / scored,
         "bytes_per_student_token": files / tokens,
         "distributions_per_scored_token": pairs / scored,
-        "sweep_seconds_per_step": sweep,
+        "fill_seconds_per_step": filling,
         "step_seconds_with_teacher": live,
         "step_seconds_from_answers": stored,
         "speed_up": live / stored,
-        "trainings_to_pay": sweep / max(live - stored, 1e-9),
+        "trainings_to_pay": filling / max(live - stored, 1e-9),
     }
 
 

@@ -175,7 +175,7 @@ class AtomicFolder:
             self.discard()
 
 
-def sweep(folder: Path, start: str = "") -> None:
+def remove_drafts(folder: Path, start: str = "") -> None:
     """Remove what killed processes left in ``folder``: temporary files, and drafts of folders ``start...``."""
     for path in folder.glob(f"{TEMPORARY}{start}*"):
         remove(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_regular, sweep
+from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_regular, remove_drafts
 
 
 def test_a_link_at_the_temporary_name_is_replaced_and_not_followed(tmp_path):
@@ -85,10 +85,10 @@ def test_what_stood_there_comes_back_when_the_last_rename_fails(tmp_path, monkey
     assert (out / "weights").read_bytes() == b"old"
 
 
-def test_sweeping_removes_drafts_by_their_start(tmp_path):
+def test_drafts_are_removed_by_their_start(tmp_path):
     for name in ("step-1", "step-2.old", "other"):
         (tmp_path / f"{TEMPORARY}{name}").mkdir()
-    sweep(tmp_path, "step-")
+    remove_drafts(tmp_path, "step-")
     assert [path.name for path in tmp_path.iterdir()] == [f"{TEMPORARY}other"]
 
 

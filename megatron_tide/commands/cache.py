@@ -58,8 +58,8 @@ def predict(config: DistillConfig, args: Args, ranks: int) -> Any:
 
     from megatron_tide.train.build import make_loader
     from megatron_tide.train.distributed import DistContext
+    from megatron_tide.train.fill_cache import forecast, refuse_small_disk
     from megatron_tide.train.inputs import read_run_inputs
-    from megatron_tide.train.sweep import forecast, refuse_small_disk
 
     inputs = read_run_inputs(config, ranks)
     if not inputs.strategy.needs_teacher:
@@ -75,9 +75,9 @@ def predict(config: DistillConfig, args: Args, ranks: int) -> Any:
 def ask(config: DistillConfig, args: Args, world: Any) -> int:
     from megatron_tide.lock import locked
     from megatron_tide.train.build import make_loader
+    from megatron_tide.train.fill_cache import fill_cache
     from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.loop import StopRequest
-    from megatron_tide.train.sweep import sweep_teacher
     from megatron_tide.train.watchdog import HangWatchdog
 
     stop = StopRequest()
@@ -87,7 +87,7 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
     loader = make_loader(config, inputs, world)
     seeds = args.seeds or (config.train.seed,)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
-        manifest = sweep_teacher(config, inputs, loader, world, expected, seeds=seeds, window=args.window, stop=stop)
+        manifest = fill_cache(config, inputs, loader, world, expected, seeds=seeds, window=args.window, stop=stop)
     if manifest is None:
         world.print_rank0(f"stopped on request; run the same command again to continue ({out})")
         return EXIT_INTERRUPTED

@@ -19,7 +19,7 @@ from megatron_tide.data.encode import ENCODING, NO_ASSISTANT, Encoder
 from megatron_tide.data.prepared import FORMAT, MANIFEST
 from megatron_tide.data.shard import SIDES, read_shard
 from megatron_tide.data.sources import Mixture, check_unreadable
-from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file, sweep, write_json
+from megatron_tide.files import atomic_write, fingerprint, read_json, remove_drafts, sha256_file, write_json
 from megatron_tide.lock import RunLock
 
 SETTINGS = "settings.json"
@@ -49,7 +49,7 @@ def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, f
     job.out.mkdir(parents=True, exist_ok=True)
     with RunLock(job.out, _LOCK):
         job = replace(job, settings=_claim(job, fresh))
-        sweep(job.out)
+        remove_drafts(job.out)
         missing = [number for number in range(job.shards) if not finished(job, number)]
         if missing:
             build_missing(job, missing, min(workers, len(missing)))

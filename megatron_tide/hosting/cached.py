@@ -1,6 +1,6 @@
 """A teacher that was asked before: its answers from disk. No weights, no memory, no time.
 
-Noise is a pure function of (seed, epoch, sample), so what a run asks its teacher is known in advance. ``train.sweep``
+Noise is a pure function of (seed, epoch, sample), so what a run asks its teacher is known before. ``train.fill_cache``
 asks any hosted teacher everything and writes the answers; :class:`CachedTeacher` reads them, for any student, objective
 at the same temperature, restart, and number of ranks.
 
@@ -243,13 +243,13 @@ class AnswerCache:
                     f"{self.folder}: the teacher was asked with {name} = {short(found)}, this run has "
                     f"{short(value)}; use that value, or run the cache command with another --out"
                 )
-        swept = self.manifest["seeds"].get(str(seed))
-        if swept is None:
+        filled = self.manifest["seeds"].get(str(seed))
+        if filled is None:
             seeds = ", ".join(sorted(self.manifest["seeds"], key=int))
             raise ValueError(f"{self.folder}: has seed {seeds}, not {seed}; run the cache command with --seeds {seed}")
-        if swept["first"] > first or swept["end"] < end:
+        if filled["first"] > first or filled["end"] < end:
             raise ValueError(
-                f"{self.folder}: has steps {swept['first']} to {swept['end']} of seed {seed}, this run needs {first} "
+                f"{self.folder}: has steps {filled['first']} to {filled['end']} of seed {seed}, this run needs {first} "
                 f"to {end}; run the cache command with that number of steps"
             )
 
@@ -262,8 +262,8 @@ class AnswerCache:
         found, origin = [], fingerprint(self.settings)
         self._paths = [
             shard_path(self.folder, int(seed), int(number))
-            for seed, swept in self.manifest["seeds"].items()
-            for number in swept["shards"]
+            for seed, filled in self.manifest["seeds"].items()
+            for number in filled["shards"]
         ]
         for number, path in enumerate(self._paths):
             shard = read_answers(path)
@@ -317,7 +317,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     stated = {name: value for name, value in manifest.items() if name != "fingerprint"}
     try:
         check_form(manifest, _FORM, "")
-        whole = all(seed == str(swept["seed"]) and swept["shards"] for seed, swept in manifest["seeds"].items())
+        whole = all(seed == str(filled["seed"]) and filled["shards"] for seed, filled in manifest["seeds"].items())
     except ValueError:
         whole = False
     if not (whole and manifest["seeds"] and fingerprint(stated) == manifest.get("fingerprint")):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_tide.files import AtomicFolder, sha256_file, sweep
+from megatron_tide.files import AtomicFolder, remove_drafts, sha256_file
 from megatron_tide.ranks import on_main
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import full_master_weight, full_moment, moments, restore_state, trained_parameters
@@ -163,4 +163,4 @@ def _prune(run_folder: Path, newest: Path, keep: int) -> None:
     steps = [folder for folder in step_folders(run_folder) if folder.name <= newest.name]
     for old in [folder for folder in steps if (folder / CHECKSUMS).is_file()][:-keep]:
         shutil.rmtree(old)
-    sweep(run_folder, PREFIX)
+    remove_drafts(run_folder, PREFIX)

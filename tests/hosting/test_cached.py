@@ -20,15 +20,15 @@ from megatron_tide.hosting.memory import Machine
 from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import load_model
 from megatron_tide.objectives import Counts
-from megatron_tide.train import sweep as sweeping
+from megatron_tide.train import fill_cache as filling
 from megatron_tide.train.build import make_loader, record_models
 from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.loop import StopRequest
 from tests.hosting.backends import joined
 from tests.support.commands import command
+from tests.support.filled_caches import ASKS, WORLD, filled, reading
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve
-from tests.support.sweeps import ASKS, WORLD, reading, swept
 
 
 class StopAfter(StopRequest):
@@ -48,8 +48,8 @@ def folder(chain, tmp_path_factory):
     """All categories, 8 steps in several shards."""
     out = tmp_path_factory.mktemp("cache") / "answers"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeping, "SHARD_BYTES", 3 * step_bytes(chain, out))
-        manifest, _ = swept(chain, out)
+        patch.setattr(filling, "SHARD_BYTES", 3 * step_bytes(chain, out))
+        manifest, _ = filled(chain, out)
     assert len(manifest["seeds"]["42"]["shards"]) == 3
     return out
 
@@ -57,7 +57,7 @@ def folder(chain, tmp_path_factory):
 def step_bytes(chain, out, **flags):
     config = from_flat(chain.run(out, **{**ASKS, **flags}))
     inputs = read_run_inputs(config, 1)
-    return sweeping.forecast(config, inputs, make_loader(config, inputs, WORLD), 1, cache_command.Rates()).step_bytes
+    return filling.forecast(config, inputs, make_loader(config, inputs, WORLD), 1, cache_command.Rates()).step_bytes
 
 
 def copied(folder, tmp_path):
@@ -108,14 +108,14 @@ def test_other_micro_batches_and_phases_ask_the_same(chain, folder, flags):
     ids=["everything", "chunks-only-at-another-T", "rows-only"],
 )
 def test_the_loss_and_its_gradient_are_the_live_teachers(chain, folder, flags):
-    """A strategy that needs less than was swept reads it too; T decides distributions only."""
+    """A strategy that needs less than was filled reads it too; T decides distributions only."""
     strategy, steps = outputs_of(chain, folder, **flags)
     compare_losses(chain, strategy, steps)
 
 
 def test_the_most_likely_categories(chain, tmp_path):
     """With --teacher-top, live and cached are the same again; the divergence is a lower bound of the whole one."""
-    manifest, _ = swept(chain, tmp_path / "answers", max_steps=2, teacher_top=5)
+    manifest, _ = filled(chain, tmp_path / "answers", max_steps=2, teacher_top=5)
     assert 0 < manifest["covered_mass"] < 1
     strategy, steps = outputs_of(chain, tmp_path / "answers", max_steps=2, teacher_top=5)
     assert all(said.top.shape == (len(said.scores), 5) for _, _, stored in steps for said in stored)
@@ -128,7 +128,7 @@ def test_the_most_likely_categories(chain, tmp_path):
 
 def test_first_rows_of_chunks_of_several_tokens(chain, tmp_path):
     flags = {"max_steps": 2, "distribution_rows": "byte_prefix"}
-    swept(chain, tmp_path / "answers", **flags)
+    filled(chain, tmp_path / "answers", **flags)
     strategy, steps = outputs_of(chain, tmp_path / "answers", **flags)
     assert sum(len(batch.pair_several) for batches, _, _ in steps for batch in batches) > 10
     compare_losses(chain, strategy, steps)
@@ -221,25 +221,25 @@ def test_another_text_or_teacher_is_refused(chain, folder, tmp_path):
         record_models(replace(config, paths=replace(config.paths, teacher=config.paths.student)), inputs, WORLD)
 
 
-def test_a_killed_sweep_goes_on(chain, folder, tmp_path, monkeypatch):
+def test_a_killed_cache_command_goes_on(chain, folder, tmp_path, monkeypatch):
     out = tmp_path / "answers"
-    monkeypatch.setattr(sweeping, "SHARD_BYTES", 3 * step_bytes(chain, out))
-    assert swept(chain, out, stop=StopAfter(5))[0] is None  # in the second of three shards
+    monkeypatch.setattr(filling, "SHARD_BYTES", 3 * step_bytes(chain, out))
+    assert filled(chain, out, stop=StopAfter(5))[0] is None  # in the second of three shards
     with pytest.raises(ValueError, match="not a complete cache"):
         AnswerCache.open(out)
     first = (out / "42-000000.arrow").stat().st_mtime_ns
     assert not (out / "42-000001.arrow").exists()
-    swept(chain, out, window=2)
+    filled(chain, out, window=2)
     assert (out / "42-000000.arrow").stat().st_mtime_ns == first
     assert same_files(out, folder)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.arrow")}
-    monkeypatch.setattr(sweeping, "SHARD_BYTES", 10**9)  # a folder keeps the size of its shards
-    manifest, _ = swept(chain, out, seeds=(42, 7))
+    monkeypatch.setattr(filling, "SHARD_BYTES", 10**9)  # a folder keeps the size of its shards
+    manifest, _ = filled(chain, out, seeds=(42, 7))
     assert set(manifest["seeds"]) == {"42", "7"}
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     reading(chain, out, seed=7)
     with pytest.raises(ValueError, match="begun with masking = synchronous, now it is expand; use another --out"):
-        swept(chain, out, masking="expand")
+        filled(chain, out, masking="expand")
 
 
 def same_files(one, other):
@@ -247,7 +247,7 @@ def same_files(one, other):
     return names[0] == names[1] and all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0])
 
 
-def test_damage_is_named_and_swept_again(chain, folder, tmp_path):
+def test_damage_is_named_and_filled_again(chain, folder, tmp_path):
     out = copied(folder, tmp_path)
     shard = out / "42-000001.arrow"
     content = bytearray(shard.read_bytes())
@@ -262,7 +262,7 @@ def test_damage_is_named_and_swept_again(chain, folder, tmp_path):
     shard.write_bytes(content[:place])
     with pytest.raises(ValueError, match=r"42-000001.arrow: truncated or not a shard"):
         CachedTeacher(inputs.cache, inputs.strategy)
-    swept(chain, out)
+    filled(chain, out)
     assert same_files(out, folder)
     (out / "manifest.json").write_text((out / "manifest.json").read_text().replace('"end": 8', '"end": 9'))
     with pytest.raises(ValueError, match=r"manifest.json: edited, corrupt or of another version"):
@@ -289,10 +289,10 @@ def test_the_forecast_is_what_it_takes(chain, folder, tmp_path, capsys, monkeypa
     assert not (tmp_path / "answers").exists()
     taken = sum(path.stat().st_size for path in folder.glob("*.arrow"))
     assert 8 * step_bytes(chain, tmp_path) == pytest.approx(taken, rel=0.1)
-    monkeypatch.setattr(sweeping.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    monkeypatch.setattr(filling.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(ValueError, match=r"are free; use --teacher-top, fewer steps or another disk"):
         command("cache")([*flags, "--dry-run"])
-    monkeypatch.setattr(sweeping, "local_machine", lambda ranks, disk: Machine(ranks, 0, 2**20))
+    monkeypatch.setattr(filling, "local_machine", lambda ranks, disk: Machine(ranks, 0, 2**20))
     with pytest.raises(ValueError, match="--teacher-hosting replicated does not fit: host memory: needs "):
         command("cache")([*flags, "--dry-run"])
     none = chain.flags(tmp_path / "answers", strategy="bd3lm", max_steps=8)
@@ -300,14 +300,14 @@ def test_the_forecast_is_what_it_takes(chain, folder, tmp_path, capsys, monkeypa
         command("cache")([*none, "--dry-run"])
 
 
-def curves(live, sweep, cached):
+def curves(live, fill, cached):
     """Of the same training, with the teacher and from its answers, on this rank."""
     with joined() as world:
         assert distill.train(from_flat(live), world) == 0
-        args = cli.parse(cache_command, sweep)
+        args = cli.parse(cache_command, fill)
         assert cache_command.ask(args.run, args, world) == 0
         assert distill.train(from_flat(cached), world) == 0
-        args = cli.parse(benchmark, [*sweep, "--steps", "2", "--rounds", "1"])
+        args = cli.parse(benchmark, [*fill, "--steps", "2", "--rounds", "1"])
         config = replace(args.run, paths=replace(args.run.paths, out=f"{cached['out']}-benchmark"))
         config = replace(config, train=replace(config.train, max_steps=2))
         figures = benchmark.figures(config, args, world)
@@ -319,10 +319,10 @@ def test_two_ranks_train_the_same_curve_without_a_teacher(chain, mixture, tmp_pa
     flags = {"strategy": "tide-bridge", "max_steps": 4, "micro_batch_size": 2, "temperature": 1.0, "tidal": "off"}
     answers = tmp_path / "answers"
     live = chain.run(tmp_path / "live", teacher=str(mixture), **flags)
-    sweep = chain.flags(answers, teacher=str(mixture), **flags)
+    fill = chain.flags(answers, teacher=str(mixture), **flags)
     cached = {"teacher_hosting": "cached", "teacher_cache": str(answers), "teacher": ""}
     cached = chain.run(tmp_path / "cached", **flags, **cached)
-    with_teacher, without, figures = run_on_ranks(curves, 2, live, sweep, cached, timeout=280)[0]
+    with_teacher, without, figures = run_on_ranks(curves, 2, live, fill, cached, timeout=280)[0]
     for name in ("loss/total", "loss/distill", "train/grad_norm"):
         assert without[name] == with_teacher[name]
     assert min(without["loss/distill"]) > 0.1

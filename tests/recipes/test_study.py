@@ -78,20 +78,20 @@ def test_arms_of_a_seed_share_start_and_noise_and_differ_by_their_flags(tmp_path
     }
 
 
-def test_trials_of_chunk_likelihoods_share_the_answers_of_one_sweep(tmp_path: Path) -> None:
+def test_trials_of_chunk_likelihoods_share_the_answers_of_one_cache(tmp_path: Path) -> None:
     """Each trial trains from answers to exactly its questions: T and the weight are no part of them."""
     stages = commands(RECIPE, RUNS=str(tmp_path))
     for path in {word for line in stages.values() for word in line if word.endswith(".json") and "best-" in word}:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps({"config": {"lr": 0.004, "max_steps": 400}}))
     told = [one for stage, line in stages.items() if stage.startswith("tune") for one in calls(line)]
-    sweeps = {one.paths.out: one for one in (cli.parse(command("cache"), f).run for n, *f in told if n == "cache")}
+    caches = {one.paths.out: one for one in (cli.parse(command("cache"), f).run for n, *f in told if n == "cache")}
     trials = [cli.parse(distill, flags).run for name, *flags in told if name == "distill"]
     cached = [one for one in trials if one.teacher.teacher_hosting == "cached"]
     assert {one.strategy.strategy for one in cached} == {"tide-cross", "tide-shared"}
     assert len(cached) == 7 + 3
     for one in cached:
-        asked, free = sweeps[one.teacher.teacher_cache].loss_flags(), ("lr", "temperature", "distill_weight")
+        asked, free = caches[one.teacher.teacher_cache].loss_flags(), ("lr", "temperature", "distill_weight")
         assert {name for name, value in one.loss_flags().items() if value != asked[name]} <= set(free)
 
 

@@ -28,8 +28,8 @@ from megatron_tide.models.load import write_folder
 from tests.support.ar_models import ar_folder, write_gguf
 from tests.support.chain import Chain
 from tests.support.commands import command
+from tests.support.filled_caches import filled
 from tests.support.lab import write_checkpoint
-from tests.support.sweeps import swept
 
 STEP = "tiny/step-00000020"
 CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows.parquet}\n---\nRows.\n"
@@ -144,7 +144,7 @@ def _results(root: Path) -> None:
     command("generate")([student, *asked])
     with ResponseCache(Echo(), root / "kept.sqlite") as cache:
         cache.generate_until(ASKED)
-    swept(Chain(root), root / "answers", max_steps=2)
+    filled(Chain(root), root / "answers", max_steps=2)
     (root / "cache/megatron_tide").mkdir(parents=True)
     (root / "cache/megatron_tide/evaluation-secret").write_text("0" * 64)
     for name in ("bridge", "one"):

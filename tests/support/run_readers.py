@@ -27,8 +27,8 @@ from recipes.quickstart import report as quickstart_report
 from recipes.study import choose, results
 from tests.support.chain import Chain
 from tests.support.commands import command
+from tests.support.filled_caches import filled, reading
 from tests.support.readable import ASKED, STEP, Echo, Read, World, sealed
-from tests.support.sweeps import reading, swept
 
 
 def checkpoint(file: str, seal: bool) -> Read:
@@ -142,8 +142,8 @@ def teachers_answers(seal: bool) -> Read:
     return read
 
 
-def swept_again(world: World) -> object:
-    return swept(Chain(world.root), world.root / "answers", max_steps=2)
+def filled_again(world: World) -> object:
+    return filled(Chain(world.root), world.root / "answers", max_steps=2)
 
 
 CASES: dict[str, tuple[str, Read]] = {
@@ -157,8 +157,8 @@ CASES: dict[str, tuple[str, Read]] = {
     "teacher's answers": ("answers/manifest.json", teachers_answers(False)),
     "teacher's answers, sealed": ("answers/manifest.json", teachers_answers(True)),
     "shard of a teacher's answers": ("answers/42-000000.arrow", teachers_answers(False)),
-    "settings of a sweep": ("answers/settings.json", swept_again),
-    "manifest of a sweep": ("answers/manifest.json", swept_again),
+    "settings of a cache": ("answers/settings.json", filled_again),
+    "manifest of a cache": ("answers/manifest.json", filled_again),
     "secret of a user": (
         "cache/megatron_tide/evaluation-secret",
         user_secret_in,

@@ -2,7 +2,7 @@
 
     steps of each seed -> micro-batches (as in training) -> backend.score -> answers -> rank 0 -> one shard of them
 
-Any hosting and number of ranks. A killed sweep keeps its finished shards; ``manifest.json`` comes last.
+Any hosting and number of ranks. A killed one keeps its finished shards; ``manifest.json`` comes last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.data import DistributedBatchSampler
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.files import fingerprint, read_json, sweep, write_json
+from megatron_tide.files import fingerprint, read_json, remove_drafts, write_json
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.cached import (
@@ -58,7 +58,7 @@ LOOKED_AT = 8  # steps that the forecast counts questions of
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a sweep will take: questions and bytes per step, the steps of all seeds, seconds per step (the plan's)."""
+    """What filling a cache takes: questions and bytes per step, steps of all seeds, seconds per step (the plan's)."""
 
     tokens: float
     pairs: float
@@ -130,8 +130,8 @@ def refuse_small_disk(folder: Path, expected: Forecast) -> None:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One sweep: whom to ask, and where the answers go. ``settings`` as in the folder's settings.json."""
+class CacheFill:
+    """One cache to fill: whom to ask, and where the answers go. ``settings`` as in the folder's settings.json."""
 
     folder: Path
     backend: TeacherBackend
@@ -155,7 +155,7 @@ class Sweep:
         return {"settings": fingerprint(self.settings), "seed": seed, "steps": [steps.start, steps.stop]}
 
     def finished(self, seed: int, number: int, steps: range) -> bool:
-        """Whether a shard is there, complete, and of this sweep (reads the file)."""
+        """Whether a shard is there, complete, and of this cache (reads the file)."""
         try:
             shard = read_answers(shard_path(self.folder, seed, number))
         except ValueError:
@@ -194,7 +194,7 @@ def _parts(steps: range, size: int) -> Iterator[range]:
     return (steps[start : start + size] for start in range(0, len(steps), size))
 
 
-def sweep_teacher(
+def fill_cache(
     config: DistillConfig,
     inputs: RunInputs,
     loader: MicrobatchLoader,
@@ -205,16 +205,16 @@ def sweep_teacher(
     window: int,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """Make what is missing of a folder of answers; its manifest, or None where a signal stopped the sweep.
+    """Make what is missing of a folder of answers; its manifest, or None where a signal stopped it.
 
     Raises:
-        ValueError: the folder is of another sweep, or the teacher is no better than chance.
+        ValueError: the folder is of other questions, or the teacher is no better than chance.
     """
     folder = Path(config.paths.out)
     settings = world.on_main(lambda: _claim(config, inputs, folder, expected))
     check_shift(config, world)
     backend = build_teacher(config.paths.teacher, config.teacher, inputs.strategy, world)
-    job = Sweep(folder, backend, inputs, world, settings, _vocabularies(config)[0], window)
+    job = CacheFill(folder, backend, inputs, world, settings, _vocabularies(config)[0], window)
     if not config.teacher.skip_teacher_probe:
         _probe(config, job, loader)
     wanted: list[int] = world.on_main(lambda: [seed for seed in seeds if not _covered(job, seed)])
@@ -232,7 +232,7 @@ def sweep_teacher(
     return world.on_main(lambda: _finish(job, wanted))
 
 
-def _probe(config: DistillConfig, job: Sweep, loader: MicrobatchLoader) -> None:
+def _probe(config: DistillConfig, job: CacheFill, loader: MicrobatchLoader) -> None:
     inputs, world = job.inputs, job.world
     context = TrainContext(None, job.backend, inputs.strategy, world, Clock(world.device))
     first = loader(inputs.with_teacher.start)
@@ -257,7 +257,7 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
             raise ValueError(f"{folder}: has a {MANIFEST} that is not of a cache; use another --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"format": FORMAT, "steps_per_shard": per_shard, **mine})
-    sweep(folder)
+    remove_drafts(folder)
     found = read_json(path, "remove the folder, or use another --out", SETTINGS_FORM)
     for name, value in {"format": FORMAT, **mine}.items():
         if found.get(name) != value:
@@ -267,7 +267,7 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
     return found
 
 
-def _known(job: Sweep) -> dict[str, Any]:
+def _known(job: CacheFill) -> dict[str, Any]:
     """The seeds that the folder has already, with their steps and shards."""
     try:
         before = read_manifest(job.folder)
@@ -276,27 +276,27 @@ def _known(job: Sweep) -> dict[str, Any]:
     return dict(before["seeds"]) if before["settings"] == job.settings else {}
 
 
-def _covered(job: Sweep, seed: int) -> bool:
+def _covered(job: CacheFill, seed: int) -> bool:
     """Whether what the folder has of a seed is there, and enough."""
     asked = job.inputs.with_teacher
-    swept = _known(job).get(str(seed))
-    if swept is None or swept["first"] > asked.start or swept["end"] < asked.stop:
+    filled = _known(job).get(str(seed))
+    if filled is None or filled["first"] > asked.start or filled["end"] < asked.stop:
         return False
-    size, own = job.per_shard, range(swept["first"], swept["end"])
-    cut = {n: range(max(own.start, n * size), min(own.stop, (n + 1) * size)) for n in swept["shards"]}
+    size, own = job.per_shard, range(filled["first"], filled["end"])
+    cut = {n: range(max(own.start, n * size), min(own.stop, (n + 1) * size)) for n in filled["shards"]}
     return all(job.finished(seed, number, steps) for number, steps in cut.items())
 
 
-def _finish(job: Sweep, seeds: list[int]) -> dict[str, Any]:
+def _finish(job: CacheFill, seeds: list[int]) -> dict[str, Any]:
     """Write the manifest: the seeds that the folder has had before stay in it."""
     asked = job.inputs.with_teacher
     steps = {"first": asked.start, "end": asked.stop}
     numbers = [number for number, _ in job.shards()]
     every = _known(job) | {str(seed): {**steps, "seed": seed, "shards": numbers} for seed in seeds}
     pairs, outside, kept = 0, 0.0, job.settings["kept"]
-    for swept in every.values() if kept else ():
-        for number in swept["shards"]:
-            arrays = read_answers(shard_path(job.folder, swept["seed"], number)).arrays
+    for filled in every.values() if kept else ():
+        for number in filled["shards"]:
+            arrays = read_answers(shard_path(job.folder, filled["seed"], number)).arrays
             rest = arrays["scores"].reshape(-1, kept + 1)[:, -1]
             pairs, outside = pairs + len(rest), outside + float(np.exp(rest, dtype=np.float64).sum())
     covered = 1 - outside / max(pairs, 1) if kept else None

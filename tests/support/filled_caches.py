@@ -1,4 +1,4 @@
-"""Sweeps of a teacher by this process alone, and runs that read their answers."""
+"""Caches filled by this process alone, and runs that read their answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from megatron_tide.commands import cache as cache_command
 from megatron_tide.config import from_flat
-from megatron_tide.train import sweep as sweeping
+from megatron_tide.train import fill_cache as filling
 from megatron_tide.train.build import make_loader
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.inputs import read_run_inputs
@@ -18,14 +18,14 @@ NOISE = {"timesteps": "block", "timestep_sampling": "stratified", "mask_count": 
 ASKS = {"strategy": "tide-bridge", "teacher_context": "staircase", "masking": "synchronous", "max_steps": 8, **NOISE}
 
 
-def swept(chain, out, stop=None, seeds=(42,), window=1, **flags):
-    """The manifest of a sweep on this process alone, as the command makes it; and its forecast."""
+def filled(chain, out, stop=None, seeds=(42,), window=1, **flags):
+    """The manifest of a cache filled by this process alone, as the command makes it; and its forecast."""
     config = from_flat(chain.run(out, **{**ASKS, **flags}))
     inputs = read_run_inputs(config, 1)
     loader = make_loader(config, inputs, WORLD)
-    expected = sweeping.forecast(config, inputs, loader, len(seeds), cache_command.Rates())
+    expected = filling.forecast(config, inputs, loader, len(seeds), cache_command.Rates())
     options = {"seeds": seeds, "window": window, "stop": stop or StopRequest()}
-    return sweeping.sweep_teacher(config, inputs, loader, WORLD, expected, **options), expected
+    return filling.fill_cache(config, inputs, loader, WORLD, expected, **options), expected
 
 
 def reading(chain, folder, **flags):
