@@ -18,6 +18,13 @@ def printable(text: object, keep: str = LAYOUT) -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def clock_text(seconds: float) -> str:
+    """1:02:03 or 02:03."""
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes:02d}:{secs:02d}"
+
+
 class CleanStream:
     """A text stream that writes ``printable`` text, whoever prints: libraries and tracebacks repeat names of files,
     keys of JSON, and what a model wrote. Colours are taken out. ``bars``: progress bars may go back on their line.

@@ -25,6 +25,7 @@ from megatron_tide.files import atomic_write, fingerprint, write_json
 from megatron_tide.generate.answer_file import AnswerFile
 from megatron_tide.generate.complete import Completion, answers
 from megatron_tide.generate.prompts import Prompt, prompt_ids
+from megatron_tide.screen import clock_text
 from megatron_tide.tables import ASSISTANT, Message
 
 ANSWERS, OWN, CORPUS, MIXTURE, SUMMARY = "answers.jsonl", "own.jsonl", "corpus.jsonl", "mixture.json", "rollouts.json"
@@ -123,7 +124,7 @@ class Rollouts:
             left = spent / (number + 1) * (len(mine) - number - 1)
             rate = f"{tokens * world.size / spent:,.0f} tokens/s on {world.size} ranks" if world.size > 1 else ""
             rate = rate or f"{tokens / spent:,.0f} tokens/s"
-            world.print_rank0(f"answers: batch {number + 1}/{len(mine)}  {rate}  left {left:.0f} s")
+            world.print_rank0(f"answers: batch {number + 1}/{len(mine)}  {rate}  left {clock_text(left)}")
         (tokens,) = world.sum_over_ranks([float(tokens)])
         left_over = world.on_main(self._collect)
         spent = max(world.gather_on_all(time.monotonic() - started))

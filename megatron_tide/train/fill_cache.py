@@ -43,11 +43,11 @@ from megatron_tide.hosting.plan import local_machine, nvme_folder, plan, run_sha
 from megatron_tide.hosting.speed import Rates
 from megatron_tide.models import read_config, resolve_folder
 from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.screen import clock_text
 from megatron_tide.train.build import check_shift
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.loop import StopRequest
-from megatron_tide.train.metrics import clock_text
 from megatron_tide.train.microbatches import MicrobatchLoader, ahead
 from megatron_tide.train.step import TrainContext, to_device
 from megatron_tide.train.teacher_probe import check_teacher

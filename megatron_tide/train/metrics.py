@@ -16,7 +16,7 @@ import torch
 from megatron_tide.files import atomic_write, open_to_append, read_whole
 from megatron_tide.objectives.common import bin_names, means_by_bin
 from megatron_tide.ranks import on_main
-from megatron_tide.screen import plain
+from megatron_tide.screen import clock_text, plain
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metric_logs import TensorBoard
 from megatron_tide.training_checkpoint import METRICS
@@ -144,13 +144,6 @@ class MetricLogger:
                 print()
             self._file.close()
             self._board.close()
-
-
-def clock_text(seconds: float) -> str:
-    """1:02:03 or 02:03."""
-    hours, rest = divmod(int(seconds), 3600)
-    minutes, secs = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes:02d}:{secs:02d}"
 
 
 def _step_of(line: str) -> float:
