@@ -15,8 +15,7 @@ writes from left to right.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
 settings; other tasks keep their own number of tokens. They need requirements-eval.txt. Stop strings count behind
-<think>...</think> only (or the marks of Seed, Mistral, Cohere and Kimi), which is no part of an answer; an answer whose
-thoughts do not end is empty, and counted.
+<think>...</think> (or other models' marks) only, which is no part of an answer; one whose thoughts do not end is empty.
 Programs of humaneval and mbpp can import the standard library and every installed package. Answers are cached in --out:
 a stopped evaluation, run again by the same user, continues; answers and verdicts that come with a downloaded folder are
 not used. --thresholds measures scores and tokens per forward pass at each, and the area under that curve (AUP).

@@ -41,7 +41,7 @@ class SourceArgs:
     )
     keep_layers: str | None = flag(
         None,
-        "Layers to keep: K/N, the first K of every N (1/3: every third; 2/3: two of three), or numbers (0,1,5)",
+        "Layers to keep: K/N of them, from the first to the last (1/3: every third), or numbers and ranges (0-7,18-29)",
         metavar="LAYERS",
         shown="all",
     )

@@ -82,24 +82,27 @@ def unchanged(source: str, out: Path, fresh: bool) -> None:
 
 
 def kept_layers(text: str, count: int) -> list[int]:
-    """Which of ``count`` layers ``text`` names: ``K/N``, the first K of every N layers (``1/3``: every third layer;
-    ``2/3``: two of three), or their numbers from 0, ascending (``0,1,5``).
+    """Which of ``count`` layers ``text`` names: ``K/N``, that share of them, evenly spread from the first to the last
+    (``1/3``: every third layer), or their numbers from 0 and ranges, ascending (``0-7,18-29``).
 
     Raises:
         ValueError: neither.
     """
     what = f"--keep-layers {text[:60]!r}"
     if share := re.fullmatch(r"(\d{1,4})/(\d{1,4})", text):
-        first, of = int(share[1]), int(share[2])
-        if not 0 < first <= of <= count:
+        part, of = int(share[1]), int(share[2])
+        kept = -(-count * part // max(of, 1))
+        if not 0 < part <= of <= count:
             raise ValueError(
                 f"{what}: K/N keeps K of every N of the model's {count} layers; use 1 <= K <= N <= {count}"
             )
-        return [layer for layer in range(count) if layer % of < first]
-    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text):
-        raise ValueError(f"{what}: use K/N (1/3: every third layer; 2/3: two of three) or numbers (0,1,5)")
-    layers = [int(number) for number in text.split(",")]
-    if layers != sorted(set(layers)) or layers[-1] >= count:
+        return [round(place * (count - 1) / max(kept - 1, 1)) for place in range(kept)]
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
+        raise ValueError(f"{what}: use K/N (1/3: every third layer), or numbers and ranges (0-7,18-29)")
+    ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    limits = [end for pair in ends for end in pair]
+    layers = sorted({layer for pair in ends for layer in range(pair[0], min(pair[-1], count) + 1)})
+    if limits != sorted(set(limits)) or limits[-1] >= count:
         raise ValueError(f"{what}: the numbers must ascend, from 0 to {count - 1}")
     return layers
 

@@ -31,7 +31,8 @@ from megatron_tide.screen import printable
 BASELINE = "bd3lm"
 FORM = {"completions": {"prompts": [str]}}
 SHOWN = (0.12, 0.37, 0.7, 1.0)  # which of the passes of a completion are drawn, as shares
-COLUMNS, LINES = 58, 12  # of the drawn text
+COLUMNS, LINES = 84, 12  # of the drawn text
+SIZE, ADVANCE = 6.5, 0.602  # of its font: points, and the width of a column as a share of them
 OPEN = "\N{LIGHT SHADE}" * 3  # a position that is not decided yet
 ORDER = {"decided before": INK, "in this block": COLOURS[1], "open": MUTED}
 
@@ -139,8 +140,8 @@ def picture(models: list[dict[str, Any]], states: list[dict[str, Any]]) -> Figur
         ax.set(xlim=(0, COLUMNS), ylim=(height, 0))
         ax.axis("off")
         for line, column, part, kind in text:
-            style = {"family": "DejaVu Sans Mono", "size": 6.5, "color": ORDER[kind], "va": "top"}
-            ax.text(column, line, part, **style)
+            style = {"family": "DejaVu Sans Mono", "size": SIZE, "color": ORDER[kind], "va": "top"}
+            ax.annotate(part, (0, line), (column * SIZE * ADVANCE, 0), textcoords="offset points", **style)
     return figure
 
 

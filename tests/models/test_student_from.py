@@ -87,9 +87,28 @@ def test_some_layers(source: Path, tmp_path: Path) -> None:
 
 def test_which_layers() -> None:
     assert kept_layers("1/3", 7) == [0, 3, 6]
-    assert kept_layers("2/3", 7) == [0, 1, 3, 4, 6]
+    assert kept_layers("1/3", 6) == [0, 5]  # the last layer matters most
+    assert kept_layers("2/3", 7) == [0, 2, 3, 4, 6]
+    assert kept_layers("1/2", 2) == [0]
+    assert kept_layers("3/3", 4) == [0, 1, 2, 3]
     assert kept_layers("0,2,5", 6) == [0, 2, 5]
-    for text in ("every:2", "", "0/3", "4/3", "1/9", "2,1", "1,1", "0,7", "-1", "1/3/5"):
+    assert kept_layers("0-2,4,6", 7) == [0, 1, 2, 4, 6]
+    for text in (
+        "every:2",
+        "",
+        "0/3",
+        "4/3",
+        "1/99",
+        "2,1",
+        "1,1",
+        "0,7",
+        "-1",
+        "1/3/5",
+        "2-1",
+        "0-3,3",
+        "0-9999",
+        "1-",
+    ):
         with pytest.raises(ValueError, match="--keep-layers"):
             kept_layers(text, 7)
 
