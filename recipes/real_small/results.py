@@ -31,8 +31,8 @@ from megatron_tide.screen import printable
 BASELINE = "bd3lm"
 FORM = {"completions": {"prompts": [str]}}
 SHOWN = (0.12, 0.37, 0.7, 1.0)  # which of the passes of a completion are drawn, as shares
-COLUMNS, LINES = 84, 12  # of the drawn text
-SIZE, ADVANCE = 6.5, 0.602  # of its font: points, and the width of a column as a share of them
+COLUMNS, LINES = 68, 12  # of the drawn text
+SIZE, ADVANCE = 8, 0.602  # of its font: points, and the width of a column as a share of them
 OPEN = "\N{LIGHT SHADE}" * 3  # a position that is not decided yet
 ORDER = {"decided before": INK, "in this block": COLOURS[1], "open": MUTED}
 
@@ -126,7 +126,7 @@ def picture(models: list[dict[str, Any]], states: list[dict[str, Any]]) -> Figur
     """Left: bits per byte of each model; right: one completion, a panel for each of its ``states``."""
     texts = [laid_out(state["pieces"]) for state in states]
     heights = [1 + max((line for line, *_ in text), default=0) for text in texts]
-    figure = new_figure(max(0.36 * len(models) + 1.1, 0.17 * (sum(heights) + 2 * len(heights))))
+    figure = new_figure(max(0.36 * len(models) + 1.1, 0.15 * (sum(heights) + 2 * len(heights))))
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     ax, places = left.subplots(), range(len(models))[::-1]
     for place, model in zip(places, models):
@@ -140,8 +140,8 @@ def picture(models: list[dict[str, Any]], states: list[dict[str, Any]]) -> Figur
         ax.set(xlim=(0, COLUMNS), ylim=(height, 0))
         ax.axis("off")
         for line, column, part, kind in text:
-            style = {"family": "DejaVu Sans Mono", "size": SIZE, "color": ORDER[kind], "va": "top"}
-            ax.annotate(part, (0, line), (column * SIZE * ADVANCE, 0), textcoords="offset points", **style)
+            style = {"family": "DejaVu Sans Mono", "size": SIZE, "color": ORDER[kind], "va": "baseline"}
+            ax.annotate(part, (0, line + 0.6), (column * SIZE * ADVANCE, 0), textcoords="offset points", **style)
     return figure
 
 
