@@ -11,7 +11,7 @@ up to a multiple of 64. The same config, tokenizer and seed give the same weight
 
 Examples:
   python -m megatron_tide init-model --from Qwen/Qwen3-0.6B --block-size 32 --out runs/mine/student
-  python -m megatron_tide init-model --from runs/mine/hf --keep-layers 1/3 --out runs/mine/third
+  python -m megatron_tide init-model --from runs/mine/hf --keep-layers 2/3 --out runs/mine/small
   python -m megatron_tide init-model --from SmolLM2-135M-Instruct.gguf --mask-token "<reponame>" --block-size 4 \\
       --out runs/mine/small
   python -m megatron_tide init-model --config recipes/quickstart/student.json \\
@@ -41,7 +41,7 @@ class SourceArgs:
     )
     keep_layers: str | None = flag(
         None,
-        "Layers to keep: K/N of them, from the first to the last (1/3: every third), or numbers and ranges (0-7,18-29)",
+        "Layers to keep: K/N of them, without those in the middle (2/3), or numbers and ranges (0-7,18-29)",
         metavar="LAYERS",
         shown="all",
     )

@@ -82,8 +82,8 @@ def unchanged(source: str, out: Path, fresh: bool) -> None:
 
 
 def kept_layers(text: str, count: int) -> list[int]:
-    """Which of ``count`` layers ``text`` names: ``K/N``, that share of them, evenly spread from the first to the last
-    (``1/3``: every third layer), or their numbers from 0 and ranges, ascending (``0-7,18-29``).
+    """Which of ``count`` layers ``text`` names: ``K/N``, that share of them, without those in the middle, which a model
+    misses least, or their numbers from 0 and ranges, ascending (``0-7,18-29``).
 
     Raises:
         ValueError: neither.
@@ -96,9 +96,9 @@ def kept_layers(text: str, count: int) -> list[int]:
             raise ValueError(
                 f"{what}: K/N keeps K of every N of the model's {count} layers; use 1 <= K <= N <= {count}"
             )
-        return [round(place * (count - 1) / max(kept - 1, 1)) for place in range(kept)]
+        return [*range(kept // 2), *range(count - kept + kept // 2, count)]
     if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
-        raise ValueError(f"{what}: use K/N (1/3: every third layer), or numbers and ranges (0-7,18-29)")
+        raise ValueError(f"{what}: use K/N (2/3: two thirds of the layers), or numbers and ranges (0-7,18-29)")
     ends = [[int(end) for end in part.split("-")] for part in text.split(",")]
     limits = [end for pair in ends for end in pair]
     layers = sorted({layer for pair in ends for layer in range(pair[0], min(pair[-1], count) + 1)})
