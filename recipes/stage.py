@@ -51,7 +51,7 @@ def read(path: str) -> dict:
         return {}
 
 
-STAMP = {"finished": float, "seconds": float, "command": list, "inputs?": {str: str}}
+STAMP = {"finished": float, "seconds": float, "command": list, "inputs?": {str: str}, "outputs?": [str]}
 
 
 def read_stamp(path: str) -> dict:
@@ -200,7 +200,9 @@ def main(argv: list[str]) -> int:
     recorded = mine.get("inputs", {})  # an input that is gone was not edited: what was made of it stands
     changed = next((path for path, value in recorded.items() if inputs.get(path, value) != value), None)
     if mine.get("command") == command and mine.get("finished", 0) >= before.get("finished", 0) and not changed:
-        say(f"== {name}: already done, skipped", flush=True)
+        gone = next((path for path in mine.get("outputs", []) if not _exists(Path(path))), None)
+        advice = f" ({gone} is gone since; to make it again, remove {arguments.stamp})" if gone else ""
+        say(f"== {name}: already done, skipped{advice}", flush=True)
         return 0
     place = place_of(Path(arguments.stamp), arguments.plan.split(), arguments.expected)
     say(f"\n== {name}{f' ({changed} changed)' if changed else ''}{place}", flush=True)
@@ -224,6 +226,7 @@ def main(argv: list[str]) -> int:
     unchanged = {path: value for path, value in inputs.items() if after.get(path) == value}
     record = {"command": command, "finished": finished, "seconds": finished - started, "peak_process_bytes": peak}
     record["inputs"] = unchanged
+    record["outputs"] = [word for word in dict.fromkeys(command[1:]) if word not in unchanged and _exists(Path(word))]
     atomic_write(Path(arguments.stamp), json.dumps(record, indent=1).encode())
     say(f"== {name}: {record['seconds']:.0f} s", flush=True)
     return 0

@@ -73,7 +73,14 @@ def test_an_edited_input_runs_it_again(tmp_path):
     assert out.read_text() == "b"
     assert "skipped" in stage(stamp, *copy(data, out)).stdout
     out.write_text("made by hand")
-    assert "skipped" in stage(stamp, *copy(data, out)).stdout
+    assert stage(stamp, *copy(data, out)).stdout == "== one: already done, skipped\n"
+    out.unlink()
+    skipped = stage(stamp, *copy(data, out)).stdout
+    assert skipped == f"== one: already done, skipped ({out} is gone since; to make it again, remove {stamp})\n"
+    assert not out.exists()
+    stamp.unlink()
+    stage(stamp, *copy(data, out))
+    assert out.exists()
 
 
 def test_an_edited_file_of_a_folder_or_of_a_mixture_runs_it_again(tmp_path):
