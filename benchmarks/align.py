@@ -51,7 +51,7 @@ def two_pointer(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--tokens", type=int, default=1000, help="student tokens a text (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=256, help="texts a round (default: %(default)s)")

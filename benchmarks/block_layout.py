@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import report
+from megatron_tide import cli
 from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.comparison import LikelihoodSettings, measure_model
@@ -36,8 +37,8 @@ def both_layouts(path: str, how: LikelihoodSettings) -> dict[str, Any]:
     return found | {"answer minus sequence": rows["answer"].report.minus(rows["sequence"].report).to_dict()}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="prepared data that no student was trained on")
     parser.add_argument("--student", action="append", required=True, help="a model folder; repeatable")
     parser.add_argument("--samples", type=int, default=160, help="number of samples")
@@ -68,8 +69,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "prompts that end with a block, share": sum(aligned) / len(aligned),
         "students": {Path(path).name: both_layouts(path, how) for path in arguments.student},
     }
-    return report("block layout", figures, arguments.json)
+    report("block layout", figures, arguments.json)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

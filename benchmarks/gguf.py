@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import report
+from megatron_tide import cli
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
@@ -186,8 +187,8 @@ def speed(tokenizer: TextTokenizer, folder: Path, how: argparse.Namespace) -> di
     return figures
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", type=Path, required=True, help="a release of Qwen3's shape")
     parser.add_argument("--data", type=Path, required=True, help="prepared data that it was not trained on")
     parser.add_argument("--samples", type=int, default=80, help="number of samples for bits per byte")
@@ -207,8 +208,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "quality": quality(how.release, PreparedData.open(how.data), Path(scratch), how),
             "speed": speed(load_tokenizer(how.release), Path(scratch), how),
         }
-    return report("gguf", figures, how.json)
+    report("gguf", figures, how.json)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -214,7 +214,7 @@ def ops_built(folder: Path, needed: bool) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="", metavar="a,b,...", help="only these (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")

@@ -315,7 +315,7 @@ def expert_figures(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--folder", metavar="DIR", help="on the disk to read from (default: where temporary files go)")
     parser.add_argument(

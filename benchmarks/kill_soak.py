@@ -121,7 +121,7 @@ def final_tensors(run: Path, steps: int) -> dict[str, torch.Tensor]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--kills", type=int, default=100, help="how often (default: %(default)s)")
     parser.add_argument("--in-save", type=int, default=30, help="of them inside a save (default: %(default)s)")

@@ -165,7 +165,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/noise-benchmark", metavar="DIR", help="to work in")
     parser.add_argument("--student", type=Path, metavar="DIR", help="weights for the variance, shapes for the training")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import report
+from megatron_tide import cli
 from megatron_tide.files import read_json
 
 BASELINES = ("bd3lm", "bd3lm-short", "start")
@@ -37,8 +38,8 @@ def one_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str]) -> None:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished quickstarts")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
@@ -48,8 +49,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     more = [run["parse_and_say_something"] for run in runs]
     better = sum(one["tide-bridge"] > max(one["bd3lm"], one["bd3lm-short"]) for one in more)
     figures = {"number of runs": len(runs), **holds, "more completions than denoising only, runs": better, "runs": runs}
-    return report("quickstart", figures, arguments.json)
+    report("quickstart", figures, arguments.json)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -146,7 +146,7 @@ def picture(models: list[dict[str, Any]], states: list[dict[str, Any]]) -> Figur
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scores", nargs="+", type=Path, help="of all models; then of the further seeds")
     parser.add_argument("--data", type=Path, required=True, help="the prepared data that they were scored on")
     parser.add_argument("--writer", required=True, help="the model whose completion is drawn")

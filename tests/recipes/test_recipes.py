@@ -265,7 +265,8 @@ def test_quickstart_whole_and_small(quickstart, tmp_path, monkeypatch):
     assert set(report["scores"]) == {"start", *strategies, "teacher"}
     assert all(len(model["completions"]["texts"]) == 3 == len(report["prompts"]) for model in report["scores"].values())
     assert report["peak_process_bytes"] < 6 * 2**30
-    figures = quickstart_figures([str(folder)])
+    quickstart_figures([str(folder), "--json", str(tmp_path / "figures.json")])
+    figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["runs"][0]["minus"]["tide-bridge"]["bd3lm"] == report["scores"]["tide-bridge"]["minus"]["bd3lm"]
     assert "bits per byte" in printed
     assert "page: " in printed
