@@ -48,3 +48,16 @@ def test_models(study: Any) -> None:
         assert name == "start" or change == interval(study["models"][name]["minus_start"])
         if name in study["tuning"]:
             assert float(NUMBERS.findall(settings)[0]) == study["tuning"][name]["chosen"]["lr"]
+
+
+def test_real_weights() -> None:
+    scores = read_json(REPOSITORY / "benchmarks" / "results" / "real_small.json")["scores"]
+    table = rows("recipes/README.md", "Real weights on a small machine")
+    assert set(table) == set(scores)
+    for name, (_, bits, completions) in table.items():
+        assert bits == f"{scores[name]['bits_per_byte']['value']:.3f}"
+        assert completions == "{both} of {count}".format(**scores[name]["completions"])
+    effect = scores["kl"]["minus"]["bd3lm"]
+    assert "{value:.3f} [{high:.3f}, {low:.3f}] bits per byte less".format(
+        **{name: -value for name, value in effect.items()}
+    ) in (REPOSITORY / "README.md").read_text().replace("\n", " ")
