@@ -1,4 +1,4 @@
-"""The study's numbers in the READMEs are those of its results."""
+"""Numbers of the study and of real weights in the READMEs are those of benchmarks/results."""
 
 from __future__ import annotations
 
