@@ -50,6 +50,18 @@ def test_models(study: Any) -> None:
             assert float(NUMBERS.findall(settings)[0]) == study["tuning"][name]["chosen"]["lr"]
 
 
+def test_noise() -> None:
+    found = read_json(REPOSITORY / "benchmarks" / "results" / "noise.json")
+    table = rows("recipes/README.md", "Noise per block, measured")
+    for name, (gradient, norm, bits, change) in table.items():
+        one = found[name]
+        assert bits == f"{sum(one['bits_per_byte']) / len(one['bits_per_byte']):.4f}"
+        for cell, key in ((gradient, "gradient_variance_ratio"), (norm, "norm_variance_ratio")):
+            assert cell == ("1" if name == "published" else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**one[key]))
+        assert change == ("" if name == "published" else interval(one["minus_published"]))
+    assert set(table) == {"published", "block", "block+stratified", "block+stratified+exact"}
+
+
 def test_real_weights() -> None:
     scores = read_json(REPOSITORY / "benchmarks" / "results" / "real_small.json")["scores"]
     table = rows("recipes/README.md", "Real weights on a small machine")
