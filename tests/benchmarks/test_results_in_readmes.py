@@ -50,6 +50,19 @@ def test_models(study: Any) -> None:
             assert float(NUMBERS.findall(settings)[0]) == study["tuning"][name]["chosen"]["lr"]
 
 
+def test_on_policy() -> None:
+    found = read_json(REPOSITORY / "benchmarks" / "results" / "study_on_policy.json")
+    table = rows("recipes/README.md", "On the student's own text")
+    assert {name.split(",")[0] for name in table} == set(found["models"])
+    for name, (bits, change) in table.items():
+        one = found["models"][name.split(",")[0]]
+        assert bits == f"{one['bits_per_byte']:.4f}"
+        assert change == ("" if name == "start" else interval(one["minus_start"]))
+    (h9,) = found["hypotheses"]
+    assert h9["verdict"] == "does not hold"
+    assert interval(h9["difference"]) in (REPOSITORY / "README.md").read_text()
+
+
 def test_noise() -> None:
     found = read_json(REPOSITORY / "benchmarks" / "results" / "noise.json")
     table = rows("recipes/README.md", "Noise per block, measured")
