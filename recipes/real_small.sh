@@ -2,8 +2,8 @@
 # Real weights on a small machine: SmolLM2-135M-Instruct -> block diffusion model -> teacher of students with fewer layers.
 #
 #   corpus      docstring -> code pairs of this machine's own Python standard library, split by function (as in the quickstart)
-#   adaptation  the autoregressive model becomes a block diffusion model: next token -> both -> masked tokens, in one run;
-#               once by denoising only and once with its own left-to-right distributions as the teacher's (ADAPTATIONS)
+#   adaptation  the autoregressive model becomes a block diffusion model, once by denoising only and once with its own
+#               left-to-right distributions as the teacher's (ADAPTATIONS)
 #   small       a student made of some of its layers, distilled with each of STRATEGIES from the same start, data and noise;
 #               denoising only and the first strategy with a teacher once for each of SEEDS
 #   scores      held-out bits per byte of all of them and of the autoregressive model, and their completions, judged
@@ -25,7 +25,7 @@ SOURCE=${SOURCE:-HuggingFaceTB/SmolLM2-135M-Instruct}   # hub name, folder in hu
 MASK_TOKEN=${MASK_TOKEN-<reponame>}                     # a token of its vocabulary that no text becomes
 BLOCK=${BLOCK:-4}
 STUDENT_LENGTH=${STUDENT_LENGTH:-220}                   # in tokens; longer responses are cut
-PRETRAINING=${PRETRAINING-ar:0.1,joint:0.3}             # phases of the adaptation before the last, with their shares of the steps
+PRETRAINING=${PRETRAINING-}                             # phases before, such as ar:0.1,joint:0.3; in so few steps they cost more than they give
 NOISE=${NOISE---timesteps block --timestep-sampling stratified --mask-count exact}   # flags of every training; empty: published noise
 KEEP_LAYERS=${KEEP_LAYERS:-2/3}                         # layers of the small student: two thirds, without those in the middle
 STRATEGIES=${STRATEGIES:-bd3lm kl tide-bridge}          # bd3lm (denoising only) first; tide-shared also fits, the tokenizers are equal
@@ -37,7 +37,7 @@ ADAPTATIONS=${ADAPTATIONS:-bd3lm kl}                    # bd3lm: denoising only;
 ADAPT_FLAGS=${ADAPT_FLAGS:-}                            # more flags for each of these
 PRECISION=${PRECISION:-}                                # bf16 or fp32; empty: bf16 on a GPU, and on a CPU that has instructions for it
 case $SIZE in # steps of each adaptation and of each distillation, samples per step, test samples, timesteps of each, completions
-  cpu) sizes=(150 100 8 100 4 50) ;;
+  cpu) sizes=(300 200 4 100 4 50) ;;
   gpu) sizes=(1500 800 32 400 8 50) ;;
   *) sizes=() ;;
 esac
@@ -72,8 +72,8 @@ if [[ -z $PRECISION ]]; then
   if [[ $SIZE == gpu ]] || grep -qswE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then PRECISION=bf16; fi
   [[ $SIZE == gpu || $DRY_RUN == 1 ]] || printf '== matrix products in %s: what this CPU has instructions for (PRECISION)\n' "$PRECISION"
 fi
-common=(--preset ours ${noise[@]+"${noise[@]}"} --precision "$PRECISION" --global-batch-size "$BATCH" --micro-batch-size 8
-  --beta2 0.98 --lr "$LR" --save-every 500 --keep-last 1 --log-every 5)
+common=(--preset ours ${noise[@]+"${noise[@]}"} --precision "$PRECISION" --global-batch-size "$BATCH"
+  --micro-batch-size $((BATCH < 8 ? BATCH : 8)) --beta2 0.98 --lr "$LR" --save-every 500 --keep-last 1 --log-every 5)
 dtype=bfloat16
 [[ $PRECISION == bf16 ]] || dtype=float32
 
@@ -170,9 +170,10 @@ main() {
     scored+=("$run/scores-seeds.json")
     then=(--then "${evaluate[@]}" "${repeated[@]}" --json "${scored[1]}")
   fi
+  local write=(--completions "$COMPLETIONS" --completion-tokens 96 --completion-min-tokens 16 --completion-eos-in-order) # as in the quickstart
   stage scores "$PYTHON" -m megatron_tide "${evaluate[@]}" --student small="$run/small" "${named[@]}" \
     --teacher autoregressive="$model" --teacher-context causal --baseline bd3lm --baseline "adapted-${adaptations[0]}" \
-    --completions "$COMPLETIONS" --completion-tokens 96 --json "${scored[0]}" --card ${then[@]+"${then[@]}"}
+    "${write[@]}" --json "${scored[0]}" --card ${then[@]+"${then[@]}"}
   stage results "$PYTHON" recipes/real_small/results.py "${scored[@]}" --data "$run/test-data" --writer "adapted-${adaptations[0]}" --out "$run"
   stage report "$PYTHON" -m megatron_tide report "$run"
   [[ $DRY_RUN == 1 && -n $EXPECTED_SECONDS ]] || return 0

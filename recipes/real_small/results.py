@@ -94,8 +94,7 @@ def writing(scores: dict[str, Any], writer: str, data: Path) -> list[dict[str, A
     opened = open_model(model["path"], DTYPES[scores["settings"]["dtype"]])
     tokenizer = load_tokenizer(opened.folder)
     prompt = from_prepared(PreparedData.open(data), tokenizer, len(texts), "student")[good[0] if good else 0]
-    most = scores["settings"]["decoding"]["max_new_tokens"]
-    moments = list(stream(opened.model, tokenizer, prompt.ids, max_new_tokens=most))
+    moments = list(stream(opened.model, tokenizer, prompt.ids, **scores["settings"]["decoding"]))
     states, block = [], opened.model.config.block_size
     for share in SHOWN:
         passes = max(1, round(share * len(moments)))
