@@ -205,6 +205,9 @@ class BlockDiffusionBackbone(WithHead):
         What transformers' own forward does, without its names for a cache, which change between versions: the cache
         goes to :func:`attention_interface`.
         """
+        # Whatever was chosen since: others ignore the cache, and take a mask of bool for numbers to add.
+        if self.config._attn_implementation != ATTENTION:  # type: ignore[attr-defined]
+            self.config._attn_implementation = ATTENTION  # type: ignore[attr-defined]
         hidden, cache = self.model.embed_tokens(input_ids), past_key_values
         mask = attention_mask_for(attention_mask, hidden.dtype)
         if position_ids is None:
@@ -223,7 +226,7 @@ class BlockDiffusionBackbone(WithHead):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Mask | None = None,
         position_ids: Tensor | None = None,
         past_key_values: BlockCache | Cache | None = None,
@@ -237,10 +240,17 @@ class BlockDiffusionBackbone(WithHead):
         """Logits [B, L, V]; ``attention_mask`` as :func:`attention_mask_for` takes it, ``position_ids`` [B or 1, L].
 
         ``past_key_values`` (or ``cache``, its name since transformers 5.24) is attended to and appended to, and
-        returned unless ``use_cache`` is False; without one, ``use_cache`` True makes one. ValueError for an argument
-        that would be without effect.
+        returned unless ``use_cache`` is False; without one, ``use_cache`` True makes one. ``output_hidden_states`` and
+        ``return_dict`` None: as the config says. ValueError for an argument that would be without effect.
         """
         _refuse_others(others)
+        if input_ids is None:
+            raise ValueError("forward: pass input_ids as a [batch, length] tensor")
+        config = self.config  # type: ignore[attr-defined]
+        if output_hidden_states is None:
+            output_hidden_states = getattr(config, "output_hidden_states", False)
+        if return_dict is None:
+            return_dict = getattr(config, "return_dict", True)
         past_key_values = cache if past_key_values is None else past_key_values
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()

@@ -139,13 +139,25 @@ def _warn_if_longer(model: Any, length: int) -> None:
         )
 
 
+def _place(model: Any) -> tuple[torch.device, bool]:
+    """The device that passes begin and end on, and whether accelerate moves weights or hidden states between devices:
+    then the head's weight may be on none.
+    """
+    moved = getattr(getattr(model, "lm_head", None), "_hf_hook", None)
+    if (device := getattr(moved, "execution_device", None)) is not None:
+        return torch.device(device), True
+    weight = model.head_weight
+    weight = weight if isinstance(weight, torch.Tensor) else next(model.parameters())  # quantized: no tensor
+    return weight.device, moved is not None
+
+
 class BlockDecoder:
     """One batch of prompts being continued.
 
     ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
     ``head([..., H]) -> [..., V]``. ``passes`` counts forward passes, ``passes_B`` those that decide tokens of each row;
     ``end`` is the slot behind the block under way; ``rows_A`` are the rows still being continued (A of the B), in the
-    order the cache has them. ``static``: passes of fixed shapes, which wait for nothing; None: on a GPU.
+    order the cache has them. ``static``: passes of fixed shapes, which wait for nothing; None: on one GPU.
     """
 
     def __init__(
@@ -161,7 +173,7 @@ class BlockDecoder:
         if len(seeds) != len(prompts):
             raise ValueError(f"generate: {len(prompts)} prompts but {len(seeds)} seeds; pass one per prompt")
         self.model, self.rule, self.passes, self.end = model, rule, 0, 0
-        self.device = model.head_weight.device
+        self.device, moves = _place(model)
         _warn_if_longer(model, max(map(len, prompts)) + rule.max_new_tokens)
         block, count = rule.block_size, len(prompts)
         prompts = [prompt.to("cpu") for prompt in prompts]
@@ -204,7 +216,7 @@ class BlockDecoder:
         self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
         self.live_A, self.passes_B = torch.ones_like(self.rows_A, dtype=torch.bool), torch.zeros_like(self.rows_A)
         self.most_B = [rule.max_new_tokens] * count
-        self.static = self.device.type == "cuda" if static is None else static
+        self.static = self.device.type == "cuda" and not moves if static is None else static
         self.cache = BlockCache(length, self.static)
         self._slots: dict[int, torch.Tensor] = {}  # of the queries, by their number
         self._passes = _Passes(self.device.type == "cuda" and self.static and os.environ.get("A2D_GRAPHS") != "0")
@@ -296,12 +308,13 @@ class BlockDecoder:
         """Hidden states of these slots, [A, Q, H]."""
         self.cache.slots = slots_Q
         shift_A1 = self.shift_dev_B[self.rows_A].unsqueeze(1)
-        return self.model.backbone(
+        hidden_AQH: torch.Tensor = self.model.backbone(
             self.tokens_BL[self.rows_A[:, None], slots_Q],
             attention_mask=self._attend(slots_Q, shift_A1),
             position_ids=(slots_Q - shift_A1).clamp(min=0),
             past_key_values=self.cache,
         )
+        return hidden_AQH.to(self.device)
 
     def _attend(self, query_Q: torch.Tensor, shift_A1: torch.Tensor) -> torch.Tensor | None:
         """bool [A, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""

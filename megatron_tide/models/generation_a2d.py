@@ -6,6 +6,8 @@ Copied into releases with ``decoding_a2d.py`` and ``sampling_a2d.py``: it needs 
 from __future__ import annotations
 
 import copy
+import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,8 +52,9 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         """Continue prompts by block decoding; int64 [B, P + longest answer], answers padded behind their end of text.
 
         Args:
-            input_ids: [B, P] prompts, padded on either side (``attention_mask`` 0 marks padding); mask tokens in them
-                are filled in. ``inputs`` is the same under transformers' name.
+            input_ids: [B, P] prompts, padded on either side (``attention_mask`` 0 marks padding; without one, pad
+                tokens that not every row has there do); mask tokens in them are filled in. ``inputs`` is the same under
+                transformers' name.
             generation_config: settings in place of the model's own; its fields mean what the same keywords mean.
             seed: one number (row r uses seed + r), or one per row; used when tokens are sampled. None: drawn from
                 ``generator``, or from torch's global one.
@@ -65,15 +68,13 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         Raises:
             ValueError: a setting that block decoding does not have, or a value out of range.
         """
-        ids_BP = input_ids if input_ids is not None else inputs
-        if ids_BP is None or ids_BP.dim() != 2:
-            raise ValueError("generate: pass input_ids as a [batch, length] tensor")
+        ids_BP = _prompt_ids(input_ids if input_ids is not None else inputs)
         settings = _settings(getattr(self, "generation_config", None), generation_config, options)
         call = {name: settings.pop(name, None) for name in _CALL}
         if call["max_length"] is not None:
             settings["max_new_tokens"] = _new_tokens(call["max_length"], ids_BP.shape[1])
         rule = decoding_rule(self, None, settings)
-        keep_BP = (torch.ones_like(ids_BP) if attention_mask is None else attention_mask).bool()
+        keep_BP = _kept(ids_BP, rule) if attention_mask is None else _mask_of(ids_BP, attention_mask)
         if (times := call["num_return_sequences"] or 1) > 1:
             if not rule.temperature:
                 raise ValueError(f"generate: {times} greedy answers are all the same; add do_sample=True")
@@ -103,9 +104,37 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         return own, own.update(**changes)
 
 
+def _prompt_ids(given: Any) -> torch.Tensor:
+    if not isinstance(given, torch.Tensor) or given.dim() != 2:
+        raise ValueError(
+            "generate: pass input_ids as a [batch, length] tensor, and what a tokenizer returns as generate(**inputs)"
+        )
+    return given.long()
+
+
+def _mask_of(ids_BP: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    if mask.shape != ids_BP.shape:
+        shapes = f"{list(mask.shape)}, input_ids have {list(ids_BP.shape)}"
+        raise ValueError(f"generate: attention_mask has shape {shapes}; use the same, 0 where there is padding")
+    return mask.bool()
+
+
+def _kept(ids_BP: torch.Tensor, rule: DecodingRule) -> torch.Tensor:
+    """Without an attention mask, what is no padding: pads at an end of a row that other rows have less of there."""
+    place_P, width = torch.arange(ids_BP.shape[1], device=ids_BP.device), ids_BP.shape[1]
+    pads_BP = (ids_BP == rule.pad_token_id).int()
+    left_B1, right_B1 = (side.cumprod(1).sum(1, keepdim=True) for side in (pads_BP, pads_BP.flip(1)))
+    padding_BP = (place_P < left_B1 - left_B1.min()) | (place_P >= width - right_B1 + right_B1.min())
+    if rule.pad_token_id in rule.eos_token_ids and padding_BP.any():
+        warnings.warn("generate: end of text at an end of prompts is taken for text; pass attention_mask", stacklevel=3)
+        return torch.ones_like(padding_BP)
+    return ~padding_BP
+
+
 def _settings(own: Any, passed: Any, options: dict[str, Any]) -> dict[str, Any]:
     """What the model's generation config, a passed one and keywords state; the later ones count."""
     found: dict[str, Any] = {}
+    unclear = None  # a temperature of a config that may have stated do_sample=False, which transformers 4 does not tell
     given = {name: value for name, value in options.items() if value is not None}
     for layer in (_stated(own), _stated(passed), given):
         for pair in _SAME:
@@ -115,8 +144,16 @@ def _settings(own: Any, passed: Any, options: dict[str, Any]) -> dict[str, Any]:
             layer.pop("max_length", None)
         # A temperature turns sampling on, and so does do_sample, as everywhere in transformers.
         if layer.get("temperature") and "do_sample" not in layer:
+            unclear = layer["temperature"] if layer is not given and GenerationConfig().do_sample is False else None
             layer["do_sample"] = True
+        elif "do_sample" in layer:
+            unclear = None
         found |= layer
+    if unclear is not None:
+        raise ValueError(
+            f"generate: a generation config has temperature {unclear} and not do_sample=True; state that as well, or "
+            "leave out the temperature"
+        )
     return found
 
 
@@ -155,7 +192,11 @@ def _seeds(
     if seed is None and rule.temperature > 0.0:
         device = "cpu" if generator is None else generator.device
         return torch.randint(2**62, (rows,), generator=generator, device=device).tolist()
-    return [(seed or 0) + row for row in range(rows)] if seed is None or isinstance(seed, int) else list(seed)
+    try:
+        first = 0 if seed is None else operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        return [int(one) for one in seed]  # type: ignore[union-attr]
+    return [first + row for row in range(rows)]
 
 
 Stops = Callable[[torch.Tensor, torch.Tensor], bool]
@@ -228,6 +269,7 @@ def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> Decodin
         return settings[name] if settings.get(name) is not None else getattr(model.config, name, None)
 
     eos = settings.get("eos_token_ids", find("eos_token_id"))
+    eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
     eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),)
     pad = find("pad_token_id")
     pad = pad if pad is not None else (eos_ids[0] if eos_ids else None)

@@ -56,8 +56,9 @@ class DecodingRule:
 
     def __post_init__(self) -> None:
         for name, least in (("block_size", 1), ("tokens_per_step", 1), ("max_new_tokens", 0), *_FROM_ZERO):
-            if getattr(self, name) < least:
-                raise ValueError(f"generate: {name} is {getattr(self, name)}; use {least} or more")
+            value = getattr(self, name)
+            if not hasattr(value, "__index__") or value < least:
+                raise ValueError(f"generate: {name} is {value!r}; use a whole number, {least} or more")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise ValueError(f"generate: threshold is {self.threshold}; use a probability from 0 to 1")
         if not 0.0 < self.top_p <= 1.0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
@@ -63,6 +65,18 @@ def test_what_block_decoding_does_not_have_is_refused_in_either_form(model: Any,
         with pytest.raises(ValueError, match=f"block decoding has no {name}") as refused:
             model.generate(PROMPT, **options)
         assert "\n" not in str(refused.value)
+    for given, words in (
+        (None, "pass input_ids"),
+        ([[5, 6]], "pass input_ids"),
+        ({"input_ids": PROMPT}, r"generate\(\*\*"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.generate(given)
+    for mask in (torch.ones(1, 9), torch.ones(1, 1, LENGTH, LENGTH)):
+        with pytest.raises(ValueError, match=r"attention_mask has shape .*, input_ids have \[1, 6\]"):
+            model.generate(PROMPT, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 4\.5; use a whole number"):
+        answer(model, max_new_tokens=4.5)
     with pytest.raises(ValueError, match="no logits_processor"):
         model.generate(PROMPT, logits_processor=[print])
     same = {
@@ -73,6 +87,26 @@ def test_what_block_decoding_does_not_have_is_refused_in_either_form(model: Any,
         "output_scores": False,
     }
     assert answer(model, **same, synced_gpus=None) == answer(model)
+
+
+def test_a_temperature_of_a_config_needs_do_sample_where_false_cannot_be_told(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Version4(GenerationConfig):
+        """As transformers 4 makes them: what was not stated has a default."""
+
+        def __init__(self, **stated: Any) -> None:
+            super().__init__(**{"do_sample": False, "temperature": 1.0, "top_k": 50, **stated})
+
+    monkeypatch.setattr(sys.modules[type(model).generate.__module__], "GenerationConfig", Version4)
+    warm = Version4(temperature=2.0)
+    with pytest.raises(ValueError, match=r"config has temperature 2\.0 and not do_sample=True"):
+        model.generate(PROMPT, warm)
+    rule: dict[str, Any] = {"max_new_tokens": 12, "eos_token_ids": (), "seed": 4}
+    drawn = answer(model, temperature=2.0, seed=4)
+    for config in (warm, Version4(temperature=2.0, do_sample=True)):
+        assert model.generate(PROMPT, config, do_sample=True, **rule)[0, LENGTH:].tolist() == drawn
+    assert model.generate(PROMPT, warm, do_sample=False, **rule)[0, LENGTH:].tolist() == answer(model)
 
 
 def test_draws_follow_torchs_seed_a_generator_or_the_seed(model: Any) -> None:
@@ -87,6 +121,7 @@ def test_draws_follow_torchs_seed_a_generator_or_the_seed(model: Any) -> None:
     one, other = (torch.Generator().manual_seed(seed) for seed in (5, 6))
     assert drawn(generator=one) == drawn(generator=torch.Generator().manual_seed(5)) != drawn(generator=other)
     assert drawn(seed=3) == drawn(seed=[3]) != drawn(seed=4)
+    assert drawn(seed=3) == drawn(seed=np.int64(3)) == drawn(seed=torch.tensor(3)) == drawn(seed=torch.tensor([3]))
     answer(model)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -188,6 +223,10 @@ def test_forward_returns_what_it_is_asked_for_or_refuses(model: Any) -> None:
         assert full["past_key_values"] is full.past_key_values is full.cache
         (logits,) = model(PROMPT, return_dict=False)
         assert torch.equal(logits, plain.logits)
+        asked = copy.deepcopy(model)
+        asked.config.output_hidden_states, asked.config.return_dict = True, False
+        assert torch.equal(asked(PROMPT)[1][-1], full.hidden_states[-1])
+        assert asked(PROMPT, output_hidden_states=False, return_dict=True).hidden_states is None
         # The published sampler: the prefix once, then a block against a copy of its cache, with padding in front.
         ids = torch.cat((torch.full((1, 2), PAD), PROMPT), 1)
         seen = (torch.arange(8) >= 2).expand(1, 1, 8, 8) & (torch.arange(8) >= 2)[:, None]
@@ -211,6 +250,38 @@ def test_forward_returns_what_it_is_asked_for_or_refuses(model: Any) -> None:
         with pytest.raises(ValueError, match=f"forward: {name} ") as refused:
             model(PROMPT, **{name: value})
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_is_found_without_a_mask(model: Any, left: bool) -> None:
+    rows = [[PAD, 5, 6, PAD, 8, 9], [PAD, 11, 12]]  # a pad that every row has is text
+    rows = rows if left else [row[::-1] for row in rows]
+    pads = [[], [PAD] * 3]
+    padded = [more + row if left else row + more for row, more in zip(rows, pads)]
+    found = model.generate(torch.tensor(padded).int(), max_new_tokens=8, eos_token_ids=())
+    for row, ids in enumerate(rows):
+        alone = model.generate(torch.tensor([ids]), max_new_tokens=8, eos_token_ids=())
+        assert found[row, -8:].tolist() == alone[0, len(ids) :].tolist()
+    with pytest.warns(UserWarning, match="taken for text; pass attention_mask"):
+        model.generate(torch.tensor(padded), max_new_tokens=8, eos_token_ids=(PAD,))
+
+
+def test_attention_stays_our_own(model: Any) -> None:
+    """The others would take the mask for numbers to add, and know nothing of the cache."""
+    changed = copy.deepcopy(model)
+    changed.set_attn_implementation("sdpa")
+    assert answer(changed, max_new_tokens=20) == answer(model, max_new_tokens=20)
+    changed.config._attn_implementation = "eager"
+    assert answer(changed, max_new_tokens=20) == answer(model, max_new_tokens=20)
+
+
+def test_offloaded_weights_are_brought_where_they_are_used(model: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="NOT TESTED: accelerate is not installed")
+    offloaded = copy.deepcopy(model)
+    accelerate.cpu_offload(offloaded, execution_device="cpu")
+    assert offloaded.lm_head.weight.device.type == "meta"
+    assert answer(offloaded) == answer(model)
+    assert answer(offloaded, do_sample=True, seed=2) == answer(model, do_sample=True, seed=2)
 
 
 class Int8Linear(torch.nn.Module):

@@ -52,6 +52,8 @@ for question in questions:
     assert write(chat, **options)[0]["generated_text"] == tokenizer.decode(answers[-1], skip_special_tokens=True)
     state = model(**inputs, use_cache=True)
     assert state.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    model.set_attn_implementation("eager")
+    assert model.generate(**inputs, **options).tolist() == output.tolist()
 if quantizes:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 
