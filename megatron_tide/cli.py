@@ -60,10 +60,14 @@ def flag(
 
     Numbers must be in [``low``, ``high``]. ``shown`` replaces the default in the help. ``kind``: "flag";
     "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata;
-    ``reads`` ("folder", "file", "any" of both, "model") or ``writes`` ("file"): what a path names (``check_paths``).
+    ``reads`` ("folder", "file", "any" of both, "model", "model or GGUF") or ``writes`` ("file"): what a path names
+    (``check_paths``).
     """
     about = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar, "shown": shown}
     return dataclasses.field(default=MISSING if default is ... else default, metadata={**about, "kind": kind, **more})
+
+
+ONLY_TO_GENERATE = "a GGUF file, which only generate reads; give the release that it was made from"
 
 
 def flag_name(info: Field[Any]) -> str:
@@ -156,17 +160,19 @@ def check_paths(args: Any) -> None:
         if not {"reads", "writes"} & set(info.metadata):
             continue
         for item in value if isinstance(value, tuple) else () if value is None else (value,):
-            if info.metadata.get("reads") == "model":
-                check_model_path(str(item))
+            if info.metadata.get("reads") in ("model", "model or GGUF"):
+                check_model_path(str(item), gguf=info.metadata["reads"] != "model")
             else:
                 _check_path(info.metadata, flag_name(info), Path(item))
 
 
-def check_model_path(path: str) -> None:
-    """ValueError unless ``path`` is a folder, or could be a name on the hub."""
-    if path.endswith(".gguf"):
+def check_model_path(path: str, *, gguf: bool = False) -> None:
+    """ValueError unless ``path`` is a folder, or could be a name on the hub; or, with ``gguf``, a GGUF file."""
+    if path.endswith(".gguf") and not Path(path).is_dir():
         if not Path(path).exists():
             raise ValueError(f"{path}: no such file")
+        if not gguf:
+            raise ValueError(f"{path}: {ONLY_TO_GENERATE}")
         return
     local = path.count("/") != 1 or path.startswith((".", "/", "~"))
     if not Path(path).is_dir() and local:

@@ -61,7 +61,7 @@ class Args:
         ...,
         "Model: release, hub-format folder, hub name, run folder, step folder or GGUF file",
         kind="positional",
-        reads="model",
+        reads="model or GGUF",
     )
     chat: bool = flag(False, "Chat in the terminal")
     prompt: tuple[str, ...] = flag((), "User message; repeat the flag for several", metavar="TEXT", kind="repeated")

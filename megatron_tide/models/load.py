@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_tide.cli import ONLY_TO_GENERATE
 from megatron_tide.files import sha256_file, write_json
 from megatron_tide.hub import download
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
@@ -34,7 +35,7 @@ def resolve_folder(path: str | Path) -> Path:
         return Path(path)
     name = str(path)
     if name.endswith(".gguf"):
-        raise ValueError(f"{path}: a GGUF file, which only generate reads; give the release that it was made from")
+        raise ValueError(f"{path}: {ONLY_TO_GENERATE}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{path}: no such folder")
     return download(name, _FROM_HUB, f"{name}: no such folder, and not found on the hub")

@@ -205,7 +205,7 @@ quantize_(model, Int8WeightOnlyConfig())  # or Int8DynamicActivationInt8WeightCo
 | `steps` | passes for the whole answer, instead of `tokens_per_step` |
 | `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
 | `block_layout` | where blocks begin: `sequence` (default, as in training), or `answer` (the published sampler) |
-| `temperature`, `do_sample`, `top_k`, `top_p` | tokens are drawn, of all without a `top_k`; by default, the likeliest one is taken |
+| `temperature`, `do_sample`, `top_k`, `top_p` | tokens are drawn, of all without `top_k`; default: the likeliest one |
 | `seed`, `generator` | for drawing; without them, torch's global generator |
 | `stop_strings`, `stopping_criteria` | end an answer early; checked after each block, for each of its tokens |
 | `num_return_sequences`, `max_length`, `return_dict_in_generate` | as in transformers; all others are refused |

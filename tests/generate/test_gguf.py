@@ -21,6 +21,7 @@ from tests.support.gguf_models import gguf_release
 
 pytest.importorskip("gguf", reason="NOT TESTED: gguf is not installed (requirements-gguf.txt)")
 BLOCK = 4
+ROLLOUT = "{} --data x.jsonl --out x --samples 1 --student-length 9"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,9 @@ def test_without_llama_cpp_one_line_says_what_to_install(file: Path, monkeypatch
 def test_other_commands_name_the_release(file: Path) -> None:
     with pytest.raises(ValueError, match=r"f32.gguf: a GGUF file, which only generate reads; give the release"):
         open_model(file)
+    for name, words in (("evaluate", "{} --tasks humaneval"), ("evaluate", "--student {}"), ("rollout", ROLLOUT)):
+        with pytest.raises(ValueError, match=r"f32.gguf: a GGUF file, which only generate reads; give the release"):
+            command(name)(words.format(file).split())
     with pytest.raises(ValueError, match=r"nowhere.gguf: no such file"):
         command("generate")([str(file.with_name("nowhere.gguf")), "--prompt", "x"])
 
