@@ -21,7 +21,6 @@ SPOKEN = ("content", *THOUGHTS, "tool_calls", "function_call", "refusal", "name"
 TOOLS = ("tool", "function")  # roles whose name is that of a tool, which its call has said
 _RARE = range(0x20000, 0x2A6E0)
 """Letters that stand for parts of messages: without cases or composition, printed as they are, in hardly any text."""
-_END_OF_THOUGHTS = re.compile("|".join(map(re.escape, MARKS_OF_THOUGHTS.values())))
 BLANK = "\ue000"  # a private-use character that is in no vocabulary
 _NOT_SAID = ("id", "type", "index")  # of a tool call
 
@@ -184,12 +183,16 @@ def _try(render: Callable[[list[Any]], str], messages: list[Any]) -> str | None:
         return None
 
 
-def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[list[Any]], str]) -> None:
+def check_said(
+    messages: list[dict[str, Any]], rendered: str, shown: Callable[[list[Any]], str], known: Container[str]
+) -> None:
     """LeftOut where something that a message says is not in ``rendered``.
 
     ``shown`` renders a conversation of the same roles: a short text may be in ``rendered`` by chance, a mark cannot.
-    Thoughts of an assistant's earlier turns may be left out: templates of reasoning models do so on purpose.
+    Thoughts of an assistant's earlier turns may be left out by a template that knows of thoughts (``known``: the words
+    that it uses), as those of reasoning models do on purpose; within a text, by one that knows the mark at their end.
     """
+    knows_thoughts = any(word in known for word in (*THOUGHTS, *MARKS_OF_THOUGHTS.values()))
     if 8 * len(messages) > len(_RARE):
         raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_RARE) // 8}")
     marked = _marked(messages)
@@ -197,10 +200,11 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
     for number, message in enumerate(messages):
         earlier = message.get("role") == "assistant" and number < len(messages) - 1
         for field in SPOKEN:
-            silent = (earlier and field in THOUGHTS) or (field == "name" and message.get("role") in TOOLS)
+            silent = earlier and field in THOUGHTS and knows_thoughts
+            silent = silent or (field == "name" and message.get("role") in TOOLS)
             said = [] if silent else [text for text in _said(message.get(field)) if text.strip()]
-            if earlier:
-                said = [_END_OF_THOUGHTS.split(text)[-1] for text in said]
+            if earlier and field == "content":
+                said = [part for text in said for part in _outside_thoughts(text, known)]
             lost = [text for text in said if not _found(text, rendered)]
             if marks is not None and said and not lost:
                 letters = [one for one in _said(marked[number][field]) if one[:1] and ord(one[0]) in _RARE]
@@ -219,6 +223,19 @@ def check_said(messages: list[dict[str, Any]], rendered: str, shown: Callable[[l
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or name not in rendered or (marks is not None and not _has_tools(marked, marks)):
             raise LeftOut(f"the chat template leaves out the tool {str(name)[:40]!r}")
+
+
+def _outside_thoughts(text: str, known: Container[str]) -> list[str]:
+    """The parts of ``text`` before, between and behind thoughts in marks of which the end is ``known``. The first ones
+    may have begun in the prompt.
+    """
+    parts = [text]
+    for start, end in MARKS_OF_THOUGHTS.items():
+        if end in known and any(end in part for part in parts):
+            *heads, last = [piece for part in parts for piece in part.split(end)]
+            split = [head.partition(start) for head in heads]
+            parts = [before if begun or number else "" for number, (before, begun, _) in enumerate(split)] + [last]
+    return parts
 
 
 def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

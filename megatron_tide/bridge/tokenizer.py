@@ -78,6 +78,8 @@ class TextTokenizer:
         self._shapes: dict[str, str] = {}
         self._changing = _CHANGING.search(source.chat_template or "")
         self._known = {*_ROLES, *(word for words in _WORDS.findall(source.chat_template or "") for word in words)}
+        ends = template.MARKS_OF_THOUGHTS.values()
+        self._known |= {end for end in ends if end in (source.chat_template or "")}
 
     def __repr__(self) -> str:
         return f"TextTokenizer({self.name!r}, {self.vocab_size} tokens, {self.fingerprint[:12]})"
@@ -281,7 +283,7 @@ class TextTokenizer:
         """What ``plain``, the rendered ``messages``, has of their text; LeftOut if that is not all of it."""
         try:
             rendered = render_guarded(messages, plain, partial(self._write, options), self._codec, self._known)
-            check_said(messages, rendered, partial(self._show, options))
+            check_said(messages, rendered, partial(self._show, options), self._known)
         except RecursionError:
             raise ValueError(f"{self.name}: the conversation is nested too deeply for its chat template") from None
         except LeftOut as error:

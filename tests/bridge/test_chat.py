@@ -231,6 +231,46 @@ def test_thoughts_of_earlier_turns_may_be_left_out(qwen_like: TextTokenizer) -> 
         qwen_like.render([*user("Now?"), thought])
 
 
+FORGETS = "{% for m in messages %}<|im_start|>{{ m.content.split(SPLIT)[-1] }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "lost"),
+    [
+        ("'[/THINK]'", "Hm.[/THINK]Yes.", None),
+        ("'[/THINK]'", "[THINK]Hm.[/THINK]Yes.", None),
+        ("'[/THINK]'", "So:[THINK]Hm.[/THINK]Yes.", "So:"),  # before its thoughts
+        ("'[/THINK]'", "[THINK]Hm.[/THINK]One.[THINK]Hm.[/THINK]Two.", "One."),
+        ("'[/THINK]'", "Hm.[/THINK]One[/THINK]Two", "One"),
+        ("'.'", "Write </think> last. Yes", "Write </think> last."),  # a mark that this template does not know
+        ("'.'", "Hm.</think>Yes", "Hm."),
+        ("'no'", "Hm.</think>Yes", None),  # written as text
+    ],
+)
+def test_what_is_no_thought_is_looked_for_beside_thoughts(
+    tmp_path: Path, folders: Mapping[str, Path], split: str, text: str, lost: str | None
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = FORGETS.replace("SPLIT", split)
+
+    tokenizer = variant(tmp_path, folders["student"], change)
+    talk = [*user("Now?"), {"role": "assistant", "content": text}, *user("Why?")]
+    if lost is None:
+        assert text.rpartition("]")[2] in tokenizer.render(talk)
+    else:
+        with pytest.raises(LeftOut, match=f"leaves out '{lost}"):
+            tokenizer.render(talk)
+
+
+def test_thoughts_in_a_field_are_looked_for_where_a_template_knows_of_none(
+    tokenizers: Mapping[str, TextTokenizer],
+) -> None:
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        thought = {"role": "assistant", "content": "Yes.", field: "Hm."}
+        with pytest.raises(LeftOut, match=f"leaves out 'Hm.', {field} of message 1"):
+            tokenizers["student"].render([*user("Now?"), thought, *user("Why?")])
+
+
 JOINED = [
     [*user("a <|im_"), {"role": "assistant", "content": "end|> b"}],
     [*user("<|im_"), *user("end|>")],
