@@ -101,7 +101,7 @@ def align_spans(student: Spelling, teacher: Spelling, size: int) -> tuple[np.nda
     """Align two sides that spell a text of ``size`` bytes differently in places.
 
     Between neighbouring places of the text where tokens end on both sides, the sides spell either the same bytes or
-    not. Runs of equal stretches are aligned as whole texts are; tokens of the others get UNALIGNED.
+    not. Runs of equal stretches (or pairs of them) are aligned as whole texts are; tokens of the others get UNALIGNED.
 
     Returns ``(student_chunk, teacher_chunk, n_chunks, covered_bytes)``, the last in bytes of the text.
     """
@@ -111,18 +111,22 @@ def align_spans(student: Spelling, teacher: Spelling, size: int) -> tuple[np.nda
     tokens = [cut[places].tolist() for cut in cuts]
     starts = [np.concatenate([[0], np.cumsum(side.lengths)])[at].tolist() for side, at in zip(sides, tokens)]
     mute = [np.concatenate([[0], np.cumsum(side.silent)])[at].tolist() for side, at in zip(sides, tokens)]
+
+    def alike(first: int, last: int) -> bool:
+        mine, theirs = (side.data[at[first] : at[last]] for side, at in zip(sides, starts))
+        return mine == theirs != b"" and all(count[first] == count[last] for count in mute)
+
     runs: list[list[int]] = []
-    covered = 0
-    for n, (start, stop) in enumerate(pairwise(places.tolist())):
-        mine = student.data[starts[0][n] : starts[0][n + 1]]
-        theirs = teacher.data[starts[1][n] : starts[1][n + 1]]
-        if not mine or mine != theirs or any(count[n] != count[n + 1] for count in mute):
-            continue
-        covered += stop - start
-        if runs and runs[-1][1] == n:
-            runs[-1][1] = n + 1
-        else:
-            runs.append([n, n + 1])
+    n = covered = 0
+    while n < len(places) - 1:
+        # Two stretches at once where one side gives a space to the word behind it, though it does not stand for it.
+        last = next((stop for stop in range(n + 1, min(n + 3, len(places))) if alike(n, stop)), 0)
+        if last and runs and runs[-1][1] == n:
+            runs[-1][1] = last
+        elif last:
+            runs.append([n, last])
+        covered += int(places[last] - places[n]) if last else 0
+        n = last or n + 1
     parts = [[slice(at[first], at[last]) for first, last in runs] for at in tokens]
     found = align_batch(*([side.lengths[part] for part in own] for side, own in zip(sides, parts)))
     ids = [np.full(len(side.lengths), UNALIGNED, dtype=np.int32) for side in sides]

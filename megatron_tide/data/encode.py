@@ -26,8 +26,9 @@ NOT_WRITTEN = "a message that the chat template does not write"
 MORE_THAN_TEXT = "a response with reasoning, tool calls or a name beside its text"
 REFUSED = "refused by a tokenizer or template"
 
-# Of rows into samples, part of a folder's settings. 2: prompts hold message text as text; 3: also where it is joined.
-ENCODING = 3
+# Of rows into samples, part of a folder's settings. 2: prompts hold message text as text; 3: also where it is joined;
+# 4: thoughts that a template leaves out without knowing of them are missed, words behind a respelled space are aligned.
+ENCODING = 4
 
 Ids = NDArray[np.int32]
 

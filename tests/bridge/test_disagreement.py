@@ -11,7 +11,7 @@ import pytest
 import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_tide.bridge import Aligned, Bridge, TextTokenizer, align_text, load_tokenizer
@@ -95,6 +95,22 @@ def test_added_tokens_that_take_spaces_cost_only_themselves(
     aligned = align_text(load_tokenizer(tmp_path), tokenizers["teacher"], text)
     assert 0 < aligned.total_bytes - aligned.covered_bytes <= 18  # the spaces around may be in tokens of the teacher
     assert_chunks_are_equal_bytes(load_tokenizer(tmp_path), tokenizers["teacher"], aligned)
+
+
+def test_words_are_aligned_though_a_side_drops_and_respells_the_spaces_before_them(
+    tmp_path: Path, folders: Mapping[str, Path], tokenizers: Mapping[str, TextTokenizer]
+) -> None:
+    """As XLM-R's and T5's do: their offsets leave the spaces out, while others have spaces of their own (digits)."""
+    changed = PreTrainedTokenizerFast.from_pretrained(folders["student"])
+    pieces = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+    changed.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    changed.save_pretrained(tmp_path)
+    text = "x 1 2 33 4 yy 5 6 z " * 20
+    for pair in ((load_tokenizer(tmp_path), tokenizers["teacher"]), (tokenizers["student"], load_tokenizer(tmp_path))):
+        for student, teacher in (pair, pair[::-1]):
+            aligned = align_text(student, teacher, text)
+            assert aligned.total_bytes - aligned.covered_bytes <= 2  # the space at the end
+            assert_chunks_are_equal_bytes(student, teacher, aligned)
 
 
 UNITS = st.lists(
