@@ -112,7 +112,10 @@ def own_settings(preset: BenchmarkPreset, task: str, stated: dict[str, Any]) -> 
     if type(tokens) is not int or tokens < 1 or type(heat) not in (int, float) or not 0.0 <= heat < float("inf"):
         raise ValueError(f"task {task}: {str(tokens)[:20]} tokens at temperature {str(heat)[:20]}; set both with flags")
     found = replace(preset, new_tokens=tokens, steps=preset.steps or tokens, temperature=float(heat))
-    return found, sorted({*stated} - {*LENGTHS, "until", "temperature", "do_sample"})
+    used = {*LENGTHS, "until", "temperature", "do_sample"}
+    if preset.temperature is None and stated.get("do_sample") and not heat:  # greedy, as lm-eval's own models have it
+        used.discard("do_sample")
+    return found, sorted({*stated} - used)
 
 
 def changed_preset(benchmark: str, name: str, changes: dict[str, Any]) -> BenchmarkPreset:

@@ -249,6 +249,7 @@ class AutoregressiveGenerator(Generator, HFLM):
         drawn = {"do_sample": True, "temperature": heat, "top_k": 0, "top_p": 1.0} if heat else {"do_sample": False}
         ends = _Answered(self.text_tokenizer, [(request.args[0], settings["until"]) for request in requests])
         own = {name: settings.get(name) for name in ("chat_template", "seed", "sample")}
+        own |= {"repeat": settings["repeat"]} if "repeat" in settings else {}
         # What is drawn comes from torch's global state, so one batch draws at a time.
         with self._draws if heat else nullcontext(), torch.random.fork_rng() if heat else nullcontext():
             if heat:

@@ -19,7 +19,7 @@ import secrets
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
 from pathlib import Path
@@ -158,7 +158,11 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
         with ResponseCache(context.generator, path) as cache:
             loaded = manager.load([preset.task])
             presets, notes = _own_settings(loaded["tasks"], preset)
-            draws = [_evaluate(loaded, cache, presets, context, draw) for draw in range(context.samples_per_problem)]
+            draws = []
+            for draw in range(context.samples_per_problem):
+                samples, of_metrics = _evaluate(loaded, cache, presets, context, draw)
+                draws.append(samples)
+            notes += of_metrics
             rows = [_row(same) for same in zip(*draws)]
             notes += _notes_of_answers(rows)
             if preset.task in PROGRAMS:
@@ -257,8 +261,10 @@ def _own_settings(tasks: Mapping[str, Any], preset: BenchmarkPreset) -> tuple[di
 
 def _evaluate(
     loaded: Any, lm: Any, presets: Mapping[str, BenchmarkPreset], context: EvalContext, draw: int
-) -> list[Sample]:
-    """lm-eval's samples of all subtasks, one for each document and filter; ``draw`` counts the samples per problem."""
+) -> tuple[list[Sample], list[str]]:
+    """lm-eval's samples of all subtasks, one for each document and filter; ``draw`` counts the samples per problem.
+    And a note on each of its numbers that is not a mean over samples, which ours are.
+    """
     from lm_eval import evaluate
 
     for name, task in loaded["tasks"].items():
@@ -280,7 +286,20 @@ def _evaluate(
         fewshot_as_multiturn=preset.chat_template,
     )
     assert results is not None
-    return [{**sample, "task": name} for name, samples in results["samples"].items() for sample in samples]
+    notes = [] if PROGRAMS.keys() & loaded["tasks"].keys() else [*_other_numbers(results)]
+    return [{**sample, "task": name} for name, samples in results["samples"].items() for sample in samples], notes
+
+
+def _other_numbers(results: Mapping[str, Any]) -> Iterator[str]:
+    for name, samples in results["samples"].items():
+        for key, value in results["results"][name].items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            own = [sample.get(metric) for sample in samples if sample["filter"] == kind]
+            numbers = [number for number in own if isinstance(number, int | float)]
+            if len(numbers) < len(own) or not np.isclose(np.mean(numbers), value, equal_nan=True):
+                yield f"task {name}: its {metric} ({kind}) is not a mean over samples; lm-eval has {value:.4g}"
 
 
 def _row(draws: Sequence[Sample]) -> Sample:

@@ -5,8 +5,10 @@ Reading it runs no code. Imports lm-eval.
 
 from __future__ import annotations
 
+import copy
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -92,6 +94,7 @@ class ResponseCache(CachingLM):
         return partial(self._answer, name, found) if name in _KINDS else found
 
     def _answer(self, kind: str, ask: Callable[[list[Any]], list[Any]], requests: list[Any]) -> list[Any]:
+        requests = list(_told_apart(requests)) if kind == "generate_until" else requests
         keys = [_request_key(kind, request.args) for request in requests]
         new = [number for number, key in enumerate(keys) if key not in self.dbdict]
         found = dict(zip(new, ask([requests[number] for number in new]) if new else []))
@@ -113,6 +116,19 @@ class ResponseCache(CachingLM):
 
     def __exit__(self, *_: object) -> None:
         self.dbdict.close()
+
+
+def _told_apart(requests: Sequence[Any]) -> Iterator[Any]:
+    """The requests, those that a task repeats with a number in their settings: each is a draw of its own."""
+    seen: Counter[int] = Counter()
+    for request in requests:
+        number = seen[id(request)]
+        seen[id(request)] += 1
+        prompt, settings = request.args
+        if number and settings.get("temperature"):
+            request = copy.copy(request)
+            request.arguments = (prompt, {**settings, "repeat": number})
+        yield request
 
 
 def _request_key(kind: str, args: Sequence[Any]) -> str:

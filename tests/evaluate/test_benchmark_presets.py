@@ -68,6 +68,8 @@ def test_changes_are_made_and_checked() -> None:
         ({"temperature": 0.6, "do_sample": False}, {}, (256, 256, 0.0), []),
         ({"max_gen_toks": 900, "temperature": 1}, {"new_tokens": 5, "temperature": 0.5}, (5, 5, 0.5), []),
         ({"max_gen_toks": 900}, {"steps": 9}, (900, 9, 0.0), []),
+        ({"do_sample": True}, {}, (256, 256, 0.0), ["do_sample"]),
+        ({"do_sample": True}, {"temperature": 0.0}, (256, 256, 0.0), []),
     ],
 )
 def test_a_task_outside_the_paper_keeps_its_own_settings(stated, given, expected, unused) -> None:  # type: ignore[no-untyped-def]

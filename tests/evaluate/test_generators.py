@@ -151,6 +151,7 @@ def test_drawn_answers_depend_on_seed_and_sample(lab: Lab, baseline: Path, kind:
     assert answers(generator, PROMPTS, drawn, seed=7, sample=0) == first
     assert answers(generator, PROMPTS, drawn, seed=8, sample=0) != first
     assert answers(generator, PROMPTS, drawn, seed=7, sample=1) != first
+    assert answers(generator, PROMPTS, drawn, seed=7, sample=0, repeat=1) != first
 
 
 def test_drawn_answers_of_a_block_model_do_not_depend_on_the_batch(lab: Lab) -> None:

@@ -147,6 +147,34 @@ def test_a_task_of_the_users_is_asked_with_its_own_settings(lab: Lab, tmp_path: 
     assert result.notes == ["task gsm8k_cot: its settings top_k are not used"]
 
 
+@pytest.mark.parametrize("heat", [0.0, 0.7])
+def test_repeated_requests_of_a_task_are_draws_of_their_own(lab: Lab, tmp_path: Path, heat: float) -> None:
+    """As for a majority of answers: at a temperature, each repetition has its own key and settings."""
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    with (tmp_path / "tasks" / "gsm8k.yaml").open("a") as file:
+        file.write(f"repeats: 3\ngeneration_kwargs:\n  until: ['Q:']\n  do_sample: true\n  temperature: {heat}\n")
+    generator = knows(lab, "gsm8k", rows)
+    for again in (False, True):  # then, all are kept
+        asked, tell = [], type(generator).generate_until
+        generator.generate_until = lambda all, **_: asked.extend(all) or tell(generator, all)  # type: ignore[method-assign] # noqa: B023
+        where = context(generator, tmp_path / "out", tmp_path / "tasks", limit=1)
+        result = run_benchmark("gsm8k_cot", preset_of("gsm8k_cot"), where)
+        numbers = [one.args[1].get("repeat") for one in asked]
+        assert numbers == ([None, 1, 2] if heat else [None] * 3) * (not again)
+        assert result.notes == ([] if heat else ["task gsm8k_cot: its settings do_sample are not used"])
+
+
+def test_numbers_that_are_no_means_of_samples_are_told(lab: Lab, tmp_path: Path) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    with (tmp_path / "tasks" / "gsm8k.yaml").open("a") as file:
+        file.write("metric_list:\n  - metric: exact_match\n    aggregation: median\n  - metric: bleu\n")
+    where = context(knows(lab, "gsm8k", rows, share=3), tmp_path / "out", tmp_path / "tasks")
+    result = run_benchmark("gsm8k_cot", preset_of("gsm8k_cot"), where)
+    notes = [note.partition(" is not a mean over samples; lm-eval has ")[0] for note in result.notes]
+    assert "task gsm8k_cot: its bleu (flexible-extract)" in notes
+    assert {score.metric for score in result.scores} == {"exact_match"}
+
+
 def test_models_in_one_folder_do_not_mix(lab: Lab, tmp_path: Path) -> None:
     rows = write_task(tmp_path / "tasks", "gsm8k")
     first, second = knows(lab, "gsm8k", rows), knows(lab, "gsm8k", rows, share=2)
