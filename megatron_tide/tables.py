@@ -280,9 +280,13 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
             table = datasets.load_dataset(path, name, split=split, revision=revision)
             return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
         if found.is_file():
-            table = datasets.load_dataset("parquet", data_files=str(found), split="train")
-            return ArrowTable(table, str(found), sha256_file(found))
-        return ArrowTable(_open_folder(found, name, split), str(found), _folder_digest(found, name, split))
+            content = sha256_file(found)
+            kept = _kept_by(content)
+            table = datasets.load_dataset("parquet", data_files=str(found), split="train", cache_dir=kept)
+            return ArrowTable(table, str(found), content)
+        _check_own(found)
+        content = _folder_digest(found, name, split)
+        return ArrowTable(_open_folder(found, name, split, content), str(found), content)
 
 
 def _named_in(value: Any) -> Iterator[str]:
@@ -336,10 +340,17 @@ def _check_own(folder: Path) -> None:
             raise ValueError(f"{path}: a link to a file outside its folder; replace it by a copy of that file")
 
 
-def _open_folder(folder: Path, name: str | None, split: str) -> Any:
+def _kept_by(content: str) -> str:
+    """Where ``datasets`` keeps what it made of files of this content: its own keys hold their times, which two versions
+    of a file may share (out of an archive, or copied with them)."""
     import datasets
 
-    _check_own(folder)
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / content[:32])
+
+
+def _open_folder(folder: Path, name: str | None, split: str, content: str) -> Any:
+    import datasets
+
     if os.path.lexists(folder / _SPLITS):
         splits = read_json(folder / _SPLITS, "restore the file", {"splits": [str]})["splits"]
         if split not in splits:
@@ -352,7 +363,7 @@ def _open_folder(folder: Path, name: str | None, split: str) -> Any:
         return read_saved([folder / one["filename"] for one in named])
     for path in folder.rglob("*.arrow"):
         check_stream(path)
-    return datasets.load_dataset(str(folder), name, split=split)
+    return datasets.load_dataset(str(folder), name, split=split, cache_dir=_kept_by(content))
 
 
 def _folder_digest(folder: Path, name: str | None, split: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def test_columns_are_mapped_and_filtered(tmp_path: Path) -> None:
             for n in (0, 2)
         ]
     assert len(_mixture(tmp_path, {"path": "pairs.jsonl", **columns, "filter": {"tag": 3}})) == 1
+
+
+@pytest.mark.parametrize("where", ["rows.parquet", "folder"])
+def test_files_of_equal_times_are_read_anew_where_their_content_changed(tmp_path: Path, where: str) -> None:
+    """Two versions out of an archive, say: the cache of ``datasets`` goes by path and time."""
+    file = tmp_path / where / "train.parquet" if where == "folder" else tmp_path / where
+    file.parent.mkdir(exist_ok=True)
+    for text in ("first", "other"):
+        datasets.Dataset.from_list([{"messages": [{"role": "user", "content": text}]}]).to_parquet(file)
+        os.utime(file, (1e9, 1e9))
+        assert open_mixture([str(tmp_path / where)]).conversation(0)[1][0]["content"] == text
 
 
 def test_weights_repeat_and_thin_out_rows_the_same_way_every_time(tmp_path: Path) -> None:
