@@ -51,7 +51,8 @@ class DistillBatch(TensorDataclass):
     such pair). maskable: number of maskable student tokens of the
     micro-batch, 0 if nothing is denoised; tokens: number of all its student tokens, without padding. Without a teacher
     K = R = P = 0. gold int64 [m] indexes those of the M masked tokens that are not the student's own writing, which
-    denoising scores (None: all of them). keys int64 [B]: the samples' own numbers; draw: (seed, epoch) of the noise.
+    denoising scores (None: all of them); next-token rows have none of it. keys int64 [B]: the samples' own numbers;
+    draw: (seed, epoch) of the noise.
     """
 
     rate: torch.Tensor
@@ -106,7 +107,7 @@ def build_inputs(
 
     masked_BS = student.masked(noise.student_masked)
     sample_M, position_M = masked_BS.nonzero(as_tuple=True)
-    sample_Q, position_Q = student.next_tokens(batch.student).nonzero(as_tuple=True)
+    sample_Q, position_Q = student.next_tokens(batch.student, batch.own).nonzero(as_tuple=True)
     student_input = student.input(
         batch.student,
         masked_BS,

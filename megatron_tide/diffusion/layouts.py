@@ -144,14 +144,16 @@ class StudentLayout:
         """bool [N, S]: the masks that the input has: none without xt."""
         return masked_NS & self.denoise
 
-    def next_tokens(self, tokens: Tokens) -> Tensor:
-        """bool [N, S]: the tokens to predict from those before them: the response's and its first end of text.
+    def next_tokens(self, tokens: Tokens, own_N: Tensor | None = None) -> Tensor:
+        """bool [N, S]: the tokens to predict from those before them: the response's and its first end of text, but no
+        response that the student wrote (``own_N``).
 
         The EOS after the first only fill the last block: a causal model never gets to see them.
         """
         position_S = torch.arange(tokens.ids.shape[1])
         first_N = torch.zeros_like(tokens.prompt) if self.score_prompt else tokens.prompt
-        inside_NS = (position_S >= first_N.clamp(min=1)[:, None]) & (position_S <= tokens.content_end[:, None])
+        last_N = tokens.content_end if own_N is None else torch.where(own_N, tokens.prompt - 1, tokens.content_end)
+        inside_NS = (position_S >= first_N.clamp(min=1)[:, None]) & (position_S <= last_N[:, None])
         return inside_NS & self.next_token
 
     def input(

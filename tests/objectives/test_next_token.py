@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -101,6 +103,27 @@ def test_what_is_scored() -> None:
         assert wanted[0].count(samples.STUDENT_EOS) == 1 < ITEMS[0]["student_ids"].count(samples.STUDENT_EOS)
         assert wanted[2].count(samples.STUDENT_EOS) == 0, "a cut response has no end"
     assert len(wanted[1]) == ITEMS[1]["student_content_end"]
+
+
+def test_the_students_own_responses_are_no_next_tokens() -> None:
+    """Of a sample whose response the student wrote, only its prompt is scored, and only with the flag."""
+    for name, score_prompt in product(("ar", "joint"), (False, True)):
+        strategy = build_strategy(StrategyConfig(strategy=name, score_prompt=score_prompt), None)
+        batch = replace(samples.collate(ITEMS), own=torch.tensor([True, False, True]))
+        drawn = noise(batch, seed=1, epoch=0, masking=MASKINGS["synchronous"])
+        inputs = build_inputs(
+            batch, drawn, student_block=BLOCK, student_mask_id=1, teacher=None, student=strategy.student
+        )
+        wanted = [
+            [
+                item["student_ids"][p]
+                for p in reference.predicted(item, score_prompt)
+                if p < item["student_prompt"] or not own
+            ]
+            for item, own in zip(ITEMS, (True, False, True))
+        ]
+        assert [len(tokens) > 0 for tokens in wanted] == [score_prompt, True, score_prompt]
+        assert inputs.next_targets.tolist() == [token for tokens in wanted for token in tokens]
 
 
 def test_ar_reads_one_copy_and_denoises_nothing() -> None:
