@@ -6,7 +6,8 @@ both must agree before anything is timed. One rank; the optimizer's update is le
 
 Seconds of filling are of asking and writing; bytes are of the files, per scored token of the teacher, per distribution,
 and per token of the student's text. A training from answers saves (live - cached) seconds per step, filling costs its
-own: ``trainings_to_pay`` of the same questions are needed before it pays on this machine.
+own: ``trainings_to_pay`` of the same questions are needed before it pays on this machine. On a machine that others use
+as well, ``--busy`` counts CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Args(DistillArgs):
 
     steps: int = flag(16, "Number of steps that the teacher answers, and that are trained each way", low=2)
     rounds: int = flag(3, "Number of times that each step is timed each way", low=1)
+    busy: bool = flag(False, "Time one thread's CPU seconds, not those of the clock")
     json: str = flag("", "Also write the figures to FILE", metavar="FILE")
 
 
@@ -38,8 +40,12 @@ defaults = preset_and_file
 
 
 def run(args: Args) -> int:
+    import torch
+
     from megatron_tide.train.distributed import init_distributed
 
+    if args.busy:
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         train = replace(args.run.train, max_steps=args.steps)
         paths = replace(args.run.paths, out=str(Path(folder) / "answers"))
@@ -59,10 +65,11 @@ def figures(config: DistillConfig, args: Args, world: Any) -> dict[str, Any]:
     inputs = read_run_inputs(config, world.size)
     loader = build.make_loader(config, inputs, world)
     expected = forecast(config, inputs, loader, 1, RATES)
-    began = time.perf_counter()
+    clock = time.process_time if args.busy else time.perf_counter
+    began = clock()
     seeds = (config.train.seed,)
     fill_cache(config, inputs, loader, world, expected, seeds=seeds, window=1, stop=StopRequest())
-    filling = (time.perf_counter() - began) / args.steps
+    filling = (clock() - began) / args.steps
     context, _ = build.build(config, inputs, world)
     cached = replace(context, backend=CachedTeacher(AnswerCache.open(config.paths.out), inputs.strategy))
     steps = [to_device(loader(step), world.device) for step in range(args.steps)]
@@ -72,13 +79,14 @@ def figures(config: DistillConfig, args: Args, world: Any) -> dict[str, Any]:
         for number, batches in enumerate(steps):
             train_step(one, batches, global_counts(batches, world, False)[0], number / args.steps)
 
-    live_seconds, cached_seconds = paired_seconds([lambda: way(context), lambda: way(cached)], args.rounds)
+    live_seconds, cached_seconds = paired_seconds([lambda: way(context), lambda: way(cached)], args.rounds, clock=clock)
     files = sum(path.stat().st_size for path in Path(config.paths.out).glob("*.arrow"))
     counts = [(len(b.teacher_targets), len(b.pair_chunk), b.tokens) for batches in steps for b in batches]
     scored, pairs, tokens = (sum(column) for column in zip(*counts))
     live, stored = live_seconds / args.steps, cached_seconds / args.steps
     return {
         "strategy": config.strategy.strategy,
+        "seconds_are": "of one thread's CPU" if args.busy else "of the clock",
         "teacher_top": config.strategy.teacher_top,
         "bytes": files,
         "forecast_bytes": expected.bytes,

@@ -86,3 +86,16 @@ def test_real_weights() -> None:
     assert "{value:.3f} [{high:.3f}, {low:.3f}] bits per byte less".format(
         **{name: -value for name, value in effect.items()}
     ) in (REPOSITORY / "README.md").read_text().replace("\n", " ")
+
+
+def test_cache() -> None:
+    table = rows("recipes/README.md", "Teacher outputs computed once")
+    files = (("`tide-bridge`", "cache.json"), ("`tide-cross`", "cache_tide_cross.json"))
+    for (name, (size, faster, trainings)), (strategy, file) in zip(table.items(), files, strict=True):
+        found = read_json(REPOSITORY / "benchmarks" / "results" / file)
+        assert name.startswith(strategy)
+        assert f"({'../benchmarks/results/' + file})" in name
+        assert f"`{found['strategy']}`" == strategy
+        assert float(size) == pytest.approx(found["bytes_per_student_token"], rel=0.01)
+        assert float(faster) == pytest.approx(found["speed_up"], abs=0.005)
+        assert float(trainings) == pytest.approx(found["trainings_to_pay"], abs=0.05)
