@@ -85,6 +85,15 @@ MASK_COUNTS = Table(
     }
 )
 
+OWN_MASKS = Table(
+    {
+        "random": Choice("as those of all text", False),
+        "order": Choice(
+            "as its decoder had them: of each block, what was undecided before one of its passes, drawn evenly", True
+        ),
+    }
+)
+
 LIKELIHOOD_NOISE = Table(
     {
         "sample": Choice("one timestep per sample, one coin flip per chunk", "evaluate.likelihood_noise:PER_SAMPLE"),

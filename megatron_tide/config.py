@@ -30,6 +30,7 @@ from megatron_tide.choices import (
     METRIC_LOGS,
     NOISE_SCHEDULES,
     OPTIMIZERS,
+    OWN_MASKS,
     STRATEGIES,
     TEACHER_HOSTINGS,
     TIDAL_AXES,
@@ -148,11 +149,8 @@ class StrategyConfig:
         "the data is for the rest",
         metavar="SIZE:SHARE,...",
     )
-    masking: str = flag(
-        "expand",
-        f"Unit of masking. {MASKINGS}",
-        choices=MASKINGS,
-    )
+    masking: str = flag("expand", f"Unit of masking. {MASKINGS}", choices=MASKINGS)
+    own_masks: str = flag("random", f"Masks of text that the student wrote. {OWN_MASKS}", choices=OWN_MASKS)
     teacher_context: str = flag(
         "full", f"What each position of the teacher attends to. {ATTENTION_LAYOUTS}", choices=ATTENTION_LAYOUTS
     )

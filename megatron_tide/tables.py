@@ -32,6 +32,8 @@ FIELDS = (*THOUGHTS, "tool_calls", "function_call", "tool_call_id", "name", "too
 """Keys of a message beside role and content that chat templates write."""
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Keys of a message, and columns beside it, for what is no text: no template here writes it."""
+AS_WRITTEN = "as_written"
+"""Key of a message for its tokens as a student wrote them (``SourceSpec.written_column``); none of a file has it."""
 _TEXTS = ("text", "input_text", "output_text")  # types of a part of a content that is text
 
 UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the data or in the column settings

@@ -4,7 +4,8 @@
 # Each round has three stages (four with CACHE=1):
 #   answer-N       SAMPLES rows of DATA; the student as it is now writes the response of the share ON_POLICY of them. The other
 #                  rows keep theirs. The texts are the same on any number of ranks
-#   data-N         both as training data. Own text is compared with the teacher, and is not denoised: it is no gold
+#   data-N         both as training data: own text token for token as it was written. It is compared with the teacher, and
+#                  is not denoised: it is no gold
 #   cache-N        CACHE=1: the teacher answers the round first
 #   train-round-N  STEPS steps: one schedule over all rounds, and the optimizer goes on where the round before it ended
 # A round of training covers its data once where SAMPLES is STEPS times the batch, the default.
@@ -34,6 +35,7 @@ BATCH=${BATCH:-64}                                                   # samples p
 SAMPLES=${SAMPLES:-$((STEPS * BATCH))}                               # rows per round
 ON_POLICY=${ON_POLICY:-0.5}                                          # share of them that the student answers: 0 to 1
 DECODING=${DECODING:---temperature 1}                                # how it answers: python -m megatron_tide rollout --help
+MASKS=${MASKS:-random}                                               # of own text: random, or order: as its decoder had them
 SEED=${SEED:-42}                                                     # of rows, answers, data order and noise
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 STUDENT_BLOCK=${STUDENT_BLOCK:-}                                     # block size to train the student with; empty: its own
@@ -49,20 +51,22 @@ TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                            # 1: allow 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 [[ $ROUNDS =~ ^[1-9][0-9]*$ && $STEPS =~ ^[1-9][0-9]*$ ]] || fail "ROUNDS=$ROUNDS STEPS=$STEPS: use whole numbers from 1 on"
+[[ $MASKS == random || $MASKS == order ]] || fail "MASKS=$MASKS: use random or order"
 setup_environment requirements.txt
 
 # round NUMBER STUDENT [FLAGS...]: one round, from the weights of STUDENT.
 round() {
-  local number=$1 now=$2 rows=$run/round-$1-answers data=$run/round-$1-data decoding=() from=()
+  local number=$1 now=$2 rows=$run/round-$1-answers data=$run/round-$1-data decoding=() from=() masks=()
   shift 2
   read -ra decoding <<<"$DECODING"
   on_ranks "answer-$number" "megatron_tide rollout" "$now" --data "$DATA" --round "$number" --samples "$SAMPLES" --share "$ON_POLICY" \
-    --seed "$SEED" --student-length "$STUDENT_LENGTH" ${STUDENT_BLOCK:+--block-size "$STUDENT_BLOCK"} \
+    --as-written --seed "$SEED" --student-length "$STUDENT_LENGTH" ${STUDENT_BLOCK:+--block-size "$STUDENT_BLOCK"} \
     ${STUDENT_MASK:+--student-mask "$STUDENT_MASK"} ${trust[@]+"${trust[@]}"} --out "$rows" "${decoding[@]}"
   prepare_pair "data-$number" "$rows/mixture.json" "$data"
   ((number == 1)) || from=(--continue-from "$now")
+  [[ $MASKS != order ]] || masks=(--own-masks order --timesteps block)
   teach "$run/round-$number" "$run/cache-$number" "$data" --global-batch-size "$BATCH" --max-steps $((ROUNDS * STEPS)) \
-    --until-step $((number * STEPS)) --seed "$SEED" ${from[@]+"${from[@]}"} "$@"
+    --until-step $((number * STEPS)) --seed "$SEED" ${from[@]+"${from[@]}"} ${masks[@]+"${masks[@]}"} "$@"
 }
 
 main() {

@@ -233,9 +233,19 @@ class Bridge:
                 "change the text in different ways (see the inspect command); choose others or lower --coverage-floor"
             )
 
-    def encode_with_bytes(self, text: str) -> EncodedPair:
-        """Tokenize ``text`` on both sides: ordinary text, no special tokens. ValueError where a side refuses it."""
-        return EncodedPair.of(*self._checked(), text)
+    def encode_with_bytes(self, text: str, ids: np.ndarray | None = None) -> EncodedPair:
+        """Tokenize ``text`` on both sides: ordinary text, no special tokens. ValueError where a side refuses it.
+
+        ``ids`` (int32 [n]): the student's tokens of the text, taken as they are where they spell it, and the teacher's
+        spell the same (``student.ids`` are then ``ids``). With a shared tokenizer they are the teacher's too.
+        """
+        student, teacher = self._checked()
+        known = None if ids is None else student.spelled(ids, text)
+        if known is not None:
+            others = known if self.shared else teacher.encode_with_bytes(text)
+            if others.data == known.data:
+                return EncodedPair(text, known, others)
+        return EncodedPair.of(student, teacher, text)
 
     def align(self, encodings: Sequence[EncodedPair]) -> list[Aligned]:
         """Align texts, in order; fastest with TEXTS_AT_ONCE texts per call.

@@ -234,7 +234,18 @@ class TextTokenizer:
 
     def encode_with_bytes(self, text: str) -> Encoding:
         """Encode ordinary text; the tokens' bytes equal the text's unless the tokenizer normalised it."""
-        ids = self.encode(text)
+        return self._with_bytes(self.encode(text), text)
+
+    def spelled(self, ids: np.ndarray, text: str) -> Encoding | None:
+        """``ids`` (int32 [n]) as the tokens of ``text``, which ``encode`` might split otherwise; None where they do not
+        spell it, byte for byte, or are no text alone.
+        """
+        if ((ids < 0) | (ids >= self.vocab_size)).any() or not self.is_ordinary()[ids].all():
+            return None
+        found = self._with_bytes(ids, text)
+        return found if found.data == text.encode("utf-8", "surrogatepass") else None
+
+    def _with_bytes(self, ids: np.ndarray, text: str) -> Encoding:
         lengths, data = self._table.lengths(ids), self._table.encode_with_bytes(ids)
         prefixed = self._prefixes_always or (self._prefixes and not text.startswith(" "))
         if len(ids) and prefixed and self._starts_with_space(ids):

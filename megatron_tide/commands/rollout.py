@@ -41,6 +41,11 @@ class Args:
     )
     block_size: int | None = flag(None, "Block size to decode with", shown="that of the model", low=1, high=1 << 24)
     student_mask: str | None = mask_flag("student")
+    as_written: bool = flag(
+        False,
+        "Keep the tokens of an answer and the pass that decided each, for prepare and distill --own-masks order; "
+        "otherwise prepare makes tokens of its text, which are others where the tokenizer would not have split it so",
+    )
     seed: int = flag(0, "Random seed", low=0, high=2**31)
     batch_size: int = flag(32, "Number of prompts per batch", low=1, high=1 << 20)
     dtype: str | None = flag(
@@ -94,7 +99,9 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
     )
     options = {**dataclasses.asdict(args.rule), "block_size": block}
     decides = [identity(opened.model, opened.folder, tokenizer), code(), dtype, options, args.student_length]
-    rollouts = Rollouts(args.out, tokenizer, drawn, args.student_length, args.batch_size, decides, options)
+    rollouts = Rollouts(
+        args.out, tokenizer, drawn, args.student_length, args.batch_size, decides, options, args.as_written
+    )
     with locked(args.out, world):
         done = rollouts.answer(opened.model, world, lambda: bool(stop.signal))
     if not done:

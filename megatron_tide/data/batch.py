@@ -32,13 +32,15 @@ class Tokens:
 class Batch:
     """A micro-batch: sample ``keys`` and ``chunks`` int64 [B], and its sides; no ``teacher`` in student-only data.
 
-    ``own`` bool [B]: whether the student wrote the response; None: it wrote none of the data's."""
+    ``own`` bool [B]: whether the student wrote the response; None: it wrote none of the data's. ``order`` int32 [B, S]:
+    the pass of its decoding that decided a token, 0 for none; None: not known of any sample of the data."""
 
     keys: torch.Tensor
     student: Tokens
     teacher: Tokens | None
     chunks: torch.Tensor
     own: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -60,6 +62,7 @@ def collate(
         student=_pad([sample.student for sample in samples], student_block, student_pad),
         teacher=_pad(teachers, teacher_block, teacher_pad) if teachers else None,
         chunks=torch.tensor([sample.chunks for sample in samples], dtype=torch.int64),
+        order=_orders([sample.student for sample in samples], student_block),
     )
 
 
@@ -77,9 +80,22 @@ def read_batch(data: PreparedData, indices: Iterable[int]) -> Batch:
     return batch if own is None else replace(batch, own=torch.from_numpy(own))
 
 
+def _orders(sides: Sequence[TokenizedSample], block: int) -> torch.Tensor | None:
+    if all(side.order is None for side in sides):
+        return None
+    order = np.zeros((len(sides), _width(sides, block)), np.int32)
+    for row, side in enumerate(sides):
+        order[row, : len(side.ids)] = 0 if side.order is None else side.order
+    return torch.from_numpy(order)
+
+
+def _width(sides: Sequence[TokenizedSample], block: int) -> int:
+    return -(-max(len(side.ids) for side in sides) // block) * block
+
+
 def _pad(sides: Sequence[TokenizedSample], block: int, pad: int) -> Tokens:
     lengths = [len(side.ids) for side in sides]
-    width = -(-max(lengths) // block) * block
+    width = _width(sides, block)
     ids = np.full((len(sides), width), pad, np.int64)
     chunk = np.full((len(sides), width), PROMPT, np.int32)
     for row, (side, length) in enumerate(zip(sides, lengths)):

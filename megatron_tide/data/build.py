@@ -95,7 +95,7 @@ def build_shard(job: PrepareJob, number: int) -> None:
             totals["total_bytes"] += row.total_bytes
     totals["read"] = len(rows)
     record = {"settings": fingerprint(job.settings), "number": number, "totals": totals, "dropped": dropped}
-    write_shard(job.path(number), samples, record | {"example": example, "unreadable": unreadable})
+    write_shard(job.path(number), samples, record | {"example": example, "unreadable": unreadable}, job.mixture.ordered)
 
 
 def _conversation(job: PrepareJob, position: int) -> list[Message] | str:

@@ -7,7 +7,7 @@ template's text is never aligned. The prompt is tokenised exactly as generation 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_tide.bridge import SPOKEN, Aligned, Bridge, EncodedPair, LeftOut, TemplateLimit, TextTokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.data.shard import PROMPT, UNALIGNED, Sample, TokenizedSample
-from megatron_tide.tables import ASSISTANT, MEDIA, Message
+from megatron_tide.tables import AS_WRITTEN, ASSISTANT, MEDIA, Message
 
 NO_ASSISTANT = "no assistant turn"
 EMPTY_PROMPT = "nothing before the response"
@@ -89,11 +89,13 @@ class Dropped:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row for student and teacher before its alignment: the prompt's ids by side, the response's tokens."""
+    """A row for student and teacher before its alignment: the prompt's ids by side, the response's tokens, and if they
+    are as the student wrote them, the pass that decided each (and the end of text behind them)."""
 
     key: int
     prompts: Mapping[str, Ids]
     response: EncodedPair
+    order: Ids | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,22 +117,30 @@ class Encoder:
         sides = {"student": self.student, **({"teacher": self.teacher} if self.teacher and self.bridge else {})}
         prompts = {name: iter(side.tokenizer.render_all(asked)) for name, side in sides.items()}
         read: list[_Row | Encoded | Dropped] = []
-        for (key, _), one in zip(rows, split):
+        for (key, messages), one in zip(rows, split):
             if isinstance(one, str):
                 read.append(Dropped(one))
             else:
-                read.append(self._read(key, {name: next(found) for name, found in prompts.items()}, one[1]))
+                rendered = {name: next(found) for name, found in prompts.items()}
+                read.append(self._read(key, rendered, one[1], messages[-1].get(AS_WRITTEN)))
         responses = [row.response for row in read if isinstance(row, _Row)]
         aligned = iter(self.bridge.align(responses) if self.bridge else [])
         return [self._with_teacher(row, next(aligned)) if isinstance(row, _Row) else row for row in read]
 
-    def _read(self, key: int, rendered: Mapping[str, Rendered | ValueError], response: str) -> _Row | Encoded | Dropped:
+    def _read(
+        self, key: int, rendered: Mapping[str, Rendered | ValueError], response: str, written: Mapping[str, Any] | None
+    ) -> _Row | Encoded | Dropped:
         """All of a row's work before the alignment; of a student-only row, all of its work."""
         try:
             prompts = {name: _prompt(getattr(self, name), text) for name, text in rendered.items()}
             if self.bridge is None or self.teacher is None:
                 return _student_only(key, self.student, prompts["student"], response)
-            return _Row(key, prompts, self.bridge.encode_with_bytes(response))
+            if written is None:
+                return _Row(key, prompts, self.bridge.encode_with_bytes(response), None)
+            ids, order = (np.array(written[name], np.int32) for name in ("ids", "order"))
+            ids = ids[: len(ids) - (ids[-1:] == self.student.tokenizer.eos_id).sum()]
+            both = self.bridge.encode_with_bytes(response, ids)
+            return _Row(key, prompts, both, order if both.student.ids is ids else None)
         except TemplateLimit:  # of the template, not of the row: each further row would take as long
             raise
         except LeftOut as error:
@@ -161,7 +171,7 @@ class Encoder:
             response_bytes = _bytes(self.student, ids["student"], kept["student"])
         sample = Sample(
             key=row.key,
-            student=sides["student"],
+            student=_in_order(sides["student"], row.order),
             teacher=sides["teacher"],
             chunks=chunks,
             response_bytes=response_bytes,
@@ -185,6 +195,17 @@ def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
     if not response.strip():
         return EMPTY_RESPONSE
     return prompt, response
+
+
+def _in_order(side: TokenizedSample, order: Ids | None) -> TokenizedSample:
+    """With the order of the response's tokens; EOS that the student did not write were decided with the last one."""
+    if order is None:
+        return side
+    every = np.full(len(side.ids), order[-1], np.int32)
+    every[: side.prompt] = 0
+    written = order[: len(every) - side.prompt]
+    every[side.prompt : side.prompt + len(written)] = written
+    return replace(side, order=every)
 
 
 def chunk_ends(chunk: Ids, chunks: int) -> NDArray[np.int64]:

@@ -74,6 +74,7 @@ def settings_of(mixture: Mixture, encoder: Encoder, shard_rows: int, limit: int 
         "limit": limit,
         "shard_rows": shard_rows,
         **({"own": mixture.own} if mixture.own else {}),
+        **({"ordered": True} if mixture.ordered else {}),
     }
 
 

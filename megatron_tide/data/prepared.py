@@ -17,7 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.bounds import MOST_IDS
-from megatron_tide.data.shard import PROMPT, SIDES, UNALIGNED, Array, Sample, TokenizedSample, read_shard, shard_name
+from megatron_tide.data.shard import (
+    ORDER,
+    PROMPT,
+    SIDES,
+    UNALIGNED,
+    Array,
+    Sample,
+    TokenizedSample,
+    read_shard,
+    shard_name,
+)
 from megatron_tide.files import check_form, fingerprint, read_json, sha256_file
 
 MANIFEST = "manifest.json"
@@ -41,6 +51,7 @@ _FORM = {
     "teacher": (None, TEACHER_SIDE),
     "bridge": (None, str),
     "own?": [[range(1 << 63)]],
+    "ordered?": bool,
     "shards": [{"rows": range(1 << 31), "sha256": str}],
 }
 _OPEN_SHARDS = 64  # a map holds a file descriptor, and users have as few as 1,024 of them
@@ -94,6 +105,8 @@ class PreparedData:
             parts.append(_checked_stats(path, shard.arrays))
             if verify:
                 _check_tokens(path, shard.arrays, manifest)
+            if (ORDER in shard.arrays) != bool(manifest.get("ordered")):
+                raise ValueError(f"{path}: {ORDER} is not as the manifest says; {_AGAIN}")
         if not sum(map(len, parts)):
             raise ValueError(f"{folder}: contains no sample; prepare it from other data or with longer lengths")
         stats = {name: np.concatenate([getattr(part, name) for part in parts]) for name in Stats.__annotations__}
@@ -106,6 +119,11 @@ class PreparedData:
     def student_only(self) -> bool:
         """Whether there is no teacher side (data for pretraining)."""
         return self.manifest["teacher"] is None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the order is known in which the student wrote responses of its own."""
+        return bool(self.manifest.get("ordered"))
 
     @property
     def fingerprint(self) -> str:
@@ -169,6 +187,7 @@ def _side(arrays: Mapping[str, Array], name: str, row: int) -> TokenizedSample:
         chunk=arrays[f"{name}_chunk"][start:end],
         prompt=int(arrays[f"{name}_prompt"][row]),
         content_end=int(arrays[f"{name}_content_end"][row]),
+        order=arrays[f"{name}_order"][start:end] if f"{name}_order" in arrays else None,
     )
 
 
@@ -219,5 +238,8 @@ def _check_tokens(path: Path, arrays: Mapping[str, Array], manifest: dict[str, A
             raise ValueError(f"{path}: {side}_chunk outside the chunks of its sample; {_AGAIN}")
         position = np.arange(len(ids)) - np.repeat(arrays[f"{side}_offsets"][:-1], lengths)
         in_prompt = position < np.repeat(arrays[f"{side}_prompt"], lengths)
+        order = arrays.get(f"{side}_order", in_prompt[:0])
+        if (order < 0).any() or (order[in_prompt[: len(order)]] != 0).any():
+            raise ValueError(f"{path}: {side}_order has tokens of prompts, or numbers below 0; {_AGAIN}")
         if ((chunk == PROMPT) != in_prompt).any():
             raise ValueError(f"{path}: {side}_chunk does not mark the same tokens as prompt as {side}_prompt; {_AGAIN}")

@@ -13,6 +13,8 @@ student_chunk         list<int32>  chunk of each token; ``PROMPT`` or ``UNALIGNE
 student_prompt        int32        number of prompt tokens
 student_content_end   int32        the last scored position: the first EOS, or a cut response's last token
 teacher_...                        the same for the teacher; empty and 0 in student-only data
+student_order         list<int32>  the pass of the student's own decoding that decided each token; 0: none did. Only
+                                   in data with responses as the student wrote them
 chunks                int32        number of chunks, the end chunk included
 response_bytes        int32        UTF-8 bytes of the response's student tokens
 ====================  ===========  =======================================================================
@@ -43,6 +45,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,7 @@ SIDES = ("student", "teacher")
 _PER_TOKEN = ("ids", "chunk")
 _PER_SAMPLE = ("prompt", "content_end")
 _COMMON = ("chunks", "response_bytes")
+ORDER = "student_order"
 _NOTE = b"megatron_tide"
 _END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 _SCHEMA = pa.schema(
@@ -71,16 +75,20 @@ _SCHEMA = pa.schema(
     + [pa.field(f"{side}_{name}", pa.int32()) for side in SIDES for name in _PER_SAMPLE]
     + [pa.field(name, pa.int32()) for name in _COMMON]
 )
+_ORDERED = _SCHEMA.append(pa.field(ORDER, pa.list_(pa.int32())))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedSample:
-    """One side of a sample: ``ids`` and ``chunk`` int32 [length], ``prompt`` tokens, ``content_end`` (inclusive)."""
+    """One side of a sample: ``ids`` and ``chunk`` int32 [length], ``prompt`` tokens, ``content_end`` (inclusive);
+    ``order`` int32 [length], see the table above.
+    """
 
     ids: NDArray[np.int32]
     chunk: NDArray[np.int32]
     prompt: int
     content_end: int
+    order: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +107,8 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def pack(samples: list[Sample]) -> pa.RecordBatch:
-    """The columns of a shard (see the table above) from its samples, in order."""
+def pack(samples: list[Sample], ordered: bool = False) -> pa.RecordBatch:
+    """The columns of a shard (see the table above) from its samples, in order; ``ordered``: also ``student_order``."""
     empty = TokenizedSample(ids=np.zeros(0, np.int32), chunk=np.zeros(0, np.int32), prompt=0, content_end=0)
     columns = {"key": column([s.key for s in samples], np.int64)}
     columns |= {name: column([getattr(s, name) for s in samples]) for name in _COMMON}
@@ -111,7 +119,11 @@ def pack(samples: list[Sample]) -> pa.RecordBatch:
         for field in _PER_TOKEN:
             tokens = column(np.concatenate([np.zeros(0, np.int32), *(getattr(side, field) for side in sides)]))
             columns[f"{name}_{field}"] = pa.ListArray.from_arrays(offsets, tokens)
-    return pa.record_batch([columns[name] for name in _SCHEMA.names], schema=_SCHEMA)
+        if ordered and name == "student":
+            orders = [np.zeros(len(s.ids), np.int32) if s.order is None else s.order for s in sides]
+            columns[ORDER] = pa.ListArray.from_arrays(offsets, column(np.concatenate([np.zeros(0, np.int32), *orders])))
+    schema = _ORDERED if ordered else _SCHEMA
+    return pa.record_batch([columns[name] for name in schema.names], schema=schema)
 
 
 def column(values: Any, dtype: type = np.int32) -> pa.Array:
@@ -120,9 +132,9 @@ def column(values: Any, dtype: type = np.int32) -> pa.Array:
     return pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(array), [None, pa.py_buffer(array)])
 
 
-def write_shard(path: Path, samples: list[Sample], record: dict[str, Any]) -> None:
+def write_shard(path: Path, samples: list[Sample], record: dict[str, Any], ordered: bool = False) -> None:
     """Write a shard atomically. ``record`` (JSON) describes what it was made from; equal input gives equal bytes."""
-    write_table(path, pack(samples), record)
+    write_table(path, pack(samples, ordered), record)
 
 
 def write_table(path: Path, batch: pa.RecordBatch, record: dict[str, Any]) -> None:
@@ -166,17 +178,20 @@ def read_shard(path: Path) -> Shard:
     Raises ValueError naming the file when it is missing, empty, truncated, or not a shard.
     """
     again = "prepare the data again (finished shards are kept)"
-    shard = read_table(path, _SCHEMA, again)
+    shard = read_table(path, (_SCHEMA, _ORDERED), again)
     for side in SIDES:
         offsets = shard.arrays[f"{side}_offsets"] = shard.arrays.pop(f"{side}_ids_offsets")
         if not np.array_equal(offsets, shard.arrays.pop(f"{side}_chunk_offsets")):
             reason = f"{side}_ids and {side}_chunk have different lengths"
             raise ValueError(f"{path}: truncated or not a shard ({reason}); {again}")
+    offsets = shard.arrays["student_offsets"]
+    if not np.array_equal(offsets, shard.arrays.pop(f"{ORDER}_offsets", offsets)):
+        raise ValueError(f"{path}: truncated or not a shard (student_ids and {ORDER} have different lengths); {again}")
     return shard
 
 
-def read_table(path: Path, schema: pa.Schema, again: str) -> Shard:
-    """``read_shard`` of columns ``schema``; ``again``: how the user makes the file anew, for the message."""
+def read_table(path: Path, schemas: Sequence[pa.Schema], again: str) -> Shard:
+    """``read_shard`` of the columns of one of ``schemas``; ``again``: how the user makes the file anew."""
     if not path.is_file():
         raise ValueError(f"{path}: the shard is missing; {again}")
     with path.open("rb") as file:
@@ -184,18 +199,19 @@ def read_table(path: Path, schema: pa.Schema, again: str) -> Shard:
             raise ValueError(f"{path}: the shard is empty; {again}")
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return _parse(mapped, schema)
+        return _parse(mapped, schemas)
     except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: truncated or not a shard ({reason}); {again}") from None
 
 
-def _parse(mapped: mmap.mmap, expected: pa.Schema) -> Shard:
+def _parse(mapped: mmap.mmap, schemas: Sequence[pa.Schema]) -> Shard:
     source = pa.BufferReader(pa.py_buffer(mapped))
     messages = pa.ipc.MessageReader.open_stream(source)
     schema = pa.ipc.read_schema(next_message(messages, "schema"))
     start = source.tell()
-    if not schema.equals(expected):
+    expected = next((one for one in schemas if schema.equals(one)), None)
+    if expected is None:
         raise ValueError("its columns are not those of a shard")
     message = next_message(messages, "record batch")
     batch = pa.ipc.read_record_batch(message, expected)

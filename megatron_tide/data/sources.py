@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.bounds import LONGEST_NAME, shown
-from megatron_tide.files import atomic_write, fingerprint, read_json, read_whole
-from megatron_tide.tables import UNREADABLE_SHARE, Message, Table, open_table, parse_messages
+from megatron_tide.bounds import LONGEST_NAME, MOST_IDS, shown
+from megatron_tide.files import atomic_write, check_form, fingerprint, read_json, read_whole
+from megatron_tide.tables import AS_WRITTEN, UNREADABLE_SHARE, Message, Table, open_table, parse_messages
 from megatron_tide.tables import conversation as read_conversation
 
 _CONTAINS = "contains"
+WRITTEN = {"ids": [range(MOST_IDS)], "order": [range(1, 1 << 31)]}
+"""Form of a response as the student wrote it: its tokens, and the pass that decided each."""
 MOST_COPIES, MOST_POSITIONS = 1000, 1 << 27  # of a row, and of a source that is taken more than once
 
 
@@ -34,7 +36,8 @@ class SourceSpec:
     row's number. ``messages_column``, or ``prompt_column`` and ``response_column`` for one prompt and one response per
     row. ``filter``: column -> a value, a list of values, or {"contains": text}; only matching rows count.
     ``max_chars``: longer conversations are dropped, and counted. ``own``: the student wrote the responses, so they are
-    nothing to learn by heart: they have no denoising loss.
+    nothing to learn by heart: they have no denoising loss and no next-token loss. ``written_column``: with ``own``,
+    the response as it wrote it, {"ids": tokens, with its end of text, "order": the pass that decided each}.
     """
 
     path: str
@@ -48,6 +51,7 @@ class SourceSpec:
     filter: dict[str, Any] = field(default_factory=dict)
     max_chars: int | None = None
     own: bool = False
+    written_column: str | None = None
 
     @classmethod
     def parse(cls, entry: Any, where: str) -> SourceSpec:
@@ -79,6 +83,8 @@ class SourceSpec:
             )
         if (spec.prompt_column is None) != (spec.response_column is None):
             raise ValueError(f"{where}: prompt_column and response_column go together")
+        if spec.written_column is not None and not spec.own:
+            raise ValueError(f'{where}: written_column is of responses that the student wrote; add "own": true')
         for column, rule in spec.filter.items():
             if isinstance(rule, dict) and (set(rule) != {_CONTAINS} or not isinstance(rule[_CONTAINS], str)):
                 raise ValueError(f'{where}: filter of {column!r} must be a value, a list, or {{"contains": "text"}}')
@@ -104,7 +110,8 @@ class DataSource:
     def open(cls, spec: SourceSpec, folder: Path) -> DataSource:
         """Open ``spec``; relative paths are looked for in ``folder``, then in the working directory."""
         rows = open_table(spec.path, folder, name=spec.name, split=spec.split, revision=spec.revision)
-        missing = sorted((set(spec.columns) | set(spec.filter)) - set(rows.columns))
+        needed = {*spec.columns, *spec.filter, *([spec.written_column] if spec.written_column else [])}
+        missing = sorted(needed - set(rows.columns))
         if missing and "input_ids" in rows.columns and len(rows):
             raise ValueError(
                 f"{spec.path}: token ids of another preprocessing ({', '.join(rows.columns)}), without the text that "
@@ -120,6 +127,8 @@ class DataSource:
     @property
     def description(self) -> dict[str, Any]:
         spec = {f.name: getattr(self.spec, f.name) for f in fields(self.spec) if f.name != "own"}
+        if self.spec.written_column is None:  # folders of before it do not state it
+            del spec["written_column"]
         return spec | {"content": self.rows.content, "rows": len(self.rows), "selected": len(self.selected)}
 
     def copies(self) -> NDArray[np.int64]:
@@ -134,6 +143,15 @@ class DataSource:
         extra = self.selected[_uniform(self.selected, salt) < part]
         return np.concatenate([np.repeat(self.selected, int(full)), extra])
 
+    def _written(self, content: dict[str, Any], where: str) -> dict[str, list[int]]:
+        """``written_column`` of a row, checked."""
+        column = str(self.spec.written_column)
+        found: dict[str, list[int]] = content.get(column, {})
+        check_form({column: found}, {column: WRITTEN}, f"{where}:")
+        if len(found["ids"]) != len(found["order"]):
+            raise ValueError(f"{where}: {column} has ids and an order of different lengths")
+        return found
+
     def conversation(self, row: int) -> list[Message]:
         """The messages of a row; ValueError naming file and row when it is malformed."""
         content = self.rows.get(row)
@@ -144,7 +162,10 @@ class DataSource:
                 raise ValueError(f"{where}: no column {column!r}; it has {', '.join(content)}")
             values.append(content[column])
         if self.spec.prompt_column is None:
-            return read_conversation(content, self.spec.messages_column, where)
+            messages = read_conversation(content, self.spec.messages_column, where)
+            if self.spec.written_column is not None:
+                messages[-1:] = [{**message, AS_WRITTEN: self._written(content, where)} for message in messages[-1:]]
+            return messages
         prompt, response = values
         return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
 
@@ -160,6 +181,11 @@ class Mixture:
 
     def __len__(self) -> int:
         return len(self.key)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether a source says in which order its responses were written."""
+        return any(source.spec.written_column is not None for source in self.sources)
 
     @property
     def own(self) -> list[list[int]]:

@@ -41,11 +41,18 @@ class NoiseSampling:
     E_k[n/k E_{k of n}[F]]: a given set of k has weight int t^(k-1) (1-t)^(n-k) dt = (k-1)! (n-k)! / n! in both. Weights
     end at n instead of 1/eps, and no level is empty. The law of the masks is the Bernoulli one given that something is
     masked, so means over chunks do not move either; lambda reads k / n.
+
+    own_order: responses that say in which order the student wrote them have the masks of its decoder instead
+    (``decoding_order``), with the share of masked tokens as rate and inverse weight. They are not denoised.
     """
 
     per_block: bool = False
     stratified: bool = False
     exact: bool = False
+    own_order: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.per_block or not self.own_order, "a state of the decoder is one of each block"
 
 
 PUBLISHED = NoiseSampling()

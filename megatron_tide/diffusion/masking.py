@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_tide.diffusion.counter_rng import uniform_rows
+from megatron_tide.diffusion.decoding_order import share_masked, undecided
 from megatron_tide.diffusion.levels import PUBLISHED, Levels, NoiseSampling, Strata, rank_within
 from megatron_tide.diffusion.noise_schedule import LINEAR, NoiseSchedule
 
@@ -115,43 +116,44 @@ def noise(
 
     ``sampling`` says which timesteps are drawn; ``block`` (the student's, in tokens) is needed where each block has its
     own, ``strata`` to stratify them over more than one sample. ``t`` replaces them: [B], or [B, J] for the blocks of
-    each response, in (0, 1]; the same random numbers are then compared with its rates. Units of
-    masking on the student's side: chunks, and each response token that no chunk covers. On the teacher's side chunks
-    follow the student, and response tokens that no chunk covers are always masked: the student has no counterpart of
-    them. A level may end with nothing masked, except with ``sampling.exact``.
+    each response, in (0, 1]; the same random numbers are then compared with its rates. Units of masking on the
+    student's side: chunks, and each response token that no chunk covers. On the teacher's side chunks follow the
+    student, and response tokens that no chunk covers are always masked: the student has no counterpart of them. A level
+    may end with nothing masked, except with ``sampling.exact``.
 
     Raises ValueError for timesteps of the wrong shape or range.
     """
-    student = batch.student
+    student, chunks = batch.student, int(batch.chunks.max())
     response_BS, length = response(student), student.ids.shape[1]
     draws = uniform_rows(seed, epoch, batch.keys, 1 + student.length - student.prompt, _STREAM)
-    chunks = int(batch.chunks.max())
     index_BS = torch.where(response_BS & (student.chunk >= 0), student.chunk, chunks).long()
     first_BC = _first_tokens(index_BS, chunks)
     anchor_BS = _anchors(index_BS, first_BC)
     assert block or not sampling.per_block, "one timestep per block needs the block size"
-    span = block if sampling.per_block else length
-    levels = Levels.of(response_BS, anchor_BS, student.prompt, student.length, span)
+    levels = Levels.of(response_BS, anchor_BS, student.prompt, student.length, block if sampling.per_block else length)
     uniform_N = levels.uniforms(sampling, draws[:, 0], strata, seed, epoch, batch.keys)
     t_N = uniform_N if sampling.exact else schedule.draw(uniform_N)
     t_N = t_N if t is None else _given(t, levels, sampling)
-    token_draws_BS = _of_tokens(draws, student)
-    rate_N, inverse_weight_N = schedule.rate(t_N), schedule.inverse_weight(t_N)
-    drawn_BS = response_BS & (token_draws_BS < rate_N[levels.level_BS])
-    if sampling.exact:
-        units_BS = masking.units(response_BS, anchor_BS)
-        drawn_BS, share_N = _exact(rate_N, token_draws_BS, units_BS, levels.level_BS)
-        rate_N, inverse_weight_N = share_N, share_N * (inverse_weight_N / rate_N)
+    units_BS = masking.units(response_BS, anchor_BS) if sampling.exact else None
+    rates = schedule.rate(t_N), schedule.inverse_weight(t_N)
+    drawn_BS, rate_N, inverse_weight_N = _drawn(*rates, _of_tokens(draws, student), response_BS, units_BS, levels)
     chunk_masked_BC = masking.chunks(drawn_BS, index_BS, first_BC)
-
+    if in_order := sampling.own_order and batch.order is not None:
+        unknown_BS, ordered_B1 = _unknown(batch, response_BS, block, levels, uniform_N)
+        drawn_BS = torch.where(ordered_B1, unknown_BS, drawn_BS)
+        chunk_masked_BC = torch.where(ordered_B1, EXPAND.chunks(drawn_BS, index_BS, first_BC), chunk_masked_BC)
     with_none_BC1 = torch.cat([chunk_masked_BC, torch.zeros(len(batch), 1, dtype=torch.bool)], 1)
+    student_masked_BS = torch.where(index_BS < chunks, with_none_BC1.gather(1, index_BS), drawn_BS)
+    if in_order:
+        share_N, ordered_N = share_masked(student_masked_BS, response_BS, levels), ordered_B1[levels.sample_N, 0]
+        rate_N, inverse_weight_N = (torch.where(ordered_N, share_N, value) for value in (rate_N, inverse_weight_N))
     return Noise(
         rate=rate_N,
         inverse_weight=inverse_weight_N,
         level_sample=levels.sample_N,
         student_level=levels.level_BS,
         chunk_level=_at_first(levels.level_BS, first_BC),
-        student_masked=torch.where(index_BS < chunks, with_none_BC1.gather(1, index_BS), drawn_BS),
+        student_masked=student_masked_BS,
         teacher_masked=None if batch.teacher is None else _follow(batch.teacher, with_none_BC1),
         chunk_masked=chunk_masked_BC,
         seed=seed,
@@ -159,10 +161,34 @@ def noise(
     )
 
 
+def _unknown(
+    batch: Batch, response_BS: torch.Tensor, block: int, levels: Levels, uniform_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the decoder had not decided, bool [B, S], and which samples have an order, bool [B, 1]."""
+    order_BS, first_B = batch.order, batch.student.prompt // block
+    assert order_BS is not None
+    return undecided(order_BS, response_BS, first_B, block, levels, uniform_N), (order_BS > 0).any(1, keepdim=True)
+
+
 def _of_tokens(draws: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     """[B, S]: the random number of each response token. The first one is for the timestep; prompts need none."""
     place_BS = 1 + torch.arange(tokens.ids.shape[1]) - tokens.prompt[:, None]
     return draws.gather(1, place_BS.clamp(0, draws.shape[1] - 1))
+
+
+def _drawn(
+    rate_N: torch.Tensor,
+    inverse_weight_N: torch.Tensor,
+    draws_BS: torch.Tensor,
+    response_BS: torch.Tensor,
+    units_BS: torch.Tensor | None,
+    levels: Levels,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sampled tokens, rates and inverse weights; ``units_BS``: those of which an exact number is drawn."""
+    if units_BS is None:
+        return response_BS & (draws_BS < rate_N[levels.level_BS]), rate_N, inverse_weight_N
+    drawn_BS, share_N = _exact(rate_N, draws_BS, units_BS, levels.level_BS)
+    return drawn_BS, share_N, share_N * (inverse_weight_N / rate_N)
 
 
 def _exact(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.data.sources import WRITTEN
 from megatron_tide.files import atomic_write, check_form, fingerprint, open_to_append
 from megatron_tide.generate.complete import Completion
 from megatron_tide.generate.prompts import Prompt
@@ -20,16 +21,24 @@ class AnswerFile:
     """One row per prompt: ``prompt``, ``answer``, ``tokens``, ``finished``, ``reference`` and ``key``.
 
     A key holds all that decides an answer: ``decides`` (the model's identity, code and settings), the prompt's ids and
-    its seed. Rows are appended while answers come; :meth:`close` puts them into the order of the prompts.
+    its seed. ``as_written``: rows have the answer's ``ids`` and ``order`` too. Rows are appended while answers come;
+    :meth:`close` puts them into the order of the prompts.
 
     Raises:
         ValueError: the file has a row that belongs to no prompt: of another model, other settings, or another file.
     """
 
     def __init__(
-        self, path: Path, tokenizer: TextTokenizer, prompts: Sequence[Prompt], seeds: Sequence[int], decides: Any
+        self,
+        path: Path,
+        tokenizer: TextTokenizer,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        decides: Any,
+        as_written: bool = False,
     ) -> None:
         self._path, self._tokenizer, self._prompts = path, tokenizer, prompts
+        self._form = {**_ROW, **WRITTEN} if as_written else _ROW
         who = [decides, tokenizer.fingerprint]
         self._keys = [fingerprint([who, prompt.ids.tolist(), seed]) for prompt, seed in zip(prompts, seeds)]
         self._rows: dict[str, dict[str, Any]] = {}
@@ -45,7 +54,7 @@ class AnswerFile:
                 raise ValueError(
                     f"{where}: an answer of another model, prompt or setting; use another file, or remove that one"
                 )
-            check_form(row, _ROW, f"{where}:", "; remove that line")
+            check_form(row, self._form, f"{where}:", "; remove that line")
             self._rows[row["key"]] = row
         return bool(bad)
 
@@ -76,6 +85,7 @@ class AnswerFile:
                     "reference": prompt.reference,
                     "key": self._keys[place],
                 }
+                row |= {name: list(getattr(answer, name)) for name in WRITTEN if name in self._form}
                 self._rows[self._keys[place]] = row
                 file.write(_line(row))
 

@@ -25,7 +25,8 @@ class Completion:
     reached.
 
     ``prompt``: the prompt's ids, its mask tokens filled in. ``passes``: forward passes of the batch it was in;
-    ``own_passes``: those that decided some of it, which do not depend on the batch.
+    ``own_passes``: those that decided some of it, which do not depend on the batch; ``order``: which of them decided
+    each of the ids, from 1 (empty where tokens are written one after the other).
     """
 
     ids: list[int]
@@ -34,6 +35,7 @@ class Completion:
     passes: int
     prompt: list[int]
     own_passes: int = 0
+    order: Sequence[int] = ()
 
 
 def prompt_ids(tokenizer: TextTokenizer, messages: Iterable[dict[str, Any]]) -> np.ndarray:
@@ -92,11 +94,12 @@ def answers(
         for _ in decoder.run():
             pass
         done: dict[int, Completion] = {}
-        each = zip(places, decoder.completions(), decoder.prompts(), decoder.passes_B.tolist())
-        for place, ids, prompt_ids, own in each:
-            found = ids.tolist()
+        each = zip(places, decoder.completions(), decoder.prompts(), decoder.passes_B.tolist(), decoder.orders())
+        for place, ids, prompt_ids, own, order in each:
+            found, prompt = ids.tolist(), prompt_ids.tolist()
             ended = bool(found) and found[-1] in rule.eos_token_ids
-            done[place] = Completion(found, tokenizer.decode(found), ended, decoder.passes, prompt_ids.tolist(), own)
+            text = tokenizer.decode(found)
+            done[place] = Completion(found, text, ended, decoder.passes, prompt, own, order.tolist())
         return done
 
     yield from shared([model, *copies], answer, batches)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from megatron_tide.bridge import TemplateLimit, TextTokenizer
 from megatron_tide.data.encode import split_response
 from megatron_tide.data.sampler import permutation
-from megatron_tide.data.sources import Mixture
+from megatron_tide.data.sources import WRITTEN, Mixture
 from megatron_tide.files import atomic_write, fingerprint, write_json
 from megatron_tide.generate.answer_file import AnswerFile
 from megatron_tide.generate.complete import Completion, answers
@@ -97,7 +97,8 @@ class Rollouts:
 
     ``length``: tokens of prompt and answer, those of the training data. An answer that does not end before is cut
     there, as ``prepare`` cuts it, without an end of text that the student did not write. ``decides``: what an answer
-    depends on beside its prompt and seed; ``options``: fields of ``DecodingRule``.
+    depends on beside its prompt and seed; ``options``: fields of ``DecodingRule``. ``as_written``: rows keep the tokens
+    of an answer, and the pass that decided each; otherwise prepare makes tokens of its text.
     """
 
     folder: Path
@@ -107,6 +108,7 @@ class Rollouts:
     batch_size: int
     decides: Any
     options: dict[str, Any]
+    as_written: bool = False
 
     def answer(self, model: Any, world: Any, stopped: Callable[[], bool]) -> bool:
         """Answer what is missing, on all ranks of ``world``; False where one of them was asked to stop."""
@@ -144,10 +146,11 @@ class Rollouts:
         ids = one.ids[: self.length - len(one.prompt)]
         if len(ids) == len(one.ids):
             return one
-        return replace(one, ids=ids, text=self.tokenizer.decode(ids), finished=False)
+        return replace(one, ids=ids, text=self.tokenizer.decode(ids), finished=False, order=one.order[: len(ids)])
 
     def _file(self, path: Path) -> AnswerFile:
-        return AnswerFile(path, self.tokenizer, self.round.prompts, self.round.seeds, self.decides)
+        round_, decides = self.round, [self.decides, "as written"] if self.as_written else self.decides
+        return AnswerFile(path, self.tokenizer, round_.prompts, round_.seeds, decides, self.as_written)
 
     def _collect(self) -> list[int]:
         """Move every rank's answers to the one file; the places of the prompts without one."""
@@ -159,11 +162,16 @@ class Rollouts:
         """The mixture of the round, and what its answers are like. ``tokens``, ``seconds``: of this command."""
         rows, round_, tokenizer = self._file(self.folder / ANSWERS).close(), self.round, self.tokenizer
         said = [str(row["answer"]) for row in rows]
-        own = [[*asked, {"role": ASSISTANT, "content": text}] for asked, text in zip(round_.asked, said)]
-        sources = []
-        for name, talks, by_student in ((OWN, own, True), (CORPUS, round_.kept, False)):
-            atomic_write(self.folder / name, "".join(map(_line, talks)).encode("utf-8", "surrogatepass"))
-            sources += [{"path": name, "own": by_student}] if talks else []
+        talks = ([*asked, {"role": ASSISTANT, "content": text}] for asked, text in zip(round_.asked, said))
+        own: list[dict[str, Any]] = [{"messages": messages} for messages in talks]
+        column = {"written_column": "written"} if self.as_written else {}
+        for talk, row in zip(own, rows):
+            talk |= {name: {part: row[part] for part in WRITTEN} for name in column.values()}
+        sources: list[dict[str, Any]] = [{"path": OWN, "own": True, **column}] if own else []
+        sources += [{"path": CORPUS, "own": False}] if round_.kept else []
+        for name, lines in ((OWN, own), (CORPUS, [{"messages": messages} for messages in round_.kept])):
+            content = "".join(json.dumps(line) + "\n" for line in lines)
+            atomic_write(self.folder / name, content.encode("utf-8", "surrogatepass"))
         # The tokens that prepare will make of a text are mostly, but not always, those that the student wrote.
         same = sum(len(tokenizer.encode(text)) == row["tokens"] - row["finished"] for text, row in zip(said, rows))
         summary = {
@@ -177,7 +185,3 @@ class Rollouts:
         }
         write_json(self.folder / SUMMARY, summary)
         write_json(self.folder / MIXTURE, {"sources": sources})
-
-
-def _line(messages: Iterable[Message]) -> str:
-    return json.dumps({"messages": list(messages)}) + "\n"

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tide.bounds import short
-from megatron_tide.config import DistillConfig
+from megatron_tide.config import DistillConfig, StrategyConfig
 from megatron_tide.data.shard import MOST_TOKENS, Array, Shard, column, read_table, write_table
 from megatron_tide.diffusion import DistillBatch
 from megatron_tide.files import check_form, fingerprint, read_json
@@ -57,6 +57,9 @@ _SCHEMA = pa.schema(
 )
 # Flags of the strategy that decide what the teacher is asked, but for those of CompDemo.
 _ASKING = ("noise_schedule", "timesteps", "timestep_sampling", "mask_count", "masking", "teacher_context", "compdemo")
+
+# What caches of earlier versions do not state, with the value that it had.
+ADDED = {"own_masks": StrategyConfig().own_masks}
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def write_answers(path: Path, said: Sequence[Answer], record: dict[str, Any]) ->
 
 def read_answers(path: Path) -> Shard:
     """A shard of answers; ValueError, one line, for a file that is damaged."""
-    shard = read_table(path, _SCHEMA, AGAIN)
+    shard = read_table(path, [_SCHEMA], AGAIN)
     for name in _LISTS:
         ends = shard.arrays[f"{name}_offsets"]
         if ends[0] != 0 or ends[-1] != len(shard.arrays[name]) or (np.diff(ends) < 0).any():
@@ -179,6 +182,7 @@ def deciding(
     found = {name: value for name, value in built.items() if name.startswith(_ASKING)}
     growth = config.strategy.block_growth if strategy.noise_sampling.per_block else ""
     found |= {"teacher_dtype": config.teacher.teacher_dtype, "data": data, "bridge": bridge}
+    found |= {name: getattr(config.strategy, name) for name in ADDED}
     found |= {"global_batch_size": config.train.global_batch_size, "block_growth": growth}
     found |= {"steps": total_steps} if growth else {}
     if rows is not None:
@@ -237,7 +241,7 @@ class AnswerCache:
                     f"{self.folder}: has no {part}, which this strategy needs; run the cache command with this strategy"
                 )
         for name, value in wanted.items():
-            found = self.settings.get(name)
+            found = self.settings.get(name, ADDED.get(name))
             if found != value and name not in ("target_logprobs", "distributions"):
                 raise ValueError(
                     f"{self.folder}: the teacher was asked with {name} = {short(found)}, this run has "

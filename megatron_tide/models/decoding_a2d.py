@@ -157,7 +157,8 @@ class BlockDecoder:
     ``model`` has ``backbone(input_ids, attention_mask, position_ids, past_key_values) -> [B, Q, H]`` and
     ``head([..., H]) -> [..., V]``. ``passes`` counts forward passes, ``passes_B`` those that decide tokens of each row;
     ``end`` is the slot behind the block under way; ``rows_A`` are the rows still being continued (A of the B), in the
-    order the cache has them. ``static``: passes of fixed shapes, which wait for nothing; None: on one GPU.
+    order the cache has them. ``order_BL``: which of its row's ``passes_B`` decided a token, from 1; 0: none.
+    ``static``: passes of fixed shapes, which wait for nothing; None: on one GPU.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class BlockDecoder:
         self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], device=self.device)
         self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
         self.live_A, self.passes_B = torch.ones_like(self.rows_A, dtype=torch.bool), torch.zeros_like(self.rows_A)
-        self.most_B = [rule.max_new_tokens] * count
+        self.most_B, self.order_BL = [rule.max_new_tokens] * count, torch.zeros_like(self.tokens_BL)
         self.static = self.device.type == "cuda" and not moves if static is None else static
         self.cache = BlockCache(length, self.static)
         self._slots: dict[int, torch.Tensor] = {}  # of the queries, by their number
@@ -274,6 +275,9 @@ class BlockDecoder:
         chosen_Ab, confidence_Ab = self._predict(self._forward(slots_Q)[:, -len(slots_b) :], open_Ab, slots_b)
         take_Ab = committed(confidence_Ab, self.rule)
         self.tokens_BL[self.rows_A[:, None], slots_b] = torch.where(take_Ab, chosen_Ab, tokens_Ab)
+        order_Ab = self.order_BL[self.rows_A[:, None], slots_b]
+        now_A1 = self.passes_B[self.rows_A].unsqueeze(1)
+        self.order_BL[self.rows_A[:, None], slots_b] = torch.where(take_Ab, now_A1, order_Ab)
         self.undecided_BL[self.rows_A[:, None], slots_b] = undecided_Ab & ~take_Ab
 
     def _predict(
@@ -383,3 +387,9 @@ class BlockDecoder:
             ends = (torch.isin(answer, self.eos) & ~undecided[: len(answer)]).nonzero()
             answers.append(answer[: int(ends[0, 0]) + 1] if len(ends) else answer)
         return answers
+
+    def orders(self) -> list[torch.Tensor]:
+        """Of each token of :meth:`completions`, the pass that decided it (``order_BL``), int64."""
+        begins = (self.shift_B + self.prompt_B).tolist()
+        each = zip(self.order_BL, begins, self.completions())
+        return [order_L[begin : begin + len(answer)] for order_L, begin, answer in each]

@@ -19,6 +19,7 @@ from megatron_tide.choices import (
     MASK_COUNTS,
     MASKINGS,
     NOISE_SCHEDULES,
+    OWN_MASKS,
     STRATEGIES,
     TIDAL_USES,
     TIMESTEP_SAMPLINGS,
@@ -83,6 +84,7 @@ def build_strategy(config: StrategyConfig, bridge: Bridge | None) -> Strategy:
             per_block=TIMESTEPS[config.timesteps],
             stratified=TIMESTEP_SAMPLINGS[config.timestep_sampling],
             exact=MASK_COUNTS[config.mask_count],
+            own_order=_own_order(config),
         ),
         masking=MASKINGS[config.masking],
         distill_weight=config.distill_weight,
@@ -116,6 +118,13 @@ def _compdemo(config: StrategyConfig, spec: StrategySpec) -> CompDemo | None:
             "none; leave out one of the two"
         )
     return None
+
+
+def _own_order(config: StrategyConfig) -> bool:
+    in_order: bool = OWN_MASKS[config.own_masks]
+    if in_order and not TIMESTEPS[config.timesteps]:
+        raise ValueError(f"--own-masks {config.own_masks} is a state of each block: add --timesteps block")
+    return in_order
 
 
 def _check_nothing_distilled(config: StrategyConfig) -> None:
@@ -188,6 +197,7 @@ def _provenance(
         "distribution_objective": rows.objective.name if rows else "none",
         **{key: getattr(config, key) for key in _NOISE},
     }
+    plain |= {"own_masks": config.own_masks} if OWN_MASKS[config.own_masks] else {}
     if chunk is None and rows is None:
         return plain
     plain |= {

@@ -26,6 +26,7 @@ from megatron_tide.files import fingerprint, read_json, remove_drafts, write_jso
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.cached import (
+    ADDED,
     FORMAT,
     MANIFEST,
     SETTINGS,
@@ -260,9 +261,9 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
     remove_drafts(folder)
     found = read_json(path, "remove the folder, or use another --out", SETTINGS_FORM)
     for name, value in {"format": FORMAT, **mine}.items():
-        if found.get(name) != value:
+        if (before := found.get(name, ADDED.get(name))) != value:
             raise ValueError(
-                f"{folder}: begun with {name} = {found.get(name)!s:.40}, now it is {value!s:.40}; use another --out"
+                f"{folder}: begun with {name} = {before!s:.40}, now it is {value!s:.40}; use another --out"
             )
     return found
 

@@ -67,6 +67,11 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     cached = config.teacher.teacher_hosting == CACHED
     if strategy.needs_teacher and not ((paths.teacher or cached) and paths.bridge):
         raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
+    if strategy.noise_sampling.own_order and not data.ordered:
+        raise ValueError(
+            f"--own-masks {config.strategy.own_masks}: {paths.data} does not say in which order the student wrote; "
+            "prepare rows of rollout --as-written"
+        )
     if strategy.needs_teacher:
         mask_of(data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context])
     sampler = DistributedBatchSampler(

@@ -71,6 +71,27 @@ def test_same_tokens_as_the_plain_way(
             assert set(answer[len(expected) :]) <= {PAD}
 
 
+@pytest.mark.parametrize("layout", ["sequence", "answer"])
+@pytest.mark.parametrize(("tokens_per_step", "threshold"), SCHEDULES)
+def test_the_pass_that_decided_each_token(
+    model: Any, tokens_per_step: int, threshold: float | None, layout: str
+) -> None:
+    """In a batch as alone, counted by each row's own passes."""
+    prompts, limits = prompts_of((12, 1, 5, 30), 1), {"max_new_tokens": 13, "tokens_per_step": tokens_per_step}
+    ids = {"block_size": BLOCK, "mask_token_id": MASK, "pad_token_id": PAD, "eos_token_ids": ENDS}
+    rule = DecodingRule(**limits, **ids, threshold=threshold, block_layout=layout)
+    decoder = BlockDecoder(model, [torch.tensor(prompt) for prompt in prompts], rule, [0] * len(prompts))
+    assert list(decoder.run())
+    for prompt, answer, order in zip(prompts, decoder.completions(), decoder.orders()):
+        expected: dict[int, int] = {}
+        wanted = plain(
+            model, prompt, block=BLOCK, mask_id=MASK, eos_ids=ENDS, threshold=threshold, **limits,
+            from_answer=layout == "answer", passes=expected,
+        )  # fmt: skip
+        assert answer.tolist() == wanted
+        assert order.tolist() == [expected[place] for place in range(len(wanted))]
+
+
 @pytest.mark.parametrize("lengths", SHAPES, ids=str)
 def test_the_teacher_decodes_with_the_same_cache(teacher: Any, lengths: tuple[int, ...]) -> None:
     ids = {"block_size": BLOCK, "mask_token_id": MASK, "pad_token_id": PAD, "eos_token_ids": ENDS}

@@ -137,6 +137,30 @@ def test_answers_are_those_of_the_decoder_up_to_the_length(chain: Chain, model: 
     assert (summary["own"], summary["corpus"], summary["tokens"]) == (9, 3, sum(row["tokens"] for row in rows))
 
 
+def test_answers_as_written(chain: Chain, model: Any, tmp_path: Path) -> None:
+    """Tokens and passes stand beside the texts, which are those of before; an answer of other settings is refused."""
+    plain = rollouts(chain, tmp_path / "plain")
+    made = rollouts(chain, tmp_path / "made", as_written=True)
+    for one in (plain, made):
+        assert one.answer(model, Ranks(0, 1), lambda: False)
+    told, written = (
+        [json.loads(line) for line in (one.folder / "own.jsonl").read_text().splitlines()] for one in (plain, made)
+    )
+    assert [row["messages"] for row in written] == [row["messages"] for row in told]
+    assert [list(row) for row in told] == [["messages"]] * 9
+    for row, prompt, seed in zip(written, made.round.prompts, made.round.seeds):
+        options: dict[str, Any] = {"max_new_tokens": LENGTH - len(prompt.ids), "seed": seed, **made.options}
+        (expected,) = complete(model, made.tokenizer, [prompt.ids], **options)
+        assert row["written"] == {"ids": expected.ids, "order": expected.order}
+        assert len(set(expected.order)) == len(expected.ids), "one token a pass"
+    sources = json.loads((made.folder / "mixture.json").read_text())["sources"]
+    assert sources == [
+        {"path": "own.jsonl", "own": True, "written_column": "written"}, {"path": "corpus.jsonl", "own": False}
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="an answer of another model, prompt or setting"):
+        rollouts(chain, made.folder).answer(model, Ranks(0, 1), lambda: False)
+
+
 def test_the_command_counts_first_and_refuses_in_one_line(chain: Chain, tmp_path: Path, capsys: Any) -> None:
     flags = [str(chain.root / "student"), "--data", str(chain.root / "corpus.jsonl"), "--student-length", "64"]
     flags += ["--out", str(tmp_path / "out"), "--dry-run"]

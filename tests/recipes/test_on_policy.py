@@ -29,6 +29,7 @@ def test_settings_reach_the_stages_and_rounds_go_on() -> None:
         "BATCH": "8",
         "ON_POLICY": "0.25",
         "DECODING": "--threshold 0.9",
+        "MASKS": "order",
         "CACHE": "1",
     }
     stages = commands(RECIPE, "--lr", "1e-5", STUDENT="a/b", NPROC="2", STUDENT_BLOCK="8", **settings)
@@ -37,19 +38,28 @@ def test_settings_reach_the_stages_and_rounds_go_on() -> None:
     lines = {name: " ".join(words) for name, words in stages.items()}
     assert "rollout a/b --data" in lines["answer-1"]
     assert "rollout runs/on_policy/round-1 --data" in lines["answer-2"]
-    for flags in ("--round 2 --samples 56 --share 0.25", "--block-size 8", "--threshold 0.9", "--nproc-per-node 2"):
+    for flags in (
+        "--round 2 --samples 56 --share 0.25",
+        "--block-size 8",
+        "--threshold 0.9",
+        "--nproc-per-node 2",
+        "--as-written",
+    ):
         assert flags in lines["answer-2"]
     assert "--data runs/on_policy/round-2-answers/mixture.json" in lines["data-2"]
     for stage in ("cache-2", "train-round-2"):
         assert "--max-steps 14 --until-step 14" in lines[stage]
         assert "--continue-from runs/on_policy/round-1 " in lines[stage]
-        assert lines[stage].endswith("--lr 1e-5")
+        assert lines[stage].endswith("--own-masks order --timesteps block --lr 1e-5")
     assert "--continue-from" not in lines["train-round-1"]
     assert "--teacher-cache runs/on_policy/cache-2" in lines["train-round-2"]
     assert "convert runs/on_policy/round-2 " in lines["convert"]
-    assert not any("cache" in name for name in commands(RECIPE, ROUNDS="1"))
-    refused = run(RECIPE, DRY_RUN="1", ROUNDS="0")
-    assert (refused.returncode, "ROUNDS=0 STEPS=100: use whole numbers" in refused.stderr) == (2, True)
+    plain = commands(RECIPE, ROUNDS="1")
+    assert not any("cache" in name for name in plain)
+    assert "--own-masks" not in plain["train-round-1"]
+    for knob, line in (("ROUNDS=0", "ROUNDS=0 STEPS=100: use whole numbers"), ("MASKS=all", "use random or order")):
+        refused = run(RECIPE, DRY_RUN="1", **dict([knob.split("=")]))
+        assert (refused.returncode, line in refused.stderr) == (2, True)
 
 
 @pytest.mark.slow
@@ -68,6 +78,7 @@ def test_two_rounds_whole_and_tiny(chain: Chain, tmp_path: Path, capsys: pytest.
         "STUDENT_LENGTH": 96,
         "TEACHER_LENGTH": 96,
         "RUNS": tmp_path,
+        "MASKS": "order",
         "CACHE": 1,
     }
     stages = commands(RECIPE, *FLAGS, NPROC="1", **{name: str(value) for name, value in settings.items()})
@@ -79,6 +90,9 @@ def test_two_rounds_whole_and_tiny(chain: Chain, tmp_path: Path, capsys: pytest.
     folder = tmp_path / "on_policy"
     manifests = [json.loads((folder / f"round-{number}-data" / "manifest.json").read_text()) for number in (1, 2)]
     assert [one["own"] for one in manifests] == [[[0, 3]], [[0, 3]]]
+    assert [one["ordered"] for one in manifests] == [True, True]
+    records = [json.loads((folder / f"round-{number}" / "run.json").read_text())["strategy"] for number in (1, 2)]
+    assert [one["own_masks"] for one in records] == ["order", "order"]
     assert [one["counts"]["read"] for one in manifests] == [8, 8]
     assert len({one["fingerprint"] for one in manifests}) == 2
     curves = [read_curve(folder / f"round-{number}") for number in (1, 2)]

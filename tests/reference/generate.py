@@ -34,11 +34,14 @@ def generate(
     min_new_tokens: int = 0,
     eos_in_order: bool = False,
     from_answer: bool = False,
+    passes: dict[int, int] | None = None,
 ) -> list[int]:
     """The greedy answer to one prompt, cut after its first end of text.
 
-    ``from_answer``: blocks begin at the answer, and its last one ends with it.
+    ``from_answer``: blocks begin at the answer, and its last one ends with it. ``passes`` is told which pass, from 1,
+    decided each place of the answer.
     """
+    passes = {} if passes is None else passes
     order = -1 if least_confident_first else 1
     tokens = list(prompt)
     lead = -len(prompt) % block if from_answer else 0
@@ -48,12 +51,14 @@ def generate(
         tokens += [mask_id] * (end - len(tokens))
         undecided = set(range(max(start, len(prompt)), end))
         while undecided:
+            number = 1 + max(passes.values(), default=0)
             for position, token in most_confident(
                 model, tokens, undecided, block, mask_id, tokens_per_step, threshold, order,
                 len(prompt) + min_new_tokens, eos_ids, eos_in_order, lead,
             ):  # fmt: skip
                 tokens[position] = token
                 undecided.remove(position)
+                passes[position - len(prompt)] = number
         if any(token in eos_ids for token in tokens[max(start, len(prompt)) :]):
             break
     answer = tokens[len(prompt) :][:max_new_tokens]

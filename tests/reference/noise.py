@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 _WORD = (1 << 64) - 1
@@ -130,6 +131,29 @@ def sampled(
         for i in sorted(units, key=lambda unit: token_draws[unit])[:k]:
             drawn[i] = True
     return rates, levels, _masked(sample, kind, drawn)
+
+
+def undecided(
+    sample: dict[str, Any], order: list[int], block: int, uniforms: list[float]
+) -> tuple[dict[int, float], list[int], tuple[list[bool], list[bool] | None, list[bool]]]:
+    """As :func:`sampled` of text that the student wrote: (share masked of each level, levels, masks). ``order``: the
+    pass that decided each response token; ``uniforms``: of the blocks, which of their passes is to come.
+    """
+    length, prompt, levels = len(sample["student_chunk"]), sample["student_prompt"], level_of_tokens(sample, block)
+    drawn = [False] * len(levels)
+    for level in set(levels):
+        own = [i for i, mine in enumerate(levels) if mine == level and (prompt + i) // block == level + prompt // block]
+        passes = range(min(order[i] for i in own), max(order[i] for i in own) + 1)
+        to_come = max(1, math.ceil(uniforms[level] * len(passes)))
+        for i in own:
+            drawn[i] = order[i] in passes[len(passes) - to_come :]
+    masks = _masked(sample, "expand", drawn)
+    masked = masks[0][prompt:length]
+    shares = {
+        level: sum(is_masked for is_masked, mine in zip(masked, levels) if mine == level) / levels.count(level)
+        for level in set(levels)
+    }
+    return shares, levels, masks
 
 
 def halves(

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_tide.bridge import load_tokenizer
+from megatron_tide.config import from_flat
 from megatron_tide.data import PreparedData
 from megatron_tide.data.batch import read_batch
 from megatron_tide.data.sources import open_mixture
 from megatron_tide.diffusion import build_inputs, noise
 from megatron_tide.diffusion.masking import SYNCHRONOUS
+from megatron_tide.hosting.cached import AnswerCache, deciding
+from megatron_tide.train.inputs import RunInputs, read_run_inputs
 from tests.support.chain import PREPARING, Chain
 from tests.support.commands import command
 from tests.support.ranks import run_on_ranks
@@ -67,6 +71,109 @@ def test_masked_tokens_of_the_students_text_are_no_gold(prepared: Path) -> None:
     assert half.gold.tolist() == [row for row, sample in enumerate(sample_M.tolist()) if sample in (1, 3)]
     assert torch.equal(half.student_targets, plain.student_targets)
     assert half.maskable == plain.maskable
+
+
+@pytest.fixture(scope="module")
+def written(chain: Chain, prepared: Path) -> Path:
+    """Eight rows of the student's, with tokens of one byte each, of which the second half does not spell the text."""
+    tokenizer = load_tokenizer(chain.root / "student")
+    byte = {tokenizer.id_to_bytes(token): token for token in range(tokenizer.vocab_size)}
+    rows = []
+    for number, line in enumerate((prepared / "0.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        ids = [byte[bytes([one])] for one in row["messages"][-1]["content"].encode()]
+        order = [1 + (3 * place) % len(ids) for place in range(len(ids) + 1)]
+        ids[-1] += number >= ROWS // 4
+        rows.append({**row, "written": {"ids": [*ids, tokenizer.eos_id], "order": order}})
+    (prepared / "written.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": "written.jsonl", "own": True, "written_column": "written"}, {"path": "1.jsonl"}]
+    (prepared / "written.json").write_text(json.dumps({"sources": sources}))
+    flags = ["--data", str(prepared / "written.json"), "--bridge", str(chain.root / "bridge"), *PREPARING]
+    for side in ("student", "teacher"):
+        flags += [f"--{side}", str(chain.root / side), f"--{side}-length", "160", f"--{side}-block", "8"]
+    command("prepare")([*flags, "--out", str(prepared / "written")])
+    return prepared / "written"
+
+
+def test_tokens_are_those_that_the_student_wrote(written: Path, prepared: Path) -> None:
+    data, plain = PreparedData.open(written), PreparedData.open(prepared / "none")
+    assert (data.ordered, plain.ordered, plain.sample(0).student.order) == (True, False, None)
+    rows = [json.loads(line)["written"] for line in (prepared / "written.jsonl").read_text().splitlines()]
+    taken = 0
+    for index in range(len(data)):
+        sample = data.sample(index)
+        side, row, order = sample.student, rows[sample.key] if sample.key < len(rows) else None, sample.student.order
+        assert order is not None
+        assert len(order) == len(side.ids)
+        if row is None or sample.key >= ROWS // 4:  # other text, and tokens that do not spell the text: encoded anew
+            assert not order.any()
+            assert np.array_equal(
+                side.ids[: side.content_end], plain.sample(sample.key).student.ids[: side.content_end]
+            )
+            continue
+        taken += 1
+        count, end = len(row["ids"]), row["order"][-1]
+        assert side.ids[side.prompt :][:count].tolist() == row["ids"], "with its end of text"
+        assert order.tolist() == [0] * side.prompt + row["order"] + [end] * (len(order) - side.prompt - count)
+        assert sample.teacher is not None
+        other = plain.sample(sample.key).teacher
+        assert other is not None
+        assert sample.teacher.ids.tolist() == other.ids.tolist()
+    assert taken == ROWS // 4
+    batch = read_batch(data, [0, len(data) - 1])
+    assert batch.order is not None
+    assert (batch.order > 0).any(1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"ids": [1, 2], "order": [1]}, "written has ids and an order of different lengths"),
+        ({"ids": [-1], "order": [1]}, "-1, where a whole number from 0"),
+        ({"ids": [1], "order": [0]}, "0, where a whole number from 1"),
+        ("ab", "str, where"),
+    ],
+)
+def test_a_row_that_says_nothing_of_the_kind_is_named(tmp_path: Path, row: object, said: str) -> None:
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": talk, "written": row}) + "\n")
+    for own in (True, False):
+        source = {"path": "own.jsonl", "own": own, "written_column": "written"}
+        (tmp_path / f"{own}.json").write_text(json.dumps({"sources": [source]}))
+    found = open_mixture([str(tmp_path / "True.json")]).error(0)
+    assert found.startswith(f"{tmp_path / 'own.jsonl'}:1")
+    assert said in found
+    with pytest.raises(ValueError, match='add "own": true'):
+        open_mixture([str(tmp_path / "False.json")])
+
+
+def test_masks_in_the_order_of_the_students_text(chain: Chain, prepared: Path, written: Path, tmp_path: Path) -> None:
+    """What is asked for must be there; then own text alone has other masks, and a cache is for one of them."""
+
+    def inputs(data: Path, **flags: object) -> RunInputs:
+        return read_run_inputs(from_flat(chain.run(tmp_path / "run", data=str(data), **flags)), 1)
+
+    order = {"own_masks": "order", "timesteps": "block"}
+    with pytest.raises(
+        ValueError, match=r"none does not say in which order the student wrote; .* rollout --as-written"
+    ):
+        inputs(prepared / "none", **order)
+    with pytest.raises(ValueError, match="--own-masks order is a state of each block: add --timesteps block"):
+        inputs(written, own_masks="order")
+    found, plain = inputs(written, **order), inputs(written, timesteps="block")
+    assert found.strategy.describe()["own_masks"] == "order"
+    assert "own_masks" not in plain.strategy.describe()
+    batch = read_batch(found.data, [0, len(found.data) - 1])
+    masks = [
+        noise(batch, seed=1, epoch=0, masking=SYNCHRONOUS, sampling=one.strategy.noise_sampling, block=8).student_masked
+        for one in (found, plain)
+    ]
+    assert [torch.equal(*rows) for rows in zip(*masks)] == [False, True]
+    asked = [deciding(from_flat({}), one.strategy, "data", "bridge", 4) for one in (found, plain)]
+    assert [one["own_masks"] for one in asked] == ["random", "random"], "of the run's flags"
+    theirs = AnswerCache(tmp_path, {"settings": {**asked[0], "own_masks": "order"}})
+    with pytest.raises(ValueError, match="asked with own_masks = order, this run has random"):
+        theirs.refuse_other(asked[1], 0, 0, 4)
 
 
 def in_turn(*runs):  # type: ignore[no-untyped-def]
