@@ -6,11 +6,11 @@ environment, no standard input or output, and limits on CPU seconds, wall-clock 
 seccomp filter, all without privileges. ``self_test`` tries each of these on this machine first.
 
 A program passes when the code after it ran to its end: a random token then comes back through a pipe. Exiting early,
-with any exit status, is no pass. Tracing, walking the garbage collector's objects and Python's C functions are refused;
-the token and the checks are in no variable of a frame; builtins are restored before the checks. The limit: program
-and checks share one interpreter, as in every harness of this kind, so a program written against this file can still
-search its memory through ctypes, or answer checks with an object that equals everything. That makes a score wrong; it
-does no harm.
+with any exit status, is no pass. Tracing, frames, handlers of signals, walking the garbage collector's objects and
+Python's C functions are refused; the token is in no variable; the checks run in a namespace of their own, with builtins
+of before the program. The limit: program and checks share one interpreter, as in every harness of this kind, so a
+program written against this file can still search its memory through ctypes, change a module that the checks import,
+or answer checks with an object that equals everything. That makes a score wrong; it does no harm.
 """
 
 from __future__ import annotations

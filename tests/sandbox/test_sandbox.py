@@ -133,12 +133,12 @@ CHEATS = {
         "        [os.write(fd, one['token'].encode()) for fd in range(3, 9)]\n        os._exit(0)"
     ),
     "searches the frames": (
-        "import os, sys\nframe, found = sys._getframe(), {}\nwhile frame:\n"
-        "    found |= frame.f_globals | frame.f_locals\n    frame = frame.f_back\n"
-        "texts = [v for v in found.values() if isinstance(v, (str, bytes)) and len(v) == 32]\n"
-        "texts += [v for d in found.values() if isinstance(d, dict) for v in d.values() if isinstance(v, str) and "
-        "len(v) == 32]\nassert not texts, texts\nassert not any(isinstance(d, dict) and 'parts' in d for d in "
-        "found.values())\nassert 'token' not in str(sys.stdin.buffer.peek()) and sys.stdin.buffer.seek(0) == 0\n"
+        "import os, sys\nfound = []\ndef running():\n    yield running_now.gi_frame\n    yield 1\n"
+        "running_now = running()\ndef caught():\n    try: 1 / 0\n    except ZeroDivisionError as error: return error\n"
+        "for way in (sys._getframe, lambda: next(running_now), lambda: caught().__traceback__.tb_frame,\n"
+        "            lambda: __import__('inspect').currentframe()):\n"
+        "    try: found.append(way())\n    except ValueError: pass\nassert not found, found\n"
+        "assert 'token' not in str(sys.stdin.buffer.peek()) and sys.stdin.buffer.seek(0) == 0\n"
         "assert sys.stdin.buffer.read() == b''\ndef f(x): return 0"
     ),
     "empties the list of checks": (
@@ -149,16 +149,56 @@ CHEATS = {
     "builtins of its own": (
         "import builtins\n__builtins__ = {**vars(builtins), 'abs': lambda x: 0}\ndef f(x): return 99"
     ),
+    "an abs beside its function": "abs = lambda x: 0\ndef f(x): return 99",
+    "another abs while checked": "import builtins\ndef f(x):\n    builtins.abs = lambda x: 0\n    return 99",
+    "another check when the first one goes": "class Gone:\n    def __del__(self): OTHER\ncheck = Gone()",
+    "another check after a weak reference": (
+        "import weakref\nclass Gone: pass\ncheck = Gone()\nweakref.finalize(check, lambda: OTHER)"
+    ),
+    "another check from the collector": "import gc\ngc.callbacks.append(lambda *a: OTHER)\ngc.set_threshold(1, 1, 1)",
+    "another check from a hook": "import sys\nsys.addaudithook(lambda event, _: OTHER if event == 'exec' else None)",
+    "another check from a signal": (
+        "import signal\nsignal.signal(signal.SIGALRM, lambda *a: OTHER)\n"
+        "signal.setitimer(signal.ITIMER_REAL, 1e-5, 1e-5)"
+    ),
+    "another name that equals check": (
+        "class Name(str):\n    __hash__ = str.__hash__\n    def __eq__(self, other): return str(other) == 'check'\n"
+        "globals()[Name('check')] = lambda f: None\ndel Name"
+    ),
+    "switches the guard off": (
+        "import __main__, builtins, ctypes\nfor one in vars(__main__).values():\n"
+        "    if isinstance(one, set): one.clear()\nclass Text(str):\n    def lstrip(self, *a): return ''\n"
+        "builtins.str = Text\nctypes.pythonapi.PyEval_SetTrace(None, None)\nimport sys\nsys.settrace(print)"
+    ),
+    "reads the checks": "def f(x): return next(one for one in globals()['check'].__code__.co_consts if one)",
 }
 
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_programs_written_to_cheat_do_not_pass(name: str) -> None:
-    program = f"def f(x): return 0\n{CHEATS[name]}"
+    other = "globals().update(check=lambda f: None)"
+    program = f"def f(x): return 0\n{CHEATS[name].replace('OTHER', other)}"
     outcome = run_program([program, "def check(f):\n    assert abs(f(2) - 3) < 1", "check(f)"])
     assert not outcome.passed
     if name.startswith("searches the"):
         assert outcome.reason == "AssertionError: "
+
+
+def test_checks_see_what_the_program_defines_and_not_the_other_way_round() -> None:
+    assert run_program(
+        ["import math\nclass A: pass\ndef f(): return A()", "a = A()", "assert type(f()) is A and a and math"]
+    ).passed
+    assert run_program(["def f(): return check", "def check(): pass", "f()"]).reason.startswith("NameError")
+
+
+def test_libraries_do_without_frames() -> None:
+    program = (
+        "import collections, enum, logging, typing, warnings\ndef f(x):\n"
+        "    Pair = collections.namedtuple('Pair', 'a b')\n    Kind = enum.Enum('Kind', 'A B')\n"
+        "    T = typing.TypeVar('T')\n    logging.warning('x')\n    warnings.warn('x')\n    return Pair(x, 1).a + 1"
+    )
+    outcome = run_program([program, *CHECK])
+    assert outcome.passed, outcome.reason
 
 
 def test_programs_can_import_what_is_installed_and_no_answers() -> None:
