@@ -124,7 +124,7 @@ class BenchmarkArgs:
         1, "Number of answers per problem (humaneval, mbpp), for pass@10 and pass@100", low=1, high=10000
     )
     include_path: tuple[str, ...] = flag(
-        (), "Folder of further lm-eval tasks; repeatable", metavar="DIR", kind="repeated"
+        (), "Folder of further lm-eval tasks; code that they name runs; repeatable", metavar="DIR", kind="repeated"
     )
     workers: int = flag(0, "Number of programs tested in parallel", shown="one per core", low=0)
     unsafe_programs: bool = flag(False, "Run programs written by a model even if this machine cannot sandbox them")

@@ -103,6 +103,9 @@ def own_settings(preset: BenchmarkPreset, task: str, stated: dict[str, Any]) -> 
     Raises:
         ValueError: a value of another type or out of range.
     """
+    stops = stated.get("until") or []
+    if not isinstance(stops, str) and not (isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)):
+        raise ValueError(f"task {task}: until in generation_kwargs is {str(stops)[:40]}, not text or a list of texts")
     lengths = [stated[name] for name in LENGTHS if stated.get(name) is not None]
     tokens, heat = preset.new_tokens, preset.temperature
     if tokens is None:

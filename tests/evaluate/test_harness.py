@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sqlite3
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark, user_secret
 from megatron_tide.evaluate.response_cache import Store
 from megatron_tide.evaluate.task_functions import first_code_block
+from megatron_tide.evaluate.task_index import task_manager
 from megatron_tide.evaluate.thoughts import STILL_THINKING
 from tests.support.answering import Scripted, write_autoregressive
 from tests.support.lab import Lab
@@ -279,6 +281,71 @@ def test_an_unknown_task_is_named_after_all_of_lm_evals_were_looked_through(
         with pytest.raises(ValueError, match=f"task '{name}': neither a benchmark of ours nor one that lm-eval knows"):
             run_benchmark(name, BenchmarkPreset(task=name), context(knows(lab, "gsm8k", []), tmp_path))
         assert looked == index
+
+
+BROKEN = {
+    "no YAML": ("task: gsm8k_cot\nuntil: [", "lm-eval cannot read it"),
+    "a list": ("- task: gsm8k_cot", "a list, not an object"),
+    "an include that is not there": ("task: gsm8k_cot\ninclude: nowhere", "includes 'nowhere'"),
+    "an anchor without its place": ("task: gsm8k_cot\nuntil: *none", "undefined alias"),
+    "another tag": ("task: gsm8k_cot\nuntil: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+    "a name that is a number": ("task: 5", "a task, group or tag is no text"),
+    "no name": ("task:", "a task, group or tag is no text"),
+    "a tag that is a number": ("task: other\ntag: [5]", "a task, group or tag is no text"),
+}
+WRONG = {  # in place of what the right file has
+    "code that is not there": "doc_to_text: !function nowhere.f",
+    "code of another file that is not there": "metric_list:\n- metric: !function utils.f",
+    "a template": "doc_to_text: '{{ question | nothing }}'",
+    "a column": "doc_to_text: '{{ questions.first }}'",
+    "a metric": "metric_list:\n- metric: nothing",
+    "settings": "generation_kwargs: 5",
+    "stop strings": "generation_kwargs:\n  until: 5",
+    "a filter": "filter_list:\n- name: x\n  filter:\n  - function: nothing",
+    "filters": "filter_list: 5",
+    "a split": "test_split: nothing",
+    "a kind of task": "output_type: nothing",
+    "a key": "nothing: 5",
+    "a list of stop strings": "generation_kwargs:\n  until: ['x', 5]",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_of_tasks_is_one_line(lab: Lab, tmp_path: Path, name: str) -> None:
+    write_task(tmp_path / "tasks", "gsm8k")
+    text, word = BROKEN[name]
+    (tmp_path / "tasks" / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"mine\.yaml: .*{word}"):
+        task_manager(BenchmarkPreset(task="gsm8k_cot"), [str(tmp_path / "tasks")])
+
+
+def test_other_files_beside_a_task_are_not_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("task: [another")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+    (tmp_path / "code.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "mine.yaml").write_text("task: mine\ndoc_to_text: !function code.f\noutput_type: generate_until")
+    assert "mine" in task_manager(BenchmarkPreset(task="mine"), [str(tmp_path)]).all_tasks
+    os.mkfifo(tmp_path / "waits.yaml")
+    with pytest.raises(OSError, match=r"waits\.yaml: not a regular file"):
+        task_manager(BenchmarkPreset(task="mine"), [str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_task_that_is_written_wrongly_is_one_line(lab: Lab, tmp_path: Path, name: str) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    with (tmp_path / "tasks" / "gsm8k.yaml").open("a") as file:
+        file.write(WRONG[name] + "\n")
+    with pytest.raises(ValueError, match="task gsm8k_cot: "):
+        run_benchmark("gsm8k", PAPER["gsm8k"], context(knows(lab, "gsm8k", rows), tmp_path / "out", tmp_path / "tasks"))
+
+
+def test_errors_of_our_own_code_keep_their_type(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = write_task(tmp_path / "tasks", "gsm8k")
+    generator = knows(lab, "gsm8k", rows)
+    monkeypatch.setattr(generator, "generate_until", lambda *a, **k: {}["a bug"])
+    with pytest.raises(KeyError):
+        run_benchmark("gsm8k", PAPER["gsm8k"], context(generator, tmp_path / "out", tmp_path / "tasks"))
 
 
 @pytest.mark.parametrize(
