@@ -134,7 +134,11 @@ def _steps(order: dict[str, Any], result: int, namespace: dict[str, Any]) -> Ite
                 apart[name] = value
         apart.update(own)
 
-    parts = [step(exec, program, namespace), see, *(step(exec, check, apart) for check in checks)]
+    parts: list[Callable[[], Any]] = [
+        step(exec, program, namespace),
+        see,
+        *(step(exec, check, apart) for check in checks),
+    ]
     return iter((*parts, step(os.write, result, order.pop("token").encode()), step(os._exit, 0)))
 
 
