@@ -90,7 +90,13 @@ def _checked(model: Any, options: dict[str, Any]) -> tuple[int, int, float]:
             f"generate: a {model.config.model_type} model is autoregressive and writes token by token, so "
             f"--{used[0].replace('_', '-')} does not apply; leave it out"
         )
-    return options.get("max_new_tokens", DEFAULT_NEW_TOKENS), options.get("min_new_tokens", 0), options["temperature"]
+    most = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    if most < 1:
+        raise ValueError(
+            f"generate: a {model.config.model_type} model is autoregressive: it fills in no gaps (--infill), and "
+            f"--max-new-tokens is {most}; use 1 or more"
+        )
+    return most, options.get("min_new_tokens", 0), options["temperature"]
 
 
 def _completion(tokenizer: TextTokenizer, row: list[int], ends: Sequence[int], prompt: list[int]) -> Completion:

@@ -61,6 +61,13 @@ def test_draws_do_not_depend_on_the_batch(made: tuple[Any, TextTokenizer]) -> No
     assert whole[0].ids != whole[2].ids
 
 
+def test_gaps_are_refused_by_name(made: tuple[Any, TextTokenizer]) -> None:
+    model, tokenizer = made
+    for write in (lambda *rest, **how: answers(*rest[:2], [rest[2]], **how), stream):
+        with pytest.raises(ValueError, match=r"is autoregressive: it fills in no gaps \(--infill\)"):
+            next(write(model, tokenizer, from_text(tokenizer, "hi").ids, max_new_tokens=0, temperature=0.0, seed=0))
+
+
 def test_the_least_number_of_tokens(made: tuple[Any, TextTokenizer]) -> None:
     model, tokenizer = made
     prompt = from_text(tokenizer, "hi").ids
