@@ -1,9 +1,15 @@
-"""Block decoding over llama.cpp: our own tokens, a cache that is exact, and the commands."""
+"""Block decoding over llama.cpp: our own tokens, a cache that is exact, and the commands.
+
+Everything runs over ``tests.support.fake_llama``, and over llama-cpp-python too where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +23,7 @@ from megatron_tide.models.decoding_a2d import BlockCache
 from megatron_tide.models.gguf_model import GgufModel
 from megatron_tide.training_checkpoint import open_model
 from tests.support.commands import command
+from tests.support.fake_llama import fake_llama_cpp
 from tests.support.gguf_models import gguf_release
 
 pytest.importorskip("gguf", reason="NOT TESTED: gguf is not installed (requirements-gguf.txt)")
@@ -35,10 +42,14 @@ def file(release: Path) -> Path:
     return release / "f32.gguf"
 
 
-@pytest.fixture(scope="module")
-def model(file: Path) -> GgufModel:
-    pytest.importorskip("llama_cpp", reason="NOT TESTED: llama-cpp-python is not installed (requirements-gguf.txt)")
-    return GgufModel(file)
+@pytest.fixture(scope="module", params=["fake", "llama.cpp"])
+def model(request: pytest.FixtureRequest, file: Path) -> Iterator[GgufModel]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "fake":
+            patch.setitem(sys.modules, "llama_cpp", fake_llama_cpp())
+        elif importlib.util.find_spec("llama_cpp") is None:
+            pytest.skip("NOT TESTED: llama-cpp-python is not installed (requirements-gguf.txt)")
+        yield GgufModel(file)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +174,9 @@ def test_smaller_types_write_too(release: Path, model: GgufModel, tmp_path: Path
 
 
 def test_llama_cpp_makes_the_same_tokens_of_text(file: Path, model: GgufModel, tokenizer: TextTokenizer) -> None:
-    import llama_cpp
-
+    llama_cpp = model.llama._cpp
+    if not hasattr(llama_cpp, "llama_tokenize"):
+        pytest.skip("NOT TESTED: llama-cpp-python is not installed (requirements-gguf.txt)")
     how = llama_cpp.llama_model_default_params()
     how.vocab_only = True
     loaded = llama_cpp.llama_model_load_from_file(str(file).encode(), how)
