@@ -12,8 +12,8 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 """Keys of a message, and columns beside it, for what is no text: no template here writes it."""
 AS_WRITTEN = "as_written"
 """Key of a message for its tokens as a student wrote them (``SourceSpec.written_column``); none of a file has it."""
+BESIDE = ("tools", *MEDIA)
+"""Columns that belong to a conversation in another one."""
 _TEXTS = ("text", "input_text", "output_text")  # types of a part of a content that is text
 
 UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the data or in the column settings
@@ -239,15 +241,35 @@ class ArrowTable:
     def get(self, row: int) -> dict[str, Any]:
         try:
             return {column: _dense(value) for column, value in self.table[row].items()}
-        except UnicodeError as error:
-            raise ValueError(f"{self.where(row)}: not UTF-8 ({error})") from None
+        except (ValueError, ArithmeticError) as error:  # no UTF-8; a time outside of what Python's can hold
+            raise ValueError(f"{self.where(row)}: cannot be read ({error})") from None
 
     def where(self, row: int) -> str:
         return f"{self.label} row {row}"
 
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        for batch in self.table.select_columns(list(columns)).iter(batch_size=_SCAN):
-            yield from zip(*(batch[column] for column in columns))
+    def only(self, columns: Container[str]) -> ArrowTable:
+        """The table with those of its columns that are in ``columns``."""
+        kept = [name for name in self.columns if name in columns]
+        return replace(self, table=self.table.select_columns(kept))
+
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+        table = self.table.select_columns(list(columns))
+        for start in range(0, len(table), _SCAN):
+            yield from _values(table, columns, start, min(start + _SCAN, len(table)))
+
+
+def _values(table: Any, columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[Any, ...] | None]:
+    """The rows from ``start`` to ``stop``, each alone where one of them cannot be read; None for that one."""
+    try:
+        batch = table[start:stop]
+    except (ValueError, ArithmeticError):
+        if stop - start == 1:
+            yield None
+            return
+        for row in range(start, stop):
+            yield from _values(table, columns, row, row + 1)
+        return
+    yield from zip(*(batch[column] for column in columns))
 
 
 def _dense(value: Any) -> Any:

@@ -240,7 +240,8 @@ def _outside_thoughts(text: str, known: Container[str]) -> list[str]:
 
 def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages, with a rare letter of its own in place of what each says, of the names of tools and of calls."""
-    letters = {name: map(chr, _RARE[start::4]) for start, name in enumerate(("content", "name", "calls", "tools"))}
+    kinds = ("content", "name", "refusal", "calls", "tools")
+    letters = {kind: map(chr, _RARE[start :: len(kinds)]) for start, kind in enumerate(kinds)}
 
     def named(tool: Any, kind: str) -> Any:
         if not isinstance(tool, dict):
@@ -251,11 +252,13 @@ def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     found = []
     for message in messages:
-        new: dict[str, Any] = {field: next(letters[field]) for field in ("content", "name") if _text(message, field)}
+        new: dict[str, Any] = {field: next(letters[field]) for field in kinds[:3] if _text(message, field)}
         for field, kind in (("tool_calls", "calls"), ("function_call", "calls"), ("tools", "tools")):
             value = message.get(field)
             if isinstance(value, list | dict) and value:
                 new[field] = [named(one, kind) for one in value] if isinstance(value, list) else named(value, kind)
+            elif _text(message, field):  # JSON
+                new[field] = next(letters[kind], BLANK)
         found.append({**message, **new})
     return found
 

@@ -57,15 +57,22 @@ def checked_texts(texts: list[str], where: str) -> list[str]:
     return texts
 
 
-def _parquet(path: Path, _: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Path, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     from pyarrow import ArrowException, parquet
 
     try:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
             names = [name for name in file.schema_arrow.names if name in ("messages", "text")]
-            rows = (row for batch in file.iter_batches(columns=names) for row in batch.to_pylist())
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
-    except (ArrowException, OSError, UnicodeError) as error:
+            rows = (batch.slice(n, 1) for batch in file.iter_batches(columns=names) for n in range(len(batch)))
+            for number, row in enumerate(rows):
+                where = f"{path} row {number}"
+                try:
+                    (found,) = row.to_pylist()
+                except UnicodeError as error:
+                    bad.append(f"{where}: not UTF-8 ({error})")
+                    continue
+                yield where, found
+    except (ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as Parquet ({error}); download the file again") from error
 
 

@@ -17,7 +17,16 @@ from numpy.typing import NDArray
 
 from megatron_tide.bounds import LONGEST_NAME, MOST_IDS, shown
 from megatron_tide.files import atomic_write, check_form, fingerprint, read_json, read_whole
-from megatron_tide.tables import AS_WRITTEN, UNREADABLE_SHARE, Message, Table, open_table, parse_messages
+from megatron_tide.tables import (
+    AS_WRITTEN,
+    BESIDE,
+    UNREADABLE_SHARE,
+    ArrowTable,
+    Message,
+    Table,
+    open_table,
+    parse_messages,
+)
 from megatron_tide.tables import conversation as read_conversation
 
 _CONTAINS = "contains"
@@ -122,6 +131,8 @@ class DataSource:
                 f"{spec.path}: no column {missing[0]!r}; it has {', '.join(rows.columns)}: name the right ones in a "
                 "mixture file (messages_column, or prompt_column and response_column)"
             )
+        if isinstance(rows, ArrowTable):  # another column may hold what cannot be read
+            rows = rows.only({*needed, *BESIDE})
         return cls(spec, rows, _select(spec, rows))
 
     @property

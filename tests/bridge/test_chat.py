@@ -189,8 +189,9 @@ def test_calls_and_tools_are_missed_though_their_words_stand_elsewhere(
 ) -> None:
     function = {"name": "add", "arguments": {"a": 1}}
     calls = {"tool_calls": [{"function": function}], "function_call": function, "tools": [{"function": function}]}
-    with pytest.raises(LeftOut, match="add"):
-        tokenizers["student"].render([{"role": "user", "content": "add it", field: calls[field]}, *user("Well?")])
+    for said in (calls[field], *(["add"] if field != "tools" else [])):  # the second as JSON, say
+        with pytest.raises(LeftOut, match="add"):
+            tokenizers["student"].render([{"role": "user", "content": "add it", field: said}, *user("Well?")])
 
 
 def test_dropout_is_refused(tmp_path: Path, folders: Mapping[str, Path]) -> None:
@@ -370,6 +371,7 @@ def test_slices_and_sums_of_a_prompt_keep_its_text(tokenizers: Mapping[str, Text
     [
         ({"role": "user", "content": "Hi", "name": "user"}, "leaves out 'user', name of message 0"),
         ({"role": "assistant", "content": "", "refusal": "I cannot."}, "refusal of message 0"),
+        ({"role": "assistant", "content": "", "refusal": "Well"}, "refusal of message 0"),  # as the user says
         ({"role": "user", "content": "See", "images": [{"bytes": b"x"}]}, "images of message 0"),
         ({"role": "user", "content": "Hear", "audio": "a.wav"}, "audio of message 0"),
     ],

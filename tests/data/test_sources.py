@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from megatron_tide.bridge.samples import read_samples
 from megatron_tide.data.encode import EMPTY_PROMPT, EMPTY_RESPONSE, NO_ASSISTANT, split_response
 from megatron_tide.data.sources import Mixture, open_mixture, read_mixture
 from tests.data.conftest import conversation, write_jsonl
@@ -67,6 +70,25 @@ def test_columns_are_mapped_and_filtered(tmp_path: Path) -> None:
             for n in (0, 2)
         ]
     assert len(_mixture(tmp_path, {"path": "pairs.jsonl", **columns, "filter": {"tag": 3}})) == 1
+
+
+def test_one_odd_value_of_parquet_costs_its_row_alone(tmp_path: Path) -> None:
+    """A text that is no UTF-8, as other programs write; a time that Python's cannot hold, in a column of no use."""
+    texts = [b"py"] * 3000 + [b"\xff", b"rs"]
+    buffers = pyarrow.array(texts, pyarrow.binary()).buffers()
+    messages = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": str(n)}] for n in range(3002)]
+    columns = {
+        "messages": messages,
+        "lang": pyarrow.StringArray.from_buffers(len(texts), buffers[1], buffers[2]),
+        "time": pyarrow.array([2**62] * len(texts), pyarrow.timestamp("us")),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    mixture = _mixture(tmp_path, {"path": "rows.parquet", "filter": {"lang": "py"}})
+    assert len(mixture) == 3001  # what cannot be read is counted later
+    assert [bool(mixture.error(n)) for n in (0, 2999, 3000)] == [False, False, True]
+    said = pyarrow.StringArray.from_buffers(len(texts), buffers[1], buffers[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": said}), tmp_path / "text.parquet")
+    assert read_samples([tmp_path / "text.parquet"])[2999:] == ["py", "rs"]
 
 
 @pytest.mark.parametrize("where", ["rows.parquet", "folder"])
