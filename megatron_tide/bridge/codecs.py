@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -210,12 +211,14 @@ class SentencePieceCodec:
         self._control = _any_of(self.special)
         eager = (token for token, index in self.special.items() if len(token) > 1 and index in processor.encode(token))
         self._eager = _any_of(eager)
+        self._made = {*self.special.values()} - {self.unknown}
         self._edges = _Edges(self.special)
         self.core = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        if self._eager is None or not self._eager.search(text):
-            return self._processor.encode(text)
+        found: list[int] = self._processor.encode(text)
+        if self._eager is None or self._made.isdisjoint(found):
+            return found
         return [index for index, _, _ in self._pieces(text)]
 
     def spans(self, text: str) -> np.ndarray:
@@ -240,9 +243,23 @@ class SentencePieceCodec:
         """``text``, cut behind the first letter of every special token that the library would make of it."""
         start = 0
         while self._eager and (found := self._eager.search(text, start)):
-            yield text[start : found.start() + 1]
+            yield from self._parted(text[start : found.start() + 1])
             start = found.start() + 1
-        yield text[start:]
+        yield from self._parted(text[start:])
+
+    def _parted(self, stretch: str) -> Iterator[str]:
+        """``stretch``, cut likewise where it spells a special token only once it is normalised (full width)."""
+        if self._eager is None or self._made.isdisjoint(self._processor.encode(stretch)):
+            yield stretch
+            return
+        data, pieces = stretch.encode(), self._processor.encode(stretch, return_type="proto").pieces
+        cuts = [len(data[: piece.begin].decode()) + 1 for piece in pieces if piece.id in self._made]
+        parts = [stretch[start:stop] for start, stop in pairwise([0, *cuts, len(stretch)]) if start < stop]
+        if len(parts) == 1:
+            yield stretch
+            return
+        for part in parts:
+            yield from self._parted(part)
 
     def encode_prompt(self, text: str) -> list[int]:
         return [index for ids, _ in self.prompt_parts(text, ()) for index in ids]
