@@ -70,6 +70,9 @@ def chat(
 
     ``stream``: that of ``complete`` or ``in_order``, with its ``options``. ``ask(prompt)`` reads the user's next line;
     ``out`` None: standard output.
+
+    Raises:
+        ValueError: the chat template refuses the first message; later ones are told, and the chat goes on.
     """
     out = out or sys.stdout
     opening = [{"role": "system", "content": system}] if system else []
@@ -80,10 +83,17 @@ def chat(
         if message == "/new":
             said = list(opening)
             continue
+        try:
+            prompt = prompt_ids(tokenizer, [*said, {"role": "user", "content": message}])
+        except ValueError as error:  # of this text in this template; what was said before is kept
+            if not turn:
+                raise
+            out.write(f"{printable(str(error))}\n(not sent; /new forgets what was said before)\n")
+            continue
         said.append({"role": "user", "content": message})
         live, started, answer, moment = LiveText(tokenizer, out), time.perf_counter(), "", None
         with contextlib.suppress(KeyboardInterrupt):
-            for moment in stream(model, tokenizer, prompt_ids(tokenizer, said), seed=seed + turn, **options):
+            for moment in stream(model, tokenizer, prompt, seed=seed + turn, **options):
                 answer += moment.new_text
                 live.show(moment)
         live.close()

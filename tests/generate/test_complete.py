@@ -161,6 +161,22 @@ def test_what_a_chat_takes_as_a_message(model: Any, tokenizer: TextTokenizer) ->
     assert "/what: no such command" in screen.getvalue()
 
 
+def test_a_message_that_cannot_be_sent_ends_no_chat(model: Any, tokenizer: TextTokenizer) -> None:
+    lines, asked, screen = iter(["a", "half \ud800", "b", "/exit"]), [], io.StringIO()
+
+    def listen(_model: Any, _tokenizer: TextTokenizer, prompt: Any, **options: Any) -> Iterator[Moment]:
+        asked.append(tokenizer.decode(prompt))
+        yield Moment([5], [True], "yes")
+
+    assert chat(listen, model, tokenizer, ask=lambda _: next(lines), out=screen)[0] == 2
+    assert "half a surrogate pair" in screen.getvalue()
+    assert "not sent" in screen.getvalue()
+    assert "half" not in asked[1]
+    assert "a" in asked[1]
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        chat(listen, model, tokenizer, ask=lambda _: "\ud800", out=screen)
+
+
 def test_prompts_of_prepared_data_are_those_of_inference(lab: Lab, tokenizer: TextTokenizer, tmp_path: Path) -> None:
     data = PreparedData.open(lab.data)
     for prompt in from_prepared(data, tokenizer, limit=5):
