@@ -19,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_tide.files import canonical, open_regular, read_json, remove, write_json
+from megatron_tide.files import canonical, open_regular, read_json, remove, sha256_file, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 T = TypeVar("T")
+WHOLE = 1 << 31  # bytes of a folder's shards that its fingerprint reads to the last one
 _PIECE = 1024  # bytes of a tensor that its folder's fingerprint reads, at three places
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # a header
 _NOT_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of config.json that say who wrote it
@@ -51,15 +52,19 @@ class ShardedFolder:
 
     def fingerprint(self) -> str:
         """sha256 hex of which model this is: configuration, shards' sizes and headers, and the start, middle and end of
-        every tensor. A few reads for each tensor, so a folder of 32 GB takes seconds. ValueError names a broken file.
+        every tensor, so that a folder of 32 GB takes seconds; then, of up to ``WHOLE`` bytes, "-" and theirs.
+        Compare with ``same_model``. ValueError names a broken file.
         """
         config = read_json(self.folder / "config.json")
         digest = hashlib.sha256(canonical({k: v for k, v in config.items() if k not in _NOT_THE_MODEL}))
-        for name in sorted(set(self._file_of.values())):
-            path = self.folder / name
+        shards = [self.folder / name for name in sorted(set(self._file_of.values()))]
+        for path in shards:
             with _readable(path, _BROKEN):
                 _add_shard(digest, path)
-        return digest.hexdigest()
+        if sum(path.stat().st_size for path in shards) > WHOLE:
+            return digest.hexdigest()
+        whole = hashlib.sha256("".join(sha256_file(path) for path in shards).encode())
+        return f"{digest.hexdigest()}-{whole.hexdigest()}"
 
     def _each(self, keys: Iterable[str], read: Callable[[Any, str], T]) -> Iterator[tuple[str, T]]:
         by_file: dict[str, list[str]] = {}
@@ -108,6 +113,13 @@ class ShardedFolder:
             if not (self.folder / name).exists():
                 raise ValueError(f"{self.folder / name}: missing, but listed in {INDEX}; download it again")
         return file_of
+
+
+def same_model(one: object, other: object) -> bool:
+    """Whether two fingerprints are of one model. Those of large folders and of earlier versions have one part only."""
+    if isinstance(one, str) and isinstance(other, str):
+        return all(mine == theirs for mine, theirs in zip(one.split("-"), other.split("-")))
+    return one == other
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from megatron_tide.models import (
     recompute_layers,
     resolve_folder,
 )
-from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.models.shards import ShardedFolder, same_model
 from megatron_tide.train import checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import build_engine
@@ -197,7 +197,7 @@ def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) 
         found = {
             side: ShardedFolder(resolve_folder(path)).fingerprint() if path else None for side, path in paths.items()
         }
-        if cache is not None and found["teacher"] not in (None, cache.teacher):
+        if cache is not None and found["teacher"] and not same_model(found["teacher"], cache.teacher):
             raise ValueError(
                 f"{cache.folder}: the outputs of another teacher than {config.paths.teacher}; use that one, or run the "
                 "cache command with another --out"
@@ -261,7 +261,7 @@ def refuse_other_run(folder: Path, run: dict[str, Any], on_its_data: bool = True
             )
     names = ["bridge_fingerprint", "teacher_fingerprint", "student_fingerprint", "total_steps"]
     for what in ["data_fingerprint", *names] if on_its_data else names:
-        if theirs.get(what, run[what]) != run[what]:  # earlier versions did not record the models
+        if not same_model(theirs.get(what, run[what]), run[what]):  # earlier versions did not record the models
             raise ValueError(f"{folder} was trained with another {what.split('_')[0]}: use another --out")
     if on_its_data and theirs.get("continued") != run.get("continued"):
         raise ValueError(f"{folder}: that run began elsewhere (--continue-from): use another --out")

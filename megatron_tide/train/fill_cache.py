@@ -43,7 +43,7 @@ from megatron_tide.hosting.cached import (
 from megatron_tide.hosting.plan import local_machine, nvme_folder, plan, run_shape, teacher_needs
 from megatron_tide.hosting.speed import Rates
 from megatron_tide.models import read_config, resolve_folder
-from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.models.shards import ShardedFolder, same_model
 from megatron_tide.screen import clock_text
 from megatron_tide.train.build import check_shift
 from megatron_tide.train.distributed import DistContext
@@ -261,7 +261,8 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
     remove_drafts(folder)
     found = read_json(path, "remove the folder, or use another --out", SETTINGS_FORM)
     for name, value in {"format": FORMAT, **mine}.items():
-        if (before := found.get(name, ADDED.get(name))) != value:
+        before = found.get(name, ADDED.get(name))
+        if before != value and not (name == "teacher" and same_model(before, value)):
             raise ValueError(
                 f"{folder}: begun with {name} = {before!s:.40}, now it is {value!s:.40}; use another --out"
             )

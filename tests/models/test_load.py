@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_tide.models
 from megatron_tide.models import fresh_model, load_model, parameter_count, resolve_folder, write_folder
-from megatron_tide.models.shards import ShardedFolder
+from megatron_tide.models.shards import ShardedFolder, same_model
 from tests.support.models import (
     hub_tensors,
     tiny_opdlm_config,
@@ -269,6 +269,20 @@ def tensor_is_matrix(tensor: torch.Tensor) -> bool:
     return tensor.dim() > 1
 
 
+def test_fingerprints_of_large_folders_and_of_earlier_versions_are_compared_by_their_first_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_hub_folder(tmp_path / "a", tiny_teacher_config(), shards=2)
+    whole = ShardedFolder(folder).fingerprint()
+    monkeypatch.setattr("megatron_tide.models.shards.WHOLE", 100)
+    part = ShardedFolder(folder).fingerprint()
+    assert whole.startswith(f"{part}-")
+    assert same_model(part, whole)
+    assert same_model(None, None)
+    for other in (None, "", part[:-1], f"{part}-{part}", 7):
+        assert not same_model(whole, other)
+
+
 def test_a_folders_fingerprint_follows_configuration_and_weights(tmp_path: Path) -> None:
     config = tiny_teacher_config()
     folder = write_hub_folder(tmp_path / "a", config, shards=3)
@@ -287,6 +301,10 @@ def test_a_folders_fingerprint_follows_configuration_and_weights(tmp_path: Path)
         whole = shard.read_bytes()
         save_file(tensors, shard, metadata={"format": "pt"})
         assert ShardedFolder(folder).fingerprint() != before
+        one_bit = bytearray(whole)
+        one_bit[-len(whole) // 5] ^= 1
+        shard.write_bytes(one_bit)
+        assert not same_model(ShardedFolder(folder).fingerprint(), before)
         shard.write_bytes(whole)
     assert ShardedFolder(folder).fingerprint() == before
     shard.write_bytes(whole[:6] + b"\xff\xff" + whole[8:])
