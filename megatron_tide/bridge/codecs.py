@@ -321,10 +321,13 @@ def sentencepiece_roles(processor: sentencepiece.SentencePieceProcessor) -> dict
 def _scheme(spec: Mapping[str, Any]) -> Any:
     """The way this tokenizer.json writes bytes as strings, according to its decoder (or pre-tokenizer, without one)."""
     kinds = set(_kinds(spec.get("decoder"))) | set(_kinds(spec.get("pre_tokenizer")))
-    if "ByteLevel" in kinds:
-        return byte_level_bytes
     if spec["model"]["type"] == "WordPiece" or "WordPiece" in kinds:
         raise ValueError("a WordPiece tokenizer does not keep the text's bytes; use a byte-level or SentencePiece one")
+    for name in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if mark := spec["model"].get(name):
+            raise ValueError(f"its tokens have {mark!r} for a part of a word ({name}), which is no text; use another")
+    if "ByteLevel" in kinds:
+        return byte_level_bytes
     byte_fallback = bool(spec["model"].get("byte_fallback"))
     if "Metaspace" in kinds or "Replace" in kinds:
         return metaspace_bytes if byte_fallback else lambda token: token.replace(METASPACE, " ").encode("utf-8")

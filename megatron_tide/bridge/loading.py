@@ -90,7 +90,9 @@ def _reading(name: str) -> Iterator[None]:
     """Turns the libraries' errors for unreadable files into one line."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{name}: cannot read the tokenizer ({type(error).__name__}: {reason}); check its files"

@@ -246,6 +246,19 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / path)
 
 
+@pytest.mark.parametrize("name", ["end_of_word_suffix", "continuing_subword_prefix"])
+def test_marks_of_parts_of_words_are_refused(tmp_path: Path, folders: Mapping[str, Path], name: str) -> None:
+    """They would be bytes of the text. With the second, the library panics, which is no Exception in Python."""
+    shutil.copytree(folders["student"], tmp_path / "marks")
+    file = tmp_path / "marks" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"][name] = "</w>"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot read the tokenizer") as caught:
+        load_tokenizer(tmp_path / "marks")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "inclusionAI/LLaDA2.0-mini", "gpt2"])
 def test_hub_names_are_downloaded(monkeypatch: pytest.MonkeyPatch, folders: Mapping[str, Path], name: str) -> None:
     asked: list[tuple[str, list[str]]] = []
