@@ -34,11 +34,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def launched_by_nobody():
-    """A command in this process joins a group of one; the environment of the next test does not say so."""
+def own_environment():
+    """A command in this process sets variables, those of a group of one too; the next test does not see them."""
+    before = dict(os.environ)
     yield
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+        before.pop(name, None)  # perhaps of a fixture that lives on
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
