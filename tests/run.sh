@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that tells whether the project is sound: set-up, linters, types, scripts, tests. Fast checks first.
-#   bash tests/run.sh             all of it (about 20 minutes on 2 cores, after set-up)
+#   bash tests/run.sh             all of it (about 21 minutes on 2 cores, set-up included)
 #   bash tests/run.sh -k bridge   arguments go to pytest, in place of the linters
 
 set -euo pipefail
