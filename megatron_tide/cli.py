@@ -34,6 +34,7 @@ from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.hub import check_hub_name
 from megatron_tide.screen import clean_output, printable
 
 PROGRAM = "python -m megatron_tide"
@@ -174,9 +175,8 @@ def check_model_path(path: str, *, gguf: bool = False) -> None:
         if not gguf:
             raise ValueError(f"{path}: {ONLY_TO_GENERATE}")
         return
-    local = path.count("/") != 1 or path.startswith((".", "/", "~"))
-    if not Path(path).is_dir() and local:
-        raise ValueError(f"{path}: no such folder" + ("" if "/" in path else ", and no hub name (organisation/model)"))
+    if not Path(path).is_dir():
+        check_hub_name(path)
 
 
 def parse(command: Any, argv: Sequence[str], prog: str = PROGRAM) -> Any:

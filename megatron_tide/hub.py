@@ -11,8 +11,9 @@ from typing import Any
 from megatron_tide.bounds import CONFIG, shown
 from megatron_tide.files import read_json
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", flags=re.A)
-_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken")
+_NAME = r"[A-Za-z0-9][\w.-]{0,95}"
+HUB_NAME = re.compile(f"{_NAME}/{_NAME}", flags=re.A)
+_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken", ".gguf")
 
 
 @contextlib.contextmanager
@@ -28,6 +29,24 @@ def hub_errors(what: str, *more: type[Exception]) -> Iterator[None]:
     except expected as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{what} ({reason})") from None
+
+
+def may_be_hub_name(path: str, owner: bool = True) -> bool:
+    """Whether ``path``, where nothing is, can be a name on the hub: owner/name; without ``owner`` also a name alone.
+
+    A file's name is none, and "runs/teacher" is none where there is a folder "runs".
+    """
+    if path.endswith(_FILES):
+        return False
+    if "/" in path:
+        return HUB_NAME.fullmatch(path) is not None and not Path(path).parent.exists()
+    return not owner and re.fullmatch(_NAME, path, flags=re.A) is not None
+
+
+def check_hub_name(path: str, owner: bool = True) -> None:
+    """ValueError, one line, unless ``path``, where no folder is, can be a model's name on the hub."""
+    if not may_be_hub_name(path, owner):
+        raise ValueError(f"{path}: no such folder" + ("" if "/" in path else ", and no hub name (organisation/model)"))
 
 
 def download(name: str, patterns: Sequence[str], what: str) -> Path:
@@ -50,6 +69,7 @@ def stated_config(path: str) -> dict[str, Any]:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
+        check_hub_name(path, owner=False)
         folder = download(path, ["config.json"], f"{path}: no such folder, and not reachable on the hub")
     return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
 
@@ -74,7 +94,6 @@ def one_line(text: str) -> str:
 def public_name(value: str, may_be_on_hub: bool = True) -> str:
     """The last part of a local path; a hub name, or text that is not a path, unchanged. One line."""
     value = one_line(value)
-    is_hub_name = HUB_NAME.fullmatch(value) and not Path(value).exists() and not Path(value).parent.exists()
-    if may_be_on_hub and is_hub_name and not value.endswith(_FILES):
+    if may_be_on_hub and may_be_hub_name(value) and not Path(value).exists():
         return value
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1]

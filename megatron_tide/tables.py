@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_tide.arrow import check_stream, read_saved
 from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
-from megatron_tide.hub import hub_errors, one_line
+from megatron_tide.hub import hub_errors, may_be_hub_name, one_line
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -48,7 +48,6 @@ LONGEST_TEXT = 1 << 22
 _SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
 _HEAD = 100  # first rows, which define the columns of a JSON Lines file
-_FILES = (".jsonl", ".parquet")
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
 
 
@@ -290,7 +289,7 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
     found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
     if found is not None and (found / f"{split}.jsonl").is_file():
         return JsonLinesTable.open(found / f"{split}.jsonl")
-    if found is None and (path.endswith(_FILES) or path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if found is None and not may_be_hub_name(path, owner=False):
         raise ValueError(f"{path}: no such file or folder; use {_KINDS}")
     if found is not None and found.is_file() and found.suffix == ".jsonl":
         return JsonLinesTable.open(found)

@@ -20,7 +20,7 @@ from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
 from megatron_tide.bridge.tokenizer_files import CONFIG, ROLES, TOKENIZER, check_files
 from megatron_tide.files import check_regular, read_json, read_whole
 from megatron_tide.gguf_header import read_header
-from megatron_tide.hub import download
+from megatron_tide.hub import download, may_be_hub_name
 
 DEFAULT_MASKS = ("<|mask|>", "<mask>", "[MASK]")
 # Exact names: a copy of a tokenizer, and so a release, never takes code along.
@@ -39,7 +39,6 @@ TOKENIZER_FILES = (
 )
 _SENTENCEPIECE = "tokenizer.model"
 _TEMPLATE = "chat_template.jinja"
-_FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".gguf")
 # Keys of a GGUF file: tokenizer.json, {role_token: token} as JSON, the chat template.
 GGUF_TOKENIZER, GGUF_ROLES = "tokenizer.huggingface.json", "megatron_tide.tokenizer_roles"
 GGUF_TEMPLATE = "tokenizer.chat_template"
@@ -118,9 +117,7 @@ def _locate(path: str | Path, trust_remote_code: bool) -> Path:
     if place.exists():
         return place
     name = str(path)
-    # "runs/teacher" could be a hub name; if there is a folder "runs" here, the user means a folder.
-    local = place.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or place.suffix in _FILE_SUFFIXES
-    if "/" in name and (local or place.parent.exists()):
+    if not may_be_hub_name(name, owner=False):
         raise ValueError(f"{name}: no such tokenizer folder or file; check the path")
     patterns = [*TOKENIZER_FILES, "config.json", *(["*.py"] if trust_remote_code else [])]
     return download(name, patterns, f"{name}: no such local tokenizer, and not reachable on the hub; check the name")

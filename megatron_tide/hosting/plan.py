@@ -31,7 +31,7 @@ from megatron_tide.hosting.memory import (
     estimate_memory,
 )
 from megatron_tide.hosting.speed import RATES, Rates, StepTime, step_time, teacher_seconds
-from megatron_tide.hub import download
+from megatron_tide.hub import check_hub_name, download
 from megatron_tide.machine import free_memory, rss_bytes
 from megatron_tide.objectives import STRATEGIES, Strategy
 
@@ -212,6 +212,7 @@ def model_config(path: str) -> Path:
     found = Path(path)
     if found.exists():
         return found / "config.json" if found.is_dir() else found
+    check_hub_name(path)
     what = f"{path}: no such folder, and its config.json is not found on the hub"
     return download(path, ["config.json"], what) / "config.json"
 

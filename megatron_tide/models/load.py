@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_tide.cli import ONLY_TO_GENERATE
 from megatron_tide.files import sha256_file, write_json
-from megatron_tide.hub import download
+from megatron_tide.hub import check_hub_name, download
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import config_dict, family_of, meta_model
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
@@ -36,8 +36,7 @@ def resolve_folder(path: str | Path) -> Path:
     name = str(path)
     if name.endswith(".gguf"):
         raise ValueError(f"{path}: {ONLY_TO_GENERATE}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{path}: no such folder")
+    check_hub_name(name)
     return download(name, _FROM_HUB, f"{name}: no such folder, and not found on the hub")
 
 

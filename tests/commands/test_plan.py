@@ -96,7 +96,7 @@ def test_this_machine_is_the_default(capsys):
             ["--gpus", "9", "--gpu-mem", "24"],
             "--global-batch-size 64 is not a multiple of --micro-batch-size 4 x 9 ranks",
         ),
-        (["--teacher", "/nowhere"], "/nowhere: no such folder, and its config.json is not found on the hub"),
+        (["--teacher", "/nowhere"], "/nowhere: no such folder"),
         (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
         (["--gpus", "8", "--gpu-mem", "24", "--gpu-tflops", "0"], "--gpu-tflops 0.0: must be at least 1e-06"),
     ],

@@ -234,8 +234,18 @@ def test_a_folder_that_holds_a_model_is_not_overwritten(tmp_path: Path) -> None:
     assert (source / "model.safetensors").read_bytes() == before
 
 
-def test_names_that_are_no_folder_are_refused_without_asking_the_hub(tmp_path: Path) -> None:
-    for name in (tmp_path / "nowhere", "nowhere", "./a/b", "~/a"):
+def test_names_that_are_no_folder_are_refused_without_asking_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path.parent)
+    for name in (
+        tmp_path / "nowhere",
+        "nowhere",
+        "./a/b",
+        "~/a",
+        f"{tmp_path.name}/no-model",
+        "a/model.safetensors.json",
+    ):
         with pytest.raises(ValueError, match="no such folder"):
             resolve_folder(name)
 
