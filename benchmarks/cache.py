@@ -1,13 +1,13 @@
-"""A training step with the teacher against the same step with its answers from disk, and what the answers take.
+"""A training step with the teacher against the same step with its outputs from disk, and what these take.
 
-Given the flags of a training (--config runs/quickstart/tide-bridge/run.json): the teacher answers --steps of its steps,
-as the cache command lets it; then the same steps are trained in turn with the teacher and from its answers. Losses of
+Given the flags of a training (--config runs/quickstart/tide-bridge/run.json): the teacher runs on --steps of its steps,
+as in the cache command; then the same steps are trained in turn with the teacher and from its outputs. Losses of
 both must agree before anything is timed. One rank; the optimizer's update is left out of neither.
 
-Seconds of filling are of asking and writing; bytes are of the files, per scored token of the teacher, per distribution,
-and per token of the student's text. A training from answers saves (live - cached) seconds per step, filling costs its
-own: ``trainings_to_pay`` of the same questions are needed before it pays on this machine. On a machine that others use
-as well, ``--busy`` counts CPU seconds of one thread.
+Seconds of filling are of running the teacher and writing; bytes are of the files, per scored token of the teacher, per
+distribution, and per token of the student's text. A training from a cache saves (live - cached) seconds per step,
+filling costs its own: ``trainings_to_pay`` of the same inputs are needed before it pays on this machine. On a machine
+that others use as well, ``--busy`` counts CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_tide.hosting.speed import RATES
 class Args(DistillArgs):
     """Arguments of the benchmark: the training, and how much of it."""
 
-    steps: int = flag(16, "Number of steps that the teacher answers, and that are trained each way", low=2)
+    steps: int = flag(16, "Number of steps that the teacher runs on, and that are trained each way", low=2)
     rounds: int = flag(3, "Number of times that each step is timed each way", low=1)
     busy: bool = flag(False, "Time one thread's CPU seconds, not those of the clock")
     json: str = flag("", "Also write the figures to FILE", metavar="FILE")
@@ -55,7 +55,7 @@ def run(args: Args) -> int:
 
 
 def figures(config: DistillConfig, args: Args, world: Any) -> dict[str, Any]:
-    from megatron_tide.hosting.cached import AnswerCache, CachedTeacher
+    from megatron_tide.hosting.cached import CachedTeacher, OutputCache
     from megatron_tide.train import build
     from megatron_tide.train.fill_cache import fill_cache, forecast
     from megatron_tide.train.inputs import read_run_inputs
@@ -68,10 +68,10 @@ def figures(config: DistillConfig, args: Args, world: Any) -> dict[str, Any]:
     clock = time.process_time if args.busy else time.perf_counter
     began = clock()
     seeds = (config.train.seed,)
-    fill_cache(config, inputs, loader, world, expected, seeds=seeds, window=1, stop=StopRequest())
+    fill_cache(config, inputs, loader, world, expected, seeds=seeds, steps_per_forward=1, stop=StopRequest())
     filling = (clock() - began) / args.steps
     context, _ = build.build(config, inputs, world)
-    cached = replace(context, backend=CachedTeacher(AnswerCache.open(config.paths.out), inputs.strategy))
+    cached = replace(context, backend=CachedTeacher(OutputCache.open(config.paths.out), inputs.strategy))
     steps = [to_device(loader(step), world.device) for step in range(args.steps)]
     _must_agree(inputs.strategy, context, cached, steps)
 

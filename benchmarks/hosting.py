@@ -90,12 +90,12 @@ def write_teacher(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> i
     return total
 
 
-def make_window(config: dict[str, Any], micro_batches: int, samples: int, length: int) -> list[DistillBatch]:
+def make_microbatches(config: dict[str, Any], micro_batches: int, samples: int, length: int) -> list[DistillBatch]:
     """Micro-batches of random tokens, each a chunk of its own, as a CompDemo teacher with full context sees them."""
     asked = TeacherLayout(ATTENTION_LAYOUTS["full"], config["block_size"], config["mask_token_id"], CompDemo())
     generator = torch.Generator().manual_seed(SEED)
     prompt, whole = int(length * PROMPT), torch.full((samples,), length)
-    window = []
+    microbatches = []
     for number in range(micro_batches):
         tokens = Tokens(
             ids=torch.randint(config["mask_token_id"], (samples, length), generator=generator),
@@ -108,10 +108,10 @@ def make_window(config: dict[str, Any], micro_batches: int, samples: int, length
         batch = Batch(keys=keys, student=tokens, teacher=tokens, chunks=whole - prompt)
         rate = torch.full((samples,), T, dtype=torch.float64)
         drawn = noise(batch, seed=SEED, epoch=0, masking=ChunkMasking(), t=rate)
-        window.append(
+        microbatches.append(
             build_inputs(batch, drawn, student_block=asked.block, student_mask_id=asked.mask_id, teacher=asked)
         )
-    return window
+    return microbatches
 
 
 class PlainTeacher:
@@ -137,9 +137,9 @@ class PlainTeacher:
         self.engine, *_ = deepspeed.initialize(model=model.eval().requires_grad_(False), config=settings)
 
     @torch.no_grad()
-    def score(self, window: list[DistillBatch]) -> list[Tensor]:
+    def score(self, microbatches: list[DistillBatch]) -> list[Tensor]:
         """Gold log-probs [R] of each micro-batch."""
-        return [self._score(noised) for noised in window]
+        return [self._score(noised) for noised in microbatches]
 
     def _score(self, noised: DistillBatch) -> Tensor:
         asked = noised.teacher
@@ -182,12 +182,12 @@ def counted(way: Callable[[], object]) -> int:
 
 
 def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
-    """Both ways of scoring a window from disk; everything that is written lies in ``disk``."""
+    """Both ways of scoring micro-batches from disk; everything that is written lies in ``disk``."""
     dtype = getattr(torch, options.dtype)
     config = {**read_json(options.config), "num_hidden_layers": options.layers, "first_k_dense_replace": 0}
     config |= {"vocab_size": options.vocabulary, "mask_token_id": options.vocabulary - 1}
     config |= {"pad_token_id": 0, "eos_token_id": 0}
-    window = make_window(config, options.micro_batches, options.samples, options.length)
+    microbatches = make_microbatches(config, options.micro_batches, options.samples, options.length)
     source = disk / "teacher"
     settings = {}
     for folder in ("teacher", "ours", "plain"):
@@ -201,9 +201,9 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         path.unlink()  # on disk are never more than two copies
     plain = PlainTeacher(config, dtype, settings["plain"])
 
-    difference = _difference(sweep, plain, window)
-    little = make_window(config, 1, 1, config["block_size"])
-    ways = [lambda: plain.score(window), lambda: sweep.score(window), lambda: sweep.score(little)]
+    difference = _difference(sweep, plain, microbatches)
+    little = make_microbatches(config, 1, 1, config["block_size"])
+    ways = [lambda: plain.score(microbatches), lambda: sweep.score(microbatches), lambda: sweep.score(little)]
     plain_bytes, our_bytes, _ = map(counted, ways)  # the traces of both are complete after this
     plain_seconds, our_seconds, disk_seconds = paired_seconds(ways, options.rounds, warmup=0)
     tokens = 2 * options.micro_batches * options.samples * options.length
@@ -223,19 +223,19 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         "tokens_for_compute_to_equal_disk": round(tokens * disk_seconds / our_seconds),
         "log_prob_difference_over_spread": difference,
         "tokens": tokens,
-        "scored_rows": sum(len(noised.teacher_targets) for noised in window),
+        "scored_rows": sum(len(noised.teacher_targets) for noised in microbatches),
         "micro_batches": options.micro_batches,
         "plain_forwards": 2 * options.micro_batches,
         "shape": {name: config[name] for name in ("hidden_size", "num_hidden_layers", "num_experts", "vocab_size")},
     }
 
 
-def _difference(sweep: Zero3Teacher, plain: PlainTeacher, window: list[DistillBatch]) -> float:
+def _difference(sweep: Zero3Teacher, plain: PlainTeacher, microbatches: list[DistillBatch]) -> float:
     """Root of the mean squared difference of the two ways' log-probs, against their spread; AssertionError where it is
     no rounding. (In bf16 rounding may send a token to another expert, so single rows may differ by more.)
     """
-    ours = torch.cat([answer.target_logprobs for answer in sweep.score(window)])  # type: ignore[misc]
-    theirs = torch.cat(plain.score(window))
+    ours = torch.cat([answer.target_logprobs for answer in sweep.score(microbatches)])  # type: ignore[misc]
+    theirs = torch.cat(plain.score(microbatches))
     relative = ((ours - theirs).pow(2).mean().sqrt() / theirs.std()).item()
     if not relative < AGREE or not theirs.std() > AGREE:
         raise AssertionError(f"the two ways' log-probs differ by {relative:.3f} of their spread, {theirs.std():.3f}")
@@ -323,10 +323,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--layers", type=int, default=2, help="layers, all with experts (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=19648, help="tokens (default: %(default)s, an eighth)")
-    parser.add_argument("--micro-batches", type=int, default=8, help="in a window (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=int, default=8, help="in a step (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=1, help="in a micro-batch (default: %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="teacher tokens of a sample (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed windows of each way (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way (default: %(default)s)")
     parser.add_argument("--expert-tokens", type=int, default=1024, help="tokens for the experts (default: %(default)s)")
     parser.add_argument("--expert-rounds", type=int, default=9, help="timed rounds of each way (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the teacher")

@@ -26,7 +26,7 @@ def check_stream(path: Path) -> None:
     """Read an Arrow stream, or file, as a whole: every value is inside its column, every text is UTF-8.
 
     Raises:
-        ValueError: names the file; it is damaged, or compressed.
+        ValueError: names the file; it is corrupt, or compressed.
     """
     try:
         with pa.memory_map(str(path)) as source:
@@ -44,7 +44,7 @@ def check_stream(path: Path) -> None:
                 batch.validate(full=True)
     except BROKEN as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{path}: damaged, or no Arrow file that can be read ({reason}); restore it") from None
+        raise ValueError(f"{path}: corrupt, or no Arrow file that can be read ({reason}); restore it") from None
 
 
 def _is_compressed(metadata: bytes, is_dictionary: bool) -> bool:
@@ -70,7 +70,7 @@ def read_saved(paths: list[Path]) -> Any:
     """A data set of ``datasets`` over checked Arrow streams, memory-mapped; their schema's own notes are not read.
 
     Raises:
-        ValueError: names a file that is damaged, or has other columns than the first.
+        ValueError: names a file that is corrupt, or has other columns than the first.
     """
     from datasets import Dataset, table
 

@@ -21,7 +21,7 @@ MIB, GIB = 2**20, 2**30
 # Names that VARIABLE takes, beside --no-compile-layers (the student's layers) and A2D_GRAPHS=0 (generation).
 SWITCHES = {
     "head": "logits in pieces of up to 512 MiB, in multiples of 128 rows or columns",
-    "window": "the replicated teacher takes all micro-batches of a step layer by layer, up to 16,384 tokens at once",
+    "layerwise": "the replicated teacher takes all micro-batches of a step layer by layer, up to 16,384 tokens at once",
     "sum": "the weighted sum over a token's experts as one compiled kernel",
     "masks": "flex_attention's lists of tiles made on the host, by the loader's thread",
     "upload": "micro-batches copied to the GPU by the loader's thread, before their step",
@@ -58,11 +58,11 @@ ON_CPU = PieceSizes(logit_bytes=64 * MIB, multiple=1, tokens=4096)
 
 def on_gpu(memory: int) -> PieceSizes:
     """For a GPU of so many bytes: the largest sizes from 80 GB on."""
-    head, window = is_on("head"), is_on("window")
+    head, layerwise = is_on("head"), is_on("layerwise")
     return PieceSizes(
         logit_bytes=max(ON_CPU.logit_bytes, min(512 * MIB, memory // 144)) if head else ON_CPU.logit_bytes,
         multiple=128 if head else 1,
-        tokens=max(ON_CPU.tokens, min(16384, memory // (4608 * 1024))) if window else ON_CPU.tokens,
+        tokens=max(ON_CPU.tokens, min(16384, memory // (4608 * 1024))) if layerwise else ON_CPU.tokens,
     )
 
 

@@ -56,7 +56,7 @@ def read_header(path: Path) -> GgufHeader:
     """The header of a GGUF file.
 
     Raises:
-        ValueError: no GGUF file, or one that is damaged, cut off, or not of sizes that models have.
+        ValueError: no GGUF file, or one that is corrupt, cut off, or not of sizes that models have.
         OSError: the disk, or not a regular file.
     """
     if not path.exists():

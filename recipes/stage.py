@@ -55,7 +55,7 @@ STAMP = {"finished": float, "seconds": float, "command": list, "inputs?": {str: 
 
 
 def read_stamp(path: str) -> dict:
-    """What a finished stage recorded; {} where it did not finish, or the file is damaged."""
+    """What a finished stage recorded; {} where it did not finish, or the file is corrupt."""
     try:
         return read_json(Path(path), form=STAMP) if path else {}
     except ValueError:

@@ -1,4 +1,4 @@
-"""Arrow files of others: damaged and compressed ones are refused in one line before anything reads them."""
+"""Arrow files of others: corrupt and compressed ones are refused in one line before anything reads them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_whole_streams_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("table", [TABLE, TABLE.select(["text"])], ids=["with dictionaries", "text"])
 def test_compressed_columns_are_refused(tmp_path: Path, table: pa.Table) -> None:
-    with pytest.raises(ValueError, match=r"a\.arrow: damaged, or no Arrow file that can be read \(compressed\)"):
+    with pytest.raises(ValueError, match=r"a\.arrow: corrupt, or no Arrow file that can be read \(compressed\)"):
         check_stream(written(tmp_path / "a.arrow", table, "zstd"))
 
 
@@ -40,10 +40,10 @@ def test_offsets_and_text_outside_their_column_are_refused(tmp_path: Path) -> No
         offsets = [b"".join(one.to_bytes(4, "little", signed=True) for one in numbers) for numbers in (old, new)]
         assert offsets[0] in content
         (tmp_path / "a.arrow").write_bytes(content.replace(*offsets))
-        with pytest.raises(ValueError, match=r"a\.arrow: damaged"):
+        with pytest.raises(ValueError, match=r"a\.arrow: corrupt"):
             read_saved([tmp_path / "a.arrow"])
     (tmp_path / "a.arrow").write_bytes(content.replace(b"onetwo", b"one\xfftw"))
-    with pytest.raises(ValueError, match=r"a\.arrow: damaged"):
+    with pytest.raises(ValueError, match=r"a\.arrow: corrupt"):
         read_saved([tmp_path / "a.arrow"])
     other = written(tmp_path / "b.arrow", TABLE.select(["kind"]))
     with pytest.raises(ValueError, match=r"not of one data set"):

@@ -18,7 +18,7 @@ def test_sizes_grow_with_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert small.tokens < medium.tokens < large.tokens
     assert fast.piece_sizes(torch.device("cpu")) == fast.ON_CPU
     assert fast.piece_sizes(torch.device("cuda")) == large, "where there is none: tensors that stand in for its"
-    monkeypatch.setenv(fast.VARIABLE, "head,window")
+    monkeypatch.setenv(fast.VARIABLE, "head,layerwise")
     assert fast.on_gpu(79 * fast.GIB) == fast.ON_CPU
 
 

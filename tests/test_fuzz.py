@@ -1,4 +1,4 @@
-"""Every file that the project reads, damaged: the answer is a result, or one line that names the file or its folder.
+"""Every file that the project reads, corrupt: the answer is a result, or one line that names the file or its folder.
 
 No reader hangs, takes memory that a file only claims, or raises another exception. The seed is fixed, and so is the
 number of changes of each file; TIDE_FUZZ=N tries N, TIDE_FUZZ_SEED others.
@@ -50,7 +50,7 @@ def bounded() -> Iterator[None]:
 
 
 def problem(case: str, world: World) -> str:
-    """What is wrong with the answer to a damaged file; "" where nothing is."""
+    """What is wrong with the answer to a corrupt file; "" where nothing is."""
     file, read = CASES[case]
     try:
         with bounded():
@@ -70,7 +70,7 @@ def world(chain, tmp_path_factory) -> World:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_damaged_file_is_a_result_or_one_line(world: World, case: str, tmp_path: Path, monkeypatch, capfd) -> None:
+def test_a_corrupt_file_is_a_result_or_one_line(world: World, case: str, tmp_path: Path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     path, whole, rng = world.root / CASES[case][0], tmp_path / "whole", random.Random(f"{SEED} {case}")
     shutil.copyfile(path, whole)
@@ -82,7 +82,7 @@ def test_a_damaged_file_is_a_result_or_one_line(world: World, case: str, tmp_pat
             found = problem(case, world)
         finally:
             if path.is_file():
-                shutil.copyfile(path, tmp_path / f"damaged-{number}")
+                shutil.copyfile(path, tmp_path / f"corrupt-{number}")
             restore(path, whole)
         if found:
             problems.append(f"{number}: {found}")

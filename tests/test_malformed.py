@@ -244,7 +244,7 @@ def test_one_line_and_status_two(chain, lab_checkpoint, tmp_path, monkeypatch, c
     ],
     ids=["cut", "a file less", "without sums", "flipped"],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(lab_checkpoint, tmp_path, spoil, said):
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_taken(lab_checkpoint, tmp_path, spoil, said):
     for step in (20, 30):
         shutil.copytree(lab_checkpoint, tmp_path / f"step-{step:08d}")
     spoil(tmp_path / "step-00000030")

@@ -26,7 +26,7 @@ def outcomes() -> list[str]:
 
     works = [
         lambda: world.on_main(lambda: {"read by": world.rank}),
-        lambda: world.on_main(lambda: fails(ValueError("the file is damaged"))),
+        lambda: world.on_main(lambda: fails(ValueError("the file is corrupt"))),
         lambda: world.on_main(lambda: fails(PermissionError(13, "Permission denied", "x"))),
         lambda: world.on_main(lambda: fails(KeyError("name"))),
         lambda: world.on_all(lambda: here(1)),
@@ -48,7 +48,7 @@ def test_a_value_or_an_error_of_rank_0_reaches_all() -> None:
     first, second = run_on_ranks(outcomes, 2)
     assert first[:5] == second[:5]
     assert first[0] == "{'read by': 0}"
-    assert first[1] == "ValueError: the file is damaged"
+    assert first[1] == "ValueError: the file is corrupt"
     assert first[2].startswith("OSError: [Errno 13] Permission denied")
     assert first[4] == "ValueError: rank 1 has no disk"
     assert (first[5], second[5]) == ("0", "1")

@@ -88,7 +88,7 @@ def test_pruning_removes_nothing_but_older_checkpoints(tmp_path: Path) -> None:
     elsewhere = _empty_step(tmp_path / "other", "step-00000001")
     (tmp_path / "step-00000001").symlink_to(elsewhere)
     others = [_empty_step(tmp_path, name) for name in ("step-9", "step-final", "step-000000400", "step-00000010.bak")]
-    (tmp_path / "step-00000040").mkdir()  # damaged: resuming went past it
+    (tmp_path / "step-00000040").mkdir()  # corrupt: resuming went past it
     (tmp_path / "step-00000005").mkdir()
     (tmp_path / "step-00000050").write_text("a file")
     _prune(tmp_path, steps[-1], keep=1)

@@ -93,7 +93,7 @@ class Item:
 
 
 class Subject:
-    """One rank's training: engine of the student, teacher, strategies, and windows of micro-batches."""
+    """One rank's training: engine of the student, teacher, strategies, and micro-batches of a step."""
 
     def __init__(
         self, bench: Bench, world: DistContext, teacher: Any, micro_batch: int, layers: int = 0, **flags: Any
@@ -124,7 +124,7 @@ class Subject:
         backend, clock = ReplicatedTeacher(self.teacher, strategy), Clock(self.world.device)
         return TrainContext(engine=self.engine, backend=backend, strategy=strategy, world=self.world, clock=clock)
 
-    def window(self, strategy: Strategy, mixed: bool = False) -> list[Item]:
+    def microbatches(self, strategy: Strategy, mixed: bool = False) -> list[Item]:
         """The micro-batches of one optimizer step; ``mixed``: of lengths from an eighth of S to S."""
         made = [self._item(strategy, start, mixed) for start in range(0, self.batch, self.micro_batch)]
         return [replace(item, inputs=self._as_loaded(item.inputs)) for item in made]
@@ -152,18 +152,18 @@ class Subject:
         made = build_inputs(batch, drawn, student_block=block, student_mask_id=mask_id, teacher=asked)
         return Item(batch, drawn, made)
 
-    def step(self, context: TrainContext, window: list[Item]) -> dict[str, float]:
+    def step(self, context: TrainContext, microbatches: list[Item]) -> dict[str, float]:
         """One optimizer step as the loop takes it; -> its losses, read when it is done."""
-        counts, _ = global_counts([item.inputs for item in window], self.world, False)
-        sums = train_step(context, self._received(window), counts, 0.5)
+        counts, _ = global_counts([item.inputs for item in microbatches], self.world, False)
+        sums = train_step(context, self._received(microbatches), counts, 0.5)
         return {name: float(value) for name, value in sums.losses.items()}
 
-    def _received(self, window: list[Item]) -> list[DistillBatch]:
+    def _received(self, microbatches: list[Item]) -> list[DistillBatch]:
         """On the device; the next step's are sent before this one begins, as the loader's thread does."""
-        made = [item.inputs for item in window]
-        if self._ahead is None or self._ahead[0] is not window:
-            self._ahead = window, self.upload.send(made)
-        sent, self._ahead = self._ahead[1], (window, self.upload.send(made))
+        made = [item.inputs for item in microbatches]
+        if self._ahead is None or self._ahead[0] is not microbatches:
+            self._ahead = microbatches, self.upload.send(made)
+        sent, self._ahead = self._ahead[1], (microbatches, self.upload.send(made))
         return self.upload.receive(sent)
 
     def planned_bytes(self, strategy: Strategy) -> int:
@@ -185,10 +185,10 @@ class Subject:
         self.engine = None
         self.bench.clean()
 
-    def useful_flops(self, window: list[Item]) -> dict[str, float]:
+    def useful_flops(self, microbatches: list[Item]) -> dict[str, float]:
         """Of a step: student forward and backward, teacher forward."""
         total = {"student": 0.0, "teacher": 0.0}
-        for item in window:
+        for item in microbatches:
             total["student"] += 3 * forward_flops(self.shapes["student"], item.inputs.student)
             assert item.inputs.teacher is not None
             total["teacher"] += forward_flops(self.shapes["teacher"], item.inputs.teacher)

@@ -62,29 +62,29 @@ def with_part(bench: Bench, name: str, way: Callable[[], dict[str, Any]]) -> dic
 def measured(subject: Subject, name: str, mixed: bool = False) -> dict[str, Any]:
     """Ours: whole steps, and then the parts of one."""
     strategy = subject.strategy(name, compdemo=False)
-    context, window = subject.context(strategy), subject.window(strategy, mixed)
-    found = timed_step(subject, window, lambda: subject.step(context, window))
-    spent, flops = time_of_parts(subject, context, window), subject.useful_flops(window)
+    context, microbatches = subject.context(strategy), subject.microbatches(strategy, mixed)
+    found = timed_step(subject, microbatches, lambda: subject.step(context, microbatches))
+    spent, flops = time_of_parts(subject, context, microbatches), subject.useful_flops(microbatches)
     sides = {"teacher": spent["teacher"], "student": sum(spent.values()) - spent["teacher"] - spent["copies"]}
     alone = {side: subject.bench.shares(flops[side], taken) for side, taken in sides.items()}
     return {
         **found,
-        "milliseconds_a_micro_batch": found["step_ms"] / len(window),
+        "milliseconds_a_micro_batch": found["step_ms"] / len(microbatches),
         "milliseconds_of_parts": spent,
         "each_alone": alone,
         "planned_peak_bytes": subject.planned_bytes(strategy),
     }
 
 
-def timed_step(subject: Subject, window: list[Item], step: Callable[[], Any], rounds: int = 3) -> dict[str, Any]:
+def timed_step(subject: Subject, microbatches: list[Item], step: Callable[[], Any], rounds: int = 3) -> dict[str, Any]:
     """Of a step: seconds, after a first one that compiles; FLOP/s and their shares, tokens a second, peak memory."""
     bench = subject.bench
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
     first = bench.seconds(step)
     (taken,) = bench.milliseconds([step], rounds, warmup=0)
-    flops, tokens = sum(subject.useful_flops(window).values()), sum(item.inputs.tokens for item in window)
-    found = {"step_ms": taken, "first_step_s": first, "micro_batches": len(window), "useful_tflop": flops / 1e12}
+    flops, tokens = sum(subject.useful_flops(microbatches).values()), sum(item.inputs.tokens for item in microbatches)
+    found = {"step_ms": taken, "first_step_s": first, "micro_batches": len(microbatches), "useful_tflop": flops / 1e12}
     found |= {"tokens_a_second": tokens / taken * 1e3, **bench.shares(flops, taken)}
     if bench.cuda:
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -98,16 +98,16 @@ def the_usual_way(subject: Subject, loops: bool, micro_batch: int) -> dict[str, 
     whole = subject.micro_batch
     subject.micro_batch = micro_batch
     # As many micro-batches as the engine adds up.
-    window = subject.window(strategy)[: subject.batch // whole]
+    microbatches = subject.microbatches(strategy)[: subject.batch // whole]
     subject.micro_batch = whole
     context = subject.context(strategy)
-    mine, theirs = subject.step(context, window)["loss/total"], []
+    mine, theirs = subject.step(context, microbatches)["loss/total"], []
 
     def step() -> None:
-        theirs.append(usual.step(subject, strategy, window)["loss/total"])
+        theirs.append(usual.step(subject, strategy, microbatches)["loss/total"])
 
     with usual.looped_experts() if loops else nullcontext():
-        found = timed_step(subject, window, step, rounds=1)
+        found = timed_step(subject, microbatches, step, rounds=1)
     if not abs(theirs[0] / mine - 1) < AGREE:  # a step of a small learning rate lies between them
         raise AssertionError(f"the usual way's loss is {theirs[0]}, ours {mine}")
     return {**found, "loss": theirs[0], "our_loss": mine}
@@ -116,20 +116,20 @@ def the_usual_way(subject: Subject, loops: bool, micro_batch: int) -> dict[str, 
 Take = Callable[[str, Callable[[], Any]], Any]
 
 
-def parts(subject: Subject, context: TrainContext, window: list[Item], take: Take) -> None:
+def parts(subject: Subject, context: TrainContext, microbatches: list[Item], take: Take) -> None:
     """One step as calls ``take(name of the part, what it does)``, which returns what the part returns."""
     engine, strategy = context.engine, context.strategy
-    inputs = take("copies", lambda: to_device([item.inputs for item in window], subject.world.device))
+    inputs = take("copies", lambda: to_device([item.inputs for item in microbatches], subject.world.device))
     counts, _ = global_counts(inputs, subject.world, False)
     answers = take("teacher", lambda: context.backend.score(inputs))
     for number, (batch, outputs) in enumerate(zip(inputs, answers), 1):
         hidden = take("student_forward", lambda: masked_hidden_states(engine.module, batch.student))  # noqa: B023
         loss = take("head_and_loss", lambda: _loss(strategy, engine, batch, outputs, hidden, counts))  # noqa: B023
         take("backward", lambda: engine.backward(loss, scale_wrt_gas=False))  # noqa: B023
-        take("optimizer" if number == len(window) else "engine", engine.step)
+        take("optimizer" if number == len(microbatches) else "engine", engine.step)
 
 
-def time_of_parts(subject: Subject, context: TrainContext, window: list[Item]) -> dict[str, float]:
+def time_of_parts(subject: Subject, context: TrainContext, microbatches: list[Item]) -> dict[str, float]:
     """Milliseconds of the parts of one step, each alone, so that they do not overlap."""
     spent: dict[str, float] = {}
 
@@ -138,7 +138,7 @@ def time_of_parts(subject: Subject, context: TrainContext, window: list[Item]) -
         spent[name] = spent.get(name, 0.0) + 1e3 * subject.bench.seconds(lambda: result.append(way()))
         return result[0]
 
-    parts(subject, context, window, take)
+    parts(subject, context, microbatches, take)
     return spent
 
 

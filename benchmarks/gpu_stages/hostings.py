@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu_stages.bench import Bench
 from benchmarks.gpu_stages.full import config_of, training
-from benchmarks.hosting import GOLD, make_window, write_teacher
+from benchmarks.hosting import GOLD, make_microbatches, write_teacher
 from megatron_tide.config import from_flat
 from megatron_tide.diffusion import DistillBatch
 from megatron_tide.hosting.backend import TeacherBackend
@@ -38,23 +38,23 @@ def run(bench: Bench) -> None:
     folder.mkdir()
     bench.note(teacher_bytes=write_teacher(folder, config, DTYPE))
     with training(bench) as world:
-        window = [batch.to(world.device) for batch in make_window(config, 2, 2, 32 if bench.tiny else 512)]
-        wanted = resident_answer(bench, world, folder, window)
+        microbatches = [batch.to(world.device) for batch in make_microbatches(config, 2, 2, 32 if bench.tiny else 512)]
+        wanted = resident_answer(bench, world, folder, microbatches)
         for name in ("zero3", "zero3_cpu", *(() if bench.tiny else ("zero3_nvme",))):
             with bench.part(name):
-                found = measured(bench, world, name, folder, window, wanted)
+                found = measured(bench, world, name, folder, microbatches, wanted)
                 bench.note(**{name: {**found, "planned_device_bytes": planned(bench, config, name)}})
 
 
-def resident_answer(bench: Bench, world: DistContext, folder: Path, window: list[DistillBatch]) -> torch.Tensor:
+def resident_answer(bench: Bench, world: DistContext, folder: Path, microbatches: list[DistillBatch]) -> torch.Tensor:
     backend = ReplicatedTeacher.open(str(folder), {}, DTYPE, GOLD, world)  # type: ignore[arg-type]
-    answer = scored(backend, window)
-    bench.note(resident_seconds=bench.seconds(lambda: backend.score(window)))
+    answer = scored(backend, microbatches)
+    bench.note(resident_seconds=bench.seconds(lambda: backend.score(microbatches)))
     return answer
 
 
 def measured(
-    bench: Bench, world: DistContext, name: str, folder: Path, window: list[DistillBatch], wanted: torch.Tensor
+    bench: Bench, world: DistContext, name: str, folder: Path, microbatches: list[DistillBatch], wanted: torch.Tensor
 ) -> dict[str, Any]:
     """Two sweeps of a hosting: DeepSpeed learns the order of the layers in the first."""
     settings = named_hosting(name).settings
@@ -65,10 +65,10 @@ def measured(
     opened: list[Zero3Teacher] = []
     loading = bench.seconds(lambda: opened.append(Zero3Teacher.open(str(folder), settings, DTYPE, GOLD, world)))  # type: ignore[arg-type]
     (backend,) = opened
-    answer = scored(backend, window)
+    answer = scored(backend, microbatches)
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
-    taken = bench.seconds(lambda: scored(backend, window))
+    taken = bench.seconds(lambda: scored(backend, microbatches))
     peak = torch.cuda.max_memory_allocated() - before if bench.cuda else 0
     empty = bench.seconds(lambda: backend.engine([]))
     apart = float((answer - wanted).std() / wanted.std())
@@ -85,8 +85,8 @@ def measured(
     }
 
 
-def scored(backend: TeacherBackend, window: list[DistillBatch]) -> torch.Tensor:
-    return torch.cat([outputs.target_logprobs for outputs in backend.score(window)])  # type: ignore[misc]
+def scored(backend: TeacherBackend, microbatches: list[DistillBatch]) -> torch.Tensor:
+    return torch.cat([outputs.target_logprobs for outputs in backend.score(microbatches)])  # type: ignore[misc]
 
 
 def planned(bench: Bench, config: dict[str, Any], name: str) -> int:

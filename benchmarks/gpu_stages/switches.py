@@ -59,8 +59,8 @@ def run(bench: Bench) -> None:
 def measured(bench: Bench, world: DistContext, teacher: Any, flags: dict[str, Any]) -> dict[str, Any]:
     subject = Subject(bench, world, teacher, 2 if bench.tiny else 8, **flags)
     strategy = subject.strategy("tide-cross")
-    context, window = subject.context(strategy), subject.window(strategy)
+    context, microbatches = subject.context(strategy), subject.microbatches(strategy)
     try:
-        return timed_step(subject, window, lambda: subject.step(context, window), rounds=2)
+        return timed_step(subject, microbatches, lambda: subject.step(context, microbatches), rounds=2)
     finally:
         subject.close()

@@ -24,13 +24,13 @@ from megatron_tide.objectives.outputs import StudentScores
 from megatron_tide.train.step import global_counts
 
 
-def step(subject: Subject, strategy: Strategy, window: list[Item]) -> dict[str, float]:
+def step(subject: Subject, strategy: Strategy, microbatches: list[Item]) -> dict[str, float]:
     """One optimizer step; -> its losses."""
-    inputs = [item.inputs for item in window]
+    inputs = [item.inputs for item in microbatches]
     counts, _ = global_counts(inputs, subject.world, False)
     total = torch.zeros((), device=subject.world.device, dtype=torch.float64)
     with torch.compiler.set_stance("force_eager"):  # compiled layers of the student run as they are written
-        for item in window:
+        for item in microbatches:
             loss = micro_batch_loss(subject, strategy, item, counts)
             subject.engine.backward(loss, scale_wrt_gas=False)
             subject.engine.step()

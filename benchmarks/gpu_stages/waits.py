@@ -33,8 +33,8 @@ def run(bench: Bench) -> None:
 def waits_of(subject: Subject, name: str) -> dict[str, Any]:
     """Of a step: waits of each part and where they are; and whether the parts run with waiting forbidden."""
     strategy = subject.strategy(name)
-    context, window = subject.context(strategy), subject.window(strategy)
-    subject.step(context, window)
+    context, microbatches = subject.context(strategy), subject.microbatches(strategy)
+    subject.step(context, microbatches)
     counted: dict[str, Counter[str]] = {}
 
     def count(part: str, way: Callable[[], Any]) -> Any:
@@ -47,12 +47,12 @@ def waits_of(subject: Subject, name: str) -> dict[str, Any]:
         with forbidden(subject.bench.cuda and part not in MAY_WAIT):
             return way()
 
-    parts(subject, context, window, count)
+    parts(subject, context, microbatches, count)
     free = not any(places for part, places in counted.items() if part not in MAY_WAIT)
     found = {part: {"waits": places.total(), "where": dict(places.most_common(8))} for part, places in counted.items()}
     subject.bench.note(**{f"{name}, waits": found})
-    parts(subject, context, window, forbid)
-    return {"micro_batches": len(window), "only_the_optimizer_waits": free, "runs_with_waiting_forbidden": True}
+    parts(subject, context, microbatches, forbid)
+    return {"micro_batches": len(microbatches), "only_the_optimizer_waits": free, "runs_with_waiting_forbidden": True}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Args(DistillArgs):
     """Arguments of the cache command: the training that the outputs are for, and how the teacher runs."""
 
     seeds: tuple[int, ...] = flag((), "Seeds of the trainings", low=0, high=2**31, shown="--seed")
-    window: int = flag(
+    steps_per_forward: int = flag(
         1, "Number of training steps per teacher forward: an offloaded teacher is then read less often", low=1
     )
     rates: Rates = field(default_factory=Rates)
@@ -87,7 +87,9 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
     loader = make_loader(config, inputs, world)
     seeds = args.seeds or (config.train.seed,)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
-        manifest = fill_cache(config, inputs, loader, world, expected, seeds=seeds, window=args.window, stop=stop)
+        manifest = fill_cache(
+            config, inputs, loader, world, expected, seeds=seeds, steps_per_forward=args.steps_per_forward, stop=stop
+        )
     if manifest is None:
         world.print_rank0(f"stopped on request; run the same command again to continue ({out})")
         return EXIT_INTERRUPTED

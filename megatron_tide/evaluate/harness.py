@@ -35,7 +35,7 @@ from megatron_tide.sandbox import LIMITS, WORKER, require_sandbox, run_programs
 
 PASS_AT = (1, 10, 100)
 NOT_INSTALLED = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
-PROGRAMS_PER_WINDOW = 64  # verdicts are in the cache after so many programs
+PROGRAMS_AT_ONCE = 64  # verdicts are in the cache after so many programs
 
 Sample = dict[str, Any]
 
@@ -212,7 +212,7 @@ def user_secret() -> str:
             f"{path}: cannot be read or written ({error}); set XDG_CACHE_HOME to a folder of your own"
         ) from None
     if len(found) != 64:
-        raise ValueError(f"{path}: is damaged; remove it (answers that were kept are then generated again)")
+        raise ValueError(f"{path}: is corrupt; remove it (answers that were kept are then generated again)")
     return found
 
 
@@ -292,10 +292,10 @@ def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) 
     keys = [[fingerprint([parts, vars(LIMITS), strict, installed]) for parts in many] for many in programs]
     todo = {key: parts for many in zip(keys, programs) for key, parts in zip(*many) if key not in cache.dbdict}
     items = list(todo.items())
-    for first in tqdm(range(0, len(items), PROGRAMS_PER_WINDOW), desc="Running programs", disable=False):
-        window = items[first : first + PROGRAMS_PER_WINDOW]
-        outcomes = run_programs([parts for _, parts in window], LIMITS, workers=context.workers, strict=strict)
-        cache.dbdict.update({key: vars(outcome) for (key, _), outcome in zip(window, outcomes)})
+    for first in tqdm(range(0, len(items), PROGRAMS_AT_ONCE), desc="Running programs", disable=False):
+        part = items[first : first + PROGRAMS_AT_ONCE]
+        outcomes = run_programs([parts for _, parts in part], LIMITS, workers=context.workers, strict=strict)
+        cache.dbdict.update({key: vars(outcome) for (key, _), outcome in zip(part, outcomes)})
     for row, many in zip(rows, keys):
         row["verdicts"] = [cache.dbdict[key] for key in many]
         for verdict in row["verdicts"]:

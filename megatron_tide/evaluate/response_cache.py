@@ -26,7 +26,7 @@ _KINDS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 class Store:
     """Keys and JSON values in a file of SQLite; what is set is on the disk. (sqlitedict's thread never answers again
-    where a file is damaged.)
+    where a file is corrupt.)
 
     Raises:
         ValueError: the file is no such store, or a value is not JSON; one line that names it.

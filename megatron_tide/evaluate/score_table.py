@@ -22,7 +22,7 @@ def read_scores(path: Path, more: Mapping[str, Any] = MappingProxyType({})) -> d
     """What the evaluate command wrote about likelihoods with ``--json``; ``more``: further parts of its form.
 
     Raises:
-        ValueError: one line: it is something else, or damaged.
+        ValueError: one line: it is something else, or corrupt.
     """
     scores = read_json(path, "evaluate writes it: run the recipe again", {**_SCORES, **more})
     if not scores["models"]:

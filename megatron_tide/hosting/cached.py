@@ -1,18 +1,18 @@
-"""A teacher that was asked before: its answers from disk. No weights, no memory, no time.
+"""A teacher that ran before: its outputs from disk. No weights, no memory, no time.
 
-Noise is a pure function of (seed, epoch, sample), so what a run asks its teacher is known before. ``train.fill_cache``
-asks any hosted teacher everything and writes the answers; :class:`CachedTeacher` reads them, for any student, objective
-at the same temperature, restart, and number of ranks.
+Noise is a pure function of (seed, epoch, sample), so a run's teacher inputs are known before it. ``train.fill_cache``
+runs any hosted teacher on all of them and writes its outputs; :class:`CachedTeacher` reads them, for any student,
+objective at the same temperature, restart, and number of ranks.
 
-    settings.json   everything that decides the answers; a run with other settings is refused by the name of the first
-    SEED-N.arrow    the answers of ``steps_per_shard`` steps, from step N * steps_per_shard: one row per sample
+    settings.json   everything that the outputs depend on; a run with other settings is refused by the name of the first
+    SEED-N.arrow    the outputs of ``steps_per_shard`` steps, from step N * steps_per_shard: one row per sample
     manifest.json   written last: settings, the steps and shards of each seed, the mass covered
 
 ==========  =============  ===============================================================================
 column      type           meaning
 ==========  =============  ===============================================================================
 key         int64          hash of (seed, epoch, sample)
-asked       int64          hash of all that the teacher saw of the sample, and of what it was asked
+asked       int64          hash of all that the teacher saw of the sample, and of the tokens and pairs scored
 logprobs    list<float>    of each scored token; empty if not needed
 scores      list<float>    of each pair the D scores of ``DistributionTerm.target``; empty if not needed
 top         list<int32>    of each pair the D - 1 categories that they are of; empty if they are of all
@@ -55,15 +55,23 @@ _SCHEMA = pa.schema(
     [pa.field(name, pa.int64()) for name in ("key", "asked")]
     + [pa.field(name, pa.list_(pa.from_numpy_dtype(dtype))) for name, dtype in _LISTS.items()]
 )
-# Flags of the strategy that decide what the teacher is asked, but for those of CompDemo.
-_ASKING = ("noise_schedule", "timesteps", "timestep_sampling", "mask_count", "masking", "teacher_context", "compdemo")
+# Flags of the strategy that the teacher's inputs depend on, but for those of CompDemo.
+_INPUT_FLAGS = (
+    "noise_schedule",
+    "timesteps",
+    "timestep_sampling",
+    "mask_count",
+    "masking",
+    "teacher_context",
+    "compdemo",
+)
 
 # What caches of earlier versions do not state, with the value that it had.
 ADDED = {"own_masks": StrategyConfig().own_masks}
 
 
 @dataclass(frozen=True)
-class Question:
+class SampleInputs:
     """One sample of a micro-batch: ``key`` and ``asked`` as in the table above; its rows and pairs of the batch."""
 
     key: int
@@ -73,8 +81,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the teacher said to one question: the columns of the table above, lists as flat arrays."""
+class SampleOutputs:
+    """The teacher's outputs for one sample: the columns of the table above, lists as flat arrays."""
 
     key: int
     asked: int
@@ -83,8 +91,8 @@ class Answer:
     top: NDArray[np.int32]
 
 
-def questions(batch: DistillBatch) -> list[Question]:
-    """What a micro-batch asks the teacher, sample by sample (waits for the device).
+def sample_inputs(batch: DistillBatch) -> list[SampleInputs]:
+    """The teacher's inputs of a micro-batch, sample by sample (waits for the device).
 
     The hash covers what the model computes from: ids, positions and attention of the sample without its padding, in
     both CompDemo passes, the rows and their targets, and which of them are pairs.
@@ -111,7 +119,7 @@ def questions(batch: DistillBatch) -> list[Question]:
         digest.update((pair_P[pairs] - rows.start).tobytes())
         seed, epoch = batch.draw
         own = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8)
-        found.append(Question(_int64(own), _int64(digest), rows, pairs))
+        found.append(SampleInputs(_int64(own), _int64(digest), rows, pairs))
     return found
 
 
@@ -119,37 +127,39 @@ def _int64(digest: Any) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def answers(batch: DistillBatch, said: TeacherOutputs, strategy: Strategy, student_width: int) -> list[Answer]:
-    """A hosted teacher's outputs as answers; ``student_width``: the number of the student's logits."""
+def sample_outputs(
+    batch: DistillBatch, outputs: TeacherOutputs, strategy: Strategy, student_width: int
+) -> list[SampleOutputs]:
+    """A hosted teacher's outputs, sample by sample; ``student_width``: the number of the student's logits."""
     nothing = torch.empty(0)
-    logprobs_R = nothing if said.target_logprobs is None else said.target_logprobs
+    logprobs_R = nothing if outputs.target_logprobs is None else outputs.target_logprobs
     scores_PD, top_Pk = nothing, nothing.int()
     if strategy.rows is not None:
-        assert said.hidden is not None
-        assert said.head_weight is not None
-        size = widths(strategy, student_width, len(said.head_weight))
-        scores_PD = said.hidden.new_zeros(len(said.hidden), size["categories"], dtype=torch.float32)
-        top_Pk = scores_PD.new_zeros(len(said.hidden), size["kept"], dtype=torch.int32)
+        assert outputs.hidden is not None
+        assert outputs.head_weight is not None
+        size = widths(strategy, student_width, len(outputs.head_weight))
+        scores_PD = outputs.hidden.new_zeros(len(outputs.hidden), size["categories"], dtype=torch.float32)
+        top_Pk = scores_PD.new_zeros(len(outputs.hidden), size["kept"], dtype=torch.int32)
         for term, index in strategy.terms(batch):
             # As many rows at once as the student's head takes in training.
-            pieces = said.hidden[index].split(rows_per_slice(student_width))
-            parts = [term.target((hidden_mH @ said.head_weight.T).float(), student_width) for hidden_mH in pieces]
+            pieces = outputs.hidden[index].split(rows_per_slice(student_width))
+            parts = [term.target((hidden_mH @ outputs.head_weight.T).float(), student_width) for hidden_mH in pieces]
             target_mD, *top_mk = (torch.cat(columns) for columns in zip(*parts))
             scores_PD[index, : target_mD.shape[-1]] = target_mD.float()
             if top_mk:
                 top_Pk[index] = top_mk[0].int()
     logprobs, scores, top = (x.float().cpu().numpy() for x in (logprobs_R, scores_PD, top_Pk))
     return [
-        Answer(q.key, q.asked, logprobs[q.rows], scores[q.pairs].ravel(), top[q.pairs].ravel().astype(np.int32))
-        for q in questions(batch)
+        SampleOutputs(q.key, q.asked, logprobs[q.rows], scores[q.pairs].ravel(), top[q.pairs].ravel().astype(np.int32))
+        for q in sample_inputs(batch)
     ]
 
 
-def write_answers(path: Path, said: Sequence[Answer], record: dict[str, Any]) -> None:
+def write_shard(path: Path, outputs: Sequence[SampleOutputs], record: dict[str, Any]) -> None:
     """One shard. ValueError where it would have more than 2^31 numbers."""
-    columns = [column([getattr(answer, name) for answer in said], np.int64) for name in ("key", "asked")]
+    columns = [column([getattr(sample, name) for sample in outputs], np.int64) for name in ("key", "asked")]
     for name, dtype in _LISTS.items():
-        parts = [getattr(answer, name) for answer in said]
+        parts = [getattr(sample, name) for sample in outputs]
         ends = np.cumsum([0, *map(len, parts)])
         if ends[-1] > MOST_TOKENS:
             raise ValueError(f"{path}: too many numbers for one shard; use --teacher-top, or a smaller batch")
@@ -157,8 +167,8 @@ def write_answers(path: Path, said: Sequence[Answer], record: dict[str, Any]) ->
     write_table(path, pa.record_batch(columns, schema=_SCHEMA), record)
 
 
-def read_answers(path: Path) -> Shard:
-    """A shard of answers; ValueError, one line, for a file that is damaged."""
+def read_shard(path: Path) -> Shard:
+    """A shard of outputs; ValueError, one line, for a file that is corrupt."""
     shard = read_table(path, [_SCHEMA], AGAIN)
     for name in _LISTS:
         ends = shard.arrays[f"{name}_offsets"]
@@ -171,15 +181,15 @@ def shard_path(folder: Path, seed: int, number: int) -> Path:
     return folder / f"{seed}-{number:06d}.arrow"
 
 
-def deciding(
+def cache_settings(
     config: DistillConfig, strategy: Strategy, data: str, bridge: str | None, total_steps: int
 ) -> dict[str, Any]:
-    """All that decides the answers to a run, but for the teacher's weights and the seed; by name, JSON.
+    """All that the outputs of a run depend on, but for the teacher's weights and the seed; by name, JSON.
 
     ``data``, ``bridge``: their fingerprints. Distributions depend on T and on how many categories are kept.
     """
     built, rows = strategy.describe(), strategy.rows
-    found = {name: value for name, value in built.items() if name.startswith(_ASKING)}
+    found = {name: value for name, value in built.items() if name.startswith(_INPUT_FLAGS)}
     growth = config.strategy.block_growth if strategy.noise_sampling.per_block else ""
     found |= {"teacher_dtype": config.teacher.teacher_dtype, "data": data, "bridge": bridge}
     found |= {name: getattr(config.strategy, name) for name in ADDED}
@@ -204,8 +214,8 @@ def widths(strategy: Strategy, student_vocab: int, teacher_vocab: int) -> dict[s
     }
 
 
-class AnswerCache:
-    """A finished folder of answers: ``answer(question)`` of any of its seeds and steps."""
+class OutputCache:
+    """A finished folder of outputs: ``outputs(sample)`` of any of its seeds and steps."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
@@ -215,7 +225,7 @@ class AnswerCache:
         self._places: NDArray[np.int32] = np.zeros((0, 2), np.int32)
 
     @classmethod
-    def open(cls, folder: str | Path) -> AnswerCache:
+    def open(cls, folder: str | Path) -> OutputCache:
         """ValueError, one line, where the folder is no complete cache."""
         return cls(Path(folder), read_manifest(Path(folder)))
 
@@ -231,9 +241,9 @@ class AnswerCache:
         return covered
 
     def refuse_other(self, wanted: dict[str, Any], seed: int, first: int, end: int) -> None:
-        """ValueError with the first name by which the answers are not those to a run's questions.
+        """ValueError with the first name by which the outputs are not those that a run needs.
 
-        ``wanted``: ``deciding`` of the run; ``first``, ``end``: its steps with a teacher.
+        ``wanted``: ``cache_settings`` of the run; ``first``, ``end``: its steps with a teacher.
         """
         for part in ("target_logprobs", "distributions"):
             if wanted[part] and not self.settings[part]:
@@ -258,10 +268,10 @@ class AnswerCache:
             )
 
     def index(self) -> None:
-        """Learn where each answer is: 16 bytes of memory per answer.
+        """Learn where the outputs of each sample are: 16 bytes of memory per sample.
 
         Raises:
-            ValueError: a shard is missing, damaged, or was made with other settings.
+            ValueError: a shard is missing, corrupt, or was made with other settings.
         """
         found, origin = [], fingerprint(self.settings)
         self._paths = [
@@ -270,7 +280,7 @@ class AnswerCache:
             for number in filled["shards"]
         ]
         for number, path in enumerate(self._paths):
-            shard = read_answers(path)
+            shard = read_shard(path)
             if shard.record.get("settings") != origin:
                 raise ValueError(f"{path}: made with other settings than {MANIFEST} says; {AGAIN}")
             keys = shard.arrays["key"].copy()  # a view would keep the file open, and there may be thousands
@@ -279,23 +289,23 @@ class AnswerCache:
         order = np.argsort(keys, kind="stable")
         self._keys, self._places = keys[order], places[order]
 
-    def answer(self, question: Question) -> dict[str, Array]:
-        """The columns of one answer. ValueError where there is none, or one to another question."""
-        place = int(np.searchsorted(self._keys, question.key))
-        if place == len(self._keys) or self._keys[place] != question.key:
-            raise ValueError(f"{self.folder}: has no answer for a sample of this run; {AGAIN}")
+    def outputs(self, sample: SampleInputs) -> dict[str, Array]:
+        """The columns of one sample. ValueError where there are none, or of other inputs."""
+        place = int(np.searchsorted(self._keys, sample.key))
+        if place == len(self._keys) or self._keys[place] != sample.key:
+            raise ValueError(f"{self.folder}: has no outputs for a sample of this run; {AGAIN}")
         number, row = self._places[place].tolist()
         arrays = self._shard(number).arrays
-        if int(arrays["asked"][row]) != question.asked:
+        if int(arrays["asked"][row]) != sample.asked:
             raise ValueError(
-                f"{self._paths[number]}: row {row} answers another question than this run's (other text, masks or "
+                f"{self._paths[number]}: row {row} is of other inputs than this run's (other text, masks or "
                 "attention); run the cache command with another --out"
             )
         ends = {name: arrays[f"{name}_offsets"][row : row + 2].tolist() for name in _LISTS}
         return {name: arrays[name][start:end] for name, (start, end) in ends.items()}
 
     def _checked(self, number: int) -> Shard:
-        shard = read_answers(self._paths[number])
+        shard = read_shard(self._paths[number])
         if not shard.intact():
             raise ValueError(f"{self._paths[number]}: its bytes changed since it was written (sha256); {AGAIN}")
         return shard
@@ -330,9 +340,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 class CachedTeacher(TeacherBackend):
-    """Answers from a folder, read on the host."""
+    """Outputs from a folder, read on the host."""
 
-    def __init__(self, cache: AnswerCache, strategy: Strategy) -> None:
+    def __init__(self, cache: OutputCache, strategy: Strategy) -> None:
         self.cache, self.strategy = cache, strategy
         cache.index()
 
@@ -340,21 +350,21 @@ class CachedTeacher(TeacherBackend):
     def open(
         cls, folder: str, settings: dict[str, Any], dtype: torch.dtype, strategy: Strategy, ranks: Ranks
     ) -> CachedTeacher:
-        cache = AnswerCache.open(settings["cache"])
+        cache = OutputCache.open(settings["cache"])
         mass = f", {cache.covered:.2%} of its mass in the categories compared singly" if cache.covered else ""
-        ranks.print_rank0(f"teacher: answers from {cache.folder}{mass}")
+        ranks.print_rank0(f"teacher: outputs from {cache.folder}{mass}")
         return cls(cache, strategy)
 
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         return [self._score(batch) for batch in microbatches]
 
     def _score(self, batch: DistillBatch) -> TeacherOutputs:
-        found = [self.cache.answer(question) for question in questions(batch)]
+        found = [self.cache.outputs(sample) for sample in sample_inputs(batch)]
         rows, pairs, term = len(batch.teacher_targets), len(batch.pair_chunk), self.strategy.rows
         most = term.vocabulary.strings + term.vocabulary.bucket if term else 0
 
         def joined(name: str, width: int, count: int) -> Tensor:
-            values = np.concatenate([answer[name] for answer in found])
+            values = np.concatenate([sample[name] for sample in found])
             if len(values) != width * count:
                 raise ValueError(f"{self.cache.folder}: {len(values)} {name}, not {width * count}; {AGAIN}")
             if name == "top" and len(values) and not 0 <= values.min() <= values.max() < most:

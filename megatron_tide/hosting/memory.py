@@ -265,8 +265,8 @@ def estimate_memory(
     if run.teacher is not None:
         _add_teacher(estimate, run, run.teacher, settings)
         # Pipelines, and a replicated teacher on a CPU, take one micro-batch after the other.
-        window = "zero_optimization" in settings or (not settings and machine.has_gpus and is_on("window"))
-        _add_teacher_forward(estimate, run, run.teacher, run.accumulation if window else 1)
+        layerwise = "zero_optimization" in settings or (not settings and machine.has_gpus and is_on("layerwise"))
+        _add_teacher_forward(estimate, run, run.teacher, run.accumulation if layerwise else 1)
     return estimate
 
 

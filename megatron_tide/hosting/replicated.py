@@ -22,7 +22,7 @@ from megatron_tide.objectives import Strategy, TeacherOutputs
 
 
 class ReplicatedTeacher(TeacherBackend):
-    """``model``: a complete teacher in memory. ``window``: micro-batches of a sweep; None: all of a call."""
+    """``model``: a complete teacher in memory. ``at_once``: micro-batches per sweep; None: all of a call."""
 
     def __init__(self, model: Any, strategy: Strategy) -> None:
         self.model, self.strategy = model.eval().requires_grad_(False), strategy
@@ -31,7 +31,7 @@ class ReplicatedTeacher(TeacherBackend):
             model.get_submodule(path) for path in (layout.embedding, layout.rotary, layout.norm)
         )
         self.layers = [JointLayer(layer, layout.joint_mlp) for layer in model.get_submodule(layout.layers)]
-        self.window = None if model.head_weight.is_cuda and is_on("window") else 1
+        self.at_once = None if model.head_weight.is_cuda and is_on("layerwise") else 1
 
     @classmethod
     def open(
@@ -42,7 +42,7 @@ class ReplicatedTeacher(TeacherBackend):
     @torch.no_grad()
     def score(self, microbatches: Sequence[DistillBatch]) -> list[TeacherOutputs]:
         found: list[TeacherOutputs] = []
-        size = self.window or max(1, len(microbatches))
+        size = self.at_once or max(1, len(microbatches))
         for first in range(0, len(microbatches), size):
             states = [ForwardState(TeacherInputs.of(batch)) for batch in microbatches[first : first + size]]
             self._sweep(states)

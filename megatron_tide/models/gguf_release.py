@@ -63,7 +63,7 @@ def read_release(path: Path) -> tuple[Any, GgufHeader]:
     """(the student's config, the header) of a file that ``convert-gguf`` wrote, or that was quantized from one.
 
     Raises:
-        ValueError: another model, or a file that is damaged.
+        ValueError: another model, or a file that is corrupt.
         OSError: the disk.
     """
     header = read_header(path)

@@ -82,7 +82,7 @@ def end(training: TrainingRun, name: str, spec: str, unit: float = 1.0) -> str:
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """What ``function`` returns, or why it cannot: whatever damaged numbers or folders cause does not stop the rest."""
+    """What ``function`` returns, or why it cannot: whatever corrupt numbers or folders cause does not stop the rest."""
     try:
         return function(*arguments), ""
     except Exception as error:

@@ -195,13 +195,13 @@ class _Reader:
         return rows
 
     def part(self, section: str, file: str, writer: str, read: Callable[[Path], Any]) -> Any:
-        """What ``read`` makes of ``file``; None, and a note, where it is missing or damaged."""
+        """What ``read`` makes of ``file``; None, and a note, where it is missing or corrupt."""
         path = self.folder / file
         try:
             if path.is_file():
                 return read(path)
             self.note(section, f"no {file} here: {writer} writes it")
-        except Exception as error:  # whatever a damaged file causes: it is named, and the rest is shown
+        except Exception as error:  # whatever a corrupt file causes: it is named, and the rest is shown
             text = reason(error)
             self.note(section, text if str(path) in text else f"{file}: not what {writer} writes ({text})")
         return None
@@ -282,8 +282,8 @@ class _Reader:
         )
 
     def stages(self) -> pd.DataFrame:
-        stages, damaged = read_stages(self.folder)
-        for text in damaged:
+        stages, corrupt = read_stages(self.folder)
+        for text in corrupt:
             self.note("time", text)
         return stages
 
@@ -295,7 +295,7 @@ def _likelihood_settings(content: dict[str, Any]) -> dict[str, Any]:
 
 def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
     """Name, seconds and peak_process_bytes of a recipe's stages in the order they finished; and what cannot be read."""
-    rows, damaged = [], []
+    rows, corrupt = [], []
     for path in sorted(folder.glob(f"{STAMPS}/*.json")):
         try:
             stamp = read_json(path)
@@ -303,9 +303,9 @@ def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
                 [printable(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
             )
         except Exception as error:
-            damaged.append(f"{path}: not a stage's stamp ({reason(error)})")
+            corrupt.append(f"{path}: not a stage's stamp ({reason(error)})")
     table = pd.DataFrame(rows, columns=["name", "seconds", "peak_process_bytes", "finished"])
-    return table.sort_values("finished", kind="stable").drop(columns="finished"), damaged
+    return table.sort_values("finished", kind="stable").drop(columns="finished"), corrupt
 
 
 def _is_number(value: object) -> bool:

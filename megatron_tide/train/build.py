@@ -186,7 +186,7 @@ def record_models(config: DistillConfig, inputs: RunInputs, world: DistContext) 
     """Add the fingerprints of the student to start from and of the teacher to ``inputs.run`` (a collective).
 
     Raises:
-        ValueError: ``--teacher`` is another one than that which answered.
+        ValueError: ``--teacher`` is another one than the one of the cache.
     """
     paths, cache = {"student": config.paths.student, "teacher": config.paths.teacher}, inputs.cache
     with_weights = cache is None or any(Path(paths["teacher"] or os.devnull).glob("*.safetensors"))

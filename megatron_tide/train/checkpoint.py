@@ -158,7 +158,7 @@ def _seal(folder: AtomicFolder, description: dict[str, Any]) -> None:
 
 def _prune(run_folder: Path, newest: Path, keep: int) -> None:
     """Remove the complete checkpoints before ``newest``, but for ``keep - 1`` of them. Anything else is left alone:
-    links, folders of other names, and later steps (damaged ones, which resuming went past).
+    links, folders of other names, and later steps (corrupt ones, which resuming went past).
     """
     steps = [folder for folder in step_folders(run_folder) if folder.name <= newest.name]
     for old in [folder for folder in steps if (folder / CHECKSUMS).is_file()][:-keep]:

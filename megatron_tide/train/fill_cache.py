@@ -1,6 +1,6 @@
-"""Ask a hosted teacher everything that runs will ask it, and write its answers (``hosting.cached``).
+"""Run a hosted teacher on all inputs that runs will have, and write its outputs (``hosting.cached``).
 
-    steps of each seed -> micro-batches (as in training) -> backend.score -> answers -> rank 0 -> one shard of them
+    steps of each seed -> micro-batches (as in training) -> backend.score -> outputs -> rank 0 -> one shard of them
 
 Any hosting and number of ranks. A killed one keeps its finished shards; ``manifest.json`` comes last.
 """
@@ -31,14 +31,14 @@ from megatron_tide.hosting.cached import (
     MANIFEST,
     SETTINGS,
     SETTINGS_FORM,
-    Answer,
-    answers,
-    deciding,
-    read_answers,
+    SampleOutputs,
+    cache_settings,
     read_manifest,
+    read_shard,
+    sample_outputs,
     shard_path,
     widths,
-    write_answers,
+    write_shard,
 )
 from megatron_tide.hosting.plan import local_machine, nvme_folder, plan, run_shape, teacher_needs
 from megatron_tide.hosting.speed import Rates
@@ -54,12 +54,12 @@ from megatron_tide.train.step import TrainContext, to_device
 from megatron_tide.train.teacher_probe import check_teacher
 
 SHARD_BYTES = 64 * 10**6
-LOOKED_AT = 8  # steps that the forecast counts questions of
+LOOKED_AT = 8  # steps that the forecast counts tokens of
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What filling a cache takes: questions and bytes per step, steps of all seeds, seconds per step (the plan's)."""
+    """What filling a cache takes: tokens, pairs, bytes and (planned) seconds per step, and the steps of all seeds."""
 
     tokens: float
     pairs: float
@@ -121,7 +121,7 @@ def _shared(inputs: RunInputs) -> bool:
 
 
 def refuse_small_disk(folder: Path, expected: Forecast) -> None:
-    """ValueError where the disk has less free space than the answers take."""
+    """ValueError where the disk has less free space than the outputs take."""
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if expected.bytes > free:
@@ -132,7 +132,7 @@ def refuse_small_disk(folder: Path, expected: Forecast) -> None:
 
 @dataclass(frozen=True)
 class CacheFill:
-    """One cache to fill: whom to ask, and where the answers go. ``settings`` as in the folder's settings.json."""
+    """One cache to fill: the teacher, and where its outputs go. ``settings`` as in the folder's settings.json."""
 
     folder: Path
     backend: TeacherBackend
@@ -140,7 +140,7 @@ class CacheFill:
     world: DistContext
     settings: dict[str, Any]
     student_width: int
-    window: int
+    steps_per_forward: int
 
     @property
     def per_shard(self) -> int:
@@ -158,7 +158,7 @@ class CacheFill:
     def finished(self, seed: int, number: int, steps: range) -> bool:
         """Whether a shard is there, complete, and of this cache (reads the file)."""
         try:
-            shard = read_answers(shard_path(self.folder, seed, number))
+            shard = read_shard(shard_path(self.folder, seed, number))
         except ValueError:
             return False
         mine = self.record(seed, steps)
@@ -170,24 +170,24 @@ class CacheFill:
             lambda: [(number, steps) for number, steps in self.shards() if not self.finished(seed, number, steps)]
         )
 
-    def ask(self, loader: MicrobatchLoader, steps: range, stop: StopRequest) -> list[Answer] | None:
-        """All ranks' answers to the questions of ``steps``, on rank 0; None where a rank got a stop signal."""
-        said: list[Answer] = []
+    def ask(self, loader: MicrobatchLoader, steps: range, stop: StopRequest) -> list[SampleOutputs] | None:
+        """All ranks' outputs of ``steps``, on rank 0; None where a rank got a stop signal."""
+        said: list[SampleOutputs] = []
 
         def load(part: range) -> list[DistillBatch]:
             return [batch for step in part for batch in loader(step)]
 
-        for batches in ahead(load, _parts(steps, self.window)):
+        for batches in ahead(load, _parts(steps, self.steps_per_forward)):
             self.world.trace.heartbeat(steps.start + 1)
             if self.world.sum_over_ranks([float(bool(stop.signal))])[0]:
                 return None
             said += self._gathered(to_device(batches, self.world.device))
         return said
 
-    def _gathered(self, batches: list[DistillBatch]) -> list[Answer]:
+    def _gathered(self, batches: list[DistillBatch]) -> list[SampleOutputs]:
         outputs = self.backend.score(batches)
         strategy, width = self.inputs.strategy, self.student_width
-        mine = [one for pair in zip(batches, outputs) for one in answers(*pair, strategy, width)]
+        mine = [one for pair in zip(batches, outputs) for one in sample_outputs(*pair, strategy, width)]
         return [one for of_rank in self.world.gather_object_to_main(mine) for one in of_rank]
 
 
@@ -203,19 +203,19 @@ def fill_cache(
     expected: Forecast,
     *,
     seeds: tuple[int, ...],
-    window: int,
+    steps_per_forward: int,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """Make what is missing of a folder of answers; its manifest, or None where a signal stopped it.
+    """Make what is missing of a folder of outputs; its manifest, or None where a signal stopped it.
 
     Raises:
-        ValueError: the folder is of other questions, or the teacher is no better than chance.
+        ValueError: the folder is of other settings, or the teacher is no better than chance.
     """
     folder = Path(config.paths.out)
     settings = world.on_main(lambda: _claim(config, inputs, folder, expected))
     check_shift(config, world)
     backend = build_teacher(config.paths.teacher, config.teacher, inputs.strategy, world)
-    job = CacheFill(folder, backend, inputs, world, settings, _vocabularies(config)[0], window)
+    job = CacheFill(folder, backend, inputs, world, settings, _vocabularies(config)[0], steps_per_forward)
     if not config.teacher.skip_teacher_probe:
         _probe(config, job, loader)
     wanted: list[int] = world.on_main(lambda: [seed for seed in seeds if not _covered(job, seed)])
@@ -226,7 +226,7 @@ def fill_cache(
         if said is None:
             return None
         path, record = shard_path(folder, seed, number), job.record(seed, steps)
-        world.on_main(partial(write_answers, path, said, record))
+        world.on_main(partial(write_shard, path, said, record))
         done += len(steps)
         left = (time.monotonic() - since) / done * (total - done)
         world.print_rank0(f"seed {seed}: step {steps.stop}/{inputs.steps.stop}  left {clock_text(left)}")
@@ -249,7 +249,9 @@ def _of_seed(loader: MicrobatchLoader, seed: int) -> MicrobatchLoader:
 def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: Forecast) -> dict[str, Any]:
     """The settings of the folder: written, or read and compared where it was begun."""
     run, path = inputs.run, folder / SETTINGS
-    mine = deciding(config, inputs.strategy, run["data_fingerprint"], run["bridge_fingerprint"], inputs.total_steps)
+    mine = cache_settings(
+        config, inputs.strategy, run["data_fingerprint"], run["bridge_fingerprint"], inputs.total_steps
+    )
     mine["teacher"] = ShardedFolder(resolve_folder(config.paths.teacher)).fingerprint()
     mine |= widths(inputs.strategy, *_vocabularies(config))
     per_shard = max(1, int(SHARD_BYTES // max(expected.step_bytes, 1)))
@@ -273,7 +275,7 @@ def _known(job: CacheFill) -> dict[str, Any]:
     """The seeds that the folder has already, with their steps and shards."""
     try:
         before = read_manifest(job.folder)
-    except ValueError:  # none yet, or a damaged one: its finished shards are kept all the same
+    except ValueError:  # none yet, or a corrupt one: its finished shards are kept all the same
         return {}
     return dict(before["seeds"]) if before["settings"] == job.settings else {}
 
@@ -298,7 +300,7 @@ def _finish(job: CacheFill, seeds: list[int]) -> dict[str, Any]:
     pairs, outside, kept = 0, 0.0, job.settings["kept"]
     for filled in every.values() if kept else ():
         for number in filled["shards"]:
-            arrays = read_answers(shard_path(job.folder, filled["seed"], number)).arrays
+            arrays = read_shard(shard_path(job.folder, filled["seed"], number)).arrays
             rest = arrays["scores"].reshape(-1, kept + 1)[:, -1]
             pairs, outside = pairs + len(rest), outside + float(np.exp(rest, dtype=np.float64).sum())
     covered = 1 - outside / max(pairs, 1) if kept else None

@@ -18,7 +18,7 @@ from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
 from megatron_tide.files import fingerprint, read_json
 from megatron_tide.hosting.build import hosting_of
-from megatron_tide.hosting.cached import AnswerCache, deciding
+from megatron_tide.hosting.cached import OutputCache, cache_settings
 from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.train.engine import engine_settings
 from megatron_tide.train.phases import Phases, build_phases
@@ -28,7 +28,7 @@ from megatron_tide.training_checkpoint import CHECKSUMS, STATE, read_description
 @dataclass(frozen=True)
 class RunInputs:
     """A run's inputs, checked against each other; no weights are loaded yet. ``strategy``: that of the last phase;
-    ``total_steps``: of the schedule; ``steps``: of it, those of this run; ``cache``: the teacher's answers, if they are
+    ``total_steps``: of the schedule; ``steps``: of it, those of this run; ``cache``: the teacher's outputs, if they are
     on disk."""
 
     data: PreparedData
@@ -39,7 +39,7 @@ class RunInputs:
     total_steps: int
     steps: range
     run: dict[str, Any]
-    cache: AnswerCache | None = None
+    cache: OutputCache | None = None
 
     @property
     def with_teacher(self) -> range:
@@ -138,11 +138,11 @@ def _part(config: DistillConfig, total: int) -> tuple[range, dict[str, Any] | No
     return steps, begun
 
 
-def _cache(config: DistillConfig, inputs: RunInputs) -> AnswerCache:
-    """The answers of ``--teacher-cache``; ValueError by name if they are not those to this run's questions."""
-    cache, run, asked = AnswerCache.open(config.teacher.teacher_cache), inputs.run, inputs.with_teacher
+def _cache(config: DistillConfig, inputs: RunInputs) -> OutputCache:
+    """The outputs in ``--teacher-cache``; ValueError by name if they are not those of this run's inputs."""
+    cache, run, asked = OutputCache.open(config.teacher.teacher_cache), inputs.run, inputs.with_teacher
     data, bridge = run["data_fingerprint"], run["bridge_fingerprint"]
-    wanted = deciding(config, inputs.strategy, data, bridge, inputs.total_steps)
+    wanted = cache_settings(config, inputs.strategy, data, bridge, inputs.total_steps)
     cache.refuse_other(wanted, config.train.seed, asked.start, asked.stop)
     run["config"]["paths"]["teacher"] = config.paths.teacher or cache.manifest["teacher_name"]
     return cache
@@ -151,7 +151,7 @@ def _cache(config: DistillConfig, inputs: RunInputs) -> AnswerCache:
 def _bridge_and_teacher(config: DistillConfig, student: TextTokenizer) -> tuple[Bridge, TextTokenizer | None]:
     # Which ids mask, end and pad was settled when data and bridge were made, and is read from them.
     bridge = Bridge.load(config.paths.bridge)
-    if not config.paths.teacher:  # its answers are on disk, with the fingerprints of bridge and data
+    if not config.paths.teacher:  # its outputs are on disk, with the fingerprints of bridge and data
         return bridge, None
     teacher = load_tokenizer(config.paths.teacher, trust_remote_code=config.paths.trust_remote_code)
     bridge.check_vocabularies(student, teacher)

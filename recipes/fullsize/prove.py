@@ -102,23 +102,25 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
     with parts("make the teacher's shards and take them in"):
         backend = Zero3Teacher(specs, shards, hosting.settings, dtype, inputs.strategy, world)
     with parts("student and its engine"):
-        built, windows = build.build(config, inputs, world, backend=backend)
+        built, loader = build.build(config, inputs, world, backend=backend)
     with parts("first sweep over nothing: DeepSpeed learns the order"):
         backend.engine([])
     with parts("sweep over nothing: what the disk gives"):
         backend.engine([])
-    window = windows(0)
-    counts, _ = global_counts(window, world, False)
+    microbatches = loader(0)
+    counts, _ = global_counts(microbatches, world, False)
     with parts("optimizer step"):
-        train_step(built, window, counts, progress=0.0)
+        train_step(built, microbatches, counts, progress=0.0)
     clock = built.clock.read()
     disk = folder_bytes(nvme, folders.run)
     with parts("checkpoint"):
         checkpoint.save(folders.trained, built.engine, TrainState(step=1, total_steps=1), inputs.run, world, keep=1)
     taken = parts.parts
     idle = taken["sweep over nothing: what the disk gives"]
-    asked = [noised.teacher.input_ids.shape for noised in window if noised.teacher is not None]
-    work = sweep_operations(specs, [(n, length) for n, length in asked], sum(len(w.teacher_targets) for w in window))
+    asked = [noised.teacher.input_ids.shape for noised in microbatches if noised.teacher is not None]
+    work = sweep_operations(
+        specs, [(n, length) for n, length in asked], sum(len(b.teacher_targets) for b in microbatches)
+    )
     rates = {"matmul_flops": matmul_rate(dtype), "disk_bytes_per_second": idle["bytes_read"] / idle["seconds"]}
     bounds = {
         "compute_seconds": work / rates["matmul_flops"],
@@ -133,7 +135,7 @@ def prove(folders: Folders, config: DistillConfig, seed: int) -> dict[str, Any]:
         "teacher_bytes_read": taken["optimizer step"]["bytes_read"],
         "longest_sample": {"student": int(stats.student_length.max()), "teacher": int(stats.teacher_length.max())},
         "teacher_tokens": sum(n * length for n, length in asked),
-        "student_tokens": sum(noised.student.input_ids.numel() for noised in window),
+        "student_tokens": sum(noised.student.input_ids.numel() for noised in microbatches),
         "sweep_operations": work,
         "seconds": {
             "making the teacher's shards": shards.seconds,

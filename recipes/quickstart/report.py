@@ -25,9 +25,9 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     run: Path = arguments.run
     scores = read_scores(run / "scores.json", {"completions": {"prompts": [str]}})
-    stages, damaged = read_stages(run)
-    if damaged:
-        raise ValueError(f"{damaged[0]}; run the recipe again")
+    stages, corrupt = read_stages(run)
+    if corrupt:
+        raise ValueError(f"{corrupt[0]}; run the recipe again")
     report = {
         "scores": {model["name"]: model for model in scores["models"]},
         "evaluation": {"data": scores["data"], **scores["settings"]},

@@ -54,7 +54,7 @@ def over_seeds(models: dict[str, Any], repeated: dict[str, Any]) -> dict[str, di
                 raise ValueError(f"{name}{ending}: no scores on the samples of {BASELINE}; run the recipe again")
             nats = [np.array(one["per_sample"]["nats"]) for one in pair]
             if any(len(one) != len(sizes[0]) for one in nats):
-                raise ValueError(f"{name}{ending}: damaged scores; run the recipe again")
+                raise ValueError(f"{name}{ending}: corrupt scores; run the recipe again")
             rows.append(nats[0] - nats[1])
         found[name] = study.effect(np.stack(rows), np.array(sizes[0])).to_dict() | {"seeds": len(rows)}
     return found
@@ -156,9 +156,9 @@ def main(argv: list[str]) -> int:
     about, *states = writing(scores, arguments.writer, arguments.data)
     write_json(run / "scores.json", scores)
     atomic_write(run / "picture.png", png(picture(scores["models"], states)))
-    stages, damaged = read_stages(run)
-    if damaged:
-        raise ValueError(f"{damaged[0]}; run the recipe again")
+    stages, corrupt = read_stages(run)
+    if corrupt:
+        raise ValueError(f"{corrupt[0]}; run the recipe again")
     report = {
         "scores": {model["name"]: model for model in scores["models"]},
         "over_seeds": effects,

@@ -70,7 +70,7 @@ def test_chunks_tile_both_sides_and_none_can_be_split(data: bytes, left: list[in
 
 
 @given(st.binary(max_size=30), st.binary(max_size=30), st.binary(max_size=30), st.binary(max_size=30), PLACES, PLACES)
-def test_an_unequal_middle_is_uncovered_and_the_rest_is_aligned(
+def test_an_unequal_middle_is_unaligned_and_the_rest_is_aligned(
     head: bytes, mine: bytes, theirs: bytes, tail: bytes, left: list[int], right: list[int]
 ) -> None:
     """Both sides have tokens for the same text, but one spells its middle in its own way."""

@@ -91,7 +91,7 @@ def test_a_differing_bridge_is_not_overwritten(
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() != before
 
 
-def test_a_damaged_bridge_is_not_taken_for_done(capsys: Capture, build: list[object], tmp_path: Path) -> None:
+def test_a_corrupt_bridge_is_not_taken_for_done(capsys: Capture, build: list[object], tmp_path: Path) -> None:
     status("bridge", *build)
     (tmp_path / "bridge" / "vocab_map.safetensors").unlink()
     capsys.readouterr()
@@ -210,8 +210,8 @@ def test_inspect_colours(tokenizers: Mapping[str, TextTokenizer]) -> None:
     assert colours[0] == colours[1]
     assert all(left != right for left, right in zip(colours[0], colours[0][1:]))
     assert all(line.endswith("\x1b[0m") for row in rows for line in row.split("\n"))
-    uncovered = show_side(student, student.encode("a"), np.array([-2]), colour=True)
-    assert uncovered.startswith("\x1b[97;41m")
+    unaligned = show_side(student, student.encode("a"), np.array([-2]), colour=True)
+    assert unaligned.startswith("\x1b[97;41m")
     assert show_side(student, student.encode("a"), np.array([-2]), colour=False) == "~a~"
 
 

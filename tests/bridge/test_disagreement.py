@@ -150,7 +150,7 @@ def test_any_text_is_covered_but_for_the_changed_letters(
     for unit in units:
         end = place + len(unit.encode())
         if _normalised(form, unit) != unit:
-            # A token that holds a changed letter is uncovered as a whole, up to where tokens of both sides end.
+            # A token that holds a changed letter is unaligned as a whole, up to where tokens of both sides end.
             first, last = max(at for at in level if at <= place), min(at for at in level if at >= end)
             changed |= set(range(first, last))
         place = end + 1

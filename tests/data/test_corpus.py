@@ -192,7 +192,7 @@ def test_written_files_agree_with_the_manifest_and_come_out_the_same_again(tmp_p
     assert train == sorted(train, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
 
 
-def test_a_finished_corpus_is_kept_and_a_damaged_one_refused(tmp_path: Path) -> None:
+def test_a_finished_corpus_is_kept_and_a_corrupt_one_refused(tmp_path: Path) -> None:
     (tmp_path / "lib").mkdir()
     out, library = tmp_path / "out", _library(tmp_path / "lib")
     manifest = write_corpus(out, library)

@@ -1,4 +1,4 @@
-"""Preparing that is killed, meets a full disk or damaged shards: what is finished stays, and the end is the same."""
+"""Preparing that is killed, meets a full disk or corrupt shards: what is finished stays, and the end is the same."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_workers_end_when_their_parent_is_killed(pair: Pair, chats: Chats, tmp_p
     pytest.fail("workers outlived their parent")
 
 
-def test_finished_shards_are_kept_and_damaged_ones_built_again(
+def test_finished_shards_are_kept_and_corrupt_ones_built_again(
     pair: Pair, chats: Chats, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, out = chats(64), tmp_path / "out"
@@ -108,9 +108,9 @@ def test_finished_shards_are_kept_and_damaged_ones_built_again(
     monkeypatch.setattr("megatron_tide.data.build.build_shard", counting)
     prepared(pair, path, out)
     assert built == []
-    damaged = bytearray(before[shard_name(1)])
-    damaged[-1] ^= 1
-    (out / shard_name(1)).write_bytes(damaged)
+    corrupt = bytearray(before[shard_name(1)])
+    corrupt[-1] ^= 1
+    (out / shard_name(1)).write_bytes(corrupt)
     (out / shard_name(2)).write_bytes(before[shard_name(2)][:100])
     (out / shard_name(3)).unlink()
     prepared(pair, path, out)

@@ -85,12 +85,12 @@ def test_what_ranks_do_at_the_same_time_is_of_similar_length() -> None:
     total = stats.student_length + stats.teacher_length
     order = DistributedBatchSampler(stats, 32, 4, 2, 1)
     for step in range(order.steps_per_epoch):
-        windows = [order.microbatches(step, rank) for rank in range(2)]
-        slices = [np.concatenate([window[k] for window in windows]) for k in range(order.accumulation)]
+        of_ranks = [order.microbatches(step, rank) for rank in range(2)]
+        slices = [np.concatenate([own[k] for own in of_ranks]) for k in range(order.accumulation)]
         shortest, longest = [total[s].min() for s in slices], [total[s].max() for s in slices]
         assert all(low >= high for low, high in zip(shortest, longest[1:]))
         for k in range(order.accumulation):
-            first, second = (total[window[k]].sum() for window in windows)
+            first, second = (total[own[k]].sum() for own in of_ranks)
             assert abs(int(first) - int(second)) <= longest[k] - shortest[k]
 
 

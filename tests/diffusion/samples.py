@@ -50,7 +50,7 @@ def _side(name: str, chunk: list[int], prompt: int, text: int, eos: int, key: in
 
 @st.composite
 def samples(draw: st.DrawFn, student_only: bool = False) -> dict[str, Any]:
-    """Any sample: prompts from none to over a block, runs of up to 3 tokens a side or uncovered, ended or cut off."""
+    """Any sample: prompts from none to over a block, runs of up to 3 tokens a side or unaligned, ended or cut off."""
     prompts = draw(st.tuples(st.integers(0, 10), st.integers(0, 10)))
     runs = st.tuples(st.integers(0, 3), st.integers(0, 3)).filter(any)
     spans = [(1, 1), *draw(st.lists(runs, max_size=8))]

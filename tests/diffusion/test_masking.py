@@ -94,7 +94,7 @@ def test_noise_belongs_to_the_sample(kind: str, items: list[dict[str, Any]], ord
 
 
 def _many(count: int) -> Any:
-    """Prompt, a 1:1 chunk, a 2:1 chunk, an uncovered student token, a 3:2 chunk, and the end."""
+    """Prompt, a 1:1 chunk, a 2:1 chunk, an unaligned student token, a 3:2 chunk, and the end."""
     spans = [(1, 1), (2, 1), (1, 0), (3, 2)]
     return samples.collate([samples.make(key, (3, 2), spans) for key in range(count)])
 

@@ -131,7 +131,7 @@ def test_the_secret_of_a_user_is_one_and_its_own(tmp_path: Path, monkeypatch: py
     assert user_secret() != first
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
-    with pytest.raises(ValueError, match="evaluation-secret: is damaged"):
+    with pytest.raises(ValueError, match="evaluation-secret: is corrupt"):
         user_secret()
 
 

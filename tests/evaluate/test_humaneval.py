@@ -88,8 +88,8 @@ def test_programs_run_again_where_other_packages_are_installed(
 
 
 def test_judging_stopped_in_the_middle_continues(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most one window of programs is lost."""
-    monkeypatch.setattr(harness, "PROGRAMS_PER_WINDOW", 2)
+    """At most the programs that run at once are lost."""
+    monkeypatch.setattr(harness, "PROGRAMS_AT_ONCE", 2)
     run, ran = harness.run_programs, []
 
     def stops(programs: list[list[str]], *rest: Any, **more: Any) -> Any:

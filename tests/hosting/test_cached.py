@@ -1,4 +1,4 @@
-"""A teacher's answers from disk: the live teacher's numbers, and nothing else's."""
+"""A teacher's outputs from disk: the live teacher's numbers, and nothing else's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_tide import cli, distill
 from megatron_tide.commands import cache as cache_command
 from megatron_tide.config import from_flat
 from megatron_tide.files import fingerprint
-from megatron_tide.hosting.cached import AnswerCache, CachedTeacher
+from megatron_tide.hosting.cached import CachedTeacher, OutputCache
 from megatron_tide.hosting.memory import Machine
 from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import load_model
@@ -32,10 +32,10 @@ from tests.support.runs import read_curve
 
 
 class StopAfter(StopRequest):
-    """A signal that comes while the given number of windows is asked."""
+    """A signal that comes while the given number of forwards is asked."""
 
-    def __init__(self, windows: int) -> None:
-        self.left = windows
+    def __init__(self, forwards: int) -> None:
+        self.left = forwards
 
     @property
     def signal(self) -> int:
@@ -188,7 +188,7 @@ def compare_losses(chain, strategy, steps):
         ),
     ],
 )
-def test_answers_to_other_questions_are_refused_by_name(chain, folder, flags, said):
+def test_outputs_of_other_inputs_are_refused_by_name(chain, folder, flags, said):
     with pytest.raises(ValueError) as refused:  # noqa: PT011  # the text is checked below
         reading(chain, folder, **flags)
     assert said in str(refused.value)
@@ -197,18 +197,18 @@ def test_answers_to_other_questions_are_refused_by_name(chain, folder, flags, sa
 
 def test_another_text_or_teacher_is_refused(chain, folder, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
-    cache = AnswerCache(folder, manifest)
+    cache = OutputCache(folder, manifest)
     for name in ("data", "bridge"):
         with pytest.raises(ValueError, match=f"the teacher was asked with {name} = "):
             cache.refuse_other({**manifest["settings"], name: "0" * 64}, 42, 0, 8)
-    lacking = AnswerCache(folder, {**manifest, "settings": {**manifest["settings"], "distributions": False}})
+    lacking = OutputCache(folder, {**manifest, "settings": {**manifest["settings"], "distributions": False}})
     with pytest.raises(ValueError, match="has no distributions, which this strategy needs"):
         lacking.refuse_other(manifest["settings"], 42, 0, 8)
     forged = {name: value for name, value in manifest.items() if name not in ("fingerprint", "seeds")}
     forged["seeds"] = {"42": {"first": 0, "end": 8, "shards": ["../../elsewhere"]}}
     (tmp_path / "manifest.json").write_text(json.dumps({**forged, "fingerprint": fingerprint(forged)}))
     with pytest.raises(ValueError, match="edited, corrupt or of another version"):
-        AnswerCache.open(tmp_path)
+        OutputCache.open(tmp_path)
     inputs, _ = reading(chain, folder)
     config = from_flat(chain.run(tmp_path, **ASKS))
     record_models(config, inputs, WORLD)
@@ -226,10 +226,10 @@ def test_a_killed_cache_command_goes_on(chain, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(filling, "SHARD_BYTES", 3 * step_bytes(chain, out))
     assert filled(chain, out, stop=StopAfter(5))[0] is None  # in the second of three shards
     with pytest.raises(ValueError, match="not a complete cache"):
-        AnswerCache.open(out)
+        OutputCache.open(out)
     first = (out / "42-000000.arrow").stat().st_mtime_ns
     assert not (out / "42-000001.arrow").exists()
-    filled(chain, out, window=2)
+    filled(chain, out, steps_per_forward=2)
     assert (out / "42-000000.arrow").stat().st_mtime_ns == first
     assert same_files(out, folder)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.arrow")}
@@ -269,13 +269,13 @@ def test_damage_is_named_and_filled_again(chain, folder, tmp_path):
         reading(chain, out)
 
 
-def test_an_answer_to_another_question_is_never_taken(chain, folder):
+def test_outputs_of_other_inputs_are_never_taken(chain, folder):
     inputs, loader = reading(chain, folder)
     teacher = CachedTeacher(inputs.cache, inputs.strategy)
     (batch, *_) = loader(0)
-    with pytest.raises(ValueError, match="answers another question than this run's"):
+    with pytest.raises(ValueError, match="is of other inputs than this run's"):
         teacher.score([replace(batch, teacher_targets=batch.teacher_targets + 1)])
-    with pytest.raises(ValueError, match="has no answer for a sample of this run"):
+    with pytest.raises(ValueError, match="has no outputs for a sample of this run"):
         teacher.score([replace(batch, draw=(43, 0))])
 
 

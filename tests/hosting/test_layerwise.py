@@ -86,7 +86,7 @@ def test_a_sweep_is_the_whole_model(folder, dtype, head_elsewhere):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_full_copy_is_the_model_and_takes_a_window(folder, dtype):
-    """On a CPU, where it takes one micro-batch at a time, to the last bit; a window of all of them within rounding."""
+    """On a CPU, where it takes one micro-batch at a time, to the last bit; all of them at once within rounding."""
     strategy = SimpleNamespace(needs_hidden=True, needs_target_logprobs=True)
     teacher = ReplicatedTeacher.open(str(folder), {}, dtype, strategy, SimpleNamespace(device=CPU))
     model, batches, expected = load_model(folder, dtype), [], []
@@ -96,8 +96,8 @@ def test_a_full_copy_is_the_model_and_takes_a_window(folder, dtype):
         )
         rows = masked_hidden_states(model, given.input)
         expected.append((target_logprobs(rows, model.head_weight, given.targets), rows[given.pair_index]))
-    for window, bound in ((1, 0.0), (None, 1e-5 if dtype == torch.float32 else 0.05)):
-        teacher.window = window
+    for at_once, bound in ((1, 0.0), (None, 1e-5 if dtype == torch.float32 else 0.05)):
+        teacher.at_once = at_once
         for outputs, (logprobs, hidden) in zip(teacher.score(batches), expected, strict=True):
             torch.testing.assert_close(outputs.target_logprobs, logprobs, rtol=0, atol=bound)
             torch.testing.assert_close(outputs.hidden, hidden, rtol=0, atol=bound)

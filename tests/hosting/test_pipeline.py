@@ -81,11 +81,11 @@ def tensors_of(inputs):
 
 @given(st.lists(questions(), min_size=1, max_size=4))
 def test_questions(asked):
-    """Several in one parcel, cut again by their sizes alone."""
+    """Several in one buffer, cut again by their sizes alone."""
     sizes = [Sizes.of(inputs) for inputs in asked]
-    parcel = torch.cat([pack(inputs) for inputs in asked])
-    assert parcel.dtype == torch.int64
-    for inputs, packed, size in zip(asked, parcel.split([size.packed for size in sizes]), sizes, strict=True):
+    buffer = torch.cat([pack(inputs) for inputs in asked])
+    assert buffer.dtype == torch.int64
+    for inputs, packed, size in zip(asked, buffer.split([size.packed for size in sizes]), sizes, strict=True):
         for sent, come in zip(tensors_of(inputs), tensors_of(unpack(packed, size)), strict=True):
             assert (sent.dtype, sent.shape) == (come.dtype, come.shape)
             assert torch.equal(sent, come)
@@ -99,13 +99,13 @@ def test_questions(asked):
     st.integers(0, 7),
 )
 def test_answers(asked, hidden, dtype, with_hidden, padding):
-    """Bit for bit, NaN and infinity too; the parcel may be longer than what is in it."""
+    """Bit for bit, NaN and infinity too; the buffer may be longer than what is in it."""
     sent = [answered(ForwardState(inputs), hidden, dtype) for inputs in asked]
-    parcel = pack_outputs(sent, with_hidden, CPU)
+    buffer = pack_outputs(sent, with_hidden, CPU)
     width = hidden if with_hidden else 0
-    assert len(parcel) == sum(Sizes.of(inputs).output_bytes(width, dtype) for inputs in asked)
+    assert len(buffer) == sum(Sizes.of(inputs).output_bytes(width, dtype) for inputs in asked)
     come = [ForwardState(inputs) for inputs in asked]
-    unpack_outputs(torch.nn.functional.pad(parcel, (0, padding)), come, width, dtype)
+    unpack_outputs(torch.nn.functional.pad(buffer, (0, padding)), come, width, dtype)
     for mine, theirs in zip(come, sent, strict=True):
         assert same_bits(mine.target_logprobs, theirs.target_logprobs)
         if with_hidden:

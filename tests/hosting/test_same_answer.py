@@ -14,7 +14,7 @@ pytestmark = pytest.mark.ranks
 # is which micro-batches go through the experts together, and with that the order in which a matmul adds. That is the
 # last bits of fp32; in bf16 one bit of 8 of a value below 4, in each of three layers: 3 * 4 / 2**8.
 BOUND = {"fp32": 1e-5, "bf16": 0.05}
-WINDOWS = 3  # zero3 records its trace in the first, and looks ahead from the second on
+STEPS = 3  # zero3 records its trace in the first, and looks ahead from the second on
 STRATEGIES = {
     "tide-cross": {"target_logprobs"},
     "kl": {"hidden", "head_weight"},
@@ -29,7 +29,7 @@ def compare(runs, chosen):
     with joined() as world:
         for run, flags in runs.items():
             strategy, loader = loader_of(flags, world)
-            asked = [loader(step) for step in range(WINDOWS)]
+            asked = [loader(step) for step in range(STEPS)]
             lengths |= {batch.teacher.input_ids.shape for microbatches in asked for batch in microbatches}
             replicated = teacher_of(flags, strategy, world)
             wanted = [output for microbatches in asked for output in replicated.score(microbatches)]

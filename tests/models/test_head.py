@@ -31,7 +31,7 @@ def entropy_and_target(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_gold_logp_equals_full_logits_in_fp64(chunk: int | None) -> None:
+def test_target_logprobs_equal_full_logits_in_fp64(chunk: int | None) -> None:
     hidden, weight, gold = make(torch.float64)
     probe = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
     actual, wanted = target_logprobs(hidden, weight, gold, chunk), reference.target_logprobs(hidden, weight, gold)

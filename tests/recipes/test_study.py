@@ -79,7 +79,7 @@ def test_arms_of_a_seed_share_start_and_noise_and_differ_by_their_flags(tmp_path
 
 
 def test_trials_of_chunk_likelihoods_share_the_answers_of_one_cache(tmp_path: Path) -> None:
-    """Each trial trains from answers to exactly its questions: T and the weight are no part of them."""
+    """Each trial trains from outputs of exactly its inputs: T and the weight are no part of them."""
     stages = commands(RECIPE, RUNS=str(tmp_path))
     for path in {word for line in stages.values() for word in line if word.endswith(".json") and "best-" in word}:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

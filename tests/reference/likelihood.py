@@ -38,8 +38,8 @@ def likelihood(
                 ids, hidden = (torch.cat((one, one[:, -1:].expand(-1, fill)), 1) for one in (ids, hidden))
             logits = two_copies(model, ids, hidden, manifest["block"], manifest["mask_id"], lead)
             for position in range(int(tokens.prompt[0]), int(tokens.content_end[0]) + 1):
-                uncovered = tokens.chunk[0, position] < 0 and not data.student_only
-                if uncovered or not hidden[0, position]:
+                unaligned = tokens.chunk[0, position] < 0 and not data.student_only
+                if unaligned or not hidden[0, position]:
                     continue
                 gold = int(tokens.ids[0, position])
                 nats += -float(torch.log_softmax(logits[position].double(), -1)[gold]) / float(t) / mc_samples

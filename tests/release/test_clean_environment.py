@@ -22,7 +22,7 @@ PINS = dict(line.split("==") for line in (REPOSITORY / "requirements.txt").read_
 OLDEST, NEWEST = "4.57.6", "5.24.0"
 TORCHAO = "torchao==0.18.0"
 QUESTIONS = ["Hello!", "Write a function.\n\n" * 5]
-KNOBS = {"max_new_tokens": 20, "tokens_per_step": 2}
+BASE_FLAGS = {"max_new_tokens": 20, "tokens_per_step": 2}
 
 PROGRAM = """
 import importlib.util, json, sys, warnings
@@ -95,7 +95,7 @@ def test_loads_and_writes_the_same_tokens(lab: Lab, python: Path, tmp_path: Path
         )
         tokenizer = load_tokenizer(release)
         prompts = [from_text(tokenizer, question).ids for question in QUESTIONS]
-        answers = complete(load_model(release), tokenizer, prompts, batch_size=1, **KNOBS)
+        answers = complete(load_model(release), tokenizer, prompts, batch_size=1, **BASE_FLAGS)
         expected[release] = [answer.ids for answer in answers]
     for version in (OLDEST, PINS["transformers"], NEWEST):
         install(python, f"transformers=={version}", *([TORCHAO] if version == NEWEST else []))
@@ -103,7 +103,7 @@ def test_loads_and_writes_the_same_tokens(lab: Lab, python: Path, tmp_path: Path
         for release, answers in expected.items():
             done = subprocess.run(
                 [str(python), "-c", PROGRAM],
-                input=json.dumps([str(release), QUESTIONS, KNOBS, version == NEWEST]),
+                input=json.dumps([str(release), QUESTIONS, BASE_FLAGS, version == NEWEST]),
                 capture_output=True,
                 text=True,
                 env=environment,

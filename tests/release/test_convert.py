@@ -222,14 +222,14 @@ def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "trainer.json", "exp_avg.safetensors"])
-def test_a_damaged_checkpoint_is_named(checkpoint: Path, tmp_path: Path, file: str) -> None:
-    damaged = shutil.copytree(checkpoint, tmp_path / "step-00000020")
-    content = bytearray((damaged / file).read_bytes())
+def test_a_corrupt_checkpoint_is_named(checkpoint: Path, tmp_path: Path, file: str) -> None:
+    corrupt = shutil.copytree(checkpoint, tmp_path / "step-00000020")
+    content = bytearray((corrupt / file).read_bytes())
     content[len(content) // 2] ^= 1
-    (damaged / file).write_bytes(content)
-    assert_refused(damaged, tmp_path / "out", f"{file}: corrupt")
-    (damaged / file).unlink()
-    assert_refused(damaged, tmp_path / "out", f"{file}|no complete checkpoint")
+    (corrupt / file).write_bytes(content)
+    assert_refused(corrupt, tmp_path / "out", f"{file}: corrupt")
+    (corrupt / file).unlink()
+    assert_refused(corrupt, tmp_path / "out", f"{file}|no complete checkpoint")
 
 
 def test_what_is_no_checkpoint_is_said_so(lab: Lab, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def patched(whole: bytes, after: bytes, change: bytes) -> bytes:
         (lambda whole: patched(whole, key("blk.0.attn_q.weight"), struct.pack("<I", 9)), "axes"),
     ],
 )
-def test_a_damaged_file_is_refused_in_one_line(
+def test_a_corrupt_file_is_refused_in_one_line(
     release: Path, tmp_path: Path, change: Callable[[bytes], bytes], line: str
 ) -> None:
     out = tmp_path / "model.gguf"

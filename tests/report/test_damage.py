@@ -27,7 +27,7 @@ FILES = [
 ROUNDS = 40
 
 
-def test_damaged_files_never_stop_the_rest(recipe, tmp_path, monkeypatch):
+def test_corrupt_files_never_stop_the_rest(recipe, tmp_path, monkeypatch):
     real, drawn = page.draw, {}
 
     def remembered(function, arguments):  # each figure of undamaged data is drawn once
@@ -42,26 +42,26 @@ def test_damaged_files_never_stop_the_rest(recipe, tmp_path, monkeypatch):
     whole = re.findall(r'<section id="(\w+)">', build_page(read_runs([recipe])))
     for _ in range(ROUNDS):
         folder = shutil.copytree(recipe, tmp_path / "tiny")
-        damaged = rng.sample(FILES, rng.choice([1, 1, 2, 3]))
-        for name in damaged:
+        corrupt = rng.sample(FILES, rng.choice([1, 1, 2, 3]))
+        for name in corrupt:
             damage(folder / name, rng)
         html = build_page(read_runs([folder]))
-        assert re.findall(r'<section id="(\w+)">', html) == whole, damaged
+        assert re.findall(r'<section id="(\w+)">', html) == whole, corrupt
         html.encode()
         assert "<b>" not in html
         assert "\x1b" not in html
         assert 'figure id="figure-loss-1"' in html  # of the run that is whole, at least
-        if "scores.json" not in damaged:
+        if "scores.json" not in corrupt:
             assert 'figure id="figure-scores"' in html
         shutil.rmtree(folder)
 
 
-def test_a_damaged_run_stands_beside_a_whole_one(recipe, own_copy):
+def test_a_corrupt_run_stands_beside_a_whole_one(recipe, own_copy):
     for name in FILES:
         (own_copy / name).write_bytes(b'{"models": {"a": []}, "step": {}}')
     html = build_page(read_runs([recipe, own_copy.rename(own_copy.with_name("other"))]))
     for figure in ("scores", "tidal-1", "chunks-tiny/bridged", "stages-tiny", "alignment-tiny"):
         assert f'figure id="figure-{figure}"' in html
-    damaged = ("scores.json: not", f"{INFERENCE}: not", ".stages/bridge.json: not", "bridged/metrics.jsonl: holds no")
-    for words in damaged:
+    corrupt = ("scores.json: not", f"{INFERENCE}: not", ".stages/bridge.json: not", "bridged/metrics.jsonl: holds no")
+    for words in corrupt:
         assert f'<p class="note">other: {words}' in html

@@ -1,4 +1,4 @@
-"""What a folder holds, what it lacks, and what is damaged."""
+"""What a folder holds, what it lacks, and what is corrupt."""
 
 from __future__ import annotations
 

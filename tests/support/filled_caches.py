@@ -18,13 +18,13 @@ NOISE = {"timesteps": "block", "timestep_sampling": "stratified", "mask_count": 
 ASKS = {"strategy": "tide-bridge", "teacher_context": "staircase", "masking": "synchronous", "max_steps": 8, **NOISE}
 
 
-def filled(chain, out, stop=None, seeds=(42,), window=1, **flags):
+def filled(chain, out, stop=None, seeds=(42,), steps_per_forward=1, **flags):
     """The manifest of a cache filled by this process alone, as the command makes it; and its forecast."""
     config = from_flat(chain.run(out, **{**ASKS, **flags}))
     inputs = read_run_inputs(config, 1)
     loader = make_loader(config, inputs, WORLD)
     expected = filling.forecast(config, inputs, loader, len(seeds), cache_command.Rates())
-    options = {"seeds": seeds, "window": window, "stop": stop or StopRequest()}
+    options = {"seeds": seeds, "steps_per_forward": steps_per_forward, "stop": stop or StopRequest()}
     return filling.fill_cache(config, inputs, loader, WORLD, expected, **options), expected
 
 

@@ -16,7 +16,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
-KNOBS = {"micro_batch_size": 2, "max_steps": 5, "save_every": 1, "keep_last": 9, "strategy": "tide-cross"}
+BASE_FLAGS = {"micro_batch_size": 2, "max_steps": 5, "save_every": 1, "keep_last": 9, "strategy": "tide-cross"}
 
 
 def train_poisoned(flags, rank, steps):
@@ -28,10 +28,12 @@ def train_poisoned(flags, rank, steps):
     plain = MicrobatchLoader.__call__
 
     def poisoned(self, step):
-        window = plain(self, step)
+        microbatches = plain(self, step)
         if self.rank == rank and step in steps:
-            window[1] = replace(window[1], inverse_weight=torch.full_like(window[1].inverse_weight, float("nan")))
-        return window
+            microbatches[1] = replace(
+                microbatches[1], inverse_weight=torch.full_like(microbatches[1].inverse_weight, float("nan"))
+            )
+        return microbatches
 
     MicrobatchLoader.__call__ = poisoned
     try:
@@ -52,7 +54,7 @@ def same(left, right):
 def run_bad_step(chain, out, rank, precision, deepspeed):
     """A run of two ranks whose third step is bad on ``rank``."""
     more = {"precision": precision, "deepspeed": f"ds_configs/{deepspeed}.json"}
-    curves = run_on_ranks(train_poisoned, 2, chain.run(out, **KNOBS, **more), rank, [2], timeout=280)
+    curves = run_on_ranks(train_poisoned, 2, chain.run(out, **BASE_FLAGS, **more), rank, [2], timeout=280)
     assert curves[0]["step"] == [1, 2, 4, 5], "step 3 has no losses to log"
     assert torch.tensor(curves[0]["loss/total"]).isfinite().all()
     assert not (out / "step-00000003").exists()
@@ -73,7 +75,7 @@ def test_on_all_ranks_whichever_has_it(chain, tmp_path):
 
 
 def test_the_samples_are_named(chain, tmp_path):
-    flags = chain.run(tmp_path, **KNOBS)
+    flags = chain.run(tmp_path, **BASE_FLAGS)
     run_on_ranks(train_poisoned, 2, flags, 1, [2], timeout=280)
     (record,) = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     from megatron_tide.train.inputs import read_run_inputs
@@ -85,7 +87,7 @@ def test_the_samples_are_named(chain, tmp_path):
 
 
 def test_after_ten_in_a_row_the_run_ends_with_a_checkpoint_from_before(chain, tmp_path):
-    flags = chain.run(tmp_path, **{**KNOBS, "max_steps": 30})
+    flags = chain.run(tmp_path, **{**BASE_FLAGS, "max_steps": 30})
     for said in run_on_ranks(train_poisoned, 2, flags, 1, range(3, 30), timeout=280):
         assert said.startswith(f"steps 4 to {3 + PATIENCE} were not finite, 10 in a row; the checkpoint of step 3 is")
         assert "\n" not in said
@@ -96,7 +98,7 @@ def test_after_ten_in_a_row_the_run_ends_with_a_checkpoint_from_before(chain, tm
 
 
 def test_a_row_that_ends_is_forgiven(chain, tmp_path):
-    flags = chain.run(tmp_path, **{**KNOBS, "max_steps": 22, "save_every": 99})
+    flags = chain.run(tmp_path, **{**BASE_FLAGS, "max_steps": 22, "save_every": 99})
     bad = [*range(1, PATIENCE), *range(PATIENCE + 1, 2 * PATIENCE)]
     curve = run_on_ranks(train_poisoned, 1, flags, 0, bad, timeout=280)[0]
     assert curve["step"] == [1, PATIENCE + 1, 2 * PATIENCE + 1, 2 * PATIENCE + 2]

@@ -18,7 +18,7 @@ from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
 STEPS = 9
-KNOBS = {
+BASE_FLAGS = {
     "strategy": "tide-bridge",
     "temperature": 4.0,
     "max_steps": STEPS,
@@ -31,7 +31,7 @@ KNOBS = {
 
 
 def train(chain, out, world=1, **flags):
-    return run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **flags}), timeout=280)[0]
+    return run_on_ranks(train_and_tell, world, chain.run(out, **{**BASE_FLAGS, **flags}), timeout=280)[0]
 
 
 @pytest.fixture(scope="module")

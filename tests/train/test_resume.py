@@ -20,7 +20,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
-KNOBS = {
+BASE_FLAGS = {
     "micro_batch_size": 2,
     "max_steps": 6,
     "save_every": 3,
@@ -32,7 +32,7 @@ KNOBS = {
 
 
 def train(chain, out, world, **settings):
-    return run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **settings}), timeout=280)[0]
+    return run_on_ranks(train_and_tell, world, chain.run(out, **{**BASE_FLAGS, **settings}), timeout=280)[0]
 
 
 def all_tensors(run, step):
@@ -84,7 +84,7 @@ def test_bf16_resumes_bit_for_bit_from_its_master_weights(chain, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(chain, untouched, tmp_path):
+def test_corrupt_checkpoint_is_named_and_the_one_before_it_taken(chain, untouched, tmp_path):
     out = start_from(untouched, tmp_path / "run", 3)
     shutil.copytree(untouched / "step-00000006", out / "step-00000006")
     with (out / "step-00000006" / "exp_avg.safetensors").open("r+b") as file:
@@ -142,7 +142,7 @@ def test_ctrl_c_saves_first_and_the_same_command_goes_on(chain, tmp_path):
 
 
 def flags(chain, out, **settings):
-    return chain.flags(out, **{**KNOBS, **settings})
+    return chain.flags(out, **{**BASE_FLAGS, **settings})
 
 
 def run(chain, out, **settings):
@@ -156,7 +156,7 @@ def in_turn(*runs):
 
 def test_a_run_in_two_parts_is_that_run_and_the_second_may_have_other_data(chain, tmp_path):
     """Bit for bit where the data are the same; what a resumed run may not change, the second part may not either."""
-    small = {**KNOBS, "max_steps": 4, "micro_batch_size": 8}
+    small = {**BASE_FLAGS, "max_steps": 4, "micro_batch_size": 8}
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
     parts = chain.run(first, **small, until_step=2), chain.run(second, **small, continue_from=str(first))
     run_on_ranks(in_turn, 1, chain.run(whole, **small), *parts, timeout=280)

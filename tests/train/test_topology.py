@@ -15,14 +15,14 @@ STEPS = 20
 
 
 def curve_of(chain, out, world, **flags):
-    values = run_on_ranks(train_and_tell, world, chain.run(out, **{**KNOBS, **flags}), timeout=280)
+    values = run_on_ranks(train_and_tell, world, chain.run(out, **{**BASE_FLAGS, **flags}), timeout=280)
     assert all(value == values[0] for value in values)
     nats = values[0]["denoise/nats_per_masked_token"]
     assert len(nats) < STEPS or sum(nats[-5:]) < sum(nats[:5]), "it should learn"
     return values[0]["loss/total"]
 
 
-KNOBS = {
+BASE_FLAGS = {
     "max_steps": STEPS,
     "temperature": 4.0,
     "strategy": "tide-bridge",

@@ -16,17 +16,17 @@ from megatron_tide.train.watchdog import EXIT_LOST, HangWatchdog
 from tests.support.launch import ranks, steps_logged, wait_until
 
 pytestmark = pytest.mark.ranks
-KNOBS = {"max_steps": 4000, "strategy": "tide-cross", "hang_timeout": 6}
+BASE_FLAGS = {"max_steps": 4000, "strategy": "tide-cross", "hang_timeout": 6}
 
 
 def stands_still(argv):
     """Training whose rank 1 sleeps in step 3."""
     plain = loop.global_counts
 
-    def stands(window, world, asked):
+    def stands(microbatches, world, asked):
         if world.rank == 1 and world.trace.step == 3:
             time.sleep(600)
-        return plain(window, world, asked)
+        return plain(microbatches, world, asked)
 
     loop.global_counts = stands
     return distill.main(argv)
@@ -40,7 +40,7 @@ def ended_within(process, seconds):
 @pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not responded for")])
 def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, sent, said):
     out = tmp_path / "run"
-    with ranks(distill.main, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
+    with ranks(distill.main, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         os.kill(processes[1].pid, sent)
         ended_within(processes[0], 40)
@@ -54,7 +54,7 @@ def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, sent, said):
 def test_a_rank_that_stands_still(chain, tmp_path):
     """Its threads are well; it is the one that is in no collective, or entered one first."""
     out = tmp_path / "run"
-    with ranks(stands_still, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
+    with ranks(stands_still, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         ended_within(processes[0], 40)
         ended_within(processes[1], 30)  # the store that ranks tell each other through went with rank 0
@@ -71,14 +71,14 @@ def fails_alone(argv):
     plain = loop.global_counts
     torch.distributed.destroy_process_group = lambda *_: time.sleep(600)
 
-    def fails(window, world, asked):
+    def fails(microbatches, world, asked):
         if world.rank == 1 and world.trace.step == 3:
             store = HangWatchdog._connect()
             for text in ("no JSON", "[]", "3", '["a", 1, 2]'):
                 store.set("watch/1", text)
                 time.sleep(0.5)
             raise RuntimeError("out of memory on this card")
-        return plain(window, world, asked)
+        return plain(microbatches, world, asked)
 
     loop.global_counts = fails
     return distill.main(argv)
@@ -86,7 +86,7 @@ def fails_alone(argv):
 
 def test_an_error_of_one_rank_reaches_the_user(chain, tmp_path):
     out = tmp_path / "run"
-    with ranks(fails_alone, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
+    with ranks(fails_alone, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
         ended_within(processes[0], 60)
         ended_within(processes[1], 10)
         assert [process.exitcode for process in processes] == [EXIT_LOST, 1]
@@ -98,7 +98,7 @@ def test_an_error_of_one_rank_reaches_the_user(chain, tmp_path):
 
 def test_rank_0s_own_death_is_told_by_another(chain, tmp_path):
     out = tmp_path / "run"
-    with ranks(distill.main, chain.flags(out, **KNOBS), 2, tmp_path) as processes:
+    with ranks(distill.main, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         processes[0].kill()
         ended_within(processes[1], 40)

@@ -20,7 +20,7 @@ from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
 pytestmark = pytest.mark.ranks
-KNOBS = {
+BASE_FLAGS = {
     "log_every": 2,
 }
 
@@ -60,14 +60,14 @@ def test_held_out_measurements_do_not_depend_on_the_ranks(chain, tmp_path):
     measured = []
     for world in (1, 2):
         out = tmp_path / str(world)
-        run_on_ranks(train_and_tell, world, chain.run(out, **KNOBS, **held_out), timeout=280)
+        run_on_ranks(train_and_tell, world, chain.run(out, **BASE_FLAGS, **held_out), timeout=280)
         measured.append(read_curve(out)["validation/bits_per_byte"])
     assert len(measured[0]) == 2
     torch.testing.assert_close(torch.tensor(measured[1]), torch.tensor(measured[0]), rtol=0, atol=1e-5)
 
 
 def test_logs_hold_what_a_reader_needs(chain, tmp_path):
-    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, strategy="tide-bridge"), timeout=280)
+    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **BASE_FLAGS, strategy="tide-bridge"), timeout=280)
     names = set(read_curve(tmp_path))
     assert {
         "loss/total",
@@ -110,7 +110,7 @@ def disk_full_at_second_save(settings):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(chain, tmp_path):
-    settings = chain.run(tmp_path, **KNOBS, save_every=2, keep_last=1)
+    settings = chain.run(tmp_path, **BASE_FLAGS, save_every=2, keep_last=1)
     for said in run_on_ranks(disk_full_at_second_save, 2, settings, timeout=200):
         assert "step-00000004" in said
         assert "No space left on device" in said
@@ -127,24 +127,24 @@ def layer_calls(settings):
     from megatron_tide.train.step import global_counts, train_step
 
     config, world = from_flat(settings), init_distributed()
-    parts, windows = build.build(config, read_run_inputs(config, 1), world)
+    context, loader = build.build(config, read_run_inputs(config, 1), world)
     calls = []
-    parts.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    window = windows(0)
-    train_step(parts, window, global_counts(window, world, False)[0], 0.0)
+    context.engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    microbatches = loader(0)
+    train_step(context, microbatches, global_counts(microbatches, world, False)[0], 0.0)
     destroy_distributed()
     return len(calls)
 
 
 def test_activation_checkpointing_recomputes_the_layers(chain, tmp_path):
-    settings = chain.run(tmp_path, **KNOBS, strategy="calm")
+    settings = chain.run(tmp_path, **BASE_FLAGS, strategy="calm")
     micro_batches = settings["global_batch_size"] // settings["micro_batch_size"]
     assert run_on_ranks(layer_calls, 1, settings) == [micro_batches]
     assert run_on_ranks(layer_calls, 1, {**settings, "activation_checkpointing": True}) == [2 * micro_batches]
 
 
 def test_keeps_the_last_checkpoints_only(chain, tmp_path):
-    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **KNOBS, save_every=1, keep_last=2), timeout=200)
+    run_on_ranks(train_and_tell, 1, chain.run(tmp_path, **BASE_FLAGS, save_every=1, keep_last=2), timeout=200)
     assert sorted(path.name for path in tmp_path.glob("*step-*")) == ["step-00000003", "step-00000004"]
 
 

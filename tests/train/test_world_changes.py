@@ -16,7 +16,7 @@ from tests.support.runs import read_curve
 
 pytestmark = pytest.mark.ranks
 STEPS = 12
-KNOBS = {"micro_batch_size": 2, "max_steps": STEPS, "strategy": "tide-bridge", "temperature": 4.0}
+BASE_FLAGS = {"micro_batch_size": 2, "max_steps": STEPS, "strategy": "tide-bridge", "temperature": 4.0}
 
 
 def train_until(settings, step):
@@ -26,8 +26,8 @@ def train_until(settings, step):
 
     plain = loop.global_counts
 
-    def counts(window, world, asked):
-        return plain(window, world, asked or world.trace.step > step)
+    def counts(microbatches, world, asked):
+        return plain(microbatches, world, asked or world.trace.step > step)
 
     loop.global_counts = counts
     world = init_distributed()
@@ -38,7 +38,7 @@ def train_until(settings, step):
 
 
 def test_four_two_one_four(chain, tmp_path):
-    whole, parts = chain.run(tmp_path / "whole", **KNOBS), chain.run(tmp_path / "parts", **KNOBS)
+    whole, parts = chain.run(tmp_path / "whole", **BASE_FLAGS), chain.run(tmp_path / "parts", **BASE_FLAGS)
     assert run_on_ranks(train_until, 2, whole, STEPS, timeout=200) == [0, 0]
     for world, step in ((4, 3), (2, 6), (1, 9), (4, STEPS)):
         ended = run_on_ranks(train_until, world, parts, step, timeout=280)
@@ -58,7 +58,7 @@ def test_a_small_disk_leaves_the_checkpoint_before_whole(chain, tmp_path):
 
 
 def check_small_disk(chain, out, tmp_path):
-    flags = chain.flags(out, **{**KNOBS, "max_steps": 4000, "save_every": 1, "keep_last": 9})
+    flags = chain.flags(out, **{**BASE_FLAGS, "max_steps": 4000, "save_every": 1, "keep_last": 9})
     with ranks(distill.main, flags, 1, tmp_path) as processes:
         wait_until(lambda: processes[0].poll() is not None or steps_logged(out) > 90, processes)
         processes[0].join(30)
