@@ -21,6 +21,7 @@ stage failed, 2 if there is no GPU.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -45,6 +46,8 @@ from megatron_tide.files import read_json, write_json  # noqa: E402
 LEFT = 15.0  # seconds: no stage starts with less
 WORKER = ("-m", "benchmarks.gpu_stages.bench")
 NO_GPU = "no GPU that torch can use: run this on a machine with one, or try the code with --tiny --device cpu"
+NEEDED = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "sentencepiece", "tokenizers", "pytest")
+LIBAIO = Path("/usr/include/libaio.h")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ class Worker:
             said = "ok" if status == 0 else f"failed (status {status})"
         except subprocess.TimeoutExpired:
             status, said = -1, f"overran its {seconds:.0f} s"
-        self.end()
+        finally:  # also where this process is told to end
+            self.end()
         figures = read_json(self.figures) if self.figures.exists() else {}
         if said == "ok" and figures.get("failed"):
             said = "failed in parts"
@@ -160,12 +164,23 @@ def started_early(stages: Sequence[Stage], folder: Path, device: str) -> Iterato
             worker.end()
 
 
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM is an interruption, after which no process is left behind."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run_stages(stages: Sequence[Stage], settings: dict[str, Any], out: Path, seconds: float) -> dict[str, Any]:
     """Run ``stages`` one after the other within ``seconds``; -> the record, which ``out`` holds after each."""
     started = time.monotonic()
     frame = {"benchmark": "gpu", "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     record: dict[str, Any] = {**frame, "tiny": settings["tiny"], "device": settings["device"], "stages": {}}
     with (
+        ended_in_order(),
         tempfile.TemporaryDirectory(prefix="gpu-") as folder,
         ops_built(Path(folder), settings["device"] == "cuda"),
         started_early(stages, Path(folder), settings["device"]) as workers,
@@ -204,7 +219,8 @@ def ops_built(folder: Path, needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    command = [sys.executable, "-m", "megatron_tide", "build-ops", "--offload"]
+    words = ["build-ops", "--offload", *(["--then", "build-ops", "--disk"] if LIBAIO.exists() else [])]
+    command = [sys.executable, "-m", "megatron_tide", *words]
     with (folder / "build-ops.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -219,7 +235,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: tries the code, measures nothing")
-    parser.add_argument("--seconds", type=float, default=480, help="for all stages together (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=470, help="for all stages together (default: %(default)s)")
     parser.add_argument(
         "--real-weights", nargs="+", default=[], metavar="FILE", help="SmolLM2-135M-Instruct as .gguf, or its parts"
     )
@@ -227,6 +243,8 @@ def main(argv: list[str]) -> int:
     stages = chosen(options.stages)
     if options.device == "cpu" and not options.tiny:
         raise ValueError("--device cpu: full size needs a GPU; add --tiny to try the code")
+    if lacking := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"this Python has no {', '.join(lacking)}; benchmarks/gpu_wheels.sh collects what it lacks")
     if options.device == "cuda":
         import torch
 

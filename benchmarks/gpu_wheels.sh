@@ -2,8 +2,8 @@
 # Collect the wheels that a GPU machine without a network lacks, for benchmarks/gpu.py and training there.
 #   bash benchmarks/gpu_wheels.sh [FOLDER]          default: runs/gpu_wheels
 #   python3 -m pip install --no-index --no-deps --find-links FOLDER $(cat FOLDER/names)      there
-# Assumed there: torch, transformers, numpy, pyarrow, safetensors, sentencepiece, tokenizers, tensorboard. Parquet tables
-# need datasets as well, which training and benchmarks/gpu.py do not.
+# Assumed there: torch, transformers, numpy, safetensors, sentencepiece, tokenizers, tensorboard. Parquet tables need
+# datasets as well, which training and benchmarks/gpu.py do not. pip keeps what is there already, as pyarrow may be.
 set -euo pipefail
 PYTHON=${PYTHON:-python3}                        # of the version that the machine has
 PYTHON_VERSION=${PYTHON_VERSION:-3.12}           # of the machine
@@ -21,7 +21,8 @@ DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$out" "$(pi
 "$PYTHON" -m pip download --quiet --only-binary :all: --dest "$out" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
   --python-version "$PYTHON_VERSION" --no-deps \
   annotated-types einops msgpack py-cpuinfo pydantic typing-inspection typing-extensions psutil packaging tqdm \
-  "$(pinned ninja)" "$(pinned gguf)" "$(pinned pytest)" "$(pinned pytest-timeout)" pluggy iniconfig pygments
+  "pyarrow==20.*" "$(pinned ninja)" "$(pinned gguf)" "$(pinned pytest)" "$(pinned pytest-timeout)" pluggy iniconfig pygments
+# pyarrow: newer ones have more than 50 MiB alone.
 core=$(unzip -p "$out"/pydantic-2*.whl '*/METADATA' | sed -n 's/^Requires-Dist: pydantic-core==\([0-9.]*\).*/\1/p')
 "$PYTHON" -m pip download --quiet --only-binary :all: --dest "$out" --platform manylinux2014_x86_64 --python-version "$PYTHON_VERSION" \
   --no-deps "pydantic-core==$core"

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,38 @@ def test_a_stage_that_has_no_time_left_is_not_begun(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(gpu, "WORKER", (str(Path(__file__).with_name("worker.py")),))
     record = run_stages([Stage("a", "late", "overruns", 60)], SETTINGS, tmp_path / "gpu.json", 1.0)
     assert record["stages"]["a"]["status"] == "not run: no time left"
+
+
+ENDED = """
+import sys
+from benchmarks import gpu
+from megatron_tide import cli
+gpu.WORKER, gpu.STAGES = (sys.argv[1],), (gpu.Stage("a", "long", "overruns", 60),)
+cli.run(gpu.main, ["--tiny", "--device", "cpu", "--out", sys.argv[2]])
+"""
+
+
+def test_none_of_its_processes_outlives_it(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ENDED, str(Path(__file__).with_name("worker.py")), str(tmp_path / "gpu.json")]
+    environment = {**os.environ, "PYTHONPATH": str(launch.REPOSITORY), "TMPDIR": str(tmp_path)}
+    process, child = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True), ""
+    while not child and process.poll() is None:
+        time.sleep(0.05)
+        child = "".join(path.read_text() for path in tmp_path.glob("gpu-*/child"))
+    process.terminate()
+    assert process.communicate()[1] == "interrupted\n"
+    assert process.returncode == cli.EXIT_INTERRUPTED
+    deadline, command = time.monotonic() + 20, Path(f"/proc/{child}/cmdline")
+    while command.exists() and command.read_bytes():  # a zombie has none
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert list(tmp_path.glob("gpu-*")) == []
+
+
+def test_what_is_not_installed_is_said_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_package", "nor_this_one"))
+    with pytest.raises(ValueError, match="this Python has no no_such_package, nor_this_one; "):
+        gpu.main(["--tiny", "--device", "cpu"])
 
 
 def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
