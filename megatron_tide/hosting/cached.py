@@ -155,7 +155,7 @@ def sample_outputs(
     ]
 
 
-def write_shard(path: Path, outputs: Sequence[SampleOutputs], record: dict[str, Any]) -> None:
+def write_outputs(path: Path, outputs: Sequence[SampleOutputs], record: dict[str, Any]) -> None:
     """One shard. ValueError where it would have more than 2^31 numbers."""
     columns = [column([getattr(sample, name) for sample in outputs], np.int64) for name in ("key", "asked")]
     for name, dtype in _LISTS.items():
@@ -167,7 +167,7 @@ def write_shard(path: Path, outputs: Sequence[SampleOutputs], record: dict[str, 
     write_table(path, pa.record_batch(columns, schema=_SCHEMA), record)
 
 
-def read_shard(path: Path) -> Shard:
+def read_outputs(path: Path) -> Shard:
     """A shard of outputs; ValueError, one line, for a file that is corrupt."""
     shard = read_table(path, [_SCHEMA], AGAIN)
     for name in _LISTS:
@@ -280,7 +280,7 @@ class OutputCache:
             for number in filled["shards"]
         ]
         for number, path in enumerate(self._paths):
-            shard = read_shard(path)
+            shard = read_outputs(path)
             if shard.record.get("settings") != origin:
                 raise ValueError(f"{path}: made with other settings than {MANIFEST} says; {AGAIN}")
             keys = shard.arrays["key"].copy()  # a view would keep the file open, and there may be thousands
@@ -305,7 +305,7 @@ class OutputCache:
         return {name: arrays[name][start:end] for name, (start, end) in ends.items()}
 
     def _checked(self, number: int) -> Shard:
-        shard = read_shard(self._paths[number])
+        shard = read_outputs(self._paths[number])
         if not shard.intact():
             raise ValueError(f"{self._paths[number]}: its bytes changed since it was written (sha256); {AGAIN}")
         return shard

@@ -34,11 +34,11 @@ from megatron_tide.hosting.cached import (
     SampleOutputs,
     cache_settings,
     read_manifest,
-    read_shard,
+    read_outputs,
     sample_outputs,
     shard_path,
     widths,
-    write_shard,
+    write_outputs,
 )
 from megatron_tide.hosting.plan import local_machine, nvme_folder, plan, run_shape, teacher_needs
 from megatron_tide.hosting.speed import Rates
@@ -158,7 +158,7 @@ class CacheFill:
     def finished(self, seed: int, number: int, steps: range) -> bool:
         """Whether a shard is there, complete, and of this cache (reads the file)."""
         try:
-            shard = read_shard(shard_path(self.folder, seed, number))
+            shard = read_outputs(shard_path(self.folder, seed, number))
         except ValueError:
             return False
         mine = self.record(seed, steps)
@@ -226,7 +226,7 @@ def fill_cache(
         if said is None:
             return None
         path, record = shard_path(folder, seed, number), job.record(seed, steps)
-        world.on_main(partial(write_shard, path, said, record))
+        world.on_main(partial(write_outputs, path, said, record))
         done += len(steps)
         left = (time.monotonic() - since) / done * (total - done)
         world.print_rank0(f"seed {seed}: step {steps.stop}/{inputs.steps.stop}  left {clock_text(left)}")
@@ -300,7 +300,7 @@ def _finish(job: CacheFill, seeds: list[int]) -> dict[str, Any]:
     pairs, outside, kept = 0, 0.0, job.settings["kept"]
     for filled in every.values() if kept else ():
         for number in filled["shards"]:
-            arrays = read_shard(shard_path(job.folder, filled["seed"], number)).arrays
+            arrays = read_outputs(shard_path(job.folder, filled["seed"], number)).arrays
             rest = arrays["scores"].reshape(-1, kept + 1)[:, -1]
             pairs, outside = pairs + len(rest), outside + float(np.exp(rest, dtype=np.float64).sum())
     covered = 1 - outside / max(pairs, 1) if kept else None
