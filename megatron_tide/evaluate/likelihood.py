@@ -206,6 +206,8 @@ def _logp_and_correct(logits_MV: torch.Tensor, targets_M: torch.Tensor) -> tuple
 @torch.no_grad()
 def _score(model: Any, masked: MaskedTokens, levels: int, slice_rows: int | None) -> torch.Tensor:
     """float64 [3, N] on the host: -log p summed, correct predictions, masked tokens of each noise level."""
+    if not len(masked.targets_M):
+        return torch.zeros(3, levels, dtype=torch.float64)
     device = model.head_weight.device
     inputs, targets_M, level_M = masked.inputs.to(device), masked.targets_M.to(device), masked.level_M.to(device)
     hidden_MH = masked_hidden_states(model, inputs)
@@ -247,13 +249,11 @@ def measure(
         found_K = []
         batch, lead_B = scoring.placed(read_batch(data, indices[places]))
         for k, drawn in enumerate(noise.draws(batch, scoring.tokens(batch), scoring.block, mc_samples, seed)):
-            found, levels = masked_tokens(scoring, batch, drawn), len(drawn.rate)
+            found = masked_tokens(scoring, batch, drawn)
             if lead_B is not None:
                 found = replace(found, inputs=without_lead(found.inputs, lead_B))
-            scores_3N = drawn.rate.new_zeros(3, levels)
-            if len(found.targets_M):
-                scores_3N = _score(model, found, levels, slice_rows)
-            place_L = np.stack((places[drawn.level_sample.numpy()], np.full(levels, k)))
+            scores_3N = _score(model, found, len(drawn.rate), slice_rows)
+            place_L = np.stack((places[drawn.level_sample.numpy()], np.full(len(drawn.rate), k)))
             found_K.append((place_L, torch.stack((drawn.rate, drawn.inverse_weight, *scores_3N)).numpy()))
         return found_K
 

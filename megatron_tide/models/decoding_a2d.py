@@ -176,37 +176,15 @@ class BlockDecoder:
         self.model, self.rule, self.passes, self.end = model, rule, 0, 0
         self.device, moves = _place(model)
         _warn_if_longer(model, max(map(len, prompts)) + rule.max_new_tokens)
-        block, count = rule.block_size, len(prompts)
         prompts = [prompt.to("cpu") for prompt in prompts]
         holes = [prompt == rule.mask_token_id for prompt in prompts]
         self.fills = any(bool(hole.any()) for hole in holes)
         if rule.max_new_tokens == 0 and not all(bool(hole.any()) for hole in holes):
             raise ValueError("generate: max_new_tokens is 0, and a prompt has no mask to fill in; use 1 or more")
-        self.prompt_B = torch.tensor([len(prompt) for prompt in prompts])
-        opens = [int(hole.nonzero()[0, 0]) if hole.any() else len(hole) for hole in holes]
         at_answer = BLOCKS_AT_ANSWER[rule.block_layout]
-        short_B = -self.prompt_B % block * at_answer  # tokens that the first block is short of
-        first_B = (short_B + torch.tensor(opens)) // block  # the block where a row's decoding begins
-        self.first = int(first_B.max())
-        shift_B = (self.first - first_B) * block + short_B
-        self.short = int(shift_B.min())  # slots that the first block of every row is short of: there are none for them
-        self.shift_B = shift_B - self.short
-        self.blocks_B = -(-(short_B + self.prompt_B + rule.max_new_tokens) // block) - first_B
-        length = (self.first + int(self.blocks_B.max())) * block - self.short
-        canvas = torch.full((count, length), rule.mask_token_id)
-        undecided = torch.ones(count, length, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            start, end = int(self.shift_B[row]), int(self.shift_B[row] + self.prompt_B[row])
-            canvas[row, :start] = rule.pad_token_id
-            canvas[row, start:end] = prompt
-            undecided[row, :start] = False
-            undecided[row, start:end] = holes[row]
-            if at_answer:
-                undecided[row, end + rule.max_new_tokens :] = False
-        self.tokens_BL, self.undecided_BL = canvas.to(self.device), undecided.to(self.device)
-        self.rows_A = torch.arange(count, device=self.device)
-        self.blocks_dev_B = self.blocks_B.to(self.device)
-        self.shift_dev_B = self.shift_B.to(self.device)
+        length = self._align(prompts, holes, at_answer)
+        self.rows_A = torch.arange(len(prompts), device=self.device)
+        self.blocks_dev_B, self.shift_dev_B = self.blocks_B.to(self.device), self.shift_B.to(self.device)
         self.answer_dev_B = (self.shift_B + self.prompt_B).to(self.device)  # the slot where a row's answer begins
         self.shifted = bool(self.shift_B.any())
         # The slot behind a row's last block: nothing attends to what is there.
@@ -216,11 +194,37 @@ class BlockDecoder:
         self.seeds_B = torch.tensor([int(seed) % 2**63 for seed in seeds], device=self.device)
         self.turn = torch.zeros((), dtype=torch.int64, device=self.device)  # pass of the block under way
         self.live_A, self.passes_B = torch.ones_like(self.rows_A, dtype=torch.bool), torch.zeros_like(self.rows_A)
-        self.most_B, self.order_BL = [rule.max_new_tokens] * count, torch.zeros_like(self.tokens_BL)
+        self.most_B, self.order_BL = [rule.max_new_tokens] * len(prompts), torch.zeros_like(self.tokens_BL)
         self.static = self.device.type == "cuda" and not moves if static is None else static
         self.cache = BlockCache(length, self.static)
         self._slots: dict[int, torch.Tensor] = {}  # of the queries, by their number
         self._passes = _Passes(self.device.type == "cuda" and self.static and os.environ.get("A2D_GRAPHS") != "0")
+
+    def _align(self, prompts: Sequence[torch.Tensor], holes: Sequence[torch.Tensor], at_answer: bool) -> int:
+        """Lay the rows out so that all of them decode the same block; the number of slots."""
+        block, rule = self.rule.block_size, self.rule
+        self.prompt_B = torch.tensor([len(prompt) for prompt in prompts])
+        opens = [int(hole.nonzero()[0, 0]) if hole.any() else len(hole) for hole in holes]
+        short_B = -self.prompt_B % block * at_answer  # tokens that the first block is short of
+        first_B = (short_B + torch.tensor(opens)) // block  # the block where a row's decoding begins
+        self.first = int(first_B.max())
+        shift_B = (self.first - first_B) * block + short_B
+        self.short = int(shift_B.min())  # slots that the first block of every row is short of: there are none for them
+        self.shift_B = shift_B - self.short
+        self.blocks_B = -(-(short_B + self.prompt_B + rule.max_new_tokens) // block) - first_B
+        length = (self.first + int(self.blocks_B.max())) * block - self.short
+        canvas = torch.full((len(prompts), length), rule.mask_token_id)
+        undecided = torch.ones_like(canvas, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            start, end = int(self.shift_B[row]), int(self.shift_B[row] + self.prompt_B[row])
+            canvas[row, :start] = rule.pad_token_id
+            canvas[row, start:end] = prompt
+            undecided[row, :start] = False
+            undecided[row, start:end] = holes[row]
+            if at_answer:
+                undecided[row, end + rule.max_new_tokens :] = False
+        self.tokens_BL, self.undecided_BL = canvas.to(self.device), undecided.to(self.device)
+        return length
 
     @torch.no_grad()
     def run(self) -> Iterator[bool]:

@@ -164,53 +164,16 @@ def _usage(name: str, family: Family, ids: GenerationIds) -> str:
             f'```python\nfrom megatron_tide.models import load_model\n\nmodel = load_model("{name}")\n```'
         )
     loader = next(key for key in family.release.auto_map if key.startswith("AutoModelFor"))
-    serving = ""
-    if family.release.serving:
-        template = (Path(__file__).parent / family.release.serving).read_text(encoding="utf-8")
-        places = {"NAME": name, "BLOCK": str(ids.block_size), "MASK": str(ids.mask_token_id)}
-        serving = "\n\n" + re.sub(r"\{([A-Z]+)\}", lambda found: places[found[1]], template).rstrip()
-    return f"""## How to generate
-
-Needs torch and transformers (4.57 or newer) only.
-
-```python
-import torch
-from transformers import {loader}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-model = {loader}.from_pretrained("{name}", trust_remote_code=True, dtype="auto").eval()
-prompt = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Write a haiku about the tide."}}], add_generation_prompt=True, tokenize=False
-)
-inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-output = model.generate(**inputs, max_new_tokens=128)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-`pipeline("text-generation", model="{name}", trust_remote_code=True)` works too. In 8 bits (`pip install torchao`):
-
-```python
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-quantize_(model, Int8WeightOnlyConfig())  # or Int8DynamicActivationInt8WeightConfig
-```
-
-| argument of `generate` | meaning |
-|---|---|
-| `max_new_tokens` | longest answer; it ends earlier at the end-of-text token |
-| `tokens_per_step` | tokens decided in each pass of the model (default 1: the most careful) |
-| `threshold` | also decide every token whose probability exceeds this, e.g. 0.9: faster |
-| `min_new_tokens` | tokens before which the answer cannot end (default 0) |
-| `eos_in_order` | end of text is decided only at the first open position of a block (default False) |
-| `steps` | passes for the whole answer, instead of `tokens_per_step` |
-| `streamer` | transformers' `TextStreamer(tokenizer)`: prints block after block |
-| `block_layout` | where blocks begin: `sequence` (default, as in training), or `answer` (the published sampler) |
-| `temperature`, `do_sample`, `top_k`, `top_p` | tokens are drawn, of all without `top_k`; default: the likeliest one |
-| `seed`, `generator` | for drawing; without them, torch's global generator |
-| `stop_strings`, `stopping_criteria` | end an answer early; checked after each block, for each of its tokens |
-| `num_return_sequences`, `max_length`, `return_dict_in_generate` | as in transformers; all others are refused |
-
-Blocks have {ids.block_size} tokens. Token ids: mask {ids.mask_token_id}, end of text {ids.eos_token_id}.{serving}"""
+    places = {
+        "NAME": name,
+        "LOADER": loader,
+        "BLOCK": str(ids.block_size),
+        "MASK": str(ids.mask_token_id),
+        "EOS": str(ids.eos_token_id),
+    }
+    files = ["usage.md", *([family.release.serving] if family.release.serving else [])]
+    texts = [(Path(__file__).parent / file).read_text(encoding="utf-8").rstrip() for file in files]
+    return re.sub(r"\{([A-Z]+)\}", lambda found: places[found[1]], "\n\n".join(texts))
 
 
 def _method(trained: TrainingCheckpoint) -> str:
