@@ -79,6 +79,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     )
     total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
     phases = build_phases(config.strategy, strategy, total, data.manifest["student"]["block"])
+    _refuse_nothing_to_learn(config, data, phases)
     steps, begun = _part(config, total)
     found = RunInputs(
         data=data,
@@ -92,6 +93,17 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     )
     found = replace(found, run=_record(config, found, bridge) | {"continued": begun})
     return replace(found, cache=_cache(config, found)) if cached and strategy.needs_teacher else found
+
+
+def _refuse_nothing_to_learn(config: DistillConfig, data: PreparedData, phases: Phases) -> None:
+    """ValueError where a phase has no teacher, and the student wrote every response: it has no loss."""
+    own = data.own(data.stats.keys)
+    alone = next((phase.strategy.name for phase in phases.phases if not phase.strategy.needs_teacher), None)
+    if alone is not None and own is not None and own.all():
+        raise ValueError(
+            f"{config.paths.data}: the student wrote every response, and strategy {alone} asks no teacher about them; "
+            "use a strategy that distils, or a smaller share of its own text"
+        )
 
 
 def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None) -> dict[str, Any]:

@@ -99,3 +99,18 @@ def test_cache() -> None:
         assert float(size) == pytest.approx(found["bytes_per_student_token"], rel=0.01)
         assert float(faster) == pytest.approx(found["speed_up"], abs=0.005)
         assert float(trainings) == pytest.approx(found["trainings_to_pay"], abs=0.05)
+
+
+def test_logs_of_the_study() -> None:
+    found = read_json(REPOSITORY / "benchmarks" / "results" / "study_logs.json")
+    text = " ".join((REPOSITORY / "recipes" / "README.md").read_text().split())
+    (several,) = {round(100 * one["several_tokens"]) for one in found["spelled"]["seeds"].values()}
+    assert f"Of its mass, {several} % lies on" in text
+    rounds = found["rollouts"]["seeds"].values()
+    shares = [100 * one["rollout_share"] for one in rounds]
+    assert f"they took {min(shares):.0f} to {max(shares):.0f} %" in text
+    for one in rounds:
+        seconds = one["rollout_seconds"], one["training_seconds"]
+        assert one["rollout_share"] == pytest.approx(seconds[0] / sum(seconds), abs=1e-4)
+    answers, tokens = (sum(one[name] for one in rounds) for name in ("answers", "tokens"))
+    assert f"200 answers of {tokens / answers:.0f} tokens" in text

@@ -176,6 +176,22 @@ def test_masks_in_the_order_of_the_students_text(chain: Chain, prepared: Path, w
         theirs.refuse_other(asked[1], 0, 0, 4)
 
 
+def test_a_phase_with_nothing_to_learn_is_refused(
+    chain: Chain, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inputs(**flags: object) -> RunInputs:
+        return read_run_inputs(from_flat(chain.run(tmp_path / "run", data=str(prepared / "first"), **flags)), 1)
+
+    plain = ({"strategy": "bd3lm"}, {"pretraining": "joint:0.5"})
+    for flags in plain:
+        assert inputs(**flags).phases.phases
+    monkeypatch.setattr(PreparedData, "own", lambda self, keys: np.ones(len(keys), bool))
+    assert inputs().phases.phases
+    for flags, name in zip(plain, ("bd3lm", "joint")):
+        with pytest.raises(ValueError, match=f"the student wrote every response, and strategy {name} asks no teacher"):
+            inputs(**flags)
+
+
 def in_turn(*runs):  # type: ignore[no-untyped-def]
     for flags in runs:
         train_and_tell(flags)
