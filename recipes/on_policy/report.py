@@ -39,8 +39,8 @@ def main(argv: list[str]) -> int:
     total = {name: sum(one[name] for one in rounds) for name in FORM}
     cli.say(
         f"rollouts: {share:.0%} of the rounds' time ({of_each}); {total['own']:,} answers of {total['tokens']:,} "
-        f"tokens ({total['finished']:,} ended, {total['empty']:,} empty and dropped, {total['as_written']:,} with as "
-        f"many tokens in the data), {total['corpus']:,} rows of the corpus"
+        f"tokens ({total['finished']:,} ended, {total['empty']:,} empty and dropped; the text of "
+        f"{total['as_written']:,} makes as many tokens again), {total['corpus']:,} rows of the corpus"
     )
     return 0
 

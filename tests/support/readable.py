@@ -20,6 +20,7 @@ import pyarrow as pa
 from lm_eval.api.instance import Instance
 from pyarrow import parquet
 
+from megatron_tide.bridge import load_tokenizer
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
 from megatron_tide.evaluate.inference_benchmark import InferenceBenchmark, Measured
 from megatron_tide.evaluate.response_cache import ResponseCache
@@ -70,6 +71,22 @@ def sides_of(world: World) -> list[str]:
     return [str(part) for side in ("student", "teacher") for part in (f"--{side}", world.root / side)]
 
 
+def _own(world: World, talks: list[Any]) -> None:
+    """Responses as the student wrote them, and the data made of them."""
+    tokenizer, rows = load_tokenizer(world.root / "student"), []
+    for talk in talks:
+        ids = [*tokenizer.encode(talk["messages"][-1]["content"]).tolist(), tokenizer.eos_id]
+        rows.append({**talk, "written": {"ids": ids, "order": list(range(1, len(ids) + 1))}})
+    (world.root / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(world.root / "own.json", {"sources": [{"path": "own.jsonl", "own": True, "written_column": "written"}]})
+    command("prepare")([*own_flags(world), "--out", str(world.root / "own")])
+
+
+def own_flags(world: World) -> list[str]:
+    flags = ["--data", str(world.root / "own.json"), *sides_of(world), "--bridge", str(world.root / "bridge")]
+    return [*flags, "--student-length", "96", "--teacher-length", "96", "--workers", "1"]
+
+
 def make_world(chain: Chain, folder: Path) -> World:
     """Everything that ``CASES`` reads, by the project's own commands where there is one."""
     root, out = Path(shutil.copytree(chain.root, folder / "root")), folder / "out"
@@ -98,6 +115,7 @@ def make_world(chain: Chain, folder: Path) -> World:
     sources = [{"path": "corpus.jsonl", "weight": 0.5, "filter": {"messages": {"contains": "x"}}}]
     sources.append({"path": "corpus.jsonl", "max_chars": 1000, "split": "train"})
     write(root / "mixture.json", {"sources": sources})
+    _own(world, talks[:16])
     datasets.DatasetDict({"train": datasets.Dataset.from_list(talks)}).save_to_disk(root / "saved")
     (root / "described").mkdir()
     shutil.copyfile(root / "corpus.parquet", root / "described/rows.parquet")

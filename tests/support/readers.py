@@ -14,6 +14,7 @@ from megatron_tide.bridge.artifact import _fingerprint
 from megatron_tide.bridge.samples import read_samples
 from megatron_tide.bridge.train_tokenizers import TokenizerTraining, read_messages, train_byte_bpe
 from megatron_tide.data import PreparedData
+from megatron_tide.data.batch import read_batch
 from megatron_tide.data.corpus import _existing
 from megatron_tide.data.sources import open_mixture
 from megatron_tide.files import fingerprint, sha256_file
@@ -24,7 +25,7 @@ from megatron_tide.models.gguf_file import gguf_to_folder
 from megatron_tide.models.gguf_release import read_release
 from megatron_tide.models.shards import ShardedFolder
 from tests.support.commands import command
-from tests.support.readable import Read, World, sealed, sides_of
+from tests.support.readable import Read, World, own_flags, sealed, sides_of
 
 TALK = [{"role": "user", "content": "Add <|im_end|> two."}]
 
@@ -162,6 +163,16 @@ def rows(source: str) -> Read:
     return read
 
 
+def own_rows(world: World) -> object:
+    shutil.rmtree(world.out / "own", ignore_errors=True)
+    return command("prepare")([*own_flags(world), "--out", str(world.out / "own")])
+
+
+def own_data(world: World) -> object:
+    found = PreparedData.open(world.root / "own")
+    return [read_batch(found, [number]).order for number in range(len(found))]
+
+
 def trained_tokenizer(world: World) -> object:
     folder = world.root / "tokenizers/student"
     return TokenizerTraining(folder, 320, train_byte_bpe, "tokenizers").run([], "sum", False)
@@ -212,6 +223,9 @@ CASES: dict[str, tuple[str, Read]] = {
     "saved data set's rows": ("saved/train/data-00000-of-00001.arrow", rows("saved")),
     "data folder's card": ("described/README.md", rows("described")),
     "mixture": ("mixture.json", rows("mixture.json")),
+    "responses as written": ("own.jsonl", own_rows),
+    "mixture of responses as written": ("own.json", own_rows),
+    "shard of responses as written": ("own/shard-00000.arrow", own_data),
     "sample": ("corpus.jsonl", lambda world: read_samples([world.root / "corpus.jsonl"], 10)),
     "sample in Parquet": ("corpus.parquet", lambda world: read_samples([world.root / "corpus.parquet"], 10)),
     "texts of tokenizers": ("corpus.jsonl", lambda world: read_messages(world.root / "corpus.jsonl")),
