@@ -59,7 +59,7 @@ def test_nothing_helps(capsys):
     assert "too little" in printed
 
 
-def test_training_knobs_count(capsys):
+def test_training_settings_count(capsys):
     _, plain = printed_by(capsys, *EIGHT)
     _, doubled = printed_by(capsys, *EIGHT, "--compdemo", "--teacher-length", "2048")
     assert "2048 positions per sample, twice (CompDemo)" in doubled

@@ -365,7 +365,7 @@ def test_rows_that_ended_leave_the_batch(model: Any) -> None:
         ({"steps": 4, "tokens_per_step": 2}, "use one of them"),
     ],
 )
-def test_wrong_knobs_are_named(model: Any, options: dict[str, Any], word: str) -> None:
+def test_wrong_settings_are_named(model: Any, options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word) as caught:
         model.generate(torch.tensor([[5, 6]]), **options)
     assert "\n" not in str(caught.value)

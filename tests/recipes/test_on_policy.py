@@ -57,8 +57,8 @@ def test_settings_reach_the_stages_and_rounds_go_on() -> None:
     plain = commands(RECIPE, ROUNDS="1")
     assert not any("cache" in name for name in plain)
     assert "--own-masks" not in plain["train-round-1"]
-    for knob, line in (("ROUNDS=0", "ROUNDS=0 STEPS=100: use whole numbers"), ("MASKS=all", "use random or order")):
-        refused = run(RECIPE, DRY_RUN="1", **dict([knob.split("=")]))
+    for setting, line in (("ROUNDS=0", "ROUNDS=0 STEPS=100: use whole numbers"), ("MASKS=all", "use random or order")):
+        refused = run(RECIPE, DRY_RUN="1", **dict([setting.split("=")]))
         assert (refused.returncode, line in refused.stderr) == (2, True)
 
 

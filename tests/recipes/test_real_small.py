@@ -21,7 +21,7 @@ STUDENTS = ["bd3lm", "kl"]
 NOWHERE = {"PYTHON": "not-installed"}  # a dry run then asks no interpreter for the number of GPUs, which takes time
 
 
-def test_sizes_and_knobs_reach_the_stages() -> None:
+def test_sizes_and_settings_reach_the_stages() -> None:
     cpu, gpu = (
         commands(RECIPE, SIZE=size, STRATEGIES=" ".join(STUDENTS), ADAPT_FLAGS="--score-prompt", SEEDS="1 2", **NOWHERE)
         for size in ("cpu", "gpu")

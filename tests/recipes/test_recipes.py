@@ -104,7 +104,22 @@ def test_paper_is_the_default_and_flags_pass_through():
     assert config("--lr", "1e-4").train.lr == 1e-4
 
 
-def test_knobs_come_from_the_environment():
+@pytest.mark.parametrize(
+    ("said", "exported"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "old:1"}, "old:1"),
+        ({"PYTORCH_ALLOC_CONF": "a:2"}, "a:2"),
+    ],
+)
+def test_ranks_get_an_allocator_that_fragments_less(said, exported):
+    unset = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")}
+    shown = ["bash", "-c", "source recipes/common.sh && printenv PYTORCH_ALLOC_CONF"]
+    done = subprocess.run(shown, cwd=REPOSITORY, env={**unset, **said}, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == exported
+
+
+def test_settings_come_from_the_environment():
     stages = commands("distill_16b_to_0.6b.sh", STRATEGY="tide-bridge", NAME="mine", RUNS="elsewhere")
     words = stages["train-tide-bridge"]
     assert words[words.index("--out") + 1] == "elsewhere/mine/tide-bridge"
@@ -181,7 +196,7 @@ def test_trust_takes_zero_one_and_words(word, trusted):
     assert ("--trust-remote-code" in words) == trusted
 
 
-def test_the_students_block_size_is_a_knob_of_the_data():
+def test_the_students_block_size_is_a_setting_of_the_data():
     recipe = "distill_16b_to_0.6b.sh"
     assert "--student-block" not in commands(recipe)["data"]
     words = commands(recipe, STUDENT_BLOCK="8")["data"]
@@ -189,7 +204,7 @@ def test_the_students_block_size_is_a_knob_of_the_data():
 
 
 @pytest.mark.parametrize(
-    ("knob", "value", "flag", "stages"),
+    ("setting", "value", "flag", "stages"),
     [
         ("TEACHER_BLOCK", "4", "--teacher-block", ["data"]),
         ("STUDENT_MASK", "<m>", "--student-mask", ["bridge", "data"]),
@@ -198,13 +213,13 @@ def test_the_students_block_size_is_a_knob_of_the_data():
         ("RELEASE_DTYPE", "float32", "--dtype", ["convert"]),
     ],
 )
-def test_what_a_stage_asks_for_is_a_knob_of_the_chain(knob, value, flag, stages):
+def test_what_a_stage_asks_for_is_a_setting_of_the_chain(setting, value, flag, stages):
     """Empty, the folder or the command decides."""
     recipe = "distill_16b_to_0.6b.sh"
     assert not [name for name, words in commands(recipe).items() if flag in words and name in stages]
-    found = commands(recipe, **{knob: value})
+    found = commands(recipe, **{setting: value})
     assert [name for name, words in found.items() if flag in words and words[words.index(flag) + 1] == value] == stages
-    rounds = commands("on_policy.sh", ROUNDS="1", **{knob: value})
+    rounds = commands("on_policy.sh", ROUNDS="1", **{setting: value})
     given = [name for name, words in rounds.items() if flag in words and words[words.index(flag) + 1] == value]
     assert set(stages) <= {name.removesuffix("-1") for name in given}
 

@@ -37,7 +37,7 @@ def test_runs_once_and_records_what_it_took(tmp_path):
     assert record["peak_process_bytes"] > 1e6
 
 
-def test_an_edited_knob_runs_it_again(tmp_path):
+def test_an_edited_setting_runs_it_again(tmp_path):
     stamp, log = tmp_path / "one.json", tmp_path / "log"
     stage(stamp, *append(log, "a"))
     stage(stamp, *append(log, "b"))

@@ -115,8 +115,8 @@ def test_card_tells_the_whole_story(lab: Lab, checkpoint: Path, release: Path) -
         "2604.26951",
     ):
         assert fact in card, fact
-    for knob, value in run["config"]["train"].items():
-        assert value is None or f"| {knob} |" in card, (knob, value)
+    for setting, value in run["config"]["train"].items():
+        assert value is None or f"| {setting} |" in card, (setting, value)
     assert str(lab.student.parent) not in card + (release / "provenance.json").read_text()
 
 

@@ -57,7 +57,7 @@ def test_a_long_curve_is_smoothed_over_the_raw_one(tmp_path):
     assert mean.get_xdata()[-1] == 100
 
 
-def test_the_strength_map_is_that_of_the_knobs(trainings):
+def test_the_strength_map_is_that_of_the_settings(trainings):
     figure = figures.tidal(trainings[1:], looks(LABELS))
     left, right = panels(figure)["λ over progress and timestep"], panels(figure)["mean λ: from the flags, and logged"]
     shown = np.asarray(left.get_images()[0].get_array())

@@ -44,7 +44,7 @@ def out(tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_knob(chain, out, capsys, settings, said):
+def test_wrong_setting(chain, out, capsys, settings, said):
     line = refusal(capsys, *chain.flags(out, **settings), "--dry-run")
     assert said in line
     assert "error: " in line

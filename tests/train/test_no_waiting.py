@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tide.config import from_flat
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, build_inputs, noise
 from megatron_tide.diffusion.attention import TILE
+from megatron_tide.files import read_json
 from megatron_tide.hosting.backend import NoTeacher
 from megatron_tide.hosting.layerwise import ForwardState, LayerwiseForward, TeacherInputs, make_flat_layers
 from megatron_tide.hosting.replicated import ReplicatedTeacher
@@ -30,6 +31,7 @@ from megatron_tide.train.inputs import read_run_inputs
 from megatron_tide.train.step import TrainContext, train_step
 from tests.diffusion.samples import STUDENT_BLOCK, STUDENT_MASK, TEACHER_BLOCK, TEACHER_MASK, collate, make
 from tests.objectives.test_strategy import CASES, built
+from tests.support.launch import REPOSITORY
 from tests.support.models import tiny_student_config, tiny_teacher_config
 from tests.support.no_device import model_without_values, without_a_build, without_values
 
@@ -169,6 +171,13 @@ def test_on_a_gpu_lengths_are_full_tiles(chain: Any, tmp_path: Path, monkeypatch
             assert long.input_ids.shape[1] == -(-short.input_ids.shape[1] // TILE) * TILE
             assert torch.equal(long.input_ids.flatten()[long.rows], short.input_ids.flatten()[short.rows])
             assert not long.attention.valid[:, short.input_ids.shape[1] :].any()
+
+
+def test_what_is_offloaded_for_training_is_page_locked() -> None:
+    found = {path.name: read_json(path)["zero_optimization"] for path in (REPOSITORY / "ds_configs").glob("zero*.json")}
+    offloading = {name: zero["offload_optimizer"] for name, zero in found.items() if "offload_optimizer" in zero}
+    assert "zero2_offload.json" in offloading
+    assert all(offload["pin_memory"] for offload in offloading.values())
 
 
 def test_cpu_adam_gets_the_cores_that_torchrun_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_corrupt_checkpoint_is_named_and_the_one_before_it_taken(chain, untouche
     assert "step-00000003" in finished.printed
 
 
-def test_another_run_is_refused_by_name_of_the_knob(chain, untouched, tmp_path):
+def test_another_run_is_refused_by_name_of_the_setting(chain, untouched, tmp_path):
     out = start_from(untouched, tmp_path / "run", 3)
     before = sorted(p.name for p in out.iterdir())
     refused = run(chain, out, lr=1e-4)
