@@ -49,6 +49,7 @@ from megatron_tide.diffusion import (
 from megatron_tide.ds_config import read_ds_config
 from megatron_tide.files import read_json, write_json
 from megatron_tide.hosting.zero3 import Zero3Teacher
+from megatron_tide.machine import matmul_rate
 from megatron_tide.models.checkpoint_keys import checkpoint_table, module_tensors
 from megatron_tide.models.experts import Experts
 from megatron_tide.models.families import meta_model, read_config
@@ -218,7 +219,7 @@ def sweep_figures(options: argparse.Namespace, disk: Path) -> dict[str, Any]:
         "teacher_bytes": teacher_bytes,
         "disk_seconds": disk_seconds,
         "disk_bytes_per_second": our_bytes / disk_seconds,
-        "matmul_flops_per_second": _matmul_rate(dtype),
+        "matmul_flops_per_second": matmul_rate(dtype),
         # Where computing takes as long as reading, if computing takes as long as it did per token.
         "tokens_for_compute_to_equal_disk": round(tokens * disk_seconds / our_seconds),
         "log_prob_difference_over_spread": difference,
@@ -242,10 +243,14 @@ def _difference(sweep: Zero3Teacher, plain: PlainTeacher, microbatches: list[Dis
     return relative
 
 
-def _matmul_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    left, right = torch.randn(2, size, size).to(dtype)
-    (seconds,) = paired_seconds([lambda: left @ right.t()], 5)
-    return 2 * size**3 / seconds
+def expert_product(layer: Experts) -> Callable[[Tensor, int], Tensor]:
+    """Rows and the number of an expert -> what this expert makes of them, by ``torch.mm``."""
+    gate, up, down = layer.gate_proj, layer.up_proj, layer.down_proj
+
+    def product(x: Tensor, e: int) -> Tensor:
+        return torch.mm(silu(torch.mm(x, gate[e].t())) * torch.mm(x, up[e].t()), down[e].t())
+
+    return product
 
 
 def loop_over_experts(product: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -277,11 +282,7 @@ def expert_figures(options: argparse.Namespace) -> dict[str, Any]:
     ours = Experts(config["hidden_size"], config["moe_intermediate_size"], config["num_experts"]).to(dtype)
     for parameter in ours.parameters():
         parameter.uniform_(-SPREAD, SPREAD)
-    gate, up, down = ours.gate_proj, ours.up_proj, ours.down_proj
-
-    def product(x: Tensor, e: int) -> Tensor:
-        return torch.mm(silu(torch.mm(x, gate[e].t())) * torch.mm(x, up[e].t()), down[e].t())
-
+    gate, down, product = ours.gate_proj, ours.down_proj, expert_product(ours)
     hidden = torch.randn(options.expert_tokens, config["hidden_size"]).to(dtype)
     chosen = config["num_experts_per_tok"]
     index = torch.rand(options.expert_tokens, config["num_experts"]).topk(chosen, 1).indices
@@ -298,7 +299,7 @@ def expert_figures(options: argparse.Namespace) -> dict[str, Any]:
         sum(parameter.nbytes for parameter in ours.parameters()),
         6 * hidden.numel() * chosen * gate.shape[1],
     )
-    limits = {"memory": weights / read_rate(), "matmul": flops / _matmul_rate(dtype)}
+    limits = {"memory": weights / read_rate(), "matmul": flops / matmul_rate(dtype)}
     bound = max(limits, key=limits.__getitem__)
     return {
         "experts_share_of_roofline": limits[bound] / seconds[0],

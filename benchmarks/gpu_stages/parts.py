@@ -8,10 +8,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from benchmarks.gpu_stages.bench import Bench, relative_error
-from benchmarks.hosting import loop_over_experts
+from benchmarks.hosting import expert_product, loop_over_experts
 from megatron_tide.models import grouped, target_logprobs
 from megatron_tide.models.experts import Experts
 
@@ -49,18 +48,14 @@ def random_experts(bench: Bench, dtype: torch.dtype) -> Experts:
 
 @torch.no_grad()
 def one_routing(bench: Bench, layer: Experts, tokens: int, share: float) -> dict[str, float]:
-    gate, up, down = layer.gate_proj, layer.up_proj, layer.down_proj
+    gate = layer.gate_proj
     count, chosen = len(gate), min(CHOSEN, int(len(gate) * share))
     scores = torch.rand(tokens, count, device=bench.device)
     scores[:, int(count * share) :] = -1.0
     index = scores.topk(chosen, 1).indices
     weight = torch.rand(tokens, chosen, device=bench.device)
     hidden = torch.randn(tokens, gate.shape[2], device=bench.device).to(gate.dtype)
-
-    def product(x: Tensor, e: int) -> Tensor:
-        return torch.mm(silu(torch.mm(x, gate[e].t())) * torch.mm(x, up[e].t()), down[e].t())
-
-    loop = loop_over_experts(product)
+    loop = loop_over_experts(expert_product(layer))
     error = relative_error(layer(hidden, index, weight), loop(hidden, index, weight))
     ours, theirs = bench.milliseconds(
         [lambda: layer(hidden, index, weight), lambda: loop(hidden, index, weight)], rounds=5, warmup=1

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.gpu_stages.bench import Bench
 from megatron_tide.__main__ import THEN
 from tests.support.chain import Chain, make_chain
+from tests.support.launch import steps_logged
 from tests.support.runs import read_curve
 from tests.train.test_golden import CASES, GOLDEN
 
@@ -92,11 +93,6 @@ def start(words: Sequence[str], log: Path) -> Any:
     with log.open("wb") as file:
         command = [sys.executable, "-m", "megatron_tide", *words]
         return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "2"})
-
-
-def steps_logged(out: Path) -> int:
-    file = out / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def wait_for(happened: Callable[[], bool], process: Any, seconds: float) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from benchmarks.gpu_stages.full import Item, Subject
-from benchmarks.hosting import loop_over_experts
+from benchmarks.hosting import expert_product, loop_over_experts
 from megatron_tide.diffusion import staircase_mask
 from megatron_tide.models.experts import Experts
 from megatron_tide.objectives import Counts, Strategy, TeacherOutputs, denoise_loss
@@ -72,12 +71,7 @@ def student_logprobs(subject: Subject, item: Item, batch: Any) -> Tensor:
 
 def loop_forward(self: Experts, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """In place of ``Experts.forward``: one expert after the other; the host waits to learn which tokens are whose."""
-    gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-
-    def one(x: Tensor, e: int) -> Tensor:
-        return (silu(x @ gate[e].t()) * (x @ up[e].t())) @ down[e].t()
-
-    return loop_over_experts(one)(hidden_TH, index_TK, weight_TK)
+    return loop_over_experts(expert_product(self))(hidden_TH, index_TK, weight_TK)
 
 
 @contextmanager
