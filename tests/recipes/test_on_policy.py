@@ -79,9 +79,17 @@ def test_two_rounds_whole_and_tiny(chain: Chain, tmp_path: Path, capsys: pytest.
         "TEACHER_LENGTH": 96,
         "RUNS": tmp_path,
         "MASKS": "order",
+        "STRATEGY": "tide-bridge",
         "CACHE": 1,
     }
-    stages = commands(RECIPE, *FLAGS, NPROC="1", **{name: str(value) for name, value in settings.items()})
+    stages = commands(
+        RECIPE,
+        *FLAGS,
+        "--distribution-rows",
+        "byte_prefix",
+        NPROC="1",
+        **{name: str(value) for name, value in settings.items()},
+    )
     words = [words[words.index("-m") + 1 :] for words in stages.values()]
     every = [[one[0].removeprefix("megatron_tide.").removeprefix("megatron_tide"), *one[1:]] for one in words]
     joined = [word for one in every for word in (*filter(None, one), "--then")][:-1]
@@ -93,6 +101,7 @@ def test_two_rounds_whole_and_tiny(chain: Chain, tmp_path: Path, capsys: pytest.
     assert [one["ordered"] for one in manifests] == [True, True]
     records = [json.loads((folder / f"round-{number}" / "run.json").read_text())["strategy"] for number in (1, 2)]
     assert [one["own_masks"] for one in records] == ["order", "order"]
+    assert [one["distribution_rows"] for one in records] == ["byte_prefix", "byte_prefix"]
     assert [one["counts"]["read"] for one in manifests] == [8, 8]
     assert len({one["fingerprint"] for one in manifests}) == 2
     curves = [read_curve(folder / f"round-{number}") for number in (1, 2)]
