@@ -19,6 +19,10 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_LONG = {"precompiled_charsmap": LARGEST, "Regex": 1 << 16}  # characters of texts of a step; of others as a token's
+GROWTH = 1 << 8
+"""How many times as long replacements may make a text."""
 
 
 def check_files(folder: Path) -> None:
@@ -83,6 +87,30 @@ def _check_tokenizer(path: Path, content: dict[str, Any]) -> None:
             raise _wrong(path, "an added token", "an object", token)
         _check_string(path, "content of an added token", token.get("content"))
         check_id(str(path), token["content"], token.get("id"))
+    for part in _STEPS:
+        _check_step(path, part, content.get(part))
+    _check_step(path, "model", {key: value for key, value in model.items() if isinstance(value, str)})
+
+
+def _check_step(path: Path, part: str, content: Any) -> None:
+    """What is done to texts, at any depth: with texts of its own as long as those of tokenizers are, and replacements
+    that do not multiply a text without end.
+    """
+    growth, left = 1, [content]
+    while left:
+        step = left.pop()
+        left += step if isinstance(step, list) else step.values() if isinstance(step, dict) else ()
+        if not isinstance(step, dict):
+            continue
+        for key, text in step.items():
+            if isinstance(text, str) and len(text) > _LONG.get(key, TOKEN_BYTES):
+                raise ValueError(f"{path}: {part} has {key[:60]!r} of {len(text)} characters; restore the file")
+        pattern, text = step.get("pattern"), step.get("content")
+        if isinstance(pattern, dict) and isinstance(text, str):
+            taken = pattern.get("String")  # a regular expression may take nothing
+            growth *= max(1, len(text) // len(taken)) if isinstance(taken, str) and taken else len(text) + 1
+    if growth > GROWTH:
+        raise ValueError(f"{path}: {part} makes texts {str(growth)[:20]} times as long; restore the file")
 
 
 def _check_config(path: Path, content: dict[str, Any]) -> None:

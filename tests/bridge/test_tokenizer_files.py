@@ -25,6 +25,10 @@ ADDED += [[{"id": one, "content": "a", **FLAGS}] for one in IDS]
 ADDED += [[{"id": 450, "content": one, **FLAGS}] for one in (BIG, "", 3, None, ["a"])]
 ROLES: list[Any] = [1, True, [], ["a"], {}, {"content": 1}, {"content": BIG}, BIG, ""]
 LISTS: list[Any] = [1, True, "s", [1], [None], [{}], [BIG], {"a": 1}, {"a": BIG}, {"content": 1}]
+REPLACE = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 9}
+EMPTY = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "e"}
+STEPS: list[Any] = [{"type": "Prepend", "prepend": BIG}, {**REPLACE, "content": BIG}]
+STEPS += [{"type": "Sequence", "normalizers": [one] * 9} for one in (REPLACE, EMPTY)]
 TEMPLATES: list[Any] = [1, True, [1], ["a"], [{"name": "default"}], [{"name": 1, "template": "x"}], {"default": 1}]
 WHOLE = ["[]", "null", "1", '"s"', "{", "", "[[1]]", "[" * 100_000, "\xff"]
 
@@ -43,6 +47,8 @@ def cases(kind: str) -> Iterator[tuple[str, str, Any]]:
     if kind == "student":
         yield from (("tokenizer.json", "added_tokens", value) for value in ADDED)
         yield from (("tokenizer.json", "", text) for text in WHOLE)
+        yield from (("tokenizer.json", part, step) for part in ("normalizer", "decoder") for step in STEPS)
+        yield ("tokenizer.json", "model", {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": BIG})
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
