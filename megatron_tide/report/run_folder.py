@@ -30,6 +30,7 @@ CORPUS, CORPUS_COMMAND = "corpus/manifest.json", f"{PROGRAM} corpus"
 ENDS = 0.2  # the start and the end of a run: this share of its log lines
 BITS = "bits_per_masked_token"
 LARGEST = 1e300  # beyond it nothing can be drawn
+MOST_VALUES = 1 << 27  # of a run: its log lines times the names in them
 
 
 def reason(error: Exception) -> str:
@@ -237,6 +238,9 @@ class _Reader:
         rows = [row for row in rows if "step" in row and len(row) > 1]
         if not rows:
             raise ValueError(f"{path}: holds no number that can be read")
+        names = len(set().union(*rows))
+        if names * len(rows) > MOST_VALUES:
+            raise ValueError(f"{path}: {len(rows)} lines with {names} names in all, which no run has")
         return pd.DataFrame(rows).set_index("step").sort_index(kind="stable")
 
     def completions(self, instead: bool) -> list[dict[str, Any]]:

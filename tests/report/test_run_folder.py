@@ -148,6 +148,16 @@ def test_damage_is_named_and_stops_nothing(tmp_path, file, content, part, said):
     assert len(run.trainings) == 1
 
 
+def test_lines_that_each_have_other_names_are_not_made_into_a_table(tmp_path):
+    """A file of some megabytes would need terabytes: every line has a column for every name."""
+    names = [{"step": step, **{f"{step}/{number}": 1.0 for number in range(300)}} for step in range(1500)]
+    lines(tmp_path / "other" / "metrics.jsonl", *names)
+    lines(tmp_path / "run" / "metrics.jsonl", TRAINED)
+    run = read_run(tmp_path, "mine")
+    assert [training.label for training in run.trainings] == ["run"]
+    assert run.notes["runs"][0] == "other/metrics.jsonl: 1500 lines with 450001 names in all, which no run has"
+
+
 def test_several_runs_are_told_apart(tmp_path):
     for name in ("a/quick", "b/quick", "c/other"):
         lines(tmp_path / name / "bd3lm" / "metrics.jsonl", TRAINED)
