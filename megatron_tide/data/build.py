@@ -24,6 +24,7 @@ from megatron_tide.data.progress import Progress
 from megatron_tide.data.shard import MOST_TOKENS, Sample, read_shard, shard_name, write_shard
 from megatron_tide.data.sources import Mixture
 from megatron_tide.files import fingerprint
+from megatron_tide.screen import clean_output
 from megatron_tide.tables import Message
 
 TOO_LONG = "more characters than max_chars"
@@ -156,6 +157,7 @@ _job: PrepareJob | None = None  # of a worker process, set once when it starts
 def _start_worker(job: PrepareJob) -> None:
     global _job
     _job = job
+    clean_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()

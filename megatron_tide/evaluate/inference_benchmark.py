@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, reset_peak, rss_bytes, versions
+from megatron_tide.screen import clean_output
 
 MODELS = ("student", "teacher")
 
@@ -205,7 +206,7 @@ def measure_apart(path: str, settings: Mapping[str, Any], mask: str | None) -> M
     Raises:
         ValueError: as ``measure``, or that process died.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), clean_output) as fresh:
         try:
             return fresh.submit(measure, path, **settings, mask=mask).result()
         except BrokenProcessPool:
