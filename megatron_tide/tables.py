@@ -298,7 +298,7 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
     import datasets  # slow to import, and JSON Lines do not need it
 
     what = f"{found or path}: cannot be read as a data set, split {split!r}"
-    with hub_errors(what, KeyError, datasets.exceptions.DatasetsError):
+    with hub_errors(what, Exception):  # whatever the library makes of a folder
         if found is None:
             table = datasets.load_dataset(path, name, split=split, revision=revision)
             return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
@@ -327,6 +327,7 @@ def _named_in(value: Any) -> Iterator[str]:
 def _check_own(folder: Path) -> None:
     """ValueError where a folder's links or its own descriptions, which ``datasets`` follows, name files outside it."""
     import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     class Plain(yaml.SafeLoader):
         """Without aliases, by which a few lines stand for billions of values, or for one that holds itself."""
@@ -339,9 +340,11 @@ def _check_own(folder: Path) -> None:
     named: list[tuple[Path, str]] = []
     for path in (folder / "README.md", folder / ".huggingface.yaml"):
         text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
-        head = text.split("---", 2)[1] if path.suffix == ".md" and text.startswith("---") else text
+        if path.suffix == ".md":  # as the library finds it
+            found = REGEX_YAML_BLOCK.search(text)
+            text = found[2] if found else ""
         try:
-            about = yaml.load(head, Plain) if path.suffix != ".md" or text.startswith("---") else None
+            about = yaml.load(text, Plain)
         except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(f"{path}: its front matter is not YAML without aliases; fix or remove it") from None
         configs = about.get("configs", []) if isinstance(about, dict) else about

@@ -160,13 +160,21 @@ def test_a_description_that_stands_for_more_than_it_says_is_refused(tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["train.unknown", "{folder}.py", "train.csv"])
+def test_a_folder_that_the_library_cannot_read_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name.format(folder=tmp_path.name)).write_bytes(b"" if "csv" not in name else b"\xff\x00\n\x01,\x02\n")
+    with pytest.raises(ValueError, match="cannot be read as a data set, split 'train'"):
+        open_table(str(tmp_path), tmp_path, name=None, split="train", revision=None)
+
+
+@pytest.mark.parametrize("before", ["", "\n \n", "---\nabout: a---b", "\r\n"])
 @pytest.mark.parametrize("files", ["../secret.jsonl", "/etc/passwd", "https://x.y/z.jsonl"])
-def test_a_data_folder_names_no_file_outside_it(tmp_path: Path, files: str) -> None:
+def test_a_data_folder_names_no_file_outside_it(tmp_path: Path, files: str, before: str) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     (tmp_path / "secret.jsonl").write_text('{"messages": []}\n')
-    about = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {files}\n---\n"
-    (folder / "README.md").write_text(about)
+    about = f"\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {files}\n---\n"
+    (folder / "README.md").write_text((before if "---" in before else f"{before}---") + about, newline="")
     with pytest.raises(ValueError, match="not in its folder"):
         open_table(str(folder), tmp_path, name=None, split="train", revision=None)
     (folder / "README.md").unlink()
