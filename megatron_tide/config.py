@@ -366,7 +366,7 @@ class DistillArgs:
         choices=tuple(PRESETS),
     )
     config: str = flag(
-        "", "JSON file of flags, or the run.json of another run; flags on the command line override it", metavar="FILE"
+        "", "JSON file of flags, or another run's run.json; flags on the command line override it", metavar="FILE"
     )
     dry_run: bool = flag(False, "Check the run (files, fingerprints, sizes), print its configuration, and exit")
     local_rank: int | None = flag(None, "Set by the deepspeed launcher", kind="hidden", low=-1)

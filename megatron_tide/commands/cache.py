@@ -30,9 +30,7 @@ class Args(DistillArgs):
     """Arguments of the cache command: the training that the outputs are for, and how the teacher runs."""
 
     seeds: tuple[int, ...] = flag((), "Seeds of the trainings", low=0, high=2**31, shown="--seed")
-    steps_per_forward: int = flag(
-        1, "Number of training steps per teacher forward: an offloaded teacher is then read less often", low=1
-    )
+    steps_per_forward: int = flag(1, "Training steps per teacher forward: offloaded weights are read less often", low=1)
     rates: Rates = field(default_factory=Rates)
 
 

@@ -24,13 +24,15 @@ class Rates:
     cpu_tflops: float = flag(0.5, "TFLOP/s of a rank without GPU in the teacher's matmuls", low=1e-6)
     memory_gbs: float = flag(1500.0, "GB/s of a GPU's own memory", low=1e-6)
     gather_gbs: float = flag(
-        20.0, "GB/s that a rank receives when layers are gathered (default for PCIe; NVLink: 10 times more)", low=1e-6
+        20.0,
+        "GB/s per rank when layers are gathered: PCIe's, NVLink has 10 times more",
+        low=1e-6,
     )
     pcie_gbs: float = flag(20.0, "GB/s from host memory to a GPU", low=1e-6)
     disk_gbs: float = flag(3.0, "GB/s that a node reads from its disk", low=1e-6)
     hop_gbs: float = flag(10.0, "GB/s between neighbours of a pipeline", low=1e-6)
     nvlink_gbs: float = flag(200.0, "GB/s between GPUs over NVLink", low=1e-6)
-    node_gbs: float = flag(10.0, "GB/s between nodes (default for 100 Gb Ethernet)", low=1e-6)
+    node_gbs: float = flag(10.0, "GB/s between nodes; the default is 100 Gb Ethernet's", low=1e-6)
 
 
 RATES = Rates()
