@@ -6,6 +6,16 @@ from typing import Any
 
 from megatron_tide.cli import flag
 
+STUDENT_LENGTH, TEACHER_LENGTH, BLOCK = 512, 1024, 32  # tokens, published
+COVERAGE_FLOOR = 0.98  # of a sample's bytes for a bridge, of the responses' for data
+PRECISIONS = ("bfloat16", "float32")
+
+
+def dtype_flag() -> Any:
+    """The flag of several commands for the precision of weights, which follows the device."""
+    shown = "bfloat16 on a GPU, else float32"
+    return flag(None, "Precision of the weights", choices=PRECISIONS, shown=shown)
+
 
 def mask_flag(side: str) -> Any:
     """The flag of several commands that names the mask token of the student or the teacher."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tide.cli import flag, say
-from megatron_tide.commands import mask_flag
+from megatron_tide.commands import COVERAGE_FLOOR, mask_flag
 
 _TOKENIZER = "Hugging Face folder or hub name, SentencePiece .model file, or .tiktoken file"
 
@@ -35,7 +35,7 @@ class Args:
     teacher_mask: str | None = mask_flag("teacher")
     sample_limit: int = flag(2000, "Maximum number of texts to align per file", low=1)
     coverage_floor: float = flag(
-        0.98, "Minimum share of the sample's bytes that chunks must cover", low=0, high=1, metavar="SHARE"
+        COVERAGE_FLOOR, "Minimum share of the sample's bytes that chunks must cover", low=0, high=1, metavar="SHARE"
     )
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
     fresh: bool = flag(False, "Build again, and replace the bridge in --out")

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import check_model_path, flag, say
+from megatron_tide.commands import dtype_flag
 from megatron_tide.files import atomic_write
 from megatron_tide.machine import DEVICE_HELP, devices_of
 
@@ -155,9 +156,7 @@ class Args:
     batch_size: int | None = flag(
         None, "Number of samples per batch, for speed and memory only", low=1, shown="64 on a GPU, else 8"
     )
-    dtype: str | None = flag(
-        None, "Precision of the weights", choices=("bfloat16", "float32"), shown="bfloat16 on a GPU, else float32"
-    )
+    dtype: str | None = dtype_flag()
     device: str = flag("auto", DEVICE_HELP)
     likelihood: LikelihoodArgs = field(default_factory=LikelihoodArgs)
     benchmarks: BenchmarkArgs = field(default_factory=BenchmarkArgs)

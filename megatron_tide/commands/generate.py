@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.cli import flag, say
+from megatron_tide.commands import PRECISIONS
 from megatron_tide.machine import DEVICE_HELP
 
 
@@ -80,7 +81,7 @@ class Args:
     )
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
     batch_size: int = flag(8, "Number of prompts per batch", low=1, high=1 << 20)
-    dtype: str = flag("float32", "Precision of the weights; a GGUF file has its own", choices=("bfloat16", "float32"))
+    dtype: str = flag("float32", "Precision of the weights; a GGUF file has its own", choices=PRECISIONS)
     device: str = flag("auto", DEVICE_HELP, metavar="DEVICE")
     json: Path | None = flag(
         None,

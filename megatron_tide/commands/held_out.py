@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from megatron_tide.commands import bridge, prepare, sample
+from megatron_tide.commands import BLOCK, bridge, prepare, sample
 
 if TYPE_CHECKING:
     from megatron_tide.data import PreparedData
@@ -92,7 +92,7 @@ def _one(data: Path, sides: Sequence[_Side]) -> _Side:
             )
         if other.block != first.block:
             raise ValueError(
-                f"--data {data}: {first.path} has blocks of {first.block or prepare.BLOCK} tokens and {other.path} of "
-                f"{other.block or prepare.BLOCK}; prepare the data for one size first (prepare --student-block)"
+                f"--data {data}: {first.path} has blocks of {first.block or BLOCK} tokens and {other.path} of "
+                f"{other.block or BLOCK}; prepare the data for one size first (prepare --student-block)"
             )
     return first

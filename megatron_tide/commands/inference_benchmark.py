@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tide.cli import flag, say
-from megatron_tide.commands import mask_flag
+from megatron_tide.commands import PRECISIONS, mask_flag
 from megatron_tide.machine import DEVICE_HELP, device_of
 
 PROMPT = "Write a Python function that returns the sum of a list of numbers."
@@ -30,7 +30,7 @@ class Args:
     )
     student_mask: str | None = mask_flag("student")
     teacher_mask: str | None = mask_flag("teacher")
-    dtype: str = flag("bfloat16", "Precision of the weights", choices=("bfloat16", "float32"))
+    dtype: str = flag("bfloat16", "Precision of the weights", choices=PRECISIONS)
     device: str = flag("auto", DEVICE_HELP)
     prompt: str = flag(PROMPT, "Prompt for both models", metavar="TEXT")
     new_tokens: int = flag(256, "Number of tokens per answer", low=1)

@@ -24,6 +24,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megatron_tide.cli import flag, flag_name, say
+from megatron_tide.commands import BLOCK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class Args:
     source: SourceArgs
     random: RandomArgs
     block_size: int | None = flag(
-        None, "Number of tokens denoised together", shown="that of SOURCE or --config, else 32", low=1, high=4096
+        None, "Number of tokens denoised together", shown=f"that of SOURCE or --config, else {BLOCK}", low=1, high=4096
     )
     out: Path = flag(..., "Folder to write the model to", metavar="DIR")
     fresh: bool = flag(False, "Replace a model that is already in --out")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tide.cli import flag, say
+from megatron_tide.commands import STUDENT_LENGTH, TEACHER_LENGTH
 from megatron_tide.config import DistillConfig
 from megatron_tide.fast import GIB
 from megatron_tide.files import write_json
@@ -47,8 +48,12 @@ class MachineArgs:
 class Args:
     """Arguments of the plan command."""
 
-    student_length: int = flag(512, "Length of the longest sample, in the student's tokens", metavar="TOKENS", low=1)
-    teacher_length: int = flag(1024, "Length of the longest sample, in the teacher's tokens", metavar="TOKENS", low=1)
+    student_length: int = flag(
+        STUDENT_LENGTH, "Length of the longest sample, in the student's tokens", metavar="TOKENS", low=1
+    )
+    teacher_length: int = flag(
+        TEACHER_LENGTH, "Length of the longest sample, in the teacher's tokens", metavar="TOKENS", low=1
+    )
     tokens: float = flag(
         1.0, "Length of a run, to tell its hours: billions of student tokens", metavar="BILLIONS", low=0
     )

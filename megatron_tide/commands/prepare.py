@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.cli import flag, say
-from megatron_tide.commands import mask_flag
+from megatron_tide.commands import BLOCK, COVERAGE_FLOOR, STUDENT_LENGTH, TEACHER_LENGTH, mask_flag
 
 # On a cluster a job may use fewer cores than the machine has.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-BLOCK = 32  # published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +32,14 @@ class Args:
     )
     out: Path = flag(..., "Folder to write", metavar="DIR")
     student_length: int = flag(
-        512,
+        STUDENT_LENGTH,
         "Maximum length of the student's sequence, in tokens; longer responses are cut at a chunk boundary",
         low=1,
         high=1 << 24,
     )
-    teacher_length: int = flag(1024, "Maximum length of the teacher's sequence, in tokens", low=1, high=1 << 24)
+    teacher_length: int = flag(
+        TEACHER_LENGTH, "Maximum length of the teacher's sequence, in tokens", low=1, high=1 << 24
+    )
     student_block: int | None = flag(
         None,
         "Block size that the student is trained with; responses are padded with EOS to a multiple of it",
@@ -61,7 +61,7 @@ class Args:
     shard_rows: int = flag(1024, "Number of rows per shard; an interruption costs each worker at most one shard", low=1)
     limit: int | None = flag(None, "Number of rows to read, evenly spaced over the mixture", shown="all", low=1)
     coverage_floor: float = flag(
-        0.98, "Minimum share of the response bytes that chunks must cover", low=0, metavar="SHARE"
+        COVERAGE_FLOOR, "Minimum share of the response bytes that chunks must cover", low=0, metavar="SHARE"
     )
     fresh: bool = flag(False, "Start over, even if --out was prepared with other settings")
 

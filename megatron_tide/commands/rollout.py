@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.cli import EXIT_INTERRUPTED, flag, say
-from megatron_tide.commands import mask_flag
+from megatron_tide.commands import dtype_flag, mask_flag
 from megatron_tide.commands.generate import RuleArgs
 
 
@@ -48,9 +48,7 @@ class Args:
     )
     seed: int = flag(0, "Random seed", low=0, high=2**31)
     batch_size: int = flag(32, "Number of prompts per batch", low=1, high=1 << 20)
-    dtype: str | None = flag(
-        None, "Precision of the weights", choices=("bfloat16", "float32"), shown="bfloat16 on a GPU, else float32"
-    )
+    dtype: str | None = dtype_flag()
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")
     dry_run: bool = flag(False, "Check the data, print what would be done, and exit")
     rule: RuleArgs = field(default_factory=RuleArgs)
