@@ -59,7 +59,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
             seed: one number (row r uses seed + r), or one per row; used when tokens are sampled. None: drawn from
                 ``generator``, or from torch's global one.
             streamer: transformers' TextStreamer or the like, for one prompt: gets the prompt, then block after block.
-            stopping_criteria: called with the ids [1, n] of a row after each of its new tokens, as its blocks finish.
+            stopping_criteria: called with the ids [B, P + n] for each n, as blocks finish; without scores (None).
             tokenizer: for ``stop_strings``.
             options: fields of ``DecodingRule``, ``eos_token_id``, ``do_sample``; ``steps``: passes for the complete
                 answer, in place of ``tokens_per_step``; and transformers' ``max_length``, ``num_return_sequences``
@@ -83,8 +83,9 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
             raise ValueError(f"generate: a streamer supports one prompt, not {len(ids_BP)}")
         prompts = [ids[keep] for ids, keep in zip(ids_BP, keep_BP)]
         decoder = BlockDecoder(self, prompts, rule, _seeds(seed, generator, rule, len(prompts)))
-        _run(decoder, streamer, _stops(call["stop_strings"], tokenizer, stopping_criteria))
-        sequences: Any = _sequences(decoder, ids_BP, keep_BP)
+        batch = _Batch(decoder, ids_BP, keep_BP)
+        batch.run(streamer, _stops(call["stop_strings"], tokenizer), stopping_criteria)
+        sequences: Any = batch.sequences()
         return GenerateDecoderOnlyOutput(sequences=sequences) if call["return_dict_in_generate"] else sequences
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -199,61 +200,84 @@ def _seeds(
     return [first + row for row in range(rows)]
 
 
-Stops = Callable[[torch.Tensor, torch.Tensor], bool]
-
-
-def _stops(strings: str | Sequence[str] | None, tokenizer: Any, criteria: Any) -> Stops | None:
-    """Whether an answer (ids [n]) to a prompt (ids [p]) ends here; None where nothing can end it."""
+def _stops(strings: str | Sequence[str] | None, tokenizer: Any) -> Callable[[torch.Tensor], bool] | None:
+    """Whether an answer (ids [n]) ends here; None where no string can end it."""
     strings = [strings] if isinstance(strings, str) else list(strings or ())
-    criteria = [criteria] if callable(criteria) else list(criteria or ())
     if strings and tokenizer is None:
         raise ValueError("generate: stop_strings need tokenizer=...")
-    if not strings and not criteria:
-        return None
-
-    def stops(prompt: torch.Tensor, answer: torch.Tensor) -> bool:
-        if strings and any(string in tokenizer.decode(answer.tolist()) for string in strings):
-            return True
-        ids = torch.cat((prompt, answer)).unsqueeze(0)
-        return any(bool(torch.as_tensor(one(ids, None)).any()) for one in criteria)
-
-    return stops
+    return (lambda answer: any(one in tokenizer.decode(answer.tolist()) for one in strings)) if strings else None
 
 
-def _run(decoder: BlockDecoder, streamer: Any, stops: Stops | None) -> None:
-    """Run to the end; after each block, end the answers that ``stops`` ends, and pass new tokens to ``streamer``."""
-    sent, checked = 0, [0] * len(decoder.prompt_B)
-    if streamer is not None:
-        streamer.put(decoder.prompts()[0].cpu())
-    for block_is_done in decoder.run():
-        if not block_is_done or (stops is None and streamer is None):
-            continue
-        if stops is not None:
-            prompts, answers = decoder.prompts(), decoder.completions(settled=True)
-            for row in decoder.rows_A.tolist():
-                ends = range(checked[row] + 1, len(answers[row]) + 1)
-                end = next((n for n in ends if stops(prompts[row], answers[row][:n])), None)
-                if end is not None:
-                    decoder.stop(row, end)
-                checked[row] = len(answers[row])
+class _Batch:
+    """The prompts as they came, and what ends answers to them or hears of them, block after block."""
+
+    def __init__(self, decoder: BlockDecoder, ids_BP: torch.Tensor, keep_BP: torch.Tensor) -> None:
+        self.decoder, self._ids_BP, self._keep_BP = decoder, ids_BP, keep_BP
+        self._checked, self._steps = [0] * len(ids_BP), 0
+
+    def run(self, streamer: Any, stops: Callable[[torch.Tensor], bool] | None, criteria: Any) -> None:
+        """Run to the end; after each block, end answers, and pass new tokens to ``streamer``."""
+        decoder, sent = self.decoder, 0
+        criteria = [criteria] if callable(criteria) else list(criteria or ())
         if streamer is not None:
-            answer = decoder.completions(settled=True)[0].cpu()
-            if len(answer) > sent:
-                streamer.put(answer[sent:])
-            sent = len(answer)
-    if streamer is not None:
-        streamer.end()
+            streamer.put(decoder.prompts()[0].cpu())
+        for block_is_done in decoder.run():
+            if block_is_done and stops is not None:
+                self._end_rows(stops)
+            if block_is_done and criteria:
+                self._end_by(criteria)
+            if block_is_done and streamer is not None:
+                answer = decoder.completions(settled=True)[0].cpu()
+                if len(answer) > sent:
+                    streamer.put(answer[sent:])
+                sent = len(answer)
+        if streamer is not None:
+            streamer.end()
 
+    def _end_rows(self, stops: Callable[[torch.Tensor], bool]) -> None:
+        answers = self.decoder.completions(settled=True)
+        for row in self.decoder.rows_A.tolist():
+            ends = range(self._checked[row] + 1, len(answers[row]) + 1)
+            end = next((n for n in ends if stops(answers[row][:n])), None)
+            if end is not None:
+                self.decoder.stop(row, end)
+            self._checked[row] = len(answers[row])
 
-def _sequences(decoder: BlockDecoder, ids_BP: torch.Tensor, keep_BP: torch.Tensor) -> torch.Tensor:
-    """The prompts as they came, with their masks filled in, and the answers behind them."""
-    answers, filled_BP = decoder.completions(), ids_BP.clone()
-    for row, prompt in enumerate(decoder.prompts()):
-        filled_BP[row, keep_BP[row]] = prompt
-    new = ids_BP.new_full((len(answers), max(len(answer) for answer in answers)), decoder.rule.pad_token_id)
-    for row, answer in enumerate(answers):
-        new[row, : len(answer)] = answer
-    return torch.cat((filled_BP, new), dim=1)
+    def _end_by(self, criteria: Sequence[Any]) -> None:
+        """Ask as if all rows had written one token after the other; a row that is ahead waits for the others."""
+        decoder, rule = self.decoder, self.decoder.rule
+        answers = decoder.completions(settled=True)
+        live = decoder.rows_A[decoder.live_A].tolist()
+        going = [row for row in live if not self._ended(answers[row], rule)]
+        most = min((len(answers[row]) for row in going), default=max(map(len, answers)))
+        for length in range(self._steps + 1, most + 1):
+            ids = self._with([answer[:length] for answer in answers], length)
+            done_B = torch.zeros(len(ids), dtype=torch.bool)
+            for one in criteria:
+                done_B |= torch.as_tensor(one(ids, None)).bool().cpu()
+            for row in done_B.nonzero()[:, 0].tolist():
+                if len(answers[row]) >= length:
+                    decoder.stop(row, length)
+                    answers[row] = answers[row][:length]
+        self._steps = max(self._steps, most)
+
+    @staticmethod
+    def _ended(answer: torch.Tensor, rule: DecodingRule) -> bool:
+        return len(answer) >= rule.max_new_tokens or (len(answer) > 0 and int(answer[-1]) in rule.eos_token_ids)
+
+    def sequences(self) -> torch.Tensor:
+        """The prompts as they came, with their masks filled in, and the answers behind them."""
+        answers = self.decoder.completions()
+        return self._with(answers, max(map(len, answers)))
+
+    def _with(self, answers: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+        filled_BP = self._ids_BP.clone()
+        for row, prompt in enumerate(self.decoder.prompts()):
+            filled_BP[row, self._keep_BP[row]] = prompt
+        new = filled_BP.new_full((len(answers), length), self.decoder.rule.pad_token_id)
+        for row, answer in enumerate(answers):
+            new[row, : len(answer)] = answer
+        return torch.cat((filled_BP, new), dim=1)
 
 
 def decoding_rule(model: Any, defaults: Any, options: dict[str, Any]) -> DecodingRule:

@@ -198,6 +198,36 @@ def test_an_answer_stops_where_the_caller_says_so(model: Any, streamed: bool) ->
         answer(model, stop_strings="x")
 
 
+def test_criteria_see_a_batch_as_if_it_wrote_token_by_token(model: Any) -> None:
+    """The prompts with their padding, and rows that are done padded: as lm-eval's own criterion wants it."""
+    padded, rule = (
+        torch.tensor([[PAD, PAD, PAD, 5, 6, 7], [*range(5, 11)]]),
+        {"max_new_tokens": 12, "eos_token_ids": ()},
+    )
+    whole = model.generate(padded, **rule)[:, LENGTH:].tolist()
+    asked: list[list[list[int]]] = []
+
+    def at_5_and_9(ids: torch.Tensor, scores: None) -> torch.Tensor:
+        asked.append(ids.tolist())
+        return torch.tensor([ids.shape[1] >= LENGTH + 5, ids.shape[1] >= LENGTH + 9])
+
+    found = model.generate(padded, **rule, stopping_criteria=[at_5_and_9])
+    assert found[:, LENGTH:].tolist() == [whole[0][:5] + [PAD] * 4, whole[1][:9]]
+    assert [len(ids[0]) for ids in asked[:9]] == [LENGTH + n for n in range(1, 10)]
+    for ids in asked[:9]:
+        n = len(ids[0]) - LENGTH
+        assert ids[0] == [*padded[0].tolist(), *(whole[0][:5] + [PAD] * 9)[:n]]
+        assert ids[1] == [*padded[1].tolist(), *whole[1][:n]]
+    both = model.generate(padded, **rule, stopping_criteria=lambda ids, _: ids.shape[1] >= LENGTH + 7)
+    assert both[:, LENGTH:].tolist() == [row[:7] for row in whole]
+    ends = whole[0][2]  # one row ends by itself, and is no longer waited for
+    rule["eos_token_ids"] = (ends,)
+    first = whole[0].index(ends) + 1
+    late = model.generate(padded, **rule, stopping_criteria=lambda ids, _: ids.shape[1] >= LENGTH + 11)
+    assert late[0, LENGTH : LENGTH + first].tolist() == whole[0][:first]
+    assert late.shape[1] <= LENGTH + 11
+
+
 def test_lengths_and_the_form_of_the_result(model: Any) -> None:
     result = model.generate(PROMPT, max_length=LENGTH + 4, eos_token_ids=(), return_dict_in_generate=True)
     assert result.sequences.tolist() == [PROMPT[0].tolist() + answer(model)[:4]]
