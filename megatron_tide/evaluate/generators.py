@@ -134,10 +134,12 @@ class Generator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of the model's identity, what stands before a prompt, and the code from prompt to answer."""
+        """sha256 hex of the model's identity, what stands before a prompt and how long it may be, and the code from
+        prompt to answer.
+        """
         before = self.encode("", {"chat_template": False}).tolist()  # what stands before a prompt
         found = identity(self.model, self.folder, self.text_tokenizer)
-        return fingerprint([*found, before, code(_CODE, ("lm_eval",))])
+        return fingerprint([*found, before, self.room({"max_new_tokens": 0}), code(_CODE, ("lm_eval",))])
 
 
 class BlockDiffusionGenerator(Generator, LM):

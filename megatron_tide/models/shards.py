@@ -28,7 +28,7 @@ T = TypeVar("T")
 WHOLE = 1 << 31  # bytes of a folder's shards that its fingerprint reads to the last one
 _PIECE = 1024  # bytes of a tensor that its folder's fingerprint reads, at three places
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # a header
-_NOT_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of config.json that say who wrote it
+NOT_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of config.json that say who wrote it
 
 
 class ShardedFolder:
@@ -56,7 +56,7 @@ class ShardedFolder:
         Compare with ``same_model``. ValueError names a broken file.
         """
         config = read_json(self.folder / "config.json")
-        digest = hashlib.sha256(canonical({k: v for k, v in config.items() if k not in _NOT_THE_MODEL}))
+        digest = hashlib.sha256(canonical({k: v for k, v in config.items() if k not in NOT_THE_MODEL}))
         shards = [self.folder / name for name in sorted(set(self._file_of.values()))]
         for path in shards:
             with _readable(path, _BROKEN):

@@ -21,13 +21,13 @@ from huggingface_hub.utils import validate_repo_id
 import megatron_tide.models
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.cli import say
-from megatron_tide.files import AtomicFolder, read_json, sha256_file, write_json
+from megatron_tide.files import AtomicFolder, fingerprint, read_json, sha256_file, write_json
 from megatron_tide.hub import hub_errors
 from megatron_tide.lock import lock_beside
 from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import FAMILIES, config_dict, family_of
-from megatron_tide.models.shards import ShardedFolder, write_shards
+from megatron_tide.models.shards import NOT_THE_MODEL, ShardedFolder, write_shards
 from megatron_tide.release.card import check_card_text, has_scores, keep_scores, model_card, public_run, public_state
 from megatron_tide.release.parity import check_parity
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
@@ -114,7 +114,7 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
 
 def _keep(old: Path, draft: Path) -> None:
     """Say what of the release ``old`` goes for good. What no loader reads (folders, results, notes) comes into
-    ``draft``, and so do the card's scores if the weights are the same ones.
+    ``draft``, and so do the card's scores if they are the same model's.
     """
     new, released = {path.name for path in draft.iterdir()}, released_files(old)
     gone = []
@@ -129,10 +129,12 @@ def _keep(old: Path, draft: Path) -> None:
             os.link(path, draft / path.name, follow_symlinks=False)
     if gone:
         say(f"{old}: {', '.join(gone)} of the release before are removed")
-    if has_scores(old) and _same_weights(old, draft):
+    if has_scores(old) and _same_model(old, draft):
         keep_scores(old, draft)
     elif has_scores(old):
-        say(f"{old}: the card's scores were of other weights, and are left out; evaluate --card measures again")
+        say(
+            f"{old}: the card's scores were of other weights or settings, and are left out; evaluate --card measures again"
+        )
 
 
 def released_files(folder: Path) -> list[str]:
@@ -141,10 +143,24 @@ def released_files(folder: Path) -> list[str]:
     return sorted(name for name in files if name in RELEASED or any(fnmatch(name, one) for one in READ_BY_LOADERS))
 
 
-def _same_weights(old: Path, new: Path) -> bool:
-    files = [sorted(folder.glob("*.safetensors")) for folder in (old, new)]
-    names, sums = ([[of(path) for path in found] for found in files] for of in (lambda path: path.name, sha256_file))
-    return names[0] == names[1] and sums[0] == sums[1]
+def _same_model(old: Path, new: Path) -> bool:
+    """Whether all that an evaluation reads is the same: weights, configuration, tokenizer, chat template."""
+    found = []
+    for folder in (old, new):
+        names = [name for name in released_files(folder) if name not in RELEASED and not name.endswith(".py")]
+        sums = [_without_version(folder / name) or sha256_file(folder / name) for name in names]
+        found.append(list(zip(names, sums)))
+    return found[0] == found[1]
+
+
+def _without_version(path: Path) -> str:
+    """Of a configuration, what it says but for the library that wrote it; "" for another file."""
+    if path.name not in ("config.json", "generation_config.json"):
+        return ""
+    try:
+        return fingerprint({key: value for key, value in read_json(path).items() if key not in NOT_THE_MODEL})
+    except ValueError:  # edited by hand, and no JSON
+        return ""
 
 
 def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str) -> dict[str, Any]:

@@ -191,6 +191,9 @@ def test_fingerprints_tell_models_apart(lab: Lab, baseline: Path, tmp_path: Path
     settings = json.loads((ends / "tokenizer_config.json").read_text())
     (ends / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": settings["pad_token"]}))
     assert opened(ends).fingerprint not in found
+    shorter = opened(baseline)
+    shorter._max_length = 7  # type: ignore[attr-defined] # of which some configurations say nothing, and tokenizers do
+    assert shorter.fingerprint not in found
 
 
 def test_long_prompts_lose_their_beginning_and_keep_their_text(baseline: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -54,3 +55,16 @@ def test_results_stay_and_old_weights_go(
     convert(checkpoint, out, Options(skip_parity=True, overwrite=True))
     assert "| gsm8k | accuracy, % | 1 " in (out / "README.md").read_text()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer_config.json"])
+def test_scores_of_another_configuration_or_template_do_not_stay(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """The release was edited and then measured; made again, it has the checkpoint's settings."""
+    out = tmp_path / "out"
+    convert(checkpoint, out, Options(skip_parity=True))
+    file = out / name
+    edited = file.read_text() + "!" if name.endswith(".jinja") else json.dumps({**json.loads(file.read_text()), "x": 1})
+    file.write_text(edited)
+    write_scores(out, [SCORE])
+    convert(checkpoint, out, Options(skip_parity=True, overwrite=True))
+    assert "| gsm8k |" not in (out / "README.md").read_text()
