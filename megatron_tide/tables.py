@@ -36,6 +36,7 @@ AS_WRITTEN = "as_written"
 """Key of a message for its tokens as a student wrote them (``SourceSpec.written_column``); none of a file has it."""
 BESIDE = ("tools", *MEDIA)
 """Columns that belong to a conversation in another one."""
+_ELSEWHERE = ("text", "value", "parts")  # where other formats have what a message says
 _TEXTS = ("text", "input_text", "output_text")  # types of a part of a content that is text
 
 UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the data or in the column settings
@@ -105,6 +106,9 @@ def parse_messages(value: Any, where: str) -> list[Message]:
         role, content = message.get("role"), _text(message.get("content"))
         if not isinstance(role, str) or content is None:
             raise ValueError(f"{where}: message {number}: role and content must be text")
+        elsewhere = [] if content.strip() else [name for name in _ELSEWHERE if message.get(name)]
+        if elsewhere:
+            raise ValueError(f"{where}: message {number}: its text is in {elsewhere[0]!r}; it must be in 'content'")
         kept = {field: message[field] for field in (*FIELDS, *MEDIA) if message.get(field)}
         messages.append({"role": role, "content": content, **kept})
     return messages

@@ -100,6 +100,15 @@ def test_content_that_is_no_text_is_refused(content: object) -> None:
         parse_messages(json.loads(json.dumps([TURN, TURN | {"content": content}])), "here")
 
 
+@pytest.mark.parametrize("name", ["text", "value", "parts"])
+def test_a_message_whose_text_is_under_another_name_is_refused(name: str) -> None:
+    said = {"role": "user", name: "x"}
+    for message in (said, {**said, "content": None}, {**said, "content": " "}):
+        with pytest.raises(ValueError, match=f"^here: message 1: its text is in '{name}'"):
+            parse_messages([TURN, message], "here")
+    assert parse_messages([{**said, "content": "y"}, {"role": "user"}], "here")[0] == {"role": "user", "content": "y"}
+
+
 def test_what_stands_beside_the_messages_of_a_row_comes_with_the_first() -> None:
     tools = [{"name": "weather"}]
     row = {"messages": [TURN, TURN], "tools": json.dumps(tools), "images": [{"path": "a.png"}], "image": "no picture"}

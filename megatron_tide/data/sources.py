@@ -25,7 +25,6 @@ from megatron_tide.tables import (
     Message,
     Table,
     open_table,
-    parse_messages,
 )
 from megatron_tide.tables import conversation as read_conversation
 
@@ -178,7 +177,8 @@ class DataSource:
                 messages[-1:] = [{**message, AS_WRITTEN: self._written(content, where)} for message in messages[-1:]]
             return messages
         prompt, response = values
-        return parse_messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], where)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return read_conversation({**content, "messages": turns}, "messages", where)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> 
 
 def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prompt:
     if isinstance(row.get("prompt"), str):
-        return from_text(tokenizer, row["prompt"])
+        row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
     if "messages" not in row:
         raise ValueError(f"{where}: needs messages or prompt")
     return from_messages(tokenizer, conversation(row, "messages", where))

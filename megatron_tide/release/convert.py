@@ -132,9 +132,8 @@ def _keep(old: Path, draft: Path) -> None:
     if has_scores(old) and _same_model(old, draft):
         keep_scores(old, draft)
     elif has_scores(old):
-        say(
-            f"{old}: the card's scores were of other weights or settings, and are left out; evaluate --card measures again"
-        )
+        why = "were of other weights or settings, and are left out; evaluate --card measures again"
+        say(f"{old}: the card's scores {why}")
 
 
 def released_files(folder: Path) -> list[str]:

@@ -72,6 +72,20 @@ def test_columns_are_mapped_and_filtered(tmp_path: Path) -> None:
     assert len(_mixture(tmp_path, {"path": "pairs.jsonl", **columns, "filter": {"tag": 3}})) == 1
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_stands_beside_a_prompt_and_a_response_comes_with_the_prompt(tmp_path: Path, kind: str) -> None:
+    row = {"q": "What is this?", "a": "A cat.", "images": [{"path": "a.png"}], "tools": '[{"name": "f"}]', "z": 1}
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        datasets.Dataset.from_list([row]).to_parquet(path)
+    source = {"path": path.name, "prompt_column": "q", "response_column": "a"}
+    (_, (asked, said)) = _mixture(tmp_path, source).conversation(0)
+    assert asked == {"role": "user", "content": row["q"], "images": row["images"], "tools": [{"name": "f"}]}
+    assert said == {"role": "assistant", "content": "A cat."}
+
+
 def test_one_odd_value_of_parquet_costs_its_row_alone(tmp_path: Path) -> None:
     """A text that is no UTF-8, as other programs write; a time that Python's cannot hold, in a column of no use."""
     texts = [b"py"] * 3000 + [b"\xff", b"rs"]

@@ -161,6 +161,13 @@ def test_what_a_chat_takes_as_a_message(model: Any, tokenizer: TextTokenizer) ->
     assert "/what: no such command" in screen.getvalue()
 
 
+def test_a_prompt_with_a_picture_is_left_out(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "What?", "images": [{"path": "a.png"}]}, *({"prompt": f"line {n}"} for n in range(200))]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [prompt.shown for prompt in read_prompts(file, tokenizer)][:2] == ["line 0", "line 1"]
+
+
 def test_a_message_that_cannot_be_sent_ends_no_chat(model: Any, tokenizer: TextTokenizer) -> None:
     lines, asked, screen = iter(["a", "half \ud800", "b", "/exit"]), [], io.StringIO()
 
