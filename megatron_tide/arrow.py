@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,25 @@ def read_saved(paths: list[Path]) -> Any:
     except BROKEN as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{paths[0].parent}: its .arrow files are not of one data set ({reason})") from None
+
+
+def values(table: Any, columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[Any, ...] | None]:
+    """The rows from ``start`` to ``stop``, each alone where one of them cannot be read; None for that one."""
+    try:
+        batch = table[start:stop]
+    except (ValueError, ArithmeticError):
+        if stop - start == 1:
+            yield None
+            return
+        for row in range(start, stop):
+            yield from values(table, columns, row, row + 1)
+        return
+    yield from zip(*(batch[column] for column in columns))
+
+
+def kept_by(content: str) -> str:
+    """Where ``datasets`` keeps what it made of files of this content: its own keys hold their times, which two versions
+    of a file may share (out of an archive, or copied with them)."""
+    import datasets
+
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / content[:32])

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.arrow import check_stream, read_saved
+from megatron_tide.arrow import check_stream, kept_by, read_saved, values
 from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
 from megatron_tide.hub import hub_errors, may_be_hub_name, one_line
 
@@ -175,7 +175,7 @@ class JsonLinesTable:
     """A JSON Lines file by row number.
 
     ``content``: a digest of the rows, for manifests. ``starts`` int64 [n]: the first byte of each row;
-    ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows.
+    ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows that can be read.
     """
 
     path: Path
@@ -186,14 +186,16 @@ class JsonLinesTable:
 
     @classmethod
     def open(cls, path: Path) -> JsonLinesTable:
-        """Index a file. ValueError when none of its first rows can be read."""
+        """Index a file. ValueError when none of its rows can be read."""
         starts, lines = array("q"), array("q")
         columns: dict[str, None] = {}
         first_error: ValueError | None = None
+        readable = 0
         for number, start, line in _lines(path):
-            if len(starts) < _HEAD:
+            if readable < _HEAD:
                 try:
                     columns |= dict.fromkeys(_parse(line, f"{path}:{number}"))
+                    readable += 1
                 except ValueError as error:
                     first_error = first_error or error
             starts.append(start)
@@ -214,6 +216,10 @@ class JsonLinesTable:
     def where(self, row: int) -> str:
         """Where the row is, for error messages."""
         return f"{self.path}:{self.lines[row]}"
+
+    def has(self, column: str) -> bool:
+        """Whether a row, also a later one, has the column."""
+        return any(values is not None and values[0] is not None for values in self.scan([column]))
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
         """The values of these columns, row after row; None for a row that cannot be read."""
@@ -250,6 +256,9 @@ class ArrowTable:
     def where(self, row: int) -> str:
         return f"{self.label} row {row}"
 
+    def has(self, column: str) -> bool:
+        return column in self.columns
+
     def only(self, columns: Container[str]) -> ArrowTable:
         """The table with those of its columns that are in ``columns``."""
         kept = [name for name in self.columns if name in columns]
@@ -258,21 +267,7 @@ class ArrowTable:
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
         table = self.table.select_columns(list(columns))
         for start in range(0, len(table), _SCAN):
-            yield from _values(table, columns, start, min(start + _SCAN, len(table)))
-
-
-def _values(table: Any, columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[Any, ...] | None]:
-    """The rows from ``start`` to ``stop``, each alone where one of them cannot be read; None for that one."""
-    try:
-        batch = table[start:stop]
-    except (ValueError, ArithmeticError):
-        if stop - start == 1:
-            yield None
-            return
-        for row in range(start, stop):
-            yield from _values(table, columns, row, row + 1)
-        return
-    yield from zip(*(batch[column] for column in columns))
+            yield from values(table, columns, start, min(start + _SCAN, len(table)))
 
 
 def _dense(value: Any) -> Any:
@@ -308,7 +303,7 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
             return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
         if found.is_file():
             content = sha256_file(found)
-            kept = _kept_by(content)
+            kept = kept_by(content)
             table = datasets.load_dataset("parquet", data_files=str(found), split="train", cache_dir=kept)
             return ArrowTable(table, str(found), content)
         _check_own(found)
@@ -370,14 +365,6 @@ def _check_own(folder: Path) -> None:
             raise ValueError(f"{path}: a link to a file outside its folder; replace it by a copy of that file")
 
 
-def _kept_by(content: str) -> str:
-    """Where ``datasets`` keeps what it made of files of this content: its own keys hold their times, which two versions
-    of a file may share (out of an archive, or copied with them)."""
-    import datasets
-
-    return str(Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / content[:32])
-
-
 def _open_folder(folder: Path, name: str | None, split: str, content: str) -> Any:
     import datasets
 
@@ -393,7 +380,7 @@ def _open_folder(folder: Path, name: str | None, split: str, content: str) -> An
         return read_saved([folder / one["filename"] for one in named])
     for path in folder.rglob("*.arrow"):
         check_stream(path)
-    return datasets.load_dataset(str(folder), name, split=split, cache_dir=_kept_by(content))
+    return datasets.load_dataset(str(folder), name, split=split, cache_dir=kept_by(content))
 
 
 def _folder_digest(folder: Path, name: str | None, split: str) -> str:

@@ -119,7 +119,7 @@ class DataSource:
         """Open ``spec``; relative paths are looked for in ``folder``, then in the working directory."""
         rows = open_table(spec.path, folder, name=spec.name, split=spec.split, revision=spec.revision)
         needed = {*spec.columns, *spec.filter, *([spec.written_column] if spec.written_column else [])}
-        missing = sorted(needed - set(rows.columns))
+        missing = sorted(name for name in needed - set(rows.columns) if not rows.has(name))
         if missing and "input_ids" in rows.columns and len(rows):
             raise ValueError(
                 f"{spec.path}: token ids of another preprocessing ({', '.join(rows.columns)}), without the text that "

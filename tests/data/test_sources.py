@@ -86,6 +86,14 @@ def test_what_stands_beside_a_prompt_and_a_response_comes_with_the_prompt(tmp_pa
     assert said == {"role": "assistant", "content": "A cat."}
 
 
+@pytest.mark.parametrize("head", ["{", '{"licence": "MIT"}'])
+def test_many_odd_rows_before_the_first_good_one_are_counted_as_any_others(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{head}\n" * 150 + (json.dumps(ROWS[0]) + "\n") * 20_000)
+    mixture = open_mixture([str(path)])
+    assert (len(mixture), bool(mixture.error(149)), mixture.error(150)) == (20_150, True, "")
+
+
 def test_one_odd_value_of_parquet_costs_its_row_alone(tmp_path: Path) -> None:
     """A text that is no UTF-8, as other programs write; a time that Python's cannot hold, in a column of no use."""
     texts = [b"py"] * 3000 + [b"\xff", b"rs"]
