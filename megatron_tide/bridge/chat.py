@@ -240,7 +240,7 @@ def _outside_thoughts(text: str, known: Container[str]) -> list[str]:
 
 def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages, with a rare letter of its own in place of what each says, of the names of tools and of calls."""
-    kinds = ("content", "name", "refusal", "calls", "tools")
+    kinds = ("content", "name", "refusal", "calls", "tools", "arguments")
     letters = {kind: map(chr, _RARE[start :: len(kinds)]) for start, kind in enumerate(kinds)}
 
     def named(tool: Any, kind: str) -> Any:
@@ -248,7 +248,10 @@ def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             return tool
         if isinstance(tool.get("function"), dict):
             return {**tool, "function": named(tool["function"], kind)}
-        return {**tool, "name": next(letters[kind], BLANK)} if isinstance(tool.get("name"), str) else tool
+        new = {"name": next(letters[kind], BLANK)} if isinstance(tool.get("name"), str) else {}
+        if kind == "calls" and tool.get("arguments"):
+            new["arguments"] = _filled(tool["arguments"], next(letters["arguments"], BLANK))
+        return {**tool, **new}
 
     found = []
     for message in messages:
@@ -261,6 +264,15 @@ def _marked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 new[field] = next(letters[kind], BLANK)
         found.append({**message, **new})
     return found
+
+
+def _filled(value: Any, letter: str) -> Any:
+    """``value`` with ``letter`` in place of its texts and numbers."""
+    if isinstance(value, dict):
+        return {key: _filled(item, letter) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(item, letter) for item in value]
+    return value if value is None else letter
 
 
 def _has_tools(marked: list[dict[str, Any]], shown: str) -> bool:

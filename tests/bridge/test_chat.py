@@ -194,6 +194,23 @@ def test_calls_and_tools_are_missed_though_their_words_stand_elsewhere(
             tokenizers["student"].render([{"role": "user", "content": "add it", field: said}, *user("Well?")])
 
 
+@pytest.mark.parametrize("arguments", [{"city": "Ems"}, '{"city": "Ems"}', {"n": 7}, {"a": [{"b": True}]}])
+def test_arguments_of_calls_are_missed_though_their_words_stand_elsewhere(
+    tmp_path: Path, folders: Mapping[str, Path], qwen_like: TextTokenizer, arguments: Any
+) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+            "<|im_end|>{% endfor %}"
+        )
+
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    talk = [*user('Ems: 7, true, {"city": "Ems"}'), call, *user("Well?")]
+    with pytest.raises(LeftOut, match="tool_calls of message 1"):
+        variant(tmp_path, folders["student"], change).render(talk)
+    assert qwen_like.render(talk)
+
+
 def test_dropout_is_refused(tmp_path: Path, folders: Mapping[str, Path]) -> None:
     shutil.copytree(folders["student"], tmp_path / "random")
     file = tmp_path / "random" / "tokenizer.json"
