@@ -299,7 +299,10 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
     what = f"{found or path}: cannot be read as a data set, split {split!r}"
     with hub_errors(what, Exception):  # whatever the library makes of a folder
         if found is None:
-            table = datasets.load_dataset(path, name, split=split, revision=revision)
+            builder = datasets.load_dataset_builder(path, name, revision=revision)
+            _check_names(path, builder.config.data_files)
+            builder.download_and_prepare()
+            table = builder.as_dataset(split=split)
             return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
         if found.is_file():
             content = sha256_file(found)
@@ -309,6 +312,13 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
         _check_own(found)
         content = _folder_digest(found, name, split)
         return ArrowTable(_open_folder(found, name, split, content), str(found), content)
+
+
+def _check_names(name: str, files: dict[str, list[str]] | None) -> None:
+    """ValueError where a hub data set's own description names files of this machine, or of other data sets."""
+    for path in (path for paths in (files or {}).values() for path in paths):
+        if not str(path).rpartition("::")[2].startswith(f"hf://datasets/{name}@"):
+            raise ValueError(f"its README names {str(path)[:80]!r}, which is not in it")
 
 
 def _named_in(value: Any) -> Iterator[str]:

@@ -44,6 +44,10 @@ fail() {
   exit 2
 }
 
+case ${NAME:-run} in # --fresh removes $RUNS/$NAME
+  . | .. | -* | */* | *[[:cntrl:]]*) fail "NAME=$NAME: must be the name of a folder in $RUNS, without / and not ." ;;
+esac
+
 # again: the command that continues this recipe, with its settings, to paste into a shell.
 again() {
   local one rest=()

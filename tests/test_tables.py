@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from megatron_tide import tables
 from megatron_tide.tables import (
     JsonLinesTable,
+    Table,
     check_bad,
     conversation,
     good_rows,
@@ -167,6 +170,31 @@ def test_a_description_that_stands_for_more_than_it_says_is_refused(tmp_path: Pa
     with pytest.raises(ValueError, match="not YAML without aliases") as caught:
         open_table(str(tmp_path), tmp_path, name=None, split="train", revision=None)
     assert "\n" not in str(caught.value)
+
+
+class Builder:
+    """A data set of the hub, as ``datasets`` has found its files."""
+
+    def __init__(self, *files: str) -> None:
+        self.config = SimpleNamespace(data_files={"train": list(files)} if files else None)
+
+    def download_and_prepare(self) -> None: ...
+
+    def as_dataset(self, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"split": split}])
+
+
+def test_a_data_set_of_the_hub_names_no_file_outside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*files: str) -> Table:
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: Builder(*files))
+        return open_table("some/data", tmp_path, name=None, split="train", revision=None)
+
+    own = "hf://datasets/some/data@main/train.csv"
+    for files in ((), (own,), (own, f"zip://a.csv::{own}")):
+        assert opened(*files).get(0) == {"split": "train"}
+    for file in ("/etc/passwd", "hf://datasets/other/data@main/x.csv", "https://x.y/z.csv", "zip://a.csv::/home/a.zip"):
+        with pytest.raises(ValueError, match=r"some/data: cannot be read .*README names '.*', which is not in it"):
+            opened(own, file)
 
 
 @pytest.mark.parametrize("name", ["train.unknown", "{folder}.py", "train.csv"])

@@ -31,3 +31,11 @@ def test_every_other_word_is_a_dry_run_which_removes_nothing(word, tmp_path):
     assert shown[0].returncode == 0, shown[0].stderr
     assert shown[0].stdout == shown[1].stdout
     assert list(tmp_path.rglob("*")) == [kept.parent, kept]
+
+
+@pytest.mark.parametrize("name", ["/", ".", "..", "../recipes", "a/b", "/tmp", "-x", "a\nb", "\x1b]0;x\x07"])
+def test_only_a_folder_of_its_own_is_started_over(name: str) -> None:
+    refused = run("quickstart.sh", "--fresh", DRY_RUN="1", NAME=name)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: NAME=")
+    assert refused.stderr.count("\n") == 1
