@@ -197,6 +197,18 @@ def test_other_stages_at_toy_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_command_runs_a_stage_in_a_process_of_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    words = [str(launch.REPOSITORY / "benchmarks/gpu.py"), "--tiny", "--device", "cpu", "--stages", "a"]
+    done = subprocess.run([sys.executable, *words, "--out", str(out)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["stages"]["a"]["status"] == "ok"
+    assert found["stages"]["a"]["bf16_tflops"] > 0
+    assert found["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_runs_are_held_against_golden_losses(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(words: list[str], log: Path) -> launch.Rank:
