@@ -137,7 +137,7 @@ def _settings(own: Any, passed: Any, options: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     unclear = None  # a temperature of a config that may have stated do_sample=False, which transformers 4 does not tell
     given = {name: value for name, value in options.items() if value is not None}
-    for layer in (_stated(own), _stated(passed), given):
+    for layer in (_stated(own), _stated(passed, whole=True), given):
         for pair in _SAME:
             if any(name in layer for name in pair):
                 found = {name: value for name, value in found.items() if name not in pair}
@@ -158,12 +158,16 @@ def _settings(own: Any, passed: Any, options: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _stated(config: Any) -> dict[str, Any]:
-    """Fields of a generation config that differ from its defaults; of others than transformers', those of the rule."""
+def _stated(config: Any, whole: bool = False) -> dict[str, Any]:
+    """Fields of a generation config that differ from its defaults; of others than transformers', those of the rule, or
+    with ``whole`` all.
+    """
     if config is None:
         return {}
+    if not hasattr(config, "to_diff_dict"):
+        raise ValueError(f"generate: generation_config is of type {type(config).__name__}; use a GenerationConfig")
     defaults = vars(GenerationConfig())
-    values = {name: value for name, value in vars(config).items() if name in defaults or name in _RULE}
+    values = {name: value for name, value in vars(config).items() if whole or name in defaults or name in _RULE}
     return {
         name: value
         for name, value in values.items()

@@ -56,7 +56,13 @@ def test_a_field_of_a_generation_config_means_what_the_keyword_means(model: Any)
 
 @pytest.mark.parametrize(
     "fields",
-    [{"num_beams": 3}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}, {"output_scores": True}],
+    [
+        {"num_beams": 3},
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"output_scores": True},
+        {"treshold": 0.9},
+    ],
     ids=str,
 )
 def test_what_block_decoding_does_not_have_is_refused_in_either_form(model: Any, fields: dict[str, Any]) -> None:
@@ -77,6 +83,8 @@ def test_what_block_decoding_does_not_have_is_refused_in_either_form(model: Any,
             model.generate(PROMPT, attention_mask=mask)
     with pytest.raises(ValueError, match=r"max_new_tokens is 4\.5; use a whole number"):
         answer(model, max_new_tokens=4.5)
+    with pytest.raises(ValueError, match="generation_config is of type dict; use a GenerationConfig"):
+        model.generate(PROMPT, {"max_new_tokens": 4})
     with pytest.raises(ValueError, match="no logits_processor"):
         model.generate(PROMPT, logits_processor=[print])
     same = {
