@@ -17,6 +17,7 @@ from typing import Any
 from megatron_tide.files import open_regular
 
 MOST_KEYS, MOST_TENSORS, LONGEST_KEY = 1 << 12, 1 << 16, 1 << 10
+LONGEST_VALUE = 1 << 28  # bytes: a file with holes has no need of the disk to be as long as it says
 KEPT = 1 << 10  # of a longer list only the length is kept
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, LIST = 8, 9
@@ -77,6 +78,8 @@ class _Reader:
         self._file, self.size, self.place = file, os.fstat(file.fileno()).st_size, 0
 
     def take(self, count: int) -> bytes:
+        if count > LONGEST_VALUE:
+            raise _DamagedError(f"a value of {count} bytes")
         if count > self.size - self.place:
             raise _DamagedError(f"it ends in its header, at byte {self.size}")
         self.place += count

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import pytest
 from megatron_tide.bounds import CONFIG, MOST_IDS
 from megatron_tide.bridge import Bridge, load_tokenizer
 from megatron_tide.bridge.artifact import _fingerprint
+from megatron_tide.gguf_header import read_header
 from megatron_tide.models.families import read_config
+from megatron_tide.models.shards import INDEX, ShardedFolder
 from tests.support.lab import Lab
 
 
@@ -57,3 +61,23 @@ def test_the_prefix_of_a_bridge(lab: Lab, tmp_path: Path) -> None:
         bridge.manifest["fingerprint"] = _fingerprint(bridge.manifest)
         bridge.save(tmp_path)
         refused(lambda: Bridge.load(tmp_path), "shared_prefix")
+
+
+def test_a_file_with_holes_is_not_read_as_long_as_it_says(tmp_path: Path) -> None:
+    """A terabyte that takes no disk."""
+    long, file = 1 << 36, tmp_path / "a.gguf"
+    key = struct.pack("<Q", 1) + b"k"
+    for value in (struct.pack("<IQ", 8, long), struct.pack("<IIQ", 9, 0, long), struct.pack("<IIQQ", 9, 8, 1, long)):
+        file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + value)
+        os.truncate(file, 2 * long)
+        with pytest.raises(
+            ValueError, match=r"a\.gguf: not a GGUF file that can be used \(a value of 68719476736 bytes"
+        ):
+            read_header(file)
+    shard = tmp_path / "part.safetensors"
+    shard.write_bytes(struct.pack("<Q", long))
+    os.truncate(shard, 2 * long)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shard.name}}))
+    with pytest.raises(ValueError, match=r"part\.safetensors: cannot be read \(its header of 68719476736 bytes"):
+        ShardedFolder(tmp_path).fingerprint()

@@ -26,6 +26,7 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 T = TypeVar("T")
 WHOLE = 1 << 31  # bytes of a folder's shards that its fingerprint reads to the last one
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _PIECE = 1024  # bytes of a tensor that its folder's fingerprint reads, at three places
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # a header
 NOT_THE_MODEL = ("transformers_version", "_name_or_path")  # keys of config.json that say who wrote it
@@ -134,7 +135,7 @@ def _readable(path: Path, errors: tuple[type[Exception], ...] = (SafetensorError
 def _add_shard(digest: Any, path: Path) -> None:
     with open_regular(path) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        if length > size - 8:
+        if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"its header of {length} bytes does not fit into {size}")
         header = file.read(length)
         digest.update(f"{path.name} {size} ".encode() + header)
