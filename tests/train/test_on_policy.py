@@ -16,7 +16,7 @@ from megatron_tide.data.batch import read_batch
 from megatron_tide.data.sources import open_mixture
 from megatron_tide.diffusion import build_inputs, noise
 from megatron_tide.diffusion.masking import SYNCHRONOUS
-from megatron_tide.hosting.cached import AnswerCache, deciding
+from megatron_tide.hosting.cached import OutputCache, cache_settings
 from megatron_tide.train.inputs import RunInputs, read_run_inputs
 from tests.support.chain import PREPARING, Chain
 from tests.support.commands import command
@@ -169,9 +169,9 @@ def test_masks_in_the_order_of_the_students_text(chain: Chain, prepared: Path, w
         for one in (found, plain)
     ]
     assert [torch.equal(*rows) for rows in zip(*masks)] == [False, True]
-    asked = [deciding(from_flat({}), one.strategy, "data", "bridge", 4) for one in (found, plain)]
+    asked = [cache_settings(from_flat({}), one.strategy, "data", "bridge", 4) for one in (found, plain)]
     assert [one["own_masks"] for one in asked] == ["random", "random"], "of the run's flags"
-    theirs = AnswerCache(tmp_path, {"settings": {**asked[0], "own_masks": "order"}})
+    theirs = OutputCache(tmp_path, {"settings": {**asked[0], "own_masks": "order"}})
     with pytest.raises(ValueError, match="asked with own_masks = order, this run has random"):
         theirs.refuse_other(asked[1], 0, 0, 4)
 
