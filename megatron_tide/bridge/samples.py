@@ -72,7 +72,7 @@ def _parquet(path: Path, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]
                     bad.append(f"{where}: not UTF-8 ({error})")
                     continue
                 yield where, found
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeError) as error:  # of the file itself
         raise ValueError(f"{path}: not readable as Parquet ({error}); download the file again") from error
 
 
