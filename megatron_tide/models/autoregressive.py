@@ -8,9 +8,14 @@ from typing import Any
 import torch
 
 from megatron_tide.bounds import CONFIG, check_config
-from megatron_tide.files import check_regular, read_json
+from megatron_tide.files import check_form, check_regular, read_json
 from megatron_tide.models.load import resolve_folder
 from megatron_tide.models.shards import ShardedFolder
+
+_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams")
+_NUMBERS += ("max_length", "min_length", "max_new_tokens", "min_new_tokens", "num_beam_groups", "num_return_sequences")
+_NUMBERS += ("repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "guidance_scale")
+_NUMBERS += ("encoder_repetition_penalty", "penalty_alpha", "max_time", "prompt_lookup_num_tokens")  # of generation
 
 
 def load_autoregressive(path: str | Path, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, Path]:
@@ -51,7 +56,11 @@ def _check(folder: Path) -> None:
         raise ValueError(f"{folder}: holds an adapter, which names another model; merge it into its model first")
     path, stated = folder / "config.json", folder / "generation_config.json"
     config = read_json(path)
-    for file, values in ((path, config), (stated, read_json(stated) if stated.exists() else {})):
+    own = read_json(stated) if stated.exists() else {}
+    check_form(
+        {key: own[key] for key in _NUMBERS if key in own}, {str: (None, float)}, f"{stated}:", "; restore the file"
+    )
+    for file, values in ((path, config), (stated, own)):
         try:
             check_config({"eos_token_id": values.get("eos_token_id")})
         except ValueError as error:

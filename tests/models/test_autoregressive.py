@@ -82,3 +82,9 @@ def test_a_configuration_of_no_model_is_one_line(folder: Path, changes: dict[str
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     refuse(folder, words)
+
+
+@pytest.mark.parametrize("key", ["top_k", "temperature", "num_beams", "max_length"])
+def test_a_number_of_generation_that_is_text_is_one_line(folder: Path, key: str) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({key: "many"}))
+    refuse(folder, f"generation_config.json: {key}: str, where a number is expected")
