@@ -12,7 +12,17 @@ from megatron_tide.files import check_form, check_regular, read_json
 from megatron_tide.models.load import resolve_folder
 from megatron_tide.models.shards import ShardedFolder
 
-_NUMBERS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams")
+_NUMBERS: tuple[str, ...] = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "num_beams",
+)
 _NUMBERS += ("max_length", "min_length", "max_new_tokens", "min_new_tokens", "num_beam_groups", "num_return_sequences")
 _NUMBERS += ("repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "guidance_scale")
 _NUMBERS += ("encoder_repetition_penalty", "penalty_alpha", "max_time", "prompt_lookup_num_tokens")  # of generation
