@@ -322,7 +322,8 @@ class BlockDecoder:
             position_ids=(slots_Q - shift_A1).clamp(min=0),
             past_key_values=self.cache,
         )
-        return hidden_AQH.to(self.device)
+        here = self.tokens_BL.device  # a model over several devices may end on another one
+        return hidden_AQH if hidden_AQH.device == here else hidden_AQH.to(here)
 
     def _attend(self, query_Q: torch.Tensor, shift_A1: torch.Tensor) -> torch.Tensor | None:
         """bool [A, 1, Q, K] over the slots up to the last query; None (faster) where everyone sees everything."""
