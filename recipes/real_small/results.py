@@ -5,7 +5,8 @@
 
 Reads what `evaluate --per-sample` wrote: all models, and the students of the further seeds, named NAME-seed-SEED.
 scores.json is the first file, with a column for the difference to denoising only over all seeds. The picture shows all
-rows, and one completion of --writer as its blocks resolve: the first that parses and says something, if there is one.
+rows, and one completion of --writer as its blocks resolve: the first that parses, says something, has no line twice and
+is written alone as it was in its batch, if there is one (in bf16 a batch changes the last digits).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BASELINE = "bd3lm"
 FORM = {"completions": {"prompts": [str]}}
 SHOWN = (0.12, 0.37, 0.7, 1.0)  # which of the passes of a completion are drawn, as shares
 COLUMNS, LINES = 68, 12  # of the drawn text
-SIZE, ADVANCE = 8, 0.602  # of its font: points, and the width of a column as a share of them
+SIZE = 8  # of its font, in points
 OPEN = "\N{LIGHT SHADE}" * 3  # a position that is not decided yet
 ORDER = {"decided before": INK, "in this block": COLOURS[1], "open": MUTED}
 
@@ -90,11 +91,16 @@ def writing(scores: dict[str, Any], writer: str, data: Path) -> list[dict[str, A
 
     (model,) = (one for one in scores["models"] if one["name"] == writer)
     texts = model["completions"]["texts"]
-    good = [place for place, one in enumerate(texts) if one["parses"] and one["says_something"]]
+    fine = [one["parses"] and one["says_something"] and _varied(one["text"]) for one in texts]
+    good = [place for place, one in enumerate(fine) if one]
     opened = open_model(model["path"], DTYPES[scores["settings"]["dtype"]])
     tokenizer = load_tokenizer(opened.folder)
-    prompt = from_prepared(PreparedData.open(data), tokenizer, len(texts), "student")[good[0] if good else 0]
-    moments = list(stream(opened.model, tokenizer, prompt.ids, **scores["settings"]["decoding"]))
+    prompts = from_prepared(PreparedData.open(data), tokenizer, len(texts), "student")
+    for place in [*good, 0]:
+        prompt = prompts[place]
+        moments = list(stream(opened.model, tokenizer, prompt.ids, **scores["settings"]["decoding"]))
+        if "".join(moment.new_text for moment in moments).strip() == texts[place]["text"].strip():
+            break
     states, block = [], opened.model.config.block_size
     for share in SHOWN:
         passes = max(1, round(share * len(moments)))
@@ -106,6 +112,11 @@ def writing(scores: dict[str, Any], writer: str, data: Path) -> list[dict[str, A
             pieces.append([tokenizer.decode([token]) if decided else OPEN, kind])
         states.append({"passes": passes, "pieces": pieces})
     return [{"of": len(moments), "prompt": prompt.shown.strip()}, *states]
+
+
+def _varied(text: str) -> bool:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return len(lines) == len(set(lines))
 
 
 def laid_out(pieces: list[list[str]]) -> list[tuple[int, int, str, str]]:
@@ -140,7 +151,7 @@ def picture(models: list[dict[str, Any]], states: list[dict[str, Any]]) -> Figur
         ax.axis("off")
         for line, column, part, kind in text:
             style = {"family": "DejaVu Sans Mono", "size": SIZE, "color": ORDER[kind], "va": "baseline"}
-            ax.annotate(part, (0, line + 0.6), (column * SIZE * ADVANCE, 0), textcoords="offset points", **style)
+            ax.text(0, line + 0.6, " " * column + part, **style)  # spaces are as wide as the font draws them
     return figure
 
 
