@@ -9,7 +9,7 @@
 #   scores      held-out bits per byte of all of them and of the autoregressive model, and their completions, judged
 # Output:    runs/real_small/hf (the adapted model), runs/real_small/hf_small (the first of STRATEGIES that has a teacher),
 #            scores.json with all completions, report.json, picture.png, report/index.html
-# Machine:   SIZE=cpu: 2 cores, 10 GiB; a step of the adaptation takes about 5.2 s with AVX-512's bf16, 4.4 s with AMX.
+# Machine:   SIZE=cpu: 2 cores, 10 GiB; 8 samples of the adaptation take about 5.2 s with AVX-512's bf16, 4.4 s with AMX.
 #            DRY_RUN=1 adds up the former: most is the number of steps, strategies and SEEDS. SIZE=gpu: one GPU of 24 GB.
 # Launch:    bash recipes/real_small.sh
 #            SOURCE=SmolLM2-135M-Instruct.gguf bash recipes/real_small.sh     no hub: a GGUF file of the model

@@ -96,7 +96,7 @@ def writing(scores: dict[str, Any], writer: str, data: Path) -> list[dict[str, A
     opened = open_model(model["path"], DTYPES[scores["settings"]["dtype"]])
     tokenizer = load_tokenizer(opened.folder)
     prompts = from_prepared(PreparedData.open(data), tokenizer, len(texts), "student")
-    for place in [*good, 0]:
+    for place in [*good, *(good[:1] or [0])]:  # at worst the first of them, as it is written alone
         prompt = prompts[place]
         moments = list(stream(opened.model, tokenizer, prompt.ids, **scores["settings"]["decoding"]))
         if "".join(moment.new_text for moment in moments).strip() == texts[place]["text"].strip():
