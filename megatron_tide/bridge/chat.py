@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -191,21 +192,26 @@ def check_said(
     ``shown`` renders a conversation of the same roles: a short text may be in ``rendered`` by chance, a mark cannot.
     Thoughts of an assistant's earlier turns may be left out by a template that knows of thoughts (``known``: the words
     that it uses), as those of reasoning models do on purpose; within a text, by one that knows the mark at their end.
+    A text that several messages have, also as a part, is looked for as often.
     """
     knows_thoughts = any(word in known for word in (*THOUGHTS, *MARKS_OF_THOUGHTS.values()))
     if 8 * len(messages) > len(_RARE):
         raise ValueError(f"a conversation of {len(messages)} messages, more than {len(_RARE) // 8}")
     marked = _marked(messages)
     marks = _try(shown, marked)  # None: a template that looks at the text
+    repeated = _lost_repeats(messages, shown)
+    earlier = [one.get("role") == "assistant" and number < len(messages) - 1 for number, one in enumerate(messages)]
+    contents = [[*_contents(message, silent, known)] for message, silent in zip(messages, earlier)]
+    everything = "\0".join(text.strip() for texts in contents for text in texts)
     for number, message in enumerate(messages):
-        earlier = message.get("role") == "assistant" and number < len(messages) - 1
         for field in SPOKEN:
-            silent = earlier and field in THOUGHTS and knows_thoughts
+            silent = earlier[number] and field in THOUGHTS and knows_thoughts
             silent = silent or (field == "name" and message.get("role") in TOOLS)
             said = [] if silent else [text for text in _said(message.get(field)) if text.strip()]
-            if earlier and field == "content":
-                said = [part for text in said for part in _outside_thoughts(text, known)]
-            lost = [text for text in said if not _found(text, rendered)]
+            said = contents[number] if field == "content" else said
+            often = everything if field == "content" else ""
+            lost = [text for text in said if _count(text, rendered) < max(1, often.count(text.strip()))]
+            lost += said[:1] if field == "content" and _text(message, field) in repeated else []
             if marks is not None and said and not lost:
                 letters = [one for one in _said(marked[number][field]) if one[:1] and ord(one[0]) in _RARE]
                 lost = said[:1] if any(not _found(letter, marks) for letter in letters) else []
@@ -223,6 +229,23 @@ def check_said(
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or name not in rendered or (marks is not None and not _has_tools(marked, marks)):
             raise LeftOut(f"the chat template leaves out the tool {str(name)[:40]!r}")
+
+
+def _contents(message: dict[str, Any], earlier: bool, known: Container[str]) -> Iterator[str]:
+    """The texts of a message's content; of an ``earlier`` answer those outside of thoughts."""
+    for text in _said(message.get("content")):
+        yield from (part for part in (_outside_thoughts(text, known) if earlier else [text]) if part.strip())
+
+
+def _lost_repeats(messages: list[dict[str, Any]], shown: Callable[[list[Any]], str]) -> set[str]:
+    """Contents of several messages that the template does not write as often, as one that leaves out repeats."""
+    counts = Counter(filter(None, (_text(message, "content") for message in messages)))
+    letters = {text: chr(_RARE[place]) for place, text in enumerate(counts)}
+    if len(letters) == counts.total():
+        return set()
+    same = [{**one, "content": letters.get(_text(one, "content"), one.get("content"))} for one in messages]
+    text = _try(shown, same)
+    return {one for one in counts if text is not None and text.count(letters[one]) < counts[one]}
 
 
 def _outside_thoughts(text: str, known: Container[str]) -> list[str]:
@@ -286,10 +309,13 @@ def _text(message: dict[str, Any], field: str) -> str:
 
 
 def _found(text: str, rendered: str) -> bool:
+    return _count(text, rendered) > 0
+
+
+def _count(text: str, rendered: str) -> int:
     text = text.strip()
-    return any(
-        form in rendered for form in (text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)))
-    )
+    forms = {text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))}
+    return sum(map(rendered.count, forms))
 
 
 def _said(value: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ from megatron_tide.bridge import TemplateLimit, load_tokenizer, template, templa
 from megatron_tide.bridge.train_tokenizers import STUDENT_TEMPLATE, TEACHER_TEMPLATE
 from megatron_tide.data.encode import Encoder, TokenizerSettings
 from megatron_tide.release import parity
-from tests.bridge.test_chat import TOOLS_TEMPLATE
+from tests.bridge.test_left_out import TOOLS_TEMPLATE
 
 CHAT = [
     {"role": "system", "content": 'Be <b>brief</b> & "exact".'},
