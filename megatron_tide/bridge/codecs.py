@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
@@ -22,13 +22,13 @@ import tokenizers
 from megatron_tide.bounds import check_id
 from megatron_tide.bridge.byte_table import METASPACE, byte_level_bytes, metaspace_bytes
 from megatron_tide.bridge.chat import BLANK, Range, blank
+from megatron_tide.bridge.edges import Edges
 
 # <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
 # call them special. Text that contains one must not open a turn or become a mask.
 _MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _IMPOSSIBLE_SCORE = -1e9
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
-_USUAL = 64  # characters of a special token
 
 
 class Codec(Protocol):
@@ -52,6 +52,8 @@ class Codec(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def encode_rest(self, text: str) -> list[int]: ...
+
+    def encode_within(self, text: str, rest: bool) -> list[int]: ...
 
     def encode_prompt(self, text: str) -> list[int]: ...
 
@@ -101,7 +103,7 @@ class FastCodec:
         self._text = _text_only(spec, self.special)
         self._prefix_once = '"prepend_scheme": "first"' in json.dumps(spec["pre_tokenizer"])
         self._control = _any_of(self.special)
-        self._edges = _Edges({*self.special, *map(self._normal, self.special)})
+        self._edges = Edges({*self.special, *map(self._normal, self.special)})
         read = ["normalizer", "pre_tokenizer", "model"]
         if "ByteLevel" in {*_kinds(spec.get("decoder"))} - {*_kinds(spec.get("pre_tokenizer"))}:
             read.append("decoder")  # it alone says which bytes a token has
@@ -122,6 +124,14 @@ class FastCodec:
     def encode_rest(self, text: str) -> list[int]:
         """Ordinary text that goes on after other tokens: without the space that some write before a text."""
         return _encode(self._rest, text).ids
+
+    def encode_within(self, text: str, rest: bool) -> list[int]:
+        """Ordinary text, tokens behind it (``rest``: and before it): with the spaces at such an end, which a tokenizer
+        may drop or add at that of a text. A token that is also of what stands beside it is left out.
+        """
+        before = BLANK if rest else ""
+        found, stop = _encode(self._text, before + text + BLANK), len(before + text)
+        return [one for one, (start, end) in zip(found.ids, found.offsets) if len(before) <= start and end <= stop]
 
     def controls(self, text: str) -> list[Range]:
         """The ranges of ``text`` that ``encode_prompt`` makes special tokens of."""
@@ -191,6 +201,7 @@ class SentencePieceCodec:
         self, processor: sentencepiece.SentencePieceProcessor, added: Mapping[str, int], named: Iterable[str]
     ) -> None:
         self._processor = processor
+        self._suffixes = [*processor.encode("a", out_type=str), ""][-2].endswith(METASPACE)
         size = self._processor.get_piece_size()
         self.strings: list[str | None] = [self._processor.id_to_piece(index) for index in range(size)]
         self.strings += [None] * (max(added.values(), default=-1) + 1 - size)
@@ -212,7 +223,7 @@ class SentencePieceCodec:
         eager = (token for token, index in self.special.items() if len(token) > 1 and index in processor.encode(token))
         self._eager = _any_of(eager)
         self._made = {*self.special.values()} - {self.unknown}
-        self._edges = _Edges(self.special)
+        self._edges = Edges(self.special)
         self.core = hashlib.sha256(processor.serialized_model_proto()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -229,14 +240,25 @@ class SentencePieceCodec:
         """Ordinary text that goes on after other tokens: without the space that some write before a text."""
         return [index for index, _, _ in self._pieces(text, BLANK)]
 
-    def _pieces(self, text: str, before: str = "") -> Iterator[tuple[int, int, int]]:
-        """Id and bytes in ``text`` of each token; ``before`` is encoded with its first stretch, and then left out."""
-        place = 0
-        for stretch in self._stretches(text):
-            pieces, size = self._processor.encode(before + stretch, return_type="proto").pieces, len(before.encode())
-            own = (number for number, piece in enumerate(pieces) if piece.begin >= size or piece.end > size)
-            for piece in pieces[next(own, len(pieces)) :] if before else pieces:
-                yield piece.id, place + piece.begin - size, place + piece.end - size
+    def encode_within(self, text: str, rest: bool) -> list[int]:
+        """Ordinary text, tokens behind it (``rest``: and before it): with the spaces at such an end, which some drop
+        or add at that of a text.
+        """
+        return [index for index, _, _ in self._pieces(text, BLANK if rest else "", BLANK)]
+
+    def _pieces(self, text: str, before: str = "", after: str = "") -> Iterator[tuple[int, int, int]]:
+        """Id and bytes in ``text`` of each token; ``before`` is encoded with its first stretch, ``after`` with the
+        last one, and both are then left out.
+        """
+        place, stretches = 0, [*self._stretches(text)]
+        for number, stretch in enumerate(stretches):
+            behind = after if number == len(stretches) - 1 else BLANK if self._suffixes else ""
+            pieces = self._processor.encode(before + stretch + behind, return_type="proto").pieces
+            size, stop = len(before.encode()), len((before + stretch).encode())
+            own = (n for n, piece in enumerate(pieces) if piece.begin >= size or piece.end > size)
+            end = next((n for n, piece in enumerate(pieces) if behind and piece.begin >= stop), len(pieces))
+            for piece in pieces[next(own, len(pieces)) if before else 0 : end]:
+                yield piece.id, place + piece.begin - size, place + min(piece.end, stop) - size
             before, place = BLANK, place + len(stretch.encode())
 
     def _stretches(self, text: str) -> Iterator[str]:
@@ -282,34 +304,6 @@ class SentencePieceCodec:
             yield [self.special[text[start:stop]]], False
             place = stop
         yield self.encode(text[place:]), True
-
-
-class _Edges:
-    """Whether a text may begin, end or lie inside one of ``strings``, the rest of which is beside it."""
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        self._strings = [string for string in strings if len(string) > 1]
-        usual = [string for string in self._strings if len(string) <= _USUAL]
-        self._longest = max(map(len, usual), default=1)
-        self._starts = {string[:size] for string in usual for size in range(1, len(string))}
-        self._ends = {string[size:] for string in usual for size in range(1, len(string))}
-        for string in self._strings:
-            if len(string) > _USUAL:  # any of its letters might
-                self._starts |= {*string}
-                self._ends |= {*string}
-
-    def of(self, text: str, normal: Callable[[str], str] = str) -> list[Range]:
-        """The first and the last letter of ``text``, where it may; ``normal``: what a tokenizer does to a text."""
-        own, place = text.strip(), len(text) - len(text.lstrip())
-        if not own:
-            return []
-        sizes, near = range(1, self._longest + 1), 4 * self._longest
-        heads, tails = ({part, normal(part).strip()} for part in (own[:near], own[-near:]))
-        first = any(head[:size] in self._ends for head in heads for size in sizes)
-        last = any(tail[-size:] in self._starts for tail in tails for size in sizes)
-        within = len(own) < near and any(head in string for head in heads for string in self._strings)
-        places = [place] * (first or within) + [place + len(own) - 1] * last
-        return [(one, one + 1) for one in sorted({*places})]
 
 
 def sentencepiece_roles(processor: sentencepiece.SentencePieceProcessor) -> dict[str, str]:

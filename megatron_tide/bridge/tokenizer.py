@@ -19,6 +19,7 @@ from megatron_tide.bridge import template
 from megatron_tide.bridge.byte_table import ByteTable
 from megatron_tide.bridge.chat import LeftOut, Rendered, check_said, render_guarded
 from megatron_tide.bridge.codecs import Codec
+from megatron_tide.bridge.tokenizer_files import check_own
 
 SPACE = 0x20
 ROLES = ("mask", "eos", "pad")
@@ -71,9 +72,9 @@ class TextTokenizer:
         if mask.isdecimal():
             self._roles["mask"] = self._unused(int(mask))
         self._roles.setdefault("pad", self._roles.get("eos", -1))
-        probes = [self._table.encode_with_bytes(np.array(codec.encode(text), dtype=np.int32)) for text in ("a", " a")]
-        self._prefixes = probes[0].startswith(b" ")
-        self._prefixes_always = probes[1].startswith(b"  ")
+        probes = [self._table.encode_with_bytes(np.array(codec.encode(one), np.int32)) for one in ("a", " a", "a ")]
+        self._prefixes, self._suffixes = probes[0].startswith(b" "), probes[0].endswith(b" ")
+        self._prefixes_always, self._suffixes_always = probes[1].startswith(b"  "), probes[2].endswith(b"  ")
         self._fingerprint: str | None = None
         self._shapes: dict[str, str] = {}
         self._changing = _CHANGING.search(source.chat_template or "")
@@ -165,6 +166,17 @@ class TextTokenizer:
         encode = self._codec.encode_rest if rest else self._codec.encode
         return self._without_special(encode(_checked(text)))
 
+    def encode_within(self, text: str, *, rest: bool) -> np.ndarray:
+        """``encode`` of text that other tokens follow: with the spaces at its ends, where the tokenizer has them."""
+        prefixed = not rest and (self._prefixes_always or (self._prefixes and not text.startswith(" ")))
+
+        def lost(ids: np.ndarray) -> tuple[bool, int]:
+            data = self._table.encode_with_bytes(ids).removeprefix(b" " if prefixed else b"")
+            return data != text.encode(), abs(len(data) - len(text.encode()))
+
+        within = self._without_special(self._codec.encode_within(text, rest))
+        return min(self.encode(text, rest=rest), within, key=lost)
+
     def encode_prompt(self, rendered: str) -> np.ndarray:
         """Ids int32 [n] of text a template rendered: special tokens' strings become those tokens, none is added.
 
@@ -203,12 +215,15 @@ class TextTokenizer:
     def token_bytes(self, ids: Sequence[int] | np.ndarray) -> list[bytes]:
         """The bytes of each token in this sequence: joined, the text's bytes. Special tokens have none.
 
-        A tokenizer that writes a space before every text (SentencePiece's dummy prefix) has it taken off the first
-        token.
+        A tokenizer that writes a space before every text (SentencePiece's dummy prefix), or behind it, has it taken
+        off the first token, or the last one that has bytes.
         """
         token_bytes = [self._table.of(int(index)) or b"" for index in ids]
-        if token_bytes and self._prefixes and token_bytes[0][:1] == b" ":
-            token_bytes[0] = token_bytes[0][1:]
+        if token_bytes and self._prefixes:
+            token_bytes[0] = token_bytes[0].removeprefix(b" ")
+        if self._suffixes:
+            last = next((place for place in reversed(range(len(token_bytes))) if token_bytes[place]), None)
+            token_bytes = [one.removesuffix(b" ") if n == last else one for n, one in enumerate(token_bytes)]
         return token_bytes
 
     def byte_lengths(self, ids: np.ndarray) -> np.ndarray:
@@ -216,6 +231,8 @@ class TextTokenizer:
         lengths = self._table.lengths(ids)
         if len(ids) and self._prefixes and self._starts_with_space(ids):
             lengths[0] -= 1
+        if len(ids) and self._suffixes:
+            lengths[-1] -= (self._table.of(int(ids[-1])) or b"").endswith(b" ")
         return lengths.astype(np.int32)
 
     def id_to_bytes(self, token: int) -> bytes | None:
@@ -251,6 +268,9 @@ class TextTokenizer:
         if len(ids) and prefixed and self._starts_with_space(ids):
             lengths[0] -= 1
             data = data[1:]
+        if (self._suffixes_always or (self._suffixes and not text.endswith(" "))) and data.endswith(b" "):
+            lengths[-1] -= 1
+            data = data[:-1]
         return Encoding(ids, lengths, data)
 
     def spans(self, text: str) -> np.ndarray:
@@ -338,15 +358,13 @@ class TextTokenizer:
         return {**options, **self._role_tokens(), **({"tools": tools} if tools else {})}
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into ``folder``, made if missing: copies, or the Hugging Face form of a tiktoken
-        file.
-        """
+        """Write the tokenizer's files into ``folder``: copies, or the Hugging Face form of a tiktoken file."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if not self._source.files:
             self.raw.save_pretrained(folder)
         for file in self._source.files:
-            _check_own(file)
+            check_own(file)
             shutil.copyfile(file, folder / file.name)
 
     def _role_tokens(self) -> dict[str, str]:
@@ -369,15 +387,6 @@ class TextTokenizer:
         if index < 0:
             raise ValueError(f"{self.name}: the tokenizer has no {role} token; {hint}")
         return index
-
-
-def _check_own(file: Path) -> None:
-    """ValueError for a link to a file of another folder, which could be anything of the user's: what is copied may be
-    published. The hub's cache links to its own ``blobs``.
-    """
-    place, real = file.parent.resolve(), file.resolve()
-    if real.parent != place and not (place.parent.name == "snapshots" and real.parent == place.parents[1] / "blobs"):
-        raise ValueError(f"{file}: a link to {real}, outside its folder; replace it by a copy of that file")
 
 
 def _checked(text: str) -> str:

@@ -43,6 +43,15 @@ def check_files(folder: Path) -> None:
         check(path, read_json(path, "restore the file"))
 
 
+def check_own(file: Path) -> None:
+    """ValueError for a link to a file of another folder, which could be anything of the user's: what is copied may be
+    published. The hub's cache links to its own ``blobs``.
+    """
+    place, real = file.parent.resolve(), file.resolve()
+    if real.parent != place and not (place.parent.name == "snapshots" and real.parent == place.parents[1] / "blobs"):
+        raise ValueError(f"{file}: a link to {real}, outside its folder; replace it by a copy of that file")
+
+
 def _wrong(path: Path, what: str, wanted: str, found: object) -> ValueError:
     return ValueError(f"{path}: {what[:60]} must be {wanted}, not {json.dumps(found)[:40]}; restore the file")
 

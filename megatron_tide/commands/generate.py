@@ -77,7 +77,9 @@ class Args:
     )
     system: str | None = flag(None, "System message before each --prompt, or of the chat", metavar="TEXT")
     infill: str | None = flag(
-        None, "Answer to --prompt with gaps to fill in; <mask:N> is a gap of N tokens", metavar="ANSWER"
+        None,
+        "Answer to --prompt with gaps to fill in; <mask:N> is a gap of N tokens, \\n a line end, \\\\n a \\n",
+        metavar="ANSWER",
     )
     limit: int = flag(0, "Maximum number of prompts from --file or --data", shown="all", low=0)
     batch_size: int = flag(8, "Number of prompts per batch", low=1, high=1 << 20)
@@ -165,6 +167,6 @@ def _prompts(args: Args, tokenizer: Any) -> list[Any]:
         return from_prepared(PreparedData.open(args.data), tokenizer, args.limit)
     prompts = [from_text(tokenizer, text, args.system) for text in args.prompt]
     if args.infill:
-        answer = args.infill.replace("\\n", "\n")
+        answer = "\\n".join(part.replace("\\n", "\n") for part in args.infill.split("\\\\n"))
         prompts = [with_holes(tokenizer, prompt, answer) for prompt in prompts]
     return prompts

@@ -40,7 +40,8 @@ class AnswerFile:
         self._path, self._tokenizer, self._prompts = path, tokenizer, prompts
         self._form = {**_ROW, **WRITTEN} if as_written else _ROW
         who = [decides, tokenizer.fingerprint]
-        self._keys = [fingerprint([who, prompt.ids.tolist(), seed]) for prompt, seed in zip(prompts, seeds)]
+        asked = [[prompt.ids.tolist(), *prompt.parts] for prompt in prompts]
+        self._keys = [fingerprint([who, *one, seed]) for one, seed in zip(asked, seeds)]
         self._rows: dict[str, dict[str, Any]] = {}
         self._known = set(self._keys)
         if path.exists() and self._read(path):
@@ -90,8 +91,9 @@ class AnswerFile:
                 file.write(_line(row))
 
     def close(self) -> list[dict[str, Any]]:
-        """Write the file once more, in the order of the prompts; its rows."""
-        rows = [self._rows[key] for key in self._keys]
+        """Write the file once more, in the order of the prompts; its rows, equal prompts with a reference each."""
+        told = ({"prompt": prompt.shown, "reference": prompt.reference} for prompt in self._prompts)
+        rows = [{**self._rows[key], **own} for key, own in zip(self._keys, told)]
         self._write(rows)
         return rows
 

@@ -25,7 +25,8 @@ MOST_MASKS = 1 << 20
 class Prompt:
     """``ids`` for the model; ``shown``: the same as text; ``reference``: the recorded answer, if there is one.
 
-    ``begun``: number of trailing ids that belong to the answer already, including masks to fill, ``holes`` of them.
+    ``begun``: number of trailing ids that belong to the answer already, including masks to fill, ``holes`` of them;
+    ``parts``: their texts and numbers of ids, part by part, a hole's text being empty.
     """
 
     ids: np.ndarray
@@ -33,11 +34,18 @@ class Prompt:
     reference: str | None = None
     begun: int = 0
     holes: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
 
     def answer(self, tokenizer: TextTokenizer, completion: Completion) -> str:
-        """The full answer: the partial answer with its holes filled, and the text after it."""
-        begun = completion.prompt[len(completion.prompt) - self.begun :]
-        return tokenizer.decode([*begun, *completion.ids])
+        """The full answer: the partial answer as it was given, with its holes filled, and the text after it."""
+        if not self.parts:
+            return tokenizer.decode(completion.ids)
+        ids = [*completion.prompt[len(completion.prompt) - self.begun :], *completion.ids]
+        pieces, said, place = tokenizer.token_bytes(ids), b"", 0
+        for text, size in (*self.parts, ("", len(completion.ids))):
+            said += text.encode() or b"".join(pieces[place : place + size])
+            place += size
+        return said.decode("utf-8", errors="replace")
 
 
 def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> Prompt:
@@ -69,11 +77,14 @@ def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
     if not sizes or min(sizes) < 1 or sum(sizes) > MOST_MASKS:
         raise ValueError(f"--infill {answer[:80]!r}: mark each hole as <mask:N>, N tokens, in all 1 to {MOST_MASKS}")
     begun: list[int] = []
+    found: list[tuple[str, int]] = []
     for place, part in enumerate(parts):
-        text = [] if place % 2 or not part else tokenizer.encode(part, rest=place > 0).tolist()
-        begun += [tokenizer.mask_id] * int(part) if place % 2 else text
+        text = [] if place % 2 or not part else tokenizer.encode_within(part, rest=place > 0).tolist()
+        ids = [tokenizer.mask_id] * int(part) if place % 2 else text
+        found += [("" if place % 2 else part, len(ids))] if part else []
+        begun += ids
     ids = np.concatenate([prompt.ids, np.array(begun, dtype=np.int32)])
-    return replace(prompt, ids=ids, begun=len(begun), holes=sum(sizes))
+    return replace(prompt, ids=ids, begun=len(begun), holes=sum(sizes), parts=tuple(found))
 
 
 def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:

@@ -40,10 +40,10 @@ def test_prepared_prompts_with_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
 
 
 def test_infilling(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    generate([str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = 1", "--steps", "4"])
+    generate([str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = '\\\\n'", "--steps", "4"])
     printed = capsys.readouterr().out
     assert "--- answer\na = " in printed
-    assert "\nb = 1\n" in printed
+    assert "\nb = '\\n'\n" in printed
     assert printed.splitlines()[-1].startswith("3 tokens")
 
 
