@@ -16,7 +16,7 @@ command -v slurmctld >/dev/null || [[ -x /usr/sbin/slurmctld ]] ||
   printf 'note: slurmctld, slurmd, slurm-client, munge are not installed, so the tests on a Slurm cluster are skipped\n'
 command -v chromium >/dev/null ||
   printf 'note: chromium is not installed, so the tests of the report in a browser are skipped\n'
-setup_environment requirements.txt requirements-eval.txt requirements-real.txt tests/requirements.txt
+setup_environment requirements.txt requirements-eval.txt requirements-real.txt requirements-wandb.txt tests/requirements.txt
 
 pytest=("$PYTHON" -m pytest)
 if (($#)); then

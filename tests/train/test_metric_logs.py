@@ -77,6 +77,9 @@ def test_the_package_itself_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="NOT TESTED: wandb is not installed (requirements-wandb.txt)")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "own"))
     for name in ("WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.setenv(name, "tests")
     log_two_steps(tmp_path, 0)

@@ -18,8 +18,10 @@ from megatron_tide.diffusion import build_inputs, noise
 from megatron_tide.diffusion.masking import SYNCHRONOUS
 from megatron_tide.hosting.cached import OutputCache, cache_settings
 from megatron_tide.train.inputs import RunInputs, read_run_inputs
+from tests.hosting.backends import teacher_folder
 from tests.support.chain import PREPARING, Chain
 from tests.support.commands import command
+from tests.support.models import tiny_student_config, tiny_wedlm_config
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import read_curve, train_and_tell
 
@@ -192,18 +194,51 @@ def test_a_phase_with_nothing_to_learn_is_refused(
             inputs(**flags)
 
 
+@pytest.fixture(scope="module")
+def teachers(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The flags of a run with each kind of teacher; all have the tokenizer of the chain's, an LLaDA2."""
+    root = tmp_path_factory.mktemp("teachers")
+    configs = {"wedlm": tiny_wedlm_config(), "qwen3": tiny_student_config(model_type="qwen3")}
+    folders = {name: teacher_folder(chain.root / "teacher", root / name, config) for name, config in configs.items()}
+    flags = {name: {"teacher": str(folder)} for name, folder in folders.items()}
+    flags["qwen3"]["teacher_context"] = "causal"
+    return {"llada2": {}, **flags}
+
+
 def in_turn(*runs):  # type: ignore[no-untyped-def]
     for flags in runs:
         train_and_tell(flags)
 
 
-def test_denoising_leaves_it_out_and_the_teacher_does_not(chain: Chain, prepared: Path, tmp_path: Path) -> None:
-    """What denoising loses on one half it has on the other: the sums over halves are those of all rows."""
+def test_denoising_leaves_it_out_and_the_teacher_does_not(
+    chain: Chain, prepared: Path, written: Path, teachers: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    """What denoising loses on one half it has on the other: the sums over halves are those of all rows.
+
+    With every kind of teacher; and read from a cache of it, also of own text as it was written, in its own order.
+    """
     settings = {"global_batch_size": ROWS, "micro_batch_size": 8, "max_steps": 1, "strategy": "tide-bridge"}
-    runs = [chain.run(tmp_path / name, data=str(prepared / name), **settings) for name in OWN]
+    runs = []
+    for teacher, flags in teachers.items():
+        root = tmp_path / teacher
+        flags = {**settings, **flags}
+        runs += [chain.run(root / name, data=str(prepared / name), **flags) for name in OWN]
+        flags |= {"data": str(written), "own_masks": "order", "timesteps": "block", "global_batch_size": ROWS // 2}
+        command("cache")(chain.flags(root / "answers", **flags))
+        cached = {**flags, "teacher_hosting": "cached", "teacher_cache": str(root / "answers"), "teacher": ""}
+        runs += [chain.run(root / "live", **flags), chain.run(root / "cached", **cached)]
     run_on_ranks(in_turn, 1, *runs, timeout=280)
-    none, first, second = (read_curve(tmp_path / name) for name in OWN)
-    assert first["loss/distill"] == second["loss/distill"] == none["loss/distill"]
-    assert first["loss/denoise"][0] > 0.1
-    assert second["loss/denoise"][0] > 0.1
-    assert first["loss/denoise"][0] + second["loss/denoise"][0] == pytest.approx(none["loss/denoise"][0], rel=1e-6)
+    distilled = []
+    for teacher in teachers:
+        root = tmp_path / teacher
+        none, first, second = (read_curve(root / name) for name in OWN)
+        assert first["loss/distill"] == second["loss/distill"] == none["loss/distill"]
+        assert first["loss/denoise"][0] > 0.1
+        assert second["loss/denoise"][0] > 0.1
+        assert first["loss/denoise"][0] + second["loss/denoise"][0] == pytest.approx(none["loss/denoise"][0], rel=1e-6)
+        live, cached = (read_curve(root / name) for name in ("live", "cached"))
+        for loss in ("loss/distill", "loss/denoise", "loss/total"):
+            assert cached[loss] == live[loss]
+        distilled += [none["loss/distill"][0], live["loss/distill"][0]]
+    assert len(set(distilled)) == 2 * len(teachers)
+    assert min(distilled) > 0.0
