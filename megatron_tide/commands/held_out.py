@@ -77,7 +77,8 @@ def _prepared(data: Path, folder: Path, models: Sequence[tuple[str, str | None]]
         sample.run(sample.Args(data=(str(data),), out=folder / "sample.jsonl"))
         bridge.run(bridge.Args(**flags, sample=(folder / "sample.jsonl",), out=folder / "bridge"))
         flags |= {"bridge": folder / "bridge", "teacher_block": teacher.block}
-    prepare.run(prepare.Args(**flags, student_block=student.block, data=(str(data),), out=folder / "data"))
+    asked = prepare.Args(**flags, student_block=student.block, data=(str(data),), out=folder / "data")
+    prepare.run(asked, to_score=True)
     return folder / "data"
 
 

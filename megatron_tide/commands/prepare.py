@@ -66,7 +66,8 @@ class Args:
     fresh: bool = flag(False, "Start over, even if --out was prepared with other settings")
 
 
-def run(args: Args) -> None:
+def run(args: Args, *, to_score: bool = False) -> None:
+    """``to_score``: no student is trained on it, so an autoregressive model may stand in a student's place."""
     if (args.teacher is None) != (args.bridge is None):
         raise ValueError("--teacher and --bridge need each other; set both, or neither to train without a teacher")
     import sys
@@ -75,7 +76,7 @@ def run(args: Args) -> None:
     from megatron_tide.data.prepare import prepare, settings_of, summary
     from megatron_tide.data.sources import open_mixture
 
-    encoder, mixture = _encoder(args), open_mixture(args.data)
+    encoder, mixture = _encoder(args, to_score), open_mixture(args.data)
     for name, model, length in (
         ("student", args.student, args.student_length),
         ("teacher", args.teacher, args.teacher_length),
@@ -92,7 +93,7 @@ def run(args: Args) -> None:
     say(summary(job, manifest), file=sys.stderr)
 
 
-def _encoder(args: Args) -> Any:
+def _encoder(args: Args, to_score: bool) -> Any:
     from megatron_tide.bridge import Bridge, load_tokenizer
     from megatron_tide.data.encode import Encoder, TokenizerSettings
     from megatron_tide.hub import stated_block_size
@@ -100,12 +101,13 @@ def _encoder(args: Args) -> Any:
     trust = args.trust_remote_code
     student = load_tokenizer(args.student, mask_token=args.student_mask, trust_remote_code=trust)
     block = args.student_block or stated_block_size(args.student) or BLOCK
-    side = TokenizerSettings(tokenizer=student, length=args.student_length, block=block)
+    needs_mask = not to_score or _needs_mask(student, args.student)
+    side = TokenizerSettings(tokenizer=student, length=args.student_length, block=block, needs_mask=needs_mask)
     if args.teacher is None or args.bridge is None:
         return Encoder(student=side)
     teacher = load_tokenizer(args.teacher, mask_token=args.teacher_mask, trust_remote_code=trust)
     block = args.teacher_block or stated_block_size(args.teacher) or BLOCK
-    needs_mask = teacher.describe()["mask_id"] is not None or not _is_autoregressive(args.teacher)
+    needs_mask = _needs_mask(teacher, args.teacher)
     other = TokenizerSettings(tokenizer=teacher, length=args.teacher_length, block=block, needs_mask=needs_mask)
     bridge = Bridge.load(args.bridge)
     bridge.check(student, teacher)
@@ -127,10 +129,10 @@ def _warn_of_positions(name: str, model: str | None, length: int) -> None:
         )
 
 
-def _is_autoregressive(path: str) -> bool:
-    """Whether a folder or hub name holds an autoregressive model, which knows no mask token."""
+def _needs_mask(tokenizer: Any, path: str) -> bool:
+    """False for an autoregressive model (a folder or hub name) whose tokenizer has no mask token."""
     from megatron_tide.hub import stated_config
     from megatron_tide.models.families import FAMILIES
 
     family = FAMILIES.get(str(stated_config(path).get("model_type")))
-    return family is not None and family.shifts_by_one
+    return tokenizer.describe()["mask_id"] is not None or family is None or not family.shifts_by_one

@@ -47,7 +47,7 @@ SIDE = {  # of a manifest
 TEACHER_SIDE = {**SIDE, "mask_id": (None, _IDS)}  # an autoregressive teacher needs no mask
 _FORM = {
     "fingerprint": str,
-    "student": SIDE,
+    "student": TEACHER_SIDE,  # alone, to be scored, it may be autoregressive too
     "teacher": (None, TEACHER_SIDE),
     "bridge": (None, str),
     "own?": [[range(1 << 63)]],

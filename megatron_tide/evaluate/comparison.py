@@ -22,8 +22,8 @@ def check_has_bound(path: str | Path) -> None:
     """Raises: ValueError for an autoregressive model: its likelihood is no diffusion bound."""
     if generation_of(path) == "autoregressive":
         raise ValueError(
-            f"{path}: an autoregressive model has no diffusion bound; leave out likelihood, or name it with --student "
-            "if its weights are a diffusion model's"
+            f"{path}: an autoregressive model has no diffusion bound; name it with --teacher and add --teacher-context "
+            "causal for its own likelihood, or with --student if its weights are a diffusion model's"
         )
 
 

@@ -55,7 +55,8 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
             input_ids: [B, P] prompts, padded on either side (``attention_mask`` 0 marks padding; without one, pad
                 tokens that not every row has there do); mask tokens in them are filled in. ``inputs`` is the same under
                 transformers' name.
-            generation_config: settings in place of the model's own; its fields mean what the same keywords mean.
+            generation_config: settings in place of the model's own; its fields mean what the same keywords mean
+                (but in transformers 4 a field with its default, such as ``top_k`` 50, counts as not stated).
             seed: one number (row r uses seed + r), or one per row; used when tokens are sampled. None: drawn from
                 ``generator``, or from torch's global one.
             streamer: transformers' TextStreamer or the like, for one prompt: gets the prompt, then block after block.

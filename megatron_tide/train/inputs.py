@@ -63,6 +63,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
     validation = PreparedData.open(paths.validation) if paths.validation else None
     for prepared in [data] if validation is None else [data, validation]:
         _check_origin(prepared, bridge, student, teacher)
+        mask_of(prepared, "student", ATTENTION_LAYOUTS["staircase"])
     strategy = build_strategy(config.strategy, bridge)
     cached = config.teacher.teacher_hosting == CACHED
     if strategy.needs_teacher and not ((paths.teacher or cached) and paths.bridge):

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from megatron_tide.commands import held_out
+from megatron_tide.config import from_flat
+from megatron_tide.data import PreparedData
+from megatron_tide.train.inputs import read_run_inputs
+from tests.support.ar_models import ar_folder
 from tests.support.commands import command
 from tests.support.lab import Lab, write_checkpoint
 
@@ -57,6 +65,29 @@ def test_a_student_and_a_teacher(lab: Lab, rows: Path, tmp_path: Path) -> None:
         found = scores(tmp_path / "found.json", *models, "--data", str(rows))
         assert [one["side"] for one in found["models"]] == ["student", "teacher"]
         assert [one["bits_per_byte"] for one in found["models"]] == [one["bits_per_byte"] for one in first["models"]]
+
+
+def test_an_autoregressive_model_alone(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It needs no mask token: what it gets is transformers' own likelihood of the response."""
+    path = ar_folder(tmp_path / "model", "qwen3")
+    named = ["--data", str(rows), "--teacher-context", "causal"]
+    with pytest.raises(ValueError, match="no diffusion bound; name it with --teacher and add --teacher-context causal"):
+        evaluate([str(path), *named])
+    monkeypatch.setattr(held_out, "TemporaryDirectory", lambda prefix: nullcontext(str(tmp_path / "made")))
+    out = tmp_path / "found.json"
+    evaluate(["--teacher", str(path), *named, "--per-sample", "--mc-samples", "64", "--json", str(out)])
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    data, expected = PreparedData.open(tmp_path / "made" / "data"), []
+    for side in (data.sample(number).student for number in range(len(data))):
+        ids = torch.from_numpy(side.ids.astype("int64"))
+        with torch.no_grad():
+            logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        expected.append(-logp[side.prompt - 1 : side.content_end].sum().item())
+    (one,) = json.loads(out.read_text())["models"]
+    assert sum(one["per_sample"]["nats"]) == pytest.approx(sum(expected), rel=0.02)  # an estimate: tokens are drawn
+    run = {"student": str(path), "data": str(data.folder), "out": str(tmp_path / "run"), "strategy": "bd3lm"}
+    with pytest.raises(ValueError, match=r"prepared for a student without a mask token: .* again with --student-mask"):
+        read_run_inputs(from_flat(run), 1)
 
 
 def test_what_models_do_not_share_is_refused(lab: Lab, rows: Path, tmp_path: Path) -> None:
