@@ -28,7 +28,14 @@ CONFIG = {
 }
 """Keys of a ``config.json``: whole numbers, from 1 or, of experts, from 0."""
 IDS = ("mask_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "attention_dropout", "partial_rotary_factor")
+NUMBERS: tuple[str, ...] = (
+    "rope_theta",
+    "rms_norm_eps",
+    "initializer_range",
+    "attention_dropout",
+    "partial_rotary_factor",
+    "routed_scaling_factor",
+)
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache")
 
 
@@ -51,6 +58,21 @@ def check_config(values: dict[str, Any]) -> None:
     wrong += [key for key in ("rope_scaling", "rope_parameters") if not isinstance(given.get(key, {}), dict)]
     if wrong:
         raise ValueError(f"{wrong[0]} is {shown(given[wrong[0]])}, which no model has; restore the file")
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a ``config.json``'s values, those that are numbers, lists of them, true, false, null or one word: no path, and
+    nothing nested.
+    """
+    return {key: value for key, value in values.items() if all(map(_is_plain, _items(value)))}
+
+
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, int | float | None) or (isinstance(value, str) and value.isidentifier())
 
 
 def shown(value: object) -> str:

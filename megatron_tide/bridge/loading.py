@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "*.tiktoken.json",
 )
 _SENTENCEPIECE = "tokenizer.model"
+_UNREAD = (_SENTENCEPIECE, "chat_template.json", "vocab.json", "merges.txt")  # beside tokenizer.json: not copied
 _TEMPLATE = "chat_template.jinja"
 # Keys of a GGUF file: tokenizer.json, {role_token: token} as JSON, the chat template.
 GGUF_TOKENIZER, GGUF_ROLES = "tokenizer.huggingface.json", "megatron_tide.tokenizer_roles"
@@ -149,7 +150,8 @@ def _load_hugging_face(folder: Path, request: _LoadRequest) -> TextTokenizer:
         raw = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=request.trust_remote_code)
     if getattr(raw, "backend_tokenizer", None) is None:
         raise ValueError(f"{request.name}: no fast tokenizer; save its tokenizer.json with transformers first")
-    files = (file for file in dict.fromkeys(kept) if ".tiktoken" not in file.name)  # of another form
+    unread = _UNREAD if (folder / TOKENIZER).exists() else ()
+    files = (file for file in dict.fromkeys(kept) if ".tiktoken" not in file.name and file.name not in unread)
     return _wrap_hugging_face(folder, tuple(files), raw, request)
 
 

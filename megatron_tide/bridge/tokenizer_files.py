@@ -6,6 +6,7 @@ Libraries take memory for all ids below the largest one, believe any type, and a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ LARGEST = 1 << 27
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_CLASS = re.compile(r"\w*(Tokenizer|Backend)\w*", flags=re.A)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LONG = {"precompiled_charsmap": LARGEST, "Regex": 1 << 16}  # characters of texts of a step; of others as a token's
@@ -33,6 +35,7 @@ def check_files(folder: Path) -> None:
         "added_tokens.json": _check_ids,
         CONFIG: _check_config,
         "special_tokens_map.json": _check_roles,
+        "config.json": _check_class,
     }
     for name, check in checks.items():
         path = folder / name
@@ -122,7 +125,15 @@ def _check_step(path: Path, part: str, content: Any) -> None:
         raise ValueError(f"{path}: {part} makes texts {str(growth)[:20]} times as long; restore the file")
 
 
+def _check_class(path: Path, content: dict[str, Any]) -> None:
+    """ValueError where ``tokenizer_class`` is none: transformers would load whatever of its classes has the name."""
+    name = content.get("tokenizer_class")
+    if name is not None and not (isinstance(name, str) and _CLASS.fullmatch(name)):
+        raise _wrong(path, "tokenizer_class", "the name of a tokenizer's class", name)
+
+
 def _check_config(path: Path, content: dict[str, Any]) -> None:
+    _check_class(path, content)
     added, template = content.get("added_tokens_decoder"), content.get("chat_template")
     if added is not None and not isinstance(added, dict):
         raise _wrong(path, "added_tokens_decoder", "an object", added)

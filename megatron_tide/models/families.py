@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megatron_tide.bounds import check_config
+from megatron_tide.bounds import check_config, plain
 from megatron_tide.files import read_json
 from megatron_tide.machine import free_memory
 from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
@@ -28,6 +28,24 @@ from megatron_tide.models.modeling_sdar import SDARConfig, SDARForCausalLM
 
 ConfigSource = str | Path | dict[str, Any]
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_ROPE_KEYS = {  # of the latter two, in transformers
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "factor",
+    "high_freq_factor",
+    "long_factor",
+    "low_freq_factor",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_theta",
+    "rope_type",
+    "short_factor",
+    "truncate",
+    "type",
+}
 
 
 class ConfigFormat(Protocol):
@@ -72,9 +90,10 @@ class HubConfig:
             "rope_theta": values["rope_theta"],
             **(values.get("rope_scaling") or {}),
         }
-        plain = rope.get("rope_type", "default") == "default"
+        rope = plain({key: value for key, value in rope.items() if key in _ROPE_KEYS})
+        usual = rope.get("rope_type", "default") == "default"
         written = {key: values[key] for key in (*self.required, *self.optional) if key in values}
-        return {**written, "rope_theta": rope["rope_theta"], "rope_scaling": None if plain else rope}
+        return {**written, "rope_theta": rope["rope_theta"], "rope_scaling": None if usual else rope}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MaskedLMOutput
 
+from megatron_tide.bounds import plain
 from megatron_tide.models.backbone_a2d import Mask, WithHead, attend, attention_mask_for
 from megatron_tide.models.decoding_a2d import BlockCache
 from megatron_tide.models.experts import Experts, Router
@@ -141,7 +142,7 @@ class LLaDA2Config(PretrainedConfig):
         if missing:
             raise ValueError(f"llada2_moe config: missing {', '.join(missing)}")
         own = {name: value for name, value in values.items() if name in _OWN}
-        return cls(**own, extra={key: values[key] for key in _ALSO_WRITTEN if key in values})
+        return cls(**own, extra=plain({key: values[key] for key in _ALSO_WRITTEN if key in values}))
 
     @staticmethod
     def write(config: LLaDA2Config) -> dict[str, Any]:

@@ -30,37 +30,10 @@ from megatron_tide.models.families import FAMILIES, config_dict, family_of
 from megatron_tide.models.shards import NOT_THE_MODEL, ShardedFolder, write_shards
 from megatron_tide.release.card import check_card_text, has_scores, keep_scores, model_card, public_run, public_state
 from megatron_tide.release.parity import check_parity
+from megatron_tide.release.tokenizer_config import clean_tokenizer_files
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
 
 MODELS = Path(megatron_tide.models.__file__).parent
-# Keys of tokenizer_config.json that a release has, beside the tokens themselves (``eos_token``, ...). None names code
-# (``auto_map``) or a local path.
-TOKENIZER_KEYS = {
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "backend",
-    "chat_template",
-    "clean_up_tokenization_spaces",
-    "errors",
-    "extra_special_tokens",
-    "is_local",
-    "legacy",
-    "mask_token",
-    "model_input_names",
-    "model_max_length",
-    "model_specific_special_tokens",
-    "padding_side",
-    "sp_model_kwargs",
-    "spaces_between_special_tokens",
-    "split_special_tokens",
-    "tokenizer_class",
-    "truncation_side",
-    "use_default_system_prompt",
-}
-_TOKEN_KEYS = ("__type", "content", "lstrip", "normalized", "rstrip", "single_word", "special")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -225,41 +198,17 @@ def export(
     write_json(out / "config.json", config)
     write_json(out / "generation_config.json", {**asdict(ids), "do_sample": False})
     tokenizer.save(out)
-    _clean_tokenizer_config(out / "tokenizer_config.json", config.get("max_position_embeddings"))
-    roles = out / "special_tokens_map.json"
-    if roles.is_file():
-        write_json(roles, _listed(read_json(roles)))
+    clean_tokenizer_files(out, tokenizer, config.get("max_position_embeddings"))
+    released = load_tokenizer(out)
+    if released.fingerprint != tokenizer.fingerprint or released.template_fingerprint != tokenizer.template_fingerprint:
+        raise ValueError(
+            f"{trained.base_model}: its tokenizer or chat template is another one without what a release leaves out; "
+            "save it with save_pretrained of transformers"
+        )
     for name in files.code:
         shutil.copyfile(MODELS / name, out / name)
     for file in out.glob("*.safetensors"):  # safetensors creates them readable by the owner only
         file.chmod((out / "config.json").stat().st_mode)
-
-
-def _clean_tokenizer_config(path: Path, longest: int | None) -> None:
-    """Keep the keys on the list; what a tokenizer returns is what the model takes, of up to ``longest`` tokens.
-
-    transformers 5 writes a class name that 4 does not have; both accept the older one.
-    """
-    if not path.is_file():
-        return
-    config = read_json(path)
-    kept = _listed(config)
-    if kept.get("tokenizer_class") == "TokenizersBackend":
-        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    kept["model_input_names"] = ["input_ids", "attention_mask"]
-    if longest is not None:
-        kept["model_max_length"] = min(longest, kept.get("model_max_length") or longest)
-    if kept != config:
-        write_json(path, kept)
-
-
-def _listed(config: dict[str, Any]) -> dict[str, Any]:
-    """What is on the list of keys, and of a token that is an object what makes a token."""
-    kept = {key: value for key, value in config.items() if key in TOKENIZER_KEYS}
-    for key, value in config.items():
-        if key.endswith("_token") and isinstance(value, str | dict | None):
-            kept[key] = {k: v for k, v in value.items() if k in _TOKEN_KEYS} if isinstance(value, dict) else value
-    return kept
 
 
 def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

@@ -30,6 +30,16 @@ EMPTY = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "e"}
 STEPS: list[Any] = [{"type": "Prepend", "prepend": BIG}, {**REPLACE, "content": BIG}]
 STEPS += [{"type": "Sequence", "normalizers": [one] * 9} for one in (REPLACE, EMPTY)]
 TEMPLATES: list[Any] = [1, True, [1], ["a"], [{"name": "default"}], [{"name": 1, "template": "x"}], {"default": 1}]
+CLASSES: list[Any] = [
+    "Qwen3ForCausalLM",
+    "AutoModel",
+    "models",
+    "Evil",
+    "evil/repo--tokenization.EvilTokenizer",
+    "",
+    1,
+    [],
+]
 WHOLE = ["[]", "null", "1", '"s"', "{", "", "[[1]]", "[" * 100_000, "\xff"]
 
 
@@ -43,8 +53,10 @@ def cases(kind: str) -> Iterator[tuple[str, str, Any]]:
     yield from ((file, "additional_special_tokens", value) for file in (config, roles) for value in LISTS)
     yield from ((config, "chat_template", value) for value in TEMPLATES)
     yield from (("added_tokens.json", "a", value) for value in IDS)
+    yield from ((config, "tokenizer_class", value) for value in CLASSES)
     yield from ((file, "", text) for file in (config, roles, "added_tokens.json") for text in WHOLE)
     if kind == "student":
+        yield from (("config.json", "tokenizer_class", value) for value in CLASSES)
         yield from (("tokenizer.json", "added_tokens", value) for value in ADDED)
         yield from (("tokenizer.json", "", text) for text in WHOLE)
         yield from (("tokenizer.json", part, step) for part in ("normalizer", "decoder") for step in STEPS)
