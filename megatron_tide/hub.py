@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ from megatron_tide.files import read_json
 
 _NAME = r"[A-Za-z0-9][\w.-]{0,95}"
 HUB_NAME = re.compile(f"{_NAME}/{_NAME}", flags=re.A)
+_LOCAL_KEYS = {"out", "resume", "teacher_nvme", "refused_example", "unreadable", "shards"}
+_HUB_KEYS = {"student", "teacher", "model_folder", "name", "path", "data", "validation"}  # may hold names of the hub
+_SECRET = re.compile(
+    r"\b(hf_|gh[pousr]_|glpat-|sk-)[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|[A-Z_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z_]*=\S+"
+)
+_HOME = re.compile(r"^~[^/\\]*$|^/root$|([/\\]Users|/home)[/\\][^/\\]+$")
+_PATH = re.compile(r"(?<![\w.>-])(~[\w.-]*|[A-Za-z]:)?[/\\]([^\s/\\:'\"]+[/\\])+")
 _FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken", ".gguf")
 
 
@@ -87,13 +94,39 @@ def stated_block_size(path: str) -> int | None:
 
 
 def one_line(text: str) -> str:
-    """``text`` with a single space for each run of spaces, line ends and other characters that do not print."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    """``text`` with a single space for each run of spaces, line ends and other characters that do not print, and
+    without tokens and passwords.
+    """
+    return " ".join(_SECRET.sub("(secret)", "".join(c if c.isprintable() else " " for c in text)).split())
 
 
 def public_name(value: str, may_be_on_hub: bool = True) -> str:
-    """The last part of a local path; a hub name, or text that is not a path, unchanged. One line."""
+    """The last part of a local path or an address; a hub name, or text that is not a path, unchanged. One line, without
+    the name of a user or a machine.
+    """
     value = one_line(value)
     if may_be_on_hub and may_be_hub_name(value) and not Path(value).exists():
         return value
-    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if "://" in value:
+        value = re.sub("//[^/]*@", "//", re.split("[?#]", value)[0])
+    value = re.sub("%2f|%5c", "/", value, flags=re.I).rstrip("/\\")
+    if _HOME.search(value) or value == str(Path.home()):
+        return "~"
+    return re.sub(r"^[\w.-]+@[\w.-]+:(?!\s)", "", re.split(r"[/\\]", value)[-1])
+
+
+def without_paths(text: str) -> str:
+    """``text`` with the last part of each path in it that begins at a root or at home."""
+    return _PATH.sub("", text)
+
+
+def published(value: Any, local: Collection[str] = (), key: str = "") -> Any:
+    """A recorded setting, or all of them, as strangers may read it: names in place of paths, nothing that is of this
+    machine alone. ``local``: paths that look like names of the hub.
+    """
+    if isinstance(value, Mapping):
+        items = {str(name): item for name, item in value.items() if name not in _LOCAL_KEYS}
+        return {public_name(name, False): published(item, local, name) for name, item in items.items()}
+    if isinstance(value, list | tuple):
+        return [published(item, local, key) for item in value]
+    return public_name(value, key in _HUB_KEYS and value not in local) if isinstance(value, str) else value

@@ -57,7 +57,7 @@ _RUN = {  # what a model is made of; resuming compares what is there
         "data_fingerprint": str,
         "fingerprint": str,
         "model_folder": str,
-        "data": {"student": SIDE, "teacher": (None, TEACHER_SIDE)},
+        "data": {"student": SIDE, "teacher": (None, TEACHER_SIDE), "sources?": [{"path?": str}]},
     },
 }
 

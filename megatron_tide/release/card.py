@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import megatron_tide
 from megatron_tide.choices import STRATEGIES
 from megatron_tide.evaluate.parallelism import threshold_of
 from megatron_tide.files import atomic_write, read_whole
-from megatron_tide.hub import HUB_NAME, one_line, public_name
+from megatron_tide.hub import HUB_NAME, one_line, public_name, published
 from megatron_tide.models.families import Family
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, TrainState
 
@@ -50,11 +50,11 @@ _DATA_KEYS: tuple[str, ...] = (
     "coverage",
 )
 _DATA_KEYS += ("fingerprint",)
-_LOCAL_KEYS = {"out", "resume", "teacher_nvme", "refused_example", "unreadable", "shards"}
-_HUB_KEYS = {"student", "teacher", "model_folder", "name", "path", "data", "validation"}  # may hold names of the hub
 _ONE_LINE = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\"\\`<>]+")
 _INDEX = re.compile(r"^model-index:\n(?:(?: |- ).*\n)*", flags=re.M)
 _NUMBER = re.compile(r"-?\d[\d.]*(e[+-]?\d+)?|nan|inf")
+_METRIC = r"\w[\w.@-]*(/[\w.@-]+)*"  # a name of the logs
+_YAML_WORDS = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
 _SECTION = re.compile(rf"^{HEADING}\n.*?(?=^## |\Z)", flags=re.M | re.S)
 
 
@@ -73,7 +73,7 @@ def model_card(
     repository = repository or (name if HUB_NAME.fullmatch(name) else NO_REPOSITORY)
     name = name if HUB_NAME.fullmatch(name) else public_name(name)
     public = public_run(trained.run)
-    metrics = {key: value for key, value in trained.metrics.items() if isinstance(value, int | float)}
+    metrics = {key: value for key, value in trained.metrics.items() if re.fullmatch(_METRIC, key, flags=re.A)}
     sections = [
         _front_matter(trained, license_id, languages),
         f"# {name}\n\n{_summary(trained, ids)}",
@@ -99,7 +99,22 @@ def check_card_text(**texts: str) -> None:
 def public_run(run: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded run by a list of its keys: without local paths, text of rows and the list of its data shards."""
     kept = {key: run[key] for key in _RUN_KEYS if key in run}
-    return _public(kept | {"data": {key: run["data"][key] for key in _DATA_KEYS if key in run["data"]}})
+    kept["data"] = {key: run["data"][key] for key in _DATA_KEYS if key in run["data"]}
+    public: dict[str, Any] = published(kept, _local_paths(run))
+    return public
+
+
+def _local_paths(run: Mapping[str, Any]) -> set[str]:
+    """Paths of a run that were folders or files where it ran, though they look like names on the hub."""
+    local, student, begun = run.get("local_paths"), run["config"]["paths"]["student"], Path(run["model_folder"])
+    found = {path for path in local if isinstance(path, str)} if isinstance(local, list) else set()
+    if (
+        begun.is_absolute() and Path(student).parts == begun.parts[-len(Path(student).parts) :]
+    ):  # before it was recorded
+        found.add(student)
+    sources = run["data"].get("sources") or ()
+    # The content of a file or folder is a sha256.
+    return found | {one["path"] for one in sources if len(str(one.get("content"))) == 64 and "path" in one}
 
 
 def public_state(trained: TrainingCheckpoint) -> dict[str, Any]:
@@ -107,22 +122,14 @@ def public_state(trained: TrainingCheckpoint) -> dict[str, Any]:
     return {one.name: trained.state[one.name] for one in fields(TrainState)}
 
 
-def _public(value: Any, key: str = "") -> Any:
-    if isinstance(value, Mapping):
-        items = {str(name): item for name, item in value.items() if name not in _LOCAL_KEYS}
-        return {public_name(name, False): _public(item, name) for name, item in items.items()}
-    if isinstance(value, list | tuple):
-        return [_public(item, key) for item in value]
-    return public_name(value, key in _HUB_KEYS) if isinstance(value, str) else value
-
-
 def _front_matter(trained: TrainingCheckpoint, license_id: str, languages: Sequence[str]) -> str:
-    lines = ["---", f"license: {license_id}", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += ["language:", *(f"- {language}" for language in languages)]
-    if base := _hub_names(trained.run["config"]["paths"]["student"]):
+    lines = ["---", f"license: {_yaml(license_id)}", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += ["language:", *(f"- {_yaml(language)}" for language in languages)]
+    local = _local_paths(trained.run)
+    if base := _hub_names(local, trained.run["config"]["paths"]["student"]):
         lines += ["base_model:", f"- {base[0]}", "base_model_relation: finetune"]
     sources = trained.run["data"].get("sources") or ()
-    if sets := _hub_names(*(source.get("path") for source in sources)):
+    if sets := _hub_names(local, *(source.get("path") for source in sources)):
         lines += ["datasets:", *(f"- {name}" for name in sets)]
     strategy = trained.run["config"]["strategy"]["strategy"]
     tags = [*TAGS, *(["distillation"] if _distils(trained) else []), *([strategy] if strategy in STRATEGIES else [])]
@@ -130,8 +137,13 @@ def _front_matter(trained: TrainingCheckpoint, license_id: str, languages: Seque
     return "\n".join([*lines, "---"])
 
 
-def _hub_names(*paths: Any) -> list[str]:
-    names = dict.fromkeys(public_name(path) for path in paths if isinstance(path, str))
+def _yaml(text: str) -> str:
+    """``text`` as YAML reads it back, also ``no`` (Norwegian)."""
+    return text if re.fullmatch(r"[a-z][\w.-]*", text, flags=re.A) and text not in _YAML_WORDS else json.dumps(text)
+
+
+def _hub_names(local: Collection[str], *paths: Any) -> list[str]:
+    names = dict.fromkeys(public_name(path) for path in paths if isinstance(path, str) and path not in local)
     return [name for name in names if HUB_NAME.fullmatch(name)]
 
 
@@ -141,10 +153,9 @@ def _distils(trained: TrainingCheckpoint) -> bool:
 
 
 def _summary(trained: TrainingCheckpoint, ids: GenerationIds) -> str:
-    paths, strategy = trained.run["config"]["paths"], trained.run["config"]["strategy"]["strategy"]
-    student, teacher, strategy = (
-        _cell(public_name(text).replace("`", "'")) for text in (paths["student"], paths.get("teacher") or "", strategy)
-    )
+    config = published(trained.run["config"], _local_paths(trained.run))
+    texts = config["paths"]["student"], config["paths"].get("teacher") or "", config["strategy"]["strategy"]
+    student, teacher, strategy = (_cell(text.replace("`", "'")) for text in texts)
     text = (
         f"A block diffusion language model: it generates blocks of {ids.block_size} tokens from left to right, and "
         f"several tokens of a block at a time, the most confident ones first.\n\n"
@@ -204,10 +215,10 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_cell(item)}" for key, item in value.items()) or "none"
+        return "; ".join(f"{_cell(key)}: {_cell(item)}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value) or "none"
-    return one_line(str(value)).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"([\\|\[])", r"\\\1", one_line(str(value))).replace("<", "&lt;")
 
 
 def _limits(license_id: str) -> str:
@@ -295,7 +306,7 @@ def _model_index(name: str, rows: Sequence[str]) -> str:
     lines = ["model-index:", f"- name: {json.dumps(name)}", "  results:"]
     for row in rows:
         cells = row.replace("&lt;", "<").strip("| ").split(" | ")
-        task, metric, value = (cell.replace("\\|", "|") for cell in cells[:3])
+        task, metric, value = (re.sub(r"\\(.)", r"\1", cell) for cell in cells[:3])
         lines += ["  - task:", "      type: text-generation", "    dataset:"]
         lines += [f"      name: {json.dumps(task)}", f"      type: {json.dumps(task)}", "    metrics:"]
         lines += [f"    - type: {json.dumps(metric)}", f"      name: {json.dumps(metric)}", f"      value: {value}"]

@@ -109,7 +109,8 @@ def _refuse_nothing_to_learn(config: DistillConfig, data: PreparedData, phases: 
 
 def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None) -> dict[str, Any]:
     """What run.json and every checkpoint say of the run."""
-    student = config.paths.student
+    student, paths = config.paths.student, config.paths
+    named = [paths.student, paths.teacher, paths.data, paths.validation]
     return {
         "version": __version__,
         "config": config.to_dict(),
@@ -121,6 +122,7 @@ def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None) -> 
         "data_fingerprint": inputs.data.fingerprint,
         "data": inputs.data.manifest,
         "model_folder": str(Path(student).resolve()) if Path(student).exists() else student,
+        "local_paths": [path for path in named if path and Path(path).exists()],  # others are names of the hub
         "total_steps": inputs.total_steps,
         "until_step": inputs.steps.stop,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.files import atomic_write, read_regular
+from megatron_tide.hub import one_line, public_name, published
 
 PROJECT, RUN_ID = "megatron_tide", "wandb_id"
 
@@ -35,7 +36,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases(TensorBoard):
-    """The same in TensorBoard, and a run of Weights & Biases with the flags ``about``.
+    """The same in TensorBoard, and a run of Weights & Biases with the flags ``about``, without local paths.
 
     Its environment variables hold (WANDB_PROJECT, WANDB_NAME, WANDB_MODE=offline, ...). A resumed training goes on with
     the run whose id is in ``folder``; Weights & Biases keeps the first value of a step that is repeated.
@@ -51,19 +52,21 @@ class WeightsAndBiases(TensorBoard):
         if not identity.exists():
             atomic_write(identity, secrets.token_hex(8).encode())
         os.environ.setdefault("WANDB_PROJECT", PROJECT)
-        os.environ.setdefault("WANDB_NAME", "/".join(folder.resolve().parts[-2:]))
+        place = folder.resolve()
+        os.environ.setdefault("WANDB_NAME", f"{public_name(str(place.parent))}/{place.name}")
         run_id = read_regular(identity, 64).decode("ascii", "replace")
         try:
             self._run = wandb.init(
                 dir=str(folder),
                 id=run_id,
                 resume="allow",
-                config=dict(about),
+                config=published(about),
                 job_type="distill",
             )
         except Exception as error:  # of many kinds: no key, no network, a broken service process
+            why = one_line(str(error))
             raise ValueError(
-                f"--log-to wandb: {error}; log in (wandb login), or set WANDB_MODE=offline and upload it later"
+                f"--log-to wandb: {why}; log in (wandb login), or set WANDB_MODE=offline and upload it later"
             ) from None
 
     @classmethod

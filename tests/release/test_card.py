@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from megatron_tide.config import from_flat
 from megatron_tide.files import sha256_file
 from megatron_tide.hub import public_name
 from megatron_tide.release import Options, Score, convert, write_scores
+from megatron_tide.train.inputs import read_run_inputs
 from tests.support.lab import Lab, write_checkpoint
 
 convert_module = __import__("megatron_tide.release.convert", fromlist=["convert"])
@@ -103,10 +106,82 @@ def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "../model": "model",
         "a\nb": "a b",
         "C:\\me\\model": "model",
+        "/home/alice": "~",
+        "/Users/alice/": "~",
+        "C:\\Users\\alice": "~",
+        "/root": "~",
+        "~alice": "~",
+        str(Path.home()): "~",
+        "/data/root/model": "model",
+        "alice@host:models": "models",
+        "alice@host:/data/model": "model",
+        "https://alice:word@host": "host",
+        "https://host/rows.jsonl?X-Amz-Signature=1#2": "rows.jsonl",
+        "file:%2F%2F%2Fhome%2Falice%2Fmodel": "model",
+        "/data/hf_abcdefghijklmnopqrstuvwxyz0123456789": "(secret)",
+        "HF_TOKEN=abc model": "(secret) model",
+        "model@v2: 3 #4": "model@v2: 3 #4",
         "": "",
     }
     assert {name: public_name(name) for name in expected} == expected
     assert public_name("org/model-1", may_be_on_hub=False) == "model-1"
+
+
+def test_a_local_path_is_no_hub_name_wherever_the_run_is_converted(lab: Lab, tmp_path: Path) -> None:
+    """`runs/student` of another folder, or of another machine, looks like one."""
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data, distilled=True)
+
+    def change(run: dict[str, Any]) -> None:
+        run["model_folder"] = "/home/alice/private/student"
+        run["config"]["paths"] |= {"student": "private/student", "teacher": "private/teacher"}
+        run["local_paths"] = ["private/teacher"]
+        contents = {"private/rows": "0" * 64, "org/rows": "0" * 16}
+        run["data"]["sources"] = [{"path": path, "content": content} for path, content in contents.items()]
+
+    change_run(checkpoint, change)
+    convert(checkpoint, tmp_path / "out", Options(base_model=str(lab.student)))
+    card, provenance = ((tmp_path / "out" / name).read_text() for name in ("README.md", "provenance.json"))
+    assert "private" not in card + provenance
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["datasets"] == ["org/rows"]
+    assert "base_model" not in front
+
+
+def test_a_run_records_which_paths_are_local(chain: Any, tmp_path: Path) -> None:
+    config = from_flat(chain.run(tmp_path / "run"))
+    paths = config.paths
+    assert read_run_inputs(config, 1).run["local_paths"] == [paths.student, paths.teacher, paths.data]
+
+
+@pytest.mark.parametrize(
+    ("license_id", "language"), [("mit", "no"), ("other: x", "on"), ("[mit", "y"), ("1.0", "null")]
+)
+def test_the_front_matter_is_read_back_as_it_was_given(
+    lab: Lab, tmp_path: Path, license_id: str, language: str
+) -> None:
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.student_data)
+    convert(checkpoint, tmp_path / "out", Options(license_id=license_id, languages=(language,)))
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
+    assert (front["license"], front["language"]) == (license_id, [language])
+
+
+def test_names_in_a_table_are_text(lab: Lab, tmp_path: Path) -> None:
+    """Of metrics, which a run's folder may hold any of, and of counts."""
+    checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data, distilled=True)
+    odd = ["![x](https://evil/x.png)", "/home/alice/x", "a | b", "[x](mailto:x)"]
+    change_run(
+        checkpoint, lambda run: run["data"]["counts"].update(dict.fromkeys([*odd, "<b>", "![x](y)", "\\[x](y)"], 3))
+    )
+    line = {"step": 3, "loss/total": 1.5, "eval/f1@10": 2.5} | dict.fromkeys(odd, 9.5)
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    convert(checkpoint, tmp_path / "out", Options(dtype="float32"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert not [word for word in ("evil", "alice", "9.5", "<b>") if word in card]
+    assert not re.search(
+        r"(?<!\\)(\\\\)*\[\w*\]\(", card.partition("## How it was trained")[2].partition("## Parity")[0]
+    )
+    assert "| eval/f1@10 | 2.5 |" in card
+    assert "a \\| b: 3" in card
 
 
 def test_the_hub_reads_bases_data_language_and_scores(lab: Lab, tmp_path: Path) -> None:

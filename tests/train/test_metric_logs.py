@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -56,6 +57,30 @@ def test_a_resumed_run_goes_on_with_its_own_run(tmp_path, stand_in):
     assert (first["config"], first["resume"], first["dir"]) == (ABOUT, "allow", str(tmp_path / "run"))
     assert [json.loads(line)["step"] for line in (tmp_path / "run" / METRICS).read_text().splitlines()] == [1, 2, 3]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_local_paths_and_secrets_stay_here(tmp_path, stand_in, monkeypatch):
+    (tmp_path / "alice" / "run").mkdir(parents=True)
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path / "alice")
+    about = {
+        "paths": {"student": "/home/alice/student", "teacher": "org/teacher", "out": "/home/alice/out", "data": ""},
+        "teacher": {"teacher_nvme": "/mnt/private"},
+        "train": {"lr": 0.5, "deepspeed": "/home/alice/zero1.json"},
+    }
+    MetricLogger(tmp_path / "alice" / "run", WORLD, 4, 0, METRIC_LOGS["wandb"], about).close()
+    assert stand_in[0][1]["config"] == {
+        "paths": {"student": "student", "teacher": "org/teacher", "data": ""},
+        "teacher": {},
+        "train": {"lr": 0.5, "deepspeed": "zero1.json"},
+    }
+    assert os.environ["WANDB_NAME"] == "~/run"
+
+    def refuse(**_):
+        raise RuntimeError("first\nsecond hf_abcdefghijklmnopqrstuvwxyz0123456789")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(ValueError, match=r"--log-to wandb: first second \(secret\); log in"):
+        log_two_steps(tmp_path / "alice" / "run", 0)
 
 
 def test_what_is_missing_is_one_line_before_anything_is_loaded(chain, tmp_path, monkeypatch, stand_in):
