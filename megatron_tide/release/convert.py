@@ -5,6 +5,7 @@ Weights are read one tensor at a time and written one shard at a time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import validate_repo_id
 
 import megatron_tide.models
@@ -269,22 +270,36 @@ _SUFFIXES = (
 )
 READ_BY_LOADERS = [f"*.{suffix}" for suffix in _SUFFIXES]
 READ_BY_LOADERS += [f"*{word}*.json" for word in ("config", "index", "token", "vocab", "template")]
+READ_BY_LOADERS += ["params.json", "tekken.json", "*.model.v*"]  # another format, which engines prefer
 FOLDERS_READ = ("custom_generate", "additional_chat_templates")  # by transformers: code, and templates
 RELEASED = ("README.md", "parity.json", "provenance.json")
+
+
+@contextlib.contextmanager
+def _one_commit() -> Iterator[None]:
+    """With hf_xet, the client commits a folder in parts: one that fails would leave old shards beside new ones."""
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 class Hub:
     """A repository of the hub, checked before the conversion that will be uploaded to it.
 
     Raises:
-        ValueError: an invalid name, no login, a repository that exists (unless ``overwrite``), or a public
-            one that should be ``private``.
+        ValueError: an invalid name or one without an owner, no login, a repository that exists (unless ``overwrite``), or a
+            public one that should be ``private``.
     """
 
     def __init__(self, repository: str, *, private: bool, overwrite: bool, api: Any = None) -> None:
         self._repository, self._private = repository, private
         self._api = api or HfApi()
         self._what = f"--push-to-hub {repository}: the hub refuses, or cannot be reached"
+        if "/" not in repository:  # a name alone is that of another repository in each call of the client
+            raise ValueError(f"--push-to-hub {repository}: no owner; use OWNER/{repository}")
         with hub_errors(self._what):
             validate_repo_id(repository)
             self._api.whoami()
@@ -304,7 +319,7 @@ class Hub:
         with hub_errors(self._what):
             url = self._api.create_repo(self._repository, private=self._private, exist_ok=True)
         self._check_private()  # again: creating one that exists does not change it
-        with hub_errors(self._what):
+        with hub_errors(self._what), _one_commit():
             self._api.upload_folder(
                 repo_id=self._repository,
                 folder_path=folder,

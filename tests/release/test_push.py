@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
@@ -99,7 +100,16 @@ def test_files_of_the_release_before_do_not_stay(tmp_path: Path, release: Path) 
     place = tmp_path / "hub/me/student"
     place.mkdir(parents=True)
     old = ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json")
-    old += ("pytorch_model.bin", "chat_template.jinja", "tokenizer.model", "modeling_old.py", "adapter_config.json")
+    old += (
+        "tekken.json",
+        "tokenizer.model.v3",
+        "params.json",
+        "pytorch_model.bin",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "modeling_old.py",
+        "adapter_config.json",
+    )
     for name in (*old, "figure.png", "LICENSE"):
         (place / name).write_text("old")
     (release / "README.md").write_text("new")
@@ -114,6 +124,8 @@ def test_files_of_the_release_before_do_not_stay(tmp_path: Path, release: Path) 
     ("name", "fail", "word"),
     [
         ("me/a b", None, "a b"),
+        ("student", None, "no owner; use OWNER/student"),
+        ("https://huggingface.co/me/student", None, "namespace/repo_name"),
         ("me/student", LocalTokenNotFoundError("no token"), "hf auth login"),
         ("me/student", HTTPError("403 Forbidden\nno rights"), "403 Forbidden no rights"),
         ("me/student", ConnectionError("no route"), "no route"),
@@ -125,11 +137,52 @@ def test_refusals_are_one_line(tmp_path: Path, release: Path, name: str, fail: A
     assert "\n" not in str(caught.value)
 
 
+class OwnClient(HfApi):
+    """The real client but for its requests."""
+
+    def __init__(self) -> None:
+        super().__init__(token="none")
+        self.commits: list[set[tuple[str, str]]] = []
+        self.fail = False
+
+    def whoami(self, **_: Any) -> dict[str, Any]:
+        return {"name": "me"}
+
+    def repo_exists(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def create_repo(self, *_: Any, **__: Any) -> Any:
+        return "https://hub.example/me/student"
+
+    def list_repo_files(self, *_: Any, **__: Any) -> list[str]:
+        return ["config.json", "model-00001-of-00002.safetensors", "custom_generate/generate.py", "LICENSE"]
+
+    def create_commit(self, *_: Any, operations: Any, **__: Any) -> Any:
+        if self.fail:
+            raise HTTPError("502 Bad Gateway")
+        self.commits.append({(type(one).__name__, one.path_in_repo) for one in operations})
+
+
+def test_the_real_client_makes_one_commit_or_none(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub._upload_pipeline.pipelined_upload", None)  # which commits in parts
+    before, api = constants.HF_HUB_DISABLE_XET, OwnClient()
+    hub = Hub("me/student", private=False, overwrite=True, api=api)
+    (release / "model.safetensors").write_text("new")
+    hub.push(release)
+    gone = {
+        ("CommitOperationDelete", name) for name in ("model-00001-of-00002.safetensors", "custom_generate/generate.py")
+    }
+    assert api.commits == [gone | {("CommitOperationAdd", name) for name in ("config.json", "model.safetensors")}]
+    api.fail = True
+    with pytest.raises(ValueError, match=r"--push-to-hub me/student: .*502 Bad Gateway"):
+        hub.push(release)
+    assert len(api.commits) == 1
+    assert constants.HF_HUB_DISABLE_XET is before
+
+
 def test_the_real_client_has_what_is_called() -> None:
     """So that the stand-in above is not the only thing this works with."""
     import inspect
-
-    from huggingface_hub import HfApi
 
     for name in ("whoami", "repo_exists", "create_repo", "repo_info", "upload_folder"):
         theirs = inspect.signature(getattr(HfApi, name)).parameters
