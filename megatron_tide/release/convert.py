@@ -290,8 +290,8 @@ class Hub:
     """A repository of the hub, checked before the conversion that will be uploaded to it.
 
     Raises:
-        ValueError: an invalid name or one without an owner, no login, a repository that exists (unless ``overwrite``), or a
-            public one that should be ``private``.
+        ValueError: an invalid name or one without an owner, no login, a repository that exists (unless ``overwrite``),
+            or a public one that should be ``private``.
     """
 
     def __init__(self, repository: str, *, private: bool, overwrite: bool, api: Any = None) -> None:
