@@ -11,6 +11,7 @@ import pyarrow as pa
 
 BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
 """What reading a corrupt file can raise, besides ArrowInvalid (a ValueError)."""
+_AT_ONCE = 1 << 30  # bytes of values that are decoded at once
 
 
 def next_message(messages: pa.ipc.MessageReader, *kinds: str) -> pa.ipc.Message:
@@ -88,8 +89,11 @@ def read_saved(paths: list[Path]) -> Any:
 
 
 def values(table: Any, columns: Sequence[str], start: int, stop: int) -> Iterator[tuple[Any, ...] | None]:
-    """The rows from ``start`` to ``stop``, each alone where one of them cannot be read; None for that one."""
+    """The rows from ``start`` to ``stop``, each alone where one of them cannot be read (None for that one), or they are
+    large."""
     try:
+        if stop - start > 1 and sum(_bytes(table.data[column], stop - start) for column in columns) > _AT_ONCE:
+            raise ValueError("large")
         batch = table[start:stop]
     except (ValueError, ArithmeticError):
         if stop - start == 1:
@@ -99,6 +103,22 @@ def values(table: Any, columns: Sequence[str], start: int, stop: int) -> Iterato
             yield from values(table, columns, row, row + 1)
         return
     yield from zip(*(batch[column] for column in columns))
+
+
+def decoded_bytes(array: pa.Array) -> int:
+    """The size of an array whose dictionaries, also those inside it, are replaced by their values."""
+    if isinstance(array, pa.DictionaryArray):
+        return decoded_bytes(array.dictionary_decode())
+    if isinstance(array, pa.StructArray | pa.ListArray | pa.LargeListArray):
+        inner = array.flatten()
+        return sum(map(decoded_bytes, inner if isinstance(inner, list) else [inner]))
+    return int(array.nbytes)
+
+
+def _bytes(column: pa.ChunkedArray, rows: int) -> int:
+    """What this many rows of a column may take: a dictionary's may all be its longest value."""
+    chunks = [chunk for chunk in column.chunks if isinstance(chunk, pa.DictionaryArray)]
+    return rows * max((chunk.dictionary.nbytes for chunk in chunks), default=0)
 
 
 def kept_by(content: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 TEMPORARY = ".tide-tmp-"
 LARGEST_TEXT = 1 << 30  # bytes of a file that is read as a whole
+STAGES = "stages"  # beside the stamps of a recipe's stages: which of them its last run has
 
 
 def create_new(path: Path) -> int:

@@ -8,8 +8,8 @@ Unreadable input raises a one-line ValueError that names file and line; ``data.p
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.arrow import check_stream, kept_by, read_saved, values
-from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
+from megatron_tide.arrow import values
+from megatron_tide.files import open_regular, sha256_file
+from megatron_tide.folders import open_folder, open_hub, open_parquet
 from megatron_tide.hub import hub_errors, may_be_hub_name, one_line
 
 T = TypeVar("T")
@@ -44,9 +45,8 @@ UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the dat
 _BOM = b"\xef\xbb\xbf"
 ROW_BYTES = 1 << 24
 """Bytes of one row; a longer one is a bad row, of which no more is read."""
-LONGEST_TEXT = 1 << 22
-"""Characters of one text to train tokenizers or measure a bridge on: libraries fail on longer ones."""
-_SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
+LONGEST_TEXT = 1 << 20
+"""Characters of one text, and of the messages of a row: tokenizers take minutes for longer ones, or fail."""
 _SCAN = 1000  # rows decoded at a time while a filter reads columns
 _HEAD = 100  # first rows, which define the columns of a JSON Lines file
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
@@ -111,13 +111,23 @@ def parse_messages(value: Any, where: str) -> list[Message]:
             raise ValueError(f"{where}: message {number}: its text is in {elsewhere[0]!r}; it must be in 'content'")
         kept = {field: message[field] for field in (*FIELDS, *MEDIA) if message.get(field)}
         messages.append({"role": role, "content": content, **kept})
+    _check_length([one for message in messages for name, one in message.items() if name not in MEDIA], where)
     return messages
+
+
+def _check_length(written: Iterable[Any], where: str) -> None:
+    """ValueError where all that a template might write is more than ``LONGEST_TEXT``."""
+    with contextlib.suppress(RecursionError):  # of a value nested too deeply, which no template writes
+        if sum(len(one if isinstance(one, str) else str(one)) for one in written) <= LONGEST_TEXT:
+            return
+    raise ValueError(f"{where}: messages of more than {LONGEST_TEXT:,} characters; split or remove them")
 
 
 def conversation(row: dict[str, Any], column: str, where: str) -> list[Message]:
     """The messages in a row's ``column``; the first also has the row's ``tools``, and pictures and sound beside it."""
     messages = parse_messages(row[column], where)
     more = {"tools": _listed(row.get("tools"))}
+    _check_length(more.values(), where)
     more |= {name: row.get(name) for name in MEDIA if not isinstance(row.get(name), str)}  # text only tells of one
     for message in messages[:1]:
         message |= {name: value for name, value in more.items() if value}
@@ -294,105 +304,10 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
         return JsonLinesTable.open(found)
     if found is not None and found.is_file() and found.suffix != ".parquet":
         raise ValueError(f"{found}: unknown file type; use {_KINDS}")
-    import datasets  # slow to import, and JSON Lines do not need it
-
     what = f"{found or path}: cannot be read as a data set, split {split!r}"
     with hub_errors(what, Exception):  # whatever the library makes of a folder
         if found is None:
-            builder = datasets.load_dataset_builder(path, name, revision=revision)
-            _check_names(path, builder.config.data_files)
-            builder.download_and_prepare()
-            table = builder.as_dataset(split=split)
+            table = open_hub(path, name, split, revision)
             return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
-        if found.is_file():
-            content = sha256_file(found)
-            kept = kept_by(content)
-            table = datasets.load_dataset("parquet", data_files=str(found), split="train", cache_dir=kept)
-            return ArrowTable(table, str(found), content)
-        _check_own(found)
-        content = _folder_digest(found, name, split)
-        return ArrowTable(_open_folder(found, name, split, content), str(found), content)
-
-
-def _check_names(name: str, files: dict[str, list[str]] | None) -> None:
-    """ValueError where a hub data set's own description names files of this machine, or of other data sets."""
-    for path in (path for paths in (files or {}).values() for path in paths):
-        if not str(path).rpartition("::")[2].startswith(f"hf://datasets/{name}@"):
-            raise ValueError(f"its README names {str(path)[:80]!r}, which is not in it")
-
-
-def _named_in(value: Any) -> Iterator[str]:
-    """Every text in a value that names files."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _named_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _named_in(item)
-
-
-def _check_own(folder: Path) -> None:
-    """ValueError where a folder's links or its own descriptions, which ``datasets`` follows, name files outside it."""
-    import yaml
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-    class Plain(yaml.SafeLoader):
-        """Without aliases, by which a few lines stand for billions of values, or for one that holds itself."""
-
-        def compose_node(self, *place: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("an alias")
-            return super().compose_node(*place)
-
-    named: list[tuple[Path, str]] = []
-    for path in (folder / "README.md", folder / ".huggingface.yaml"):
-        text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
-        if path.suffix == ".md":  # as the library finds it
-            found = REGEX_YAML_BLOCK.search(text)
-            text = found[2] if found else ""
-        try:
-            about = yaml.load(text, Plain)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise ValueError(f"{path}: its front matter is not YAML without aliases; fix or remove it") from None
-        configs = about.get("configs", []) if isinstance(about, dict) else about
-        named += [(path, name) for name in _named_in(configs)]
-    for path in (*folder.rglob(_FILES_OF), *folder.rglob(_SPLITS)):
-        about = read_json(path)
-        named += [(path, name) for name in _named_in([about.get("_data_files"), about.get("splits")])]
-    outside = (one for one in named if ".." in Path(one[1]).parts or Path(one[1]).is_absolute() or ":" in one[1])
-    for path, name in outside:
-        raise ValueError(f"{path}: names {name[:80]!r}, which is not in its folder; remove that")
-    real = folder.resolve()
-    own = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]  # the hub's cache links
-    for path in folder.rglob("*"):
-        try:
-            inside = not path.is_symlink() or any(path.resolve().is_relative_to(place) for place in own)
-        except (OSError, RuntimeError):  # a link to itself
-            inside = False
-        if not inside:
-            raise ValueError(f"{path}: a link to a file outside its folder; replace it by a copy of that file")
-
-
-def _open_folder(folder: Path, name: str | None, split: str, content: str) -> Any:
-    import datasets
-
-    if os.path.lexists(folder / _SPLITS):
-        splits = read_json(folder / _SPLITS, "restore the file", {"splits": [str]})["splits"]
-        if split not in splits:
-            raise ValueError(f"{folder / _SPLITS}: no split {split!r}; it has {', '.join(splits)[:200]}")
-        folder /= split
-    if os.path.lexists(folder / _FILES_OF):
-        named = read_json(folder / _FILES_OF, "restore the file", {"_data_files": [{"filename": str}]})["_data_files"]
-        if not named:
-            raise ValueError(f"{folder / _FILES_OF}: names no file of rows")
-        return read_saved([folder / one["filename"] for one in named])
-    for path in folder.rglob("*.arrow"):
-        check_stream(path)
-    return datasets.load_dataset(str(folder), name, split=split, cache_dir=kept_by(content))
-
-
-def _folder_digest(folder: Path, name: str | None, split: str) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return fingerprint([name, split, [(path.relative_to(folder).as_posix(), sha256_file(path)) for path in files]])
+        table, content = open_parquet(found) if found.is_file() else open_folder(found, name, split)
+        return ArrowTable(table, str(found), content)

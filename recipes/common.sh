@@ -125,10 +125,10 @@ request_stop() {
 }
 
 PLAN=
-# plan: set PLAN to the names of the stages that this recipe runs, by a dry run of it.
+# plan: set PLAN to the names of the stages that this recipe runs, by a dry run of it; (NAME) is one that ONLY skips.
 plan() {
   [[ -z $PLAN && -f $RECIPE ]] || return 0
-  PLAN=$(DRY_RUN=1 bash "$RECIPE" ${RECIPE_ARGUMENTS[@]+"${RECIPE_ARGUMENTS[@]}"} 2>/dev/null | sed -n 's/^# \([^ :]*\)$/\1/p' || true)
+  PLAN=$(DRY_RUN=1 bash "$RECIPE" ${RECIPE_ARGUMENTS[@]+"${RECIPE_ARGUMENTS[@]}"} 2>/dev/null | sed -nE 's/^# ([^ :]+)$/\1/p; s/^# ([^ :]+): skipped.*/(\1)/p' || true)
 }
 
 LAST_STAMP=

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megatron_tide import cli, scheduler
 from megatron_tide.cli import Parser, run, say
-from megatron_tide.files import atomic_write, fingerprint, read_json, sha256_file
+from megatron_tide.files import STAGES, atomic_write, fingerprint, read_json, sha256_file
 from megatron_tide.lock import RunLock
 
 STOPPED = 130
@@ -180,6 +180,13 @@ def place_of(stamp: Path, plan: list[str], expected: dict[str, float]) -> str:
     return f"{text}  about {f'{left / 60:.0f} min' if left >= 90 else f'{left:.0f} s'} left"
 
 
+def record_plan(folder: Path, names: list[str]) -> None:
+    """Keep which stages the recipe has now, beside the stamps, where others may be of earlier settings."""
+    if names and read(str(folder / STAGES)).get("stages") != names:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / STAGES, json.dumps({"stages": names}).encode())
+
+
 def seconds_of(text: str) -> dict[str, float]:
     """``NAME=SECONDS ...``"""
     return {name: cli.number(float, 0)(seconds) for name, _, seconds in (word.partition("=") for word in text.split())}
@@ -190,11 +197,12 @@ def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stamp", help="file that records the finished stage")
     parser.add_argument("--after", default="", help="stamp of the stage before this one")
-    parser.add_argument("--plan", default="", help="names of all stages of the recipe, in order")
+    parser.add_argument("--plan", default="", help="names of all stages of the recipe, in order; (NAME): not this time")
     parser.add_argument("--expected", type=seconds_of, default={}, help="their seconds somewhere: NAME=SECONDS ...")
     parser.add_argument("--again", default="the recipe's command", help="the command that continues the recipe")
     arguments, command = parser.parse_args(argv[:split]), argv[split + 1 :]
-    name = Path(arguments.stamp).stem
+    name, plan = Path(arguments.stamp).stem, arguments.plan.split()
+    record_plan(Path(arguments.stamp).parent, [one.strip("()") for one in plan])
     mine, before = read_stamp(arguments.stamp), read_stamp(arguments.after)
     inputs = inputs_of(command, Path(arguments.stamp))
     recorded = mine.get("inputs", {})  # an input that is gone was not edited: what was made of it stands
@@ -204,7 +212,7 @@ def main(argv: list[str]) -> int:
         advice = f" ({gone} is gone since; to make it again, remove {arguments.stamp})" if gone else ""
         say(f"== {name}: already done, skipped{advice}", flush=True)
         return 0
-    place = place_of(Path(arguments.stamp), arguments.plan.split(), arguments.expected)
+    place = place_of(Path(arguments.stamp), [one for one in plan if one[0] != "("], arguments.expected)
     say(f"\n== {name}{f' ({changed} changed)' if changed else ''}{place}", flush=True)
     started = time.time()
     child = Child(command)

@@ -17,6 +17,7 @@ ORDER = [
     "gguf_header",
     "hub",
     "arrow",
+    "folders",
     "tables",
     "ranks",
     "scheduler",

@@ -13,6 +13,11 @@ import pyarrow.parquet
 import pytest
 
 from megatron_tide import tables
+from megatron_tide.bridge import load_tokenizer
+from megatron_tide.bridge.samples import read_samples
+from megatron_tide.bridge.train_tokenizers import read_messages
+from megatron_tide.data.sources import open_mixture
+from megatron_tide.generate.prompts import read_prompts
 from megatron_tide.tables import (
     JsonLinesTable,
     Table,
@@ -176,6 +181,7 @@ class Builder:
     """A data set of the hub, as ``datasets`` has found its files."""
 
     def __init__(self, *files: str) -> None:
+        self.name = "csv"
         self.config = SimpleNamespace(data_files={"train": list(files)} if files else None)
 
     def download_and_prepare(self) -> None: ...
@@ -218,3 +224,24 @@ def test_a_data_folder_names_no_file_outside_it(tmp_path: Path, files: str, befo
     (folder / "other.json").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(ValueError, match="outside its folder"):
         open_table(str(folder), tmp_path, name=None, split="train", revision=None)
+
+
+@pytest.mark.timeout(60)
+def test_a_row_of_ten_million_spaces_is_left_out_by_every_reader(chain, tmp_path: Path) -> None:
+    talks = [json.loads(line) for line in (chain.root / "corpus.jsonl").read_text().splitlines()]
+    spaces, path = " " * 10_000_000, tmp_path / "rows.jsonl"
+    answer = {"messages": [TURN, {"role": "assistant", "content": spaces}]}
+    thought = {"messages": [TURN | {"reasoning_content": spaces}, {"role": "assistant", "content": "x"}]}
+    for row in (answer, thought, {**talks[0], "tools": [spaces]}):
+        path.write_text("".join(json.dumps(one) + "\n" for one in [*(talks * 200)[:150], row]))
+        mixture = open_mixture([str(path)])
+        assert [mixture.error(number) for number in range(150)] == [""] * 150
+        assert f"rows.jsonl:151: messages of more than {tables.LONGEST_TEXT:,} characters" in mixture.error(150)
+        tokenizer = load_tokenizer(chain.root / "student")
+        if "tools" not in row:
+            assert len(read_messages(path)) > 0
+            assert len(read_samples([path])) >= 150
+        assert len(read_prompts(path, tokenizer)) == 150
+    path.write_text(spaces)
+    with pytest.raises(ValueError, match=r"rows\.txt: a text of more than"):
+        read_samples([path.rename(tmp_path / "rows.txt")])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.files import open_regular, read_whole
+from megatron_tide.folders import ROWS, bounded
 from megatron_tide.tables import ASSISTANT, LONGEST_TEXT, check_bad, good_rows, parse_messages, read_rows
 
 
@@ -31,7 +32,7 @@ def read_samples(paths: Sequence[Path], limit: int | None = None) -> list[str]:
 
 def _texts(path: Path, limit: int | None) -> list[str]:
     if path.suffix not in _READERS:
-        return [read_whole(path).decode("utf-8", errors="replace")]
+        return checked_texts([read_whole(path).decode("utf-8", errors="replace")], str(path))
     bad: list[str] = []
     rows = good_rows(_READERS[path.suffix](path, bad), bad, _of_row)
     texts = list(islice((text for row in rows for text in row), limit))
@@ -61,9 +62,10 @@ def _parquet(path: Path, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]
     from pyarrow import ArrowException, parquet
 
     try:
-        with open_regular(path) as raw, parquet.ParquetFile(raw) as file:
+        with bounded(path.stat().st_size), open_regular(path) as raw, parquet.ParquetFile(raw) as file:
             names = [name for name in file.schema_arrow.names if name in ("messages", "text")]
-            rows = (batch.slice(n, 1) for batch in file.iter_batches(columns=names) for n in range(len(batch)))
+            batches = file.iter_batches(batch_size=ROWS, columns=names)
+            rows = (batch.slice(n, 1) for batch in batches for n in range(len(batch)))
             for number, row in enumerate(rows):
                 where = f"{path} row {number}"
                 try:
@@ -72,7 +74,7 @@ def _parquet(path: Path, bad: list[str]) -> Iterator[tuple[str, dict[str, Any]]]
                     bad.append(f"{where}: not UTF-8 ({error})")
                     continue
                 yield where, found
-    except (ArrowException, OSError, UnicodeError) as error:  # of the file itself
+    except (ArrowException, OSError, UnicodeError, MemoryError) as error:  # of the file itself
         raise ValueError(f"{path}: not readable as Parquet ({error}); download the file again") from error
 
 

@@ -20,6 +20,7 @@ from megatron_tide.files import atomic_write, check_form, fingerprint, read_json
 from megatron_tide.tables import (
     AS_WRITTEN,
     BESIDE,
+    LONGEST_TEXT,
     UNREADABLE_SHARE,
     ArrowTable,
     Message,
@@ -157,6 +158,8 @@ class DataSource:
         """``written_column`` of a row, checked."""
         column = str(self.spec.written_column)
         found: dict[str, list[int]] = content.get(column, {})
+        if isinstance(found, dict) and any(isinstance(v, list) and len(v) > LONGEST_TEXT for v in found.values()):
+            raise ValueError(f"{where}: {column} has more than {LONGEST_TEXT:,} tokens; remove the row")
         check_form({column: found}, {column: WRITTEN}, f"{where}:")
         if len(found["ids"]) != len(found["order"]):
             raise ValueError(f"{where}: {column} has ids and an order of different lengths")

@@ -18,7 +18,7 @@ import pandas as pd
 from megatron_tide.cli import PROGRAM
 from megatron_tide.evaluate.parallelism import Point, points, threshold_of
 from megatron_tide.evaluate.score_table import score_cells
-from megatron_tide.files import read_json
+from megatron_tide.files import STAGES, read_json
 from megatron_tide.report.inference import inference
 from megatron_tide.screen import printable
 from megatron_tide.tables import read_rows
@@ -298,14 +298,25 @@ def _likelihood_settings(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_stages(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Name, seconds and peak_process_bytes of a recipe's stages in the order they finished; and what cannot be read."""
-    rows, corrupt = [], []
-    for path in sorted(folder.glob(f"{STAMPS}/*.json")):
+    """Name, seconds and peak_process_bytes of a recipe's stages in the order they finished; and what cannot be read.
+
+    Stages that the last run does not have are left out, and those that it has not come to again.
+    """
+    rows: list[tuple[str, float, float, float]] = []
+    corrupt: list[str] = []
+    paths, plan = sorted(folder.glob(f"{STAMPS}/*.json")), None
+    if (folder / STAMPS / STAGES).exists():
+        try:
+            plan = read_json(folder / STAMPS / STAGES, form={"stages": [str]})["stages"]
+            paths = sorted((path for path in paths if path.stem in plan), key=lambda path: plan.index(path.stem))
+        except ValueError as error:
+            corrupt.append(reason(error))
+    for path in paths:
         try:
             stamp = read_json(path)
-            rows.append(
-                [printable(path.stem), *(float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))]
-            )
+            seconds, peak, finished = (float(stamp[key]) for key in ("seconds", "peak_process_bytes", "finished"))
+            if plan is None or finished >= max((row[3] for row in rows), default=finished):
+                rows.append((printable(path.stem), seconds, peak, finished))
         except Exception as error:
             corrupt.append(f"{path}: not a stage's stamp ({reason(error)})")
     table = pd.DataFrame(rows, columns=["name", "seconds", "peak_process_bytes", "finished"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tide.report.run_folder import read_stages
 from recipes import stage as recipe_stage
 from recipes.quickstart import report
 
@@ -157,3 +158,24 @@ def test_numbers_of_recipes_are_checked_in_one_line(command, flags, said):
         command(flags)
     assert str(refused.value).startswith(said)
     assert len(str(refused.value)) < 400
+
+
+def test_stages_of_earlier_settings_are_not_reported_as_the_last_runs(tmp_path):
+    """Neither one that the recipe has no more, nor one that waits for an earlier one that ran again."""
+
+    def ran(names, plan):
+        for name in names:
+            assert recipe_stage.main([str(tmp_path / f".stages/{name}.json"), "--plan", plan, "--", "true"]) == 0
+        stages, corrupt = read_stages(tmp_path)
+        assert not corrupt
+        return list(stages["name"])
+
+    assert ran(["data", "train-kl", "convert"], "data train-kl convert") == ["data", "train-kl", "convert"]
+    assert ran(["data", "convert"], "data convert") == ["data", "convert"]  # both are skipped
+    assert ran(["convert"], "(data) (train-kl) convert") == ["data", "train-kl", "convert"]  # ONLY="convert"
+    (tmp_path / ".stages/data.json").unlink()
+    assert ran(["data"], "data convert") == ["data"]
+    (tmp_path / ".stages/stages").write_text("{")
+    stages, corrupt = read_stages(tmp_path)
+    assert len(stages) == 3
+    assert len(corrupt) == 1

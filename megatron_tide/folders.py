@@ -1,0 +1,232 @@
+"""Data sets of others that the ``datasets`` library reads: their own files alone, as rows of text, of bounded size.
+
+The library follows what a data set says of itself (other files, pictures to open) and unpacks what it is given.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import resource
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_tide.arrow import check_stream, decoded_bytes, kept_by, read_saved
+from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
+
+_SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
+_FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of the library's, those of rows of text
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_ARCHIVES = (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c")
+_MORE = {b"\x28\xb5\x2f\xfd": "zstandard", b"\x04\x22\x4d\x18": "lz4.frame"}  # compressed, by packages beside ours
+_EXPANDS, _ROOM = 64, 1 << 30  # times the size of a file, and bytes beside that, which it may be unpacked
+_MEMORY = 4 << 30  # bytes to read a data set in, beside a multiple of its own
+ROWS = 64
+"""Of a Parquet file at a time: a page may hold one long value, and any number of references to it."""
+
+
+def open_folder(folder: Path, name: str | None, split: str) -> tuple[Any, str]:
+    """The rows of a folder as ``datasets`` has them, and a digest of its files.
+
+    Raises:
+        ValueError: it names files outside it, is corrupt or has no such split; the library's errors are any.
+    """
+    _check_own(folder)
+    content = _digest(folder, name, split)
+    if os.path.lexists(folder / _SPLITS):
+        splits = read_json(folder / _SPLITS, "restore the file", {"splits": [str]})["splits"]
+        if split not in splits:
+            raise ValueError(f"{folder / _SPLITS}: no split {split!r}; it has {', '.join(splits)[:200]}")
+        folder /= split
+    if os.path.lexists(folder / _FILES_OF):
+        named = read_json(folder / _FILES_OF, "restore the file", {"_data_files": [{"filename": str}]})["_data_files"]
+        if not named:
+            raise ValueError(f"{folder / _FILES_OF}: names no file of rows")
+        return read_saved([folder / one["filename"] for one in named]), content
+    for path in folder.rglob("*.arrow"):
+        check_stream(path)
+    return _open(str(folder), split, kept_by(content), name=name, inside=_places(folder)), content
+
+
+def open_parquet(path: Path) -> tuple[Any, str]:
+    """``open_folder`` for one Parquet file."""
+    content = sha256_file(path)
+    return _open("parquet", "train", kept_by(content), data_files=str(path), inside=[path.resolve()]), content
+
+
+def open_hub(path: str, name: str | None, split: str, revision: str | None) -> Any:
+    """``open_folder`` for a data set of the hub, without a digest."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, name, revision=revision)
+    _check_format(builder)
+    _check_names(path, builder.config.data_files)
+    with bounded(0):
+        builder.download_and_prepare()
+    return _as_stored(builder.as_dataset(split=split))
+
+
+def _open(path: str, split: str, kept: str, *, inside: list[Path], **how: Any) -> Any:
+    import datasets
+
+    builder = datasets.load_dataset_builder(path, cache_dir=kept, **how)
+    _check_format(builder)
+    files = [Path(str(file)) for found in (builder.config.data_files or {}).values() for file in found]
+    for file in files:
+        if not any(file.resolve().is_relative_to(place) for place in inside) or not file.is_file():
+            raise ValueError(f"its README names {str(file)[:80]!r}, which is not in it")
+    with bounded(sum(file.stat().st_size for file in files)):
+        for file in [] if Path(builder.cache_dir).exists() else files:  # else it was read to its end before
+            check_size(file)
+        builder.download_and_prepare()
+    return _as_stored(builder.as_dataset(split=split))
+
+
+def _check_format(builder: Any) -> None:
+    if builder.name not in _FORMATS:
+        raise ValueError(f"its files are read as {builder.name}, not as rows of text: use JSON Lines or Parquet")
+
+
+def _as_stored(table: Any) -> Any:
+    """The table, of which no picture or sound is decoded: its rows name files of this machine, or addresses."""
+
+    def walk(feature: Any) -> None:
+        if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
+            feature.decode = False
+        inner = feature.values() if isinstance(feature, dict) else feature if isinstance(feature, list) else ()
+        for one in (*inner, *([feature.feature] if hasattr(feature, "feature") else ())):
+            walk(one)
+
+    features = table.features  # a copy
+    walk(features)
+    table.info.features = features
+    return table
+
+
+@contextlib.contextmanager
+def bounded(given: int) -> Iterator[None]:
+    """MemoryError beyond what files of ``given`` bytes need: 4 GiB, and 8 times their size, more than now."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with contextlib.suppress(OSError, ValueError):  # no such file: not Linux
+        now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        most = [now + _MEMORY + 8 * given, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(most), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def check_size(path: Path) -> None:
+    """ValueError for an archive, a compressed file or a Parquet file that grows beyond measure when it is read."""
+    with open_regular(path) as file:
+        head = file.read(8)
+    if head.startswith(_ARCHIVES) or tarfile.is_tarfile(path):
+        raise ValueError(f"{path}: an archive; unpack it")
+    most = _ROOM + _EXPANDS * path.stat().st_size
+    for size in _sizes(path, head):
+        most -= size
+        if most < 0:
+            raise ValueError(f"{path}: expands to more than {_EXPANDS} times its size; unpack it, or remove it")
+
+
+def _sizes(path: Path, head: bytes) -> Iterator[int]:
+    """The sizes of the parts that a file is read as, unpacked."""
+    if head.startswith(b"PAR1"):
+        from pyarrow import parquet
+
+        with open_regular(path) as raw, parquet.ParquetFile(raw) as table:
+            yield from (sum(map(decoded_bytes, batch)) for batch in table.iter_batches(batch_size=ROWS))
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            yield from (member.file_size for member in archive.infolist())
+    else:
+        opened = next((opened for start, opened in _COMPRESSED.items() if head.startswith(start)), None)
+        package = next((package for start, package in _MORE.items() if head.startswith(start)), None)
+        if package is not None:
+            import importlib
+
+            opened = importlib.import_module(package).open  # the library says the same where there is none
+        if opened is not None:
+            with opened(path, "rb") as file:
+                while part := file.read(1 << 20):
+                    yield len(part)
+
+
+def _check_names(name: str, files: dict[str, list[str]] | None) -> None:
+    """ValueError where a hub data set's own description names files of this machine, or of other data sets."""
+    for path in (path for paths in (files or {}).values() for path in paths):
+        if not str(path).rpartition("::")[2].startswith(f"hf://datasets/{name}@"):
+            raise ValueError(f"its README names {str(path)[:80]!r}, which is not in it")
+
+
+def _named_in(value: Any) -> Iterator[str]:
+    """Every text in a value that names files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _named_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _named_in(item)
+
+
+def _check_own(folder: Path) -> None:
+    """ValueError where a folder's links or its own descriptions, which ``datasets`` follows, name files outside it."""
+    import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    class Plain(yaml.SafeLoader):
+        """Without aliases, by which a few lines stand for billions of values, or for one that holds itself."""
+
+        def compose_node(self, *place: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(*place)
+
+    named: list[tuple[Path, str]] = []
+    for path in (folder / "README.md", folder / ".huggingface.yaml"):
+        text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
+        if text.startswith("\ufeff"):  # the library would overlook the front matter behind it
+            raise ValueError(f"{path}: begins with a byte-order mark; save it without one")
+        if path.suffix == ".md":  # as the library finds it
+            found = REGEX_YAML_BLOCK.search(text)
+            text = found[2] if found else ""
+        try:
+            about = yaml.load(text, Plain)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ValueError(f"{path}: its front matter is not YAML without aliases; fix or remove it") from None
+        configs = about.get("configs", []) if isinstance(about, dict) else about
+        named += [(path, name) for name in _named_in(configs)]
+    for path in (*folder.rglob(_FILES_OF), *folder.rglob(_SPLITS)):
+        about = read_json(path)
+        named += [(path, name) for name in _named_in([about.get("_data_files"), about.get("splits")])]
+    outside = (one for one in named if ".." in Path(one[1]).parts or Path(one[1]).is_absolute() or ":" in one[1])
+    for path, name in outside:
+        raise ValueError(f"{path}: names {name[:80]!r}, which is not in its folder; remove that")
+    own = _places(folder)
+    for path in folder.rglob("*"):
+        try:
+            inside = not path.is_symlink() or any(path.resolve().is_relative_to(place) for place in own)
+        except (OSError, RuntimeError):  # a link to itself
+            inside = False
+        if not inside:
+            raise ValueError(f"{path}: a link to a file outside its folder; replace it by a copy of that file")
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where the files of a folder may be: in it, and for one of the hub's cache, where its links lead."""
+    real = folder.resolve()
+    return [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+
+
+def _digest(folder: Path, name: str | None, split: str) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return fingerprint([name, split, [(path.relative_to(folder).as_posix(), sha256_file(path)) for path in files]])

@@ -1,0 +1,120 @@
+"""Data folders of others: what they may name, unpack to, and be read as."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from megatron_tide import arrow, folders
+from megatron_tide.bridge.samples import read_samples
+from megatron_tide.tables import ArrowTable, open_table
+
+ROW = {"messages": [{"role": "user", "content": "x"}]}
+LINE = (json.dumps(ROW) + "\n").encode()
+
+
+def opened(path: Path) -> ArrowTable:
+    table = open_table(str(path), path.parent, name=None, split="train", revision=None)
+    assert isinstance(table, ArrowTable)
+    return table
+
+
+def zipped(content: bytes) -> bytes:
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.jsonl", content)
+    return raw.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "packed"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zip", zipped)]
+)
+def test_a_compressed_file_is_read_unless_it_grows_beyond_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, packed
+) -> None:
+    monkeypatch.setattr(folders, "_ROOM", 1 << 16)
+    path = tmp_path / "data" / f"rows.jsonl{suffix}"
+    path.parent.mkdir()
+    path.write_bytes(packed(LINE * 3))
+    assert [opened(path.parent).get(number) for number in range(3)] == [ROW] * 3
+    path.write_bytes(packed(LINE + b" " * (1 << 24)))
+    for _ in range(2):  # nothing that was unpacked halfway is taken for the whole
+        with pytest.raises(ValueError, match=rf"rows\.jsonl{suffix}: expands to more than 64 times its size"):
+            opened(path.parent)
+
+
+def test_archives_and_what_is_no_text_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "rows.jsonl.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("rows.jsonl"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: an archive; unpack it"):
+        opened(tmp_path)
+    (tmp_path / "rows.jsonl.gz").unlink()
+    (tmp_path / "task.xml").write_text("<a/>")
+    with pytest.raises(ValueError, match="its files are read as xml, not as rows of text"):
+        opened(tmp_path)
+
+
+def test_a_page_that_stands_for_more_than_it_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long value, and a row after the other that refers to it; a sample of it takes no more memory either."""
+    monkeypatch.setattr(folders, "_ROOM", 1 << 20)
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["x" * 100_000]))
+    parquet.write_table(pa.table({"text": column}), tmp_path / "rows.parquet", compression="zstd")
+    assert (tmp_path / "rows.parquet").stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"rows\.parquet: expands to more than 64 times its size"):
+        opened(tmp_path / "rows.parquet")
+    assert read_samples([tmp_path / "rows.parquet"], 2) == ["x" * 100_000] * 2
+
+
+def test_a_data_set_takes_no_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_MEMORY", 1 << 26)
+    with pytest.raises(MemoryError), folders.bounded(0):
+        bytearray(1 << 28)
+    assert len(bytearray(1 << 28)) == 1 << 28
+
+
+def test_rows_that_refer_to_a_long_value_are_scanned_one_by_one(tmp_path: Path, monkeypatch) -> None:
+    column = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int8()), pa.array(["x" * 1000, "y"]))
+    table = pa.table({"kind": column})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as out:
+        out.write_table(table)
+    found = ArrowTable(arrow.read_saved([tmp_path / "a.arrow"]), "a", "")
+    whole = list(found.scan(["kind"]))
+    assert [len(row[0]) for row in whole if row] == [1000, 1, 1000]
+    monkeypatch.setattr(arrow, "_AT_ONCE", 100)
+    assert list(found.scan(["kind"])) == whole
+
+
+@pytest.mark.timeout(60)
+def test_no_picture_that_a_row_names_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "secret.png")
+    features = datasets.Features(
+        {"messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Image()})}
+    )
+    rows = [{"messages": [{"role": "user", "content": {"path": str(tmp_path / "secret.png"), "bytes": None}}]}]
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data/rows.parquet")
+    for place in (tmp_path / "data/rows.parquet", tmp_path / "data"):
+        assert opened(place).get(0)["messages"][0]["content"] == {"path": str(tmp_path / "secret.png")}
+
+
+def test_a_card_that_its_readers_overlook_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(LINE)
+    about = "configs:\r\n- config_name: default\r\n  data_files:\r\n  - split: train\r\n    path: rows.jsonl"
+    (tmp_path / "README.md").write_bytes(f"---\r\n{about}\r\n---\r\n".encode())
+    (tmp_path / "more.jsonl").write_bytes(LINE)
+    assert len(opened(tmp_path)) == 1
+    (tmp_path / "README.md").write_bytes(f"\ufeff---\n{about}\n---\n".encode())
+    with pytest.raises(ValueError, match=r"README\.md: begins with a byte-order mark"):
+        opened(tmp_path)
