@@ -8,9 +8,15 @@ MOST_IDS = 1 << 24
 """Ids of a vocabulary, holes included (the largest public one has 2^18)."""
 MOST_NUMBER = 1e30
 LONGEST_NAME = 1 << 10
-"""Characters of a path or a column's name in a data mixture."""
+"""Characters of a path or a column's name in a data mixture, or of a shard's in an index."""
 TOKEN_BYTES = 1 << 12
 """Bytes of one token in a tiktoken file."""
+ADDED_TOKENS = 1 << 14
+"""Added tokens in a tiktoken file's settings (of public ones, some thousand)."""
+TEMPLATE = 1 << 20
+"""Characters of a chat template."""
+MERGED_BYTES = 1 << 28
+"""Bytes of all pairs of tokens that join to a token of a tiktoken file (of the largest public one, 2^23)."""
 CONFIG = {
     "vocab_size": MOST_IDS,
     "num_hidden_layers": 1 << 10,

@@ -26,6 +26,7 @@ _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": 
 _ARCHIVES = (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c")
 _MORE = {b"\x28\xb5\x2f\xfd": "zstandard", b"\x04\x22\x4d\x18": "lz4.frame"}  # compressed, by packages beside ours
 _EXPANDS, _ROOM = 64, 1 << 30  # times the size of a file, and bytes beside that, which it may be unpacked
+_CARD = 1 << 20  # characters of a description, of which the library reads a megabyte in some seconds
 _MEMORY = 4 << 30  # bytes to read a data set in, beside a multiple of its own
 ROWS = 64
 """Of a Parquet file at a time: a page may hold one long value, and any number of references to it."""
@@ -199,6 +200,8 @@ def _check_own(folder: Path) -> None:
         if path.suffix == ".md":  # as the library finds it
             found = REGEX_YAML_BLOCK.search(text)
             text = found[2] if found else ""
+        if len(text) > _CARD:
+            raise ValueError(f"{path}: its front matter has more than {_CARD} characters; fix or remove it")
         try:
             about = yaml.load(text, Plain)
         except (yaml.YAMLError, ValueError, RecursionError):

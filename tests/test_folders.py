@@ -118,3 +118,6 @@ def test_a_card_that_its_readers_overlook_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(f"\ufeff---\n{about}\n---\n".encode())
     with pytest.raises(ValueError, match=r"README\.md: begins with a byte-order mark"):
         opened(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\nx: {'a' * 2_000_000}\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md: its front matter has more than"):
+        opened(tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import sentencepiece
 
+from megatron_tide.bounds import TEMPLATE
 from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.template import tokens_of_turns
 from megatron_tide.bridge.tiktoken import read_tiktoken
@@ -213,8 +214,11 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
         for key, value in config.items()
         if key.endswith("_token") and isinstance(value, str | Mapping)
     }
+    content = read_whole(model)
+    if not content:  # which the library takes for none, and fails at the first use
+        raise ValueError(f"{model}: empty; restore the file")
     with _reading(request.name):
-        processor = sentencepiece.SentencePieceProcessor(model_proto=read_whole(model))
+        processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     # The model's own roles apply if the configuration does not define them.
     roles = sentencepiece_roles(processor) | roles
     pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
@@ -247,6 +251,8 @@ def _default_template(request: _LoadRequest, template: Any) -> str | None:
     if not isinstance(template, str | None):
         kind = type(template).__name__
         raise ValueError(f"{request.name}: its chat template is a {kind}, not text; restore the file")
+    if len(template or "") > TEMPLATE:
+        raise ValueError(f"{request.name}: its chat template has more than {TEMPLATE} characters; restore the file")
     return template
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from megatron_tide.bounds import TOKEN_BYTES, check_id
+from megatron_tide.bounds import ADDED_TOKENS, MERGED_BYTES, TOKEN_BYTES, check_id
 from megatron_tide.bridge.byte_table import byte_level_string
 from megatron_tide.files import check_form, read_json, read_whole
 
@@ -59,7 +59,7 @@ def read_tiktoken(file: Path) -> Any:
     content = read_whole(file)
     ranks = _read_ranks(content, file)
     settings = _settings(content, file)
-    tokenizer = tokenizers.Tokenizer(_bpe(ranks))
+    tokenizer = tokenizers.Tokenizer(_bpe(ranks, file))
     tokenizer.normalizer = NORMALIZERS[settings.get("normalizer")]
     split = pre_tokenizers.Split(_regex(settings["pattern"], file), behavior="isolated", invert=False)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -107,6 +107,8 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
         texts = [*settings.get("added_tokens", []), *settings.get("plain_added_tokens", []), *settings.values()]
         if any(isinstance(text, str) and not 0 < len(text) <= TOKEN_BYTES * 16 for text in texts):
             raise ValueError(f"{beside}: a text that is empty or too long; fix the settings")
+        if len(texts) > ADDED_TOKENS:
+            raise ValueError(f"{beside}: more than {ADDED_TOKENS} added tokens; fix the settings")
         if settings.get("normalizer") not in NORMALIZERS:
             raise ValueError(f"{beside}: normalizer must be one of {[*NORMALIZERS]}, not {settings['normalizer']!r}")
         return settings
@@ -126,14 +128,20 @@ def _regex(pattern: str, file: Path) -> tokenizers.Regex:
         ) from error
 
 
-def _bpe(ranks: dict[bytes, int]) -> models.BPE:
+def _bpe(ranks: dict[bytes, int], file: Path) -> models.BPE:
     """The merges that give the ranks' own order: a token's halves are every pair of tokens that joins to it."""
     merges: list[tuple[int, int, int, bytes, bytes]] = []
+    room = MERGED_BYTES
     for token, rank in ranks.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ranks and right in ranks:
                 merges.append((rank, ranks[left], ranks[right], left, right))
+                room -= len(token)
+        if room < 0:
+            raise ValueError(
+                f"{file}: more pairs of its tokens are tokens than of any vocabulary; fetch the file again"
+            )
     merges.sort()
     vocabulary = {byte_level_string(token): rank for token, rank in ranks.items()}
     pairs = [(byte_level_string(left), byte_level_string(right)) for *_, left, right in merges]

@@ -23,6 +23,7 @@ _CLASS = re.compile(r"\w*(Tokenizer|Backend)\w*", flags=re.A)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LONG = {"precompiled_charsmap": LARGEST, "Regex": 1 << 16}  # characters of texts of a step; of others as a token's
+_WRITTEN = 1 << 18  # characters of all texts of the steps, but regular expressions and tables
 GROWTH = 1 << 8
 """How many times as long replacements may make a text."""
 
@@ -108,7 +109,7 @@ def _check_step(path: Path, part: str, content: Any) -> None:
     """What is done to texts, at any depth: with texts of its own as long as those of tokenizers are, and replacements
     that do not multiply a text without end.
     """
-    growth, left = 1, [content]
+    growth, left, written = 1, [content], 0
     while left:
         step = left.pop()
         left += step if isinstance(step, list) else step.values() if isinstance(step, dict) else ()
@@ -117,10 +118,13 @@ def _check_step(path: Path, part: str, content: Any) -> None:
         for key, text in step.items():
             if isinstance(text, str) and len(text) > _LONG.get(key, TOKEN_BYTES):
                 raise ValueError(f"{path}: {part} has {key[:60]!r} of {len(text)} characters; restore the file")
+            written += len(text) if isinstance(text, str) and key not in _LONG else 0
         pattern, text = step.get("pattern"), step.get("content")
         if isinstance(pattern, dict) and isinstance(text, str):
             taken = pattern.get("String")  # a regular expression may take nothing
             growth *= max(1, len(text) // len(taken)) if isinstance(taken, str) and taken else len(text) + 1
+    if written > _WRITTEN:  # many steps may each write a text before every other
+        raise ValueError(f"{path}: {part} has texts of {written} characters; restore the file")
     if growth > GROWTH:
         raise ValueError(f"{path}: {part} makes texts {str(growth)[:20]} times as long; restore the file")
 

@@ -39,6 +39,12 @@ class Store:
         with self._named():
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._database.execute("create table if not exists unnamed (key text primary key, value blob)")
+            # A view or a trigger, of the name or on it, is a program, which may never end.
+            others = (
+                "select count(*) from sqlite_master where type in ('view', 'trigger') or sql like 'create virtual%'"
+            )
+            if self._database.execute(others).fetchone()[0]:
+                raise ValueError("it holds more than a table")
             self._database.execute("select key, value from unnamed limit 1").fetchone()
 
     def __contains__(self, key: str) -> bool:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_tide.bounds import LONGEST_NAME
 from megatron_tide.files import canonical, open_regular, read_json, remove, sha256_file, write_json
 
 SINGLE = "model.safetensors"
@@ -104,7 +105,12 @@ class ShardedFolder:
         if not isinstance(file_of, dict) or not file_of:
             raise ValueError(f"{index}: has no weight_map")
         odd = next(
-            (key for key, name in file_of.items() if not isinstance(name, str) or not name or "\0" in name), None
+            (
+                key
+                for key, name in file_of.items()
+                if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or "\0" in name
+            ),
+            None,
         )
         if odd is not None:
             raise ValueError(f"{index}: {str(file_of[odd])[:40]!r} for {odd[:80]!r} is no file name; restore the file")

@@ -110,3 +110,19 @@ def test_odd_settings_of_a_tiktoken_file_are_one_line(tmp_path: Path, change: di
     with pytest.raises(ValueError, match=r"a\.tiktoken\.json: ") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_sizes_that_add_up_are_one_line(folders: Mapping[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["student"], tmp_path / "a"))
+    (folder / "chat_template.jinja").write_text("x" * 2_000_000)
+    with pytest.raises(ValueError, match="its chat template has more than 1048576 characters"):
+        load_tokenizer(folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 4000}] * 100}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: normalizer has texts of \d+ characters"):
+        load_tokenizer(folder)
+    folder = Path(shutil.copytree(folders["teacher"], tmp_path / "b"))
+    (folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"tokenizer\.model: empty; restore the file"):
+        load_tokenizer(folder)

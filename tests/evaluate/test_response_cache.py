@@ -118,3 +118,10 @@ def test_a_cache_is_json_and_never_unpickled(lab: Lab, tmp_path: Path) -> None:
     path.write_bytes(b"no database at all, for certain" * 100)
     with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache .*remove it"):
         ResponseCache(generator, path)
+    endless = "with recursive c(x) as (select 1 union all select x + 1 from c) select x, x from c"
+    for odd in (f"create view unnamed(key, value) as {endless}", f"create view other as {endless}"):
+        path.unlink()
+        with sqlite3.connect(path) as database:
+            database.execute(odd)
+        with pytest.raises(ValueError, match=r"c\.sqlite: not a response cache \(it holds more than a table\)"):
+            ResponseCache(generator, path)
