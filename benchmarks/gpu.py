@@ -46,7 +46,8 @@ from megatron_tide.files import read_json, write_json  # noqa: E402
 LEFT = 15.0  # seconds: no stage starts with less
 WORKER = ("-m", "benchmarks.gpu_stages.bench")
 NO_GPU = "no GPU that torch can use: run this on a machine with one, or try the code with --tiny --device cpu"
-NEEDED = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "sentencepiece", "tokenizers", "pytest")
+NEEDED = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "sentencepiece", "tokenizers")
+NEEDED += ("tensorboard", "pytest")
 LIBAIO = Path("/usr/include/libaio.h")
 
 

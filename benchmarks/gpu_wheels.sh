@@ -21,7 +21,7 @@ DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$out" "$(pi
 "$PYTHON" -m pip download --quiet --only-binary :all: --dest "$out" --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
   --python-version "$PYTHON_VERSION" --no-deps \
   annotated-types einops msgpack py-cpuinfo pydantic typing-inspection typing-extensions psutil packaging tqdm \
-  "pyarrow==20.*" "$(pinned ninja)" "$(pinned gguf)" "$(pinned pytest)" "$(pinned pytest-timeout)" pluggy iniconfig pygments
+  "pyarrow==20.*" "$(pinned ninja)" "$(pinned gguf)" "$(pinned accelerate)" "$(pinned pytest)" "$(pinned pytest-timeout)" pluggy iniconfig pygments
 # pyarrow: newer ones have more than 50 MiB alone.
 core=$(unzip -p "$out"/pydantic-2*.whl '*/METADATA' | sed -n 's/^Requires-Dist: pydantic-core==\([0-9.]*\).*/\1/p')
 "$PYTHON" -m pip download --quiet --only-binary :all: --dest "$out" --platform manylinux2014_x86_64 --python-version "$PYTHON_VERSION" \

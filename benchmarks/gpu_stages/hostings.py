@@ -16,6 +16,8 @@ from benchmarks.gpu_stages.full import config_of, training
 from benchmarks.hosting import GOLD, make_microbatches, write_teacher
 from megatron_tide.config import from_flat
 from megatron_tide.diffusion import DistillBatch
+from megatron_tide.ds_config import offload_of
+from megatron_tide.ds_ops import refuse_missing_disk_tools
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import named_hosting
 from megatron_tide.hosting.memory import Machine, ModelShape, RunShape, TeacherNeeds, estimate_memory
@@ -41,9 +43,22 @@ def run(bench: Bench) -> None:
         microbatches = [batch.to(world.device) for batch in make_microbatches(config, 2, 2, 32 if bench.tiny else 512)]
         wanted = resident_answer(bench, world, folder, microbatches)
         for name in ("zero3", "zero3_cpu", *(() if bench.tiny else ("zero3_nvme",))):
+            if why := reason_against(name):
+                bench.note(**{name: {"skipped": why}})
+                continue
             with bench.part(name):
                 found = measured(bench, world, name, folder, microbatches, wanted)
                 bench.note(**{name: {**found, "planned_device_bytes": planned(bench, config, name)}})
+
+
+def reason_against(name: str) -> str:
+    """Why this machine cannot have a hosting; "" if it can."""
+    if offload_of(named_hosting(name).settings).get("device") == "nvme":
+        try:
+            refuse_missing_disk_tools()
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def resident_answer(bench: Bench, world: DistContext, folder: Path, microbatches: list[DistillBatch]) -> torch.Tensor:
@@ -58,7 +73,7 @@ def measured(
 ) -> dict[str, Any]:
     """Two sweeps of a hosting: DeepSpeed learns the order of the layers in the first."""
     settings = named_hosting(name).settings
-    offload = settings["zero_optimization"].get("offload_param", {})
+    offload = offload_of(settings)
     if offload.get("device") == "nvme":
         offload["nvme_path"] = str(bench.folder)
     before = torch.cuda.memory_allocated() if bench.cuda else 0

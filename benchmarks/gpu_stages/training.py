@@ -2,7 +2,8 @@
 
 The fp32 curves must be those of tests/train/golden.json, which a CPU wrote; ZeRO 1, ZeRO 2 and offload take the same
 steps; a run that is killed goes on where it was. bf16 has another curve, near it. Runs joined in one process share its
-start; processes run side by side, because nothing is timed here.
+start; processes run side by side, because nothing is timed here. Where the libraries of a machine make other tokenizers
+or weights than those of golden.json, its own CPU's curve tells which of the two it is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tests.train.test_golden import CASES, GOLDEN
 
 STEPS = 5  # of every run
 EXACT, NEAR = 1e-4, 0.05  # of a loss, absolute below 1 and relative above: fp32, bf16
-KILLED = "killed"
+KILLED, ON_CPU = "killed", "on this CPU"
 MARGIN = 8.0  # seconds, to tell what did not end in time
 CASE = "tide-bridge"  # of the runs that vary something else: it has every part of the loss
 
@@ -36,15 +37,18 @@ def run(bench: Bench) -> None:
     chain = make_chain(bench.folder / "chain")
     groups = groups_of(bench.tiny)
     words = {name: words_of(chain, bench.folder, runs) for name, runs in groups.items()}
-    processes = {name: start(called, bench.folder / f"{name}.log") for name, called in words.items()}
+    processes = {name: start(words[name], bench.folder / f"{name}.log", name == ON_CPU) for name in groups}
     with bench.part("kill"):
         bench.note(**killed(processes[KILLED], bench.folder / KILLED, bench.left * 0.6))
-        processes[KILLED] = start(words[KILLED], bench.folder / f"{KILLED}.log")
+        processes[KILLED] = start(words[KILLED], bench.folder / f"{KILLED}.log", False)
     for name, runs in groups.items():
         with bench.part(name):
             finish(processes[name], bench.folder / f"{name}.log", bench.left - MARGIN)
             for run_name, flags in runs.items():
                 bench.note(**{run_name: judged(bench.folder / run_name, flags)})
+    if ON_CPU in groups:
+        with bench.part("beside this CPU"):
+            bench.note(golden_beside_this_cpu=beside_this_cpu(bench.folder))
 
 
 def killed(process: Any, out: Path, seconds: float) -> dict[str, Any]:
@@ -76,6 +80,7 @@ def groups_of(tiny: bool) -> dict[str, Runs]:
             "zero2 with offload, bf16": {**other, "precision": "bf16", "teacher_dtype": "bf16", "deepspeed": offload},
         },
         KILLED: killed,
+        ON_CPU: {f"{case}, {ON_CPU}": {**flags, "_case": case} for case, flags in CASES.items()},
     }
 
 
@@ -88,11 +93,12 @@ def words_of(chain: Chain, folder: Path, runs: Runs) -> list[str]:
     return words
 
 
-def start(words: Sequence[str], log: Path) -> Any:
+def start(words: Sequence[str], log: Path, on_cpu: bool) -> Any:
     """``python -m megatron_tide WORDS`` as one rank."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", **({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})}
     with log.open("wb") as file:
         command = [sys.executable, "-m", "megatron_tide", *words]
-        return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
 
 def wait_for(happened: Callable[[], bool], process: Any, seconds: float) -> None:
@@ -115,11 +121,27 @@ def finish(process: Any, log: Path, seconds: float) -> None:
 
 def judged(out: Path, flags: dict[str, Any]) -> dict[str, Any]:
     """How far a curve is from the golden one of its case."""
-    golden, curve = json.loads(GOLDEN.read_text())[flags["_case"]], read_curve(out)
+    golden = json.loads(GOLDEN.read_text())[flags["_case"]]
     limit = NEAR if flags.get("precision") == "bf16" else EXACT
-    apart = {
-        name: max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(curve[name], expected, strict=True))
-        for name, expected in golden.items()
+    apart = apart_of(read_curve(out), golden)
+    return {"apart": apart, "limit": limit, "within": all(value <= limit for value in apart.values())}
+
+
+def apart_of(curve: dict[str, list[float]], expected: dict[str, list[float]]) -> dict[str, float]:
+    """How far the losses of ``curve`` are from the expected ones, by name."""
+    return {
+        name: max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(curve[name], values, strict=True))
+        for name, values in expected.items()
         if name in curve
     }
-    return {"apart": apart, "limit": limit, "within": all(value <= limit for value in apart.values())}
+
+
+def beside_this_cpu(folder: Path) -> dict[str, dict[str, float]]:
+    """How far the fp32 curves of the GPU are from those that this machine's CPU has just made."""
+    return {
+        case: apart_of(
+            read_curve(folder / f"{case}, zero1, fp32"),
+            {name: read_curve(folder / f"{case}, {ON_CPU}")[name] for name in golden},
+        )
+        for case, golden in json.loads(GOLDEN.read_text()).items()
+    }

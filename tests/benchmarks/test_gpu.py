@@ -129,6 +129,29 @@ def test_cards_by_name() -> None:
     assert stated_tflops("Tesla of tomorrow") is None
 
 
+def test_a_teacher_on_disk_is_left_out_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "nosuchcompiler")
+    assert "libaio" in hostings.reason_against("zero3_nvme")
+    assert hostings.reason_against("zero3_cpu") == ""
+
+
+def test_golden_runs_are_held_against_this_machines_cpu_too(tmp_path: Path) -> None:
+    golden = json.loads(training.GOLDEN.read_text())
+    for case, curve in golden.items():
+        for where, more in (("zero1, fp32", 0.0), (training.ON_CPU, 0.5)):
+            folder = tmp_path / f"{case}, {where}"
+            folder.mkdir()
+            steps = [{name: value + more for name, value in zip(curve, row)} for row in zip(*curve.values())]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert max(training.judged(tmp_path / "bd3lm, zero1, fp32", {"_case": "bd3lm"})["apart"].values()) == 0
+    for apart in training.beside_this_cpu(tmp_path).values():
+        assert all(0 < value <= 0.5 for value in apart.values())
+    groups = training.groups_of(tiny=False)
+    assert list(groups)[-1] == training.ON_CPU  # asked for last: it is the slowest
+    assert len(groups[training.ON_CPU]) == len(groups["golden"])
+
+
 def toy(folder: Path) -> Bench:
     folder.mkdir()
     return Bench(torch.device("cpu"), True, folder, folder / "out.json", {"bf16_tflops": 1.0, "memory_gbs": 1.0})
@@ -211,7 +234,8 @@ def test_the_command_runs_a_stage_in_a_process_of_its_own(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_runs_are_held_against_golden_losses(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(words: list[str], log: Path) -> launch.Rank:
+    def start(words: list[str], log: Path, on_cpu: bool) -> launch.Rank:
+        assert not on_cpu
         launch.forkserver()
         ports = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         process = launch.Rank(target=launch._run, args=(main, words, log, ports))
