@@ -196,7 +196,7 @@ class BlockDecoder:
         self.live_A, self.passes_B = torch.ones_like(self.rows_A, dtype=torch.bool), torch.zeros_like(self.rows_A)
         self.most_B, self.order_BL = [rule.max_new_tokens] * len(prompts), torch.zeros_like(self.tokens_BL)
         self.static = self.device.type == "cuda" and not moves if static is None else static
-        self.cache = BlockCache(length, self.static)
+        self.cache = BlockCache(-(-length // 64) * 64 if self.static else length, self.static)  # in whole tiles
         self._slots: dict[int, torch.Tensor] = {}  # of the queries, by their number
         self._passes = _Passes(self.device.type == "cuda" and self.static and os.environ.get("A2D_GRAPHS") != "0")
 
