@@ -67,6 +67,34 @@ def test_ours_equals_the_loop() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which comes with torch's CUDA build")
+@pytest.mark.parametrize("number", ["bf16", "fp32"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_ours_is_compiled_without_a_card(capability: int, number: str) -> None:
+    """Down to machine code, which needs no GPU: both layouts of the weights, and the gradient of the weights."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_tide.models import grouped_triton as ours
+
+    blocks = {"BLOCK_K": ours.BLOCK_K, "IN_FP32": False}
+    by_rows = {**blocks, "inner": 2048, "BLOCK_R": ours.BLOCK_R, "BLOCK_N": ours.BLOCK_N}
+    by_experts = {**blocks, "BLOCK_O": ours.BLOCK_R, "BLOCK_I": ours.BLOCK_N}
+    for kernel, constants in (
+        (ours._rows_kernel, {**by_rows, "stride_k": 1}),
+        (ours._rows_kernel, {**by_rows, "stride_n": 1}),
+        (ours._experts_kernel, by_experts),
+    ):
+        pointers = {"rows": number, "weight": number, "result": number, "grad": number, "tiles": "i32", "ends": "i32"}
+        kinds = {name: f"*{pointers[name]}" if name in pointers else "i32" for name in kernel.arg_names}
+        kinds |= dict.fromkeys(constants, "constexpr")
+        fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=kinds, constexprs=fixed)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert made.metadata.shared <= 99 * 1024  # what every card of these has for a block
+
+
 def interpreted() -> None:
     from megatron_tide.models.grouped_triton import GroupedLinear
 
