@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.generate.complete import BLOCKS, Moment, prompt_ids
 from megatron_tide.screen import plain, printable
 
@@ -77,7 +78,8 @@ def chat(
     out = out or sys.stdout
     opening = [{"role": "system", "content": system}] if system else []
     said, tokens, seconds, turn = list(opening), 0, 0.0, 0
-    blocks = f"; blocks begin at the {options.get('block_layout', 'sequence')}" if stream is BLOCKS.stream else ""
+    layout = options.get("block_layout", "sequence")
+    blocks = f"; blocks begin {BLOCK_LAYOUTS.data[layout].meaning}" if stream is BLOCKS.stream else ""
     out.write(f"({HELP}{blocks})\n")
     for message in _messages(ask, out):
         if message == "/new":

@@ -346,7 +346,7 @@ def card_scores(content: Mapping[str, Any], path: str) -> list[Score]:
         how = f"{preset['task']}, {shots} shots, {preset['new_tokens']} tokens in {preset['steps']} passes"
         how += f", temperature {preset['temperature']:g}"
         if layout := benchmark.get("settings", {}).get("block_layout"):
-            how += f", blocks begin at the {layout}"
+            how += f", blocks begin at the {'start of the text' if layout == 'sequence' else layout}"
         for score in benchmark["scores"]:
             metric = score["metric"] if score["filter"] == "none" else f"{score['metric']} {score['filter']}"
             metric += threshold_of(benchmark)

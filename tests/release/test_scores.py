@@ -94,4 +94,6 @@ def test_the_record_of_an_evaluation_becomes_rows() -> None:
     assert accuracy.metric == "masked token accuracy"
     assert (exact.metric, exact.low, exact.high) == ("exact_match strict, %", 25.0, 75.0)
     assert exact.how == "gsm8k_cot, 0 shots, 256 tokens in 128 passes, temperature 0, blocks begin at the answer"
+    record["benchmarks"][0]["settings"] = {"block_layout": "sequence"}  # type: ignore[index]
+    assert card_scores(record, "hf")[-1].how.endswith("blocks begin at the start of the text")
     assert card_scores(record, "nowhere") == []
