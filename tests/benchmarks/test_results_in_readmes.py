@@ -88,6 +88,16 @@ def test_real_weights() -> None:
     ) in (REPOSITORY / "README.md").read_text().replace("\n", " ")
 
 
+def test_settings_of_the_adaptation() -> None:
+    found = read_json(REPOSITORY / "benchmarks" / "results" / "real_small_settings.json")
+    phases, none, four = (f"{one['bits_per_byte']['value']:.3f}" for one in found["models"].values())
+    text = " ".join((REPOSITORY / "recipes" / "README.md").read_text().split())
+    told = f"phases of `ar:0.1,joint:0.3` {phases}, none {none}, none and 4 samples per step in place of 8 {four}."
+    assert told in text
+    assert f"`ar:0.1,joint:0.3` cost {float(phases) - float(none):.3f} bits per byte" in text
+    assert f"chosen on {found['settings']['samples']} samples" in text
+
+
 def test_cache() -> None:
     table = rows("recipes/README.md", "Teacher outputs computed once")
     files = (("`tide-bridge`", "cache.json"), ("`tide-cross`", "cache_tide_cross.json"))
