@@ -29,7 +29,7 @@ CONFIG = {
     "num_experts": 1 << 14,
     "num_local_experts": 1 << 14,
     "num_shared_experts": 1 << 10,
-    "max_position_embeddings": 1 << 32,
+    "max_position_embeddings": (1 << 32) - 1,
     "block_size": 1 << 20,
 }
 """Keys of a ``config.json``: whole numbers, from 1 or, of experts, from 0."""

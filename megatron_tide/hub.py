@@ -19,7 +19,6 @@ _SECRET = re.compile(
     r"\b(hf_|gh[pousr]_|glpat-|sk-)[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|[A-Z_]*(KEY|TOKEN|SECRET|PASSWORD)[A-Z_]*=\S+"
 )
 _HOME = re.compile(r"^~[^/\\]*$|^/root$|([/\\]Users|/home)[/\\][^/\\]+$")
-_PATH = re.compile(r"(?<![\w.>-])(~[\w.-]*|[A-Za-z]:)?[/\\]([^\s/\\:'\"]+[/\\])+")
 _FILES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".model", ".tiktoken", ".gguf")
 
 
@@ -56,8 +55,9 @@ def check_hub_name(path: str, owner: bool = True) -> None:
         raise ValueError(f"{path}: no such folder" + ("" if "/" in path else ", and no hub name (organisation/model)"))
 
 
-def download(name: str, patterns: Sequence[str], what: str) -> Path:
-    """The folder of a hub name's files that match ``patterns``, downloaded or from the hub's cache.
+def download(name: str, patterns: Sequence[str], what: str, cached: bool = False) -> Path:
+    """The folder of a hub name's files that match ``patterns``, downloaded or from the hub's cache; ``cached``: from
+    there alone.
 
     Raises:
         ValueError: ``what (reason)``, one line.
@@ -65,7 +65,7 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(what):
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=cached))
 
 
 def stated_config(path: str) -> dict[str, Any]:
@@ -113,11 +113,6 @@ def public_name(value: str, may_be_on_hub: bool = True) -> str:
     if _HOME.search(value) or value == str(Path.home()):
         return "~"
     return re.sub(r"^[\w.-]+@[\w.-]+:(?!\s)", "", re.split(r"[/\\]", value)[-1])
-
-
-def without_paths(text: str) -> str:
-    """``text`` with the last part of each path in it that begins at a root or at home."""
-    return _PATH.sub("", text)
 
 
 def published(value: Any, local: Collection[str] = (), key: str = "") -> Any:

@@ -29,6 +29,8 @@ def run(args: Args) -> None:
     from megatron_tide.report.run_folder import read_runs
 
     out = args.out or args.runs[0] / "report"
+    if args.out is None and out.is_symlink():  # a run's own files do not say where a page is written
+        raise ValueError(f"{out}: a link; remove it, or give its folder as --out")
     check_out(out)
     page = build_page(read_runs(args.runs))
     sections, figures = page.count("<section "), page.count("<figure ")

@@ -18,10 +18,13 @@ import torch
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.loading import GGUF_ROLES, GGUF_TEMPLATE, GGUF_TOKENIZER
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
+from megatron_tide.bridge.tokenizer_files import ROLES, check_own
 from megatron_tide.files import TEMPORARY, read_json, remove, replacing
+from megatron_tide.hub import one_line
 from megatron_tide.lock import lock_beside
 from megatron_tide.models import read_config
 from megatron_tide.models.checkpoint_keys import module_tensors
+from megatron_tide.models.decoding_a2d import BLOCKS_AT_ANSWER
 from megatron_tide.models.families import meta_model
 from megatron_tide.models.gguf_release import (
     ARCHITECTURE,
@@ -74,6 +77,8 @@ def convert_to_gguf(release: str | Path, out: str | Path, kind: str, *, overwrit
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: already exists; choose another name, or pass --overwrite to replace it")
     values, tokenizer = _settings(release), load_tokenizer(release)
+    for file in release.glob("*.j*"):  # all of the tokenizer goes out
+        check_own(file)
     words = _vocabulary(release, tokenizer, values["vocab_size"])
     with lock_beside(out):
         for left in out.parent.glob(f"{TEMPORARY}*-{out.name}"):  # of a process that was killed
@@ -100,6 +105,11 @@ def _settings(release: Path) -> dict[str, Any]:
     for name in KEYS:
         if values[name] is None or isinstance(values[name], list):
             raise ValueError(f"{release}/config.json: needs one {name}; convert the checkpoint again")
+    values["block_layout"] = str(values.get("block_layout") or "sequence")
+    if values["block_layout"] not in BLOCKS_AT_ANSWER:
+        raise ValueError(
+            f"{release}/config.json: block_layout is none of {', '.join(BLOCKS_AT_ANSWER)}; convert it again"
+        )
     others = {"attention_bias": values["attention_bias"], "rope_type": rope.get("rope_type", "default") != "default"}
     others["hidden_act"] = values["hidden_act"] != "silu"
     if wrong := [name for name, other in others.items() if other]:
@@ -145,13 +155,13 @@ def _write(
     from gguf import GGUFWriter
 
     writer = GGUFWriter(draft, ARCHITECTURE)
-    writer.add_name(release.resolve().name)
+    writer.add_name(one_line(release.resolve().name))
     writer.add_file_type(TYPES[kind][2])
     writer.add_quantization_version(2)
     for name, (key, type_of) in KEYS.items():
         (writer.add_uint32 if type_of is int else writer.add_float32)(key, values[name])
     writer.add_uint32(VALUE_LENGTH, values["head_dim"])
-    writer.add_string(LAYOUT, values.get("block_layout") or "sequence")
+    writer.add_string(LAYOUT, values["block_layout"])
     _add_tokenizer(writer, values, tokenizer, words)
     shapes, kept = _shapes(release), []
     kinds = {key: _kind_of(tensor_name(key), shape, kind) for key, shape in shapes.items()}
@@ -181,10 +191,12 @@ def _add_tokenizer(writer: Any, values: dict[str, Any], tokenizer: TextTokenizer
     writer.add_eos_token_id(values["eos_token_id"])
     writer.add_pad_token_id(values["pad_token_id"])
     writer.add_mask_token_id(values["mask_token_id"])
-    if (template := tokenizer.raw.chat_template) is not None:
-        writer.add_string(GGUF_TEMPLATE, template if isinstance(template, str) else template["default"])
+    template = tokenizer.raw.chat_template
+    template = template.get("default") if isinstance(template, dict) else template  # of several
+    if template is not None:
+        writer.add_string(GGUF_TEMPLATE, template)
     writer.add_string(GGUF_TOKENIZER, words["spec"])
-    roles = {name: str(token) for name, token in tokenizer.raw.special_tokens_map.items() if name.endswith("_token")}
+    roles = {name: str(token) for name, token in tokenizer.raw.special_tokens_map.items() if name in ROLES}
     writer.add_string(GGUF_ROLES, json.dumps(roles))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_tide.bridge import Bridge, TextTokenizer, align_texts, load_tokenizer
+from megatron_tide.bridge.loading import TOKENIZER_FILES
 from megatron_tide.bridge.show import show_piece
 from megatron_tide.data import PreparedData
+from megatron_tide.hub import download, public_name
 from megatron_tide.report.run_folder import TrainingRun
 
 TEXTS = 4
@@ -21,16 +23,27 @@ Block = tuple[list[Token], list[Token]]  # the student's tokens and the teacher'
 def aligned_samples(training: TrainingRun, run_folder: Path) -> list[list[Block]]:
     """The beginnings of a few responses of a run's data, aligned with its bridge's tokenizers.
 
-    Folders are looked for where the run recorded them, then below ``run_folder``. No tokenizer's own code is run.
+    Folders are looked for where the run recorded them, then below ``run_folder``. No tokenizer's own code is run, and
+    nothing is downloaded.
 
     Raises:
-        ValueError: in one line, what is missing or does not belong together.
+        ValueError: in one line, what is missing or does not belong together, without the recorded paths.
     """
     paths = training.paths
     if not paths.get("bridge") or not paths.get("teacher"):
         raise ValueError(f"{training.label} has no teacher, so there is nothing to align")
+    try:
+        return _aligned(paths, run_folder)
+    except (ValueError, OSError) as error:
+        text = str(error)
+        for path in sorted(map(str, paths.values()), key=len, reverse=True):
+            text = text.replace(path, public_name(path)) if path else text
+        raise ValueError(text) from None
+
+
+def _aligned(paths: Mapping[str, str], run_folder: Path) -> list[list[Block]]:
     bridge = Bridge.load(_found(paths["bridge"], run_folder))
-    student, teacher = (load_tokenizer(_found(paths[side], run_folder)) for side in ("student", "teacher"))
+    student, teacher = (_tokenizer(_found(paths[side], run_folder)) for side in ("student", "teacher"))
     bridge.check_vocabularies(student, teacher)
     data = PreparedData.open(_found(paths["data"], run_folder), verify=False)
     return align(student, teacher, _texts(data, student), same=bridge.shared)
@@ -54,6 +67,12 @@ def align(student: TextTokenizer, teacher: TextTokenizer, texts: Sequence[str], 
                     blocks[block][lane].append((show_piece(piece), kind))
         found.append([block for block in blocks if any(block)])
     return found
+
+
+def _tokenizer(place: str) -> TextTokenizer:
+    if not Path(place).exists():
+        place = str(download(place, TOKENIZER_FILES, f"{place}: not on this machine", cached=True))
+    return load_tokenizer(place)
 
 
 def _found(recorded: str, run_folder: Path) -> str:

@@ -128,6 +128,30 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(release: Path, 
     assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["model.gguf"]
 
 
+def changed(folder: Path, name: str, **values: Any) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+@pytest.mark.parametrize("default", ["{{ messages }}", None])
+def test_further_tokens_and_templates_by_name_do_not_go_in(tmp_path: Path, default: str | None) -> None:
+    folder = changed(gguf_release(tmp_path / "release"), "tokenizer_config.json", image_token="<|im_end|>")
+    (folder / "chat_template.jinja").unlink()
+    named = {"rag": "other"} | ({"default": default} if default else {})
+    changed(folder, "tokenizer_config.json", chat_template=named)
+    written(folder, tmp_path / "model.gguf", "f32")
+    header = read_header(tmp_path / "model.gguf")
+    assert header.values.get("tokenizer.chat_template") == default
+    assert "image_token" not in json.loads(header.values["megatron_tide.tokenizer_roles"])
+    assert load_tokenizer(tmp_path / "model.gguf").fingerprint == load_tokenizer(folder).fingerprint
+
+
+def linked(folder: Path) -> None:
+    (folder / "tokenizer.json").rename(folder.parent / "private.json")
+    (folder / "tokenizer.json").symlink_to("../private.json")
+
+
 def other_split(folder: Path) -> None:
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+"
@@ -151,6 +175,18 @@ def pieces(folder: Path) -> None:
         (
             lambda folder: gguf_release(folder, rope_scaling={"rope_type": "linear", "factor": 2.0}),
             "its rope_type is none that llama.cpp's",
+        ),
+        (lambda folder: linked(gguf_release(folder)), "private.json, outside its folder"),
+        *(
+            (
+                lambda folder, odd=odd: changed(gguf_release(folder), "config.json", block_layout=odd),
+                "block_layout is none",
+            )
+            for odd in ("/home/someone", ["answer"], 3)
+        ),
+        (
+            lambda folder: changed(gguf_release(folder), "config.json", max_position_embeddings=1 << 32),
+            "max_position_embeddings is 4294967296",
         ),
         (lambda folder: gguf_release(folder, vocab_size=300), "310 tokens, but config.json has vocab_size 300"),
     ],

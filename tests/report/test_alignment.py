@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pandas as pd
 import pytest
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.report.alignment import align, aligned_samples
-from megatron_tide.report.run_folder import read_run
+from megatron_tide.report.run_folder import TrainingRun, read_run
 
 
 def spelled(tokens):
@@ -33,6 +34,32 @@ def test_blocks_of_a_run_spell_its_responses(recipe):
                 assert (len(student), len(teacher), len(kinds)) == (1, 1, 1)
             else:
                 assert all(kind.startswith("several") for kind in kinds)
+
+
+def recorded(folder, **paths):
+    return TrainingRun(folder=folder, label="run", metrics=pd.DataFrame(), paths=paths)
+
+
+def test_recorded_paths_are_not_shown(tmp_path):
+    paths = {"bridge": "/home/alice/a private/bridge", "teacher": "/home/alice/teacher", "student": "x", "data": ""}
+    with pytest.raises(ValueError, match=r"^bridge: no bridge here") as error:
+        aligned_samples(recorded(tmp_path, **paths), tmp_path)
+    assert "alice" not in str(error.value)
+
+
+def test_nothing_is_downloaded(chain, tmp_path, monkeypatch):
+    asked = []
+
+    def cached_only(name, **how):
+        asked.append((name, how["local_files_only"]))
+        raise FileNotFoundError("no snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cached_only)
+    paths = dict.fromkeys(("student", "teacher"), "evil/model")
+    paths |= {name: str(chain.root / name) for name in ("bridge", "data")}
+    with pytest.raises(ValueError, match="evil/model: not on this machine"):
+        aligned_samples(recorded(tmp_path, **paths), tmp_path)
+    assert asked == [("evil/model", True)]
 
 
 def test_blocks_end_where_tokens_of_both_sides_end(tokenizers):

@@ -209,6 +209,16 @@ def test_a_page_of_someone_else_stays(recipe, tmp_path, content):
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
+def test_a_link_in_a_run_does_not_say_where_the_page_goes(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.0}\n')
+    (tmp_path / "run" / "report").symlink_to("../elsewhere")
+    with pytest.raises(ValueError, match="report: a link; remove it, or give its folder as --out"):
+        command("report")([str(tmp_path / "run")])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
