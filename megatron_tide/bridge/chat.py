@@ -19,7 +19,7 @@ from megatron_tide.tables import MEDIA, THOUGHTS
 Range = tuple[int, int]
 SPOKEN = ("content", *THOUGHTS, "tool_calls", "function_call", "refusal", "name")
 """Fields of a message that hold something said: a template that leaves one out changes the conversation."""
-TOOLS = ("tool", "function")  # roles whose name is that of a tool, which its call has said
+TOOLS = ("tool", "function")  # roles whose name is that of a tool, which mostly its call has said
 _RARE = range(0x20000, 0x2A6E0)
 """Letters that stand for parts of messages: without cases or composition, printed as they are, in hardly any text."""
 BLANK = "\ue000"  # a private-use character that is in no vocabulary
@@ -206,7 +206,7 @@ def check_said(
     for number, message in enumerate(messages):
         for field in SPOKEN:
             silent = earlier[number] and field in THOUGHTS and knows_thoughts
-            silent = silent or (field == "name" and message.get("role") in TOOLS)
+            silent = silent or (field == "name" and _names_its_call(message, messages[:number]))
             said = [] if silent else [text for text in _said(message.get(field)) if text.strip()]
             said = contents[number] if field == "content" else said
             often = everything if field == "content" else ""
@@ -229,6 +229,12 @@ def check_said(
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or name not in rendered or (marks is not None and not _has_tools(marked, marks)):
             raise LeftOut(f"the chat template leaves out the tool {str(name)[:40]!r}")
+
+
+def _names_its_call(message: dict[str, Any], before: list[dict[str, Any]]) -> bool:
+    """Whether a tool's answer has the name of a tool that a message before it has said."""
+    name = message.get("name")
+    return message.get("role") in TOOLS and isinstance(name, str) and any(name in one for one in _strings(before))
 
 
 def _contents(message: dict[str, Any], earlier: bool, known: Container[str]) -> Iterator[str]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,16 +200,27 @@ def run(args: Args) -> None:
     if args.card and not cards:
         raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py creates one")
     tasks = list(dict.fromkeys(args.tasks))
-    content = _likelihood(args) if LIKELIHOOD in tasks else {}
     benchmarks = [task for task in tasks if task != LIKELIHOOD]
-    if args.benchmarks.thresholds and not benchmarks:
-        raise ValueError("--thresholds applies to benchmarks: add --tasks, such as --tasks humaneval")
+    _refuse_unused(args, benchmarks, LIKELIHOOD in tasks)
+    content = _likelihood(args) if LIKELIHOOD in tasks else {}
     if benchmarks:
         content["benchmarks"] = _benchmarks(args, benchmarks, models)
     if args.json:
         atomic_write(args.json, (json.dumps(content, indent=1) + "\n").encode())
     for path in cards:
         write_scores(path, card_scores(content, path))
+
+
+def _refuse_unused(args: Args, benchmarks: list[str], likelihood: bool) -> None:
+    """ValueError for a flag of a kind of task that is not asked for, before it is passed over without a word."""
+    kinds: tuple[tuple[Any, Any, str], ...] = (
+        (benchmarks, args.benchmarks, "benchmarks: add --tasks, such as --tasks humaneval"),
+        (likelihood, args.likelihood, f"the likelihood: add {LIKELIHOOD} to --tasks"),
+    )
+    for asked, group, where in kinds:
+        changed = [one.name for one in fields(group) if getattr(group, one.name) != getattr(type(group)(), one.name)]
+        if changed and not asked:
+            raise ValueError(f"--{changed[0].replace('_', '-')} applies to {where}")
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -172,7 +172,11 @@ def test_names_are_kept_where_the_template_writes_them_and_tools_are_named_by_th
 
     named = [{"role": "user", "content": "Hi", "name": "Ann"}]
     assert "Ann: Hi" in variant(tmp_path, folders["student"], change).render(named)
-    qwen_like.render([{"role": "tool", "content": "rain", "name": "weather"}, *user("Well?")])
+    rain = {"role": "tool", "content": "rain", "name": "weather"}
+    qwen_like.render([*user("Now?"), {"role": "assistant", "content": "", "tool_calls": CALLS}, rain, *user("Well?")])
+    qwen_like.render([*user("Now?"), {"role": "assistant", "content": "<call>weather()</call>"}, rain])
+    with pytest.raises(LeftOut, match="leaves out 'weather', name of message 1"):
+        qwen_like.render([*user("Now?"), rain, *user("Well?")])
 
 
 REPEATS = {

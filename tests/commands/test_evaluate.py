@@ -144,6 +144,10 @@ def test_a_model_on_the_wrong_side_is_refused(
             ["--data", "DATA", "--student", "a=x", "--baseline", "b"],
             "--baseline b: no model has this name; choose of a",
         ),
+        (["STUDENT", "--data", "DATA", "--few-shot", "3"], "--few-shot applies to benchmarks"),
+        (["STUDENT", "--data", "DATA", "--no-chat-template"], "--chat-template applies to benchmarks"),
+        (["STUDENT", "--tasks", "humaneval", "--data", "DATA"], "--data applies to the likelihood"),
+        (["STUDENT", "--tasks", "gsm8k", "--completions", "5"], "--completions applies to the likelihood"),
     ],
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
