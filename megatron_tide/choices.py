@@ -56,173 +56,123 @@ def named(table: Mapping[str, Value], name: str, what: str) -> Value:
 
 
 CORPUS_SPLITS = Table(
-    {
-        "function": Choice("equal and near-equal bodies stay together", "data.corpus:by_function"),
-        "file": Choice("the functions of a file stay together", "data.corpus:by_file"),
-    }
+    function=Choice("equal and near-equal bodies stay together", "data.corpus:by_function"),
+    file=Choice("the functions of a file stay together", "data.corpus:by_file"),
 )
 
 NOISE_SCHEDULES = Table(
-    {"linear": Choice("mask each token with probability t (published)", "diffusion.noise_schedule:LINEAR")}
+    linear=Choice("mask each token with probability t (published)", "diffusion.noise_schedule:LINEAR")
 )
 
 TIMESTEPS = Table(
-    {
-        "sample": Choice("one per sample (published)", False),
-        "block": Choice("one per block of the student: less variance", True),
-    }
+    sample=Choice("one per sample (published)", False),
+    block=Choice("one per block of the student: less variance", True),
 )
 TIMESTEP_SAMPLINGS = Table(
-    {
-        "independent": Choice("uniform (published)", False),
-        "stratified": Choice("spread evenly over the blocks of a sample and over the global batch", True),
-    }
+    independent=Choice("uniform (published)", False),
+    stratified=Choice("spread evenly over the blocks of a sample and over the global batch", True),
 )
 MASK_COUNTS = Table(
-    {
-        "bernoulli": Choice("each unit with the probability of its timestep, weight 1 / t (published)", False),
-        "exact": Choice("k of n units, k uniform on 1..n, weight n / k: the same mean, less variance", True),
-    }
+    bernoulli=Choice("each unit with the probability of its timestep, weight 1 / t (published)", False),
+    exact=Choice("k of n units, k uniform on 1..n, weight n / k: the same mean, less variance", True),
 )
 
 OWN_MASKS = Table(
-    {
-        "random": Choice("as those of all text", False),
-        "order": Choice(
-            "as its decoder had them: of each block, what was undecided before one of its passes, drawn evenly", True
-        ),
-    }
+    random=Choice("as those of all text", False),
+    order=Choice(
+        "as its decoder had them: of each block, what was undecided before one of its passes, drawn evenly", True
+    ),
 )
 
 LIKELIHOOD_NOISE = Table(
-    {
-        "sample": Choice("one timestep per sample, one coin flip per chunk", "evaluate.likelihood_noise:PER_SAMPLE"),
-        "block": Choice(
-            "one timestep per block, k of its n chunks: less variance",
-            "evaluate.likelihood_noise:PER_BLOCK",
-        ),
-    }
+    sample=Choice("one timestep per sample, one coin flip per chunk", "evaluate.likelihood_noise:PER_SAMPLE"),
+    block=Choice("one timestep per block, k of its n chunks: less variance", "evaluate.likelihood_noise:PER_BLOCK"),
 )
 
 MASKINGS = Table(
-    {
-        "expand": Choice(
-            "sample tokens, then mask all chunks that contain one (published)", "diffusion.masking:EXPAND"
-        ),
-        "synchronous": Choice("sample chunks, each masked with probability t", "diffusion.masking:SYNCHRONOUS"),
-    }
+    expand=Choice("sample tokens, then mask all chunks that contain one (published)", "diffusion.masking:EXPAND"),
+    synchronous=Choice("sample chunks, each masked with probability t", "diffusion.masking:SYNCHRONOUS"),
 )
 
 ATTENTION_LAYOUTS = Table(
-    {
-        "full": Choice("all positions (published)", "diffusion.layouts:full"),
-        "block_causal": Choice("its own block and earlier ones", "diffusion.layouts:block_causal"),
-        "staircase": Choice(
-            "same as the student: its own noised block and earlier clean ones", "diffusion.layouts:staircase"
-        ),
-        "causal": Choice(
-            "the tokens before, in one clean copy: for autoregressive teachers", "diffusion.layouts:causal"
-        ),
-    }
+    full=Choice("all positions (published)", "diffusion.layouts:full"),
+    block_causal=Choice("its own block and earlier ones", "diffusion.layouts:block_causal"),
+    staircase=Choice("same as the student: its own noised block and earlier clean ones", "diffusion.layouts:staircase"),
+    causal=Choice("the tokens before, in one clean copy: for autoregressive teachers", "diffusion.layouts:causal"),
 )
 
 BLOCK_LAYOUTS = Table(
-    {
-        "sequence": Choice("at multiples of the block size, as in training", False),
-        "answer": Choice("at the answer, as published", True),
-    }
+    sequence=Choice("at multiples of the block size, as in training", False),
+    answer=Choice("at the answer, as published", True),
 )
 
 COMPDEMO_SPLITS = Table(
-    {
-        "bernoulli": Choice("one coin flip per unit (published)", False),
-        "exact": Choice("exactly this share of the units", True),
-    }
+    bernoulli=Choice("one coin flip per unit (published)", False), exact=Choice("exactly this share of the units", True)
 )
-COMPDEMO_UNITS = Table({"chunk": Choice("one chunk", False), "token": Choice("one teacher token", True)})
+COMPDEMO_UNITS = Table(chunk=Choice("one chunk", False), token=Choice("one teacher token", True))
 
 CHUNK_OBJECTIVES = Table(
-    {
-        "calm": Choice("CALM", "objectives.chunk:CALM"),
-        "reverse_calm": Choice("Reverse CALM", "objectives.chunk:REVERSE_CALM"),
-        "bernoulli_kl": Choice("KL(student || teacher) of Bernoullis", "objectives.chunk:BERNOULLI_KL"),
-    }
+    calm=Choice("CALM", "objectives.chunk:CALM"),
+    reverse_calm=Choice("Reverse CALM", "objectives.chunk:REVERSE_CALM"),
+    bernoulli_kl=Choice("KL(student || teacher) of Bernoullis", "objectives.chunk:BERNOULLI_KL"),
 )
 
 DISTRIBUTION_OBJECTIVES = Table(
-    {
-        "forward_kl": Choice("KL(teacher || student)", "objectives.distribution:FORWARD_KL"),
-        "reverse_kl": Choice("KL(student || teacher)", "objectives.distribution:REVERSE_KL"),
-    }
+    forward_kl=Choice("KL(teacher || student)", "objectives.distribution:FORWARD_KL"),
+    reverse_kl=Choice("KL(student || teacher)", "objectives.distribution:REVERSE_KL"),
 )
 
 DISTRIBUTION_ROWS = Table(
-    {
-        "pairs": Choice("chunks of one student and one teacher token, averaged over chunks", False),
-        "byte_prefix": Choice(
-            "the first token of every chunk; a teacher's token counts as the longest student token that it begins with",
-            True,
-        ),
-    }
+    pairs=Choice("chunks of one student and one teacher token, averaged over chunks", False),
+    byte_prefix=Choice(
+        "the first token of every chunk; a teacher's token counts as the longest student token that it begins with",
+        True,
+    ),
 )
 
 TIDAL_USES = Table(
-    {
-        "off": Choice("target is the teacher alone", "objectives.tidal:OFF"),
-        "mix": Choice("mix the student into the target with weight 1 - lambda", "objectives.tidal:MIX"),
-        "weight": Choice("multiply the loss by lambda", "objectives.tidal:WEIGHT"),
-    }
+    off=Choice("target is the teacher alone", "objectives.tidal:OFF"),
+    mix=Choice("mix the student into the target with weight 1 - lambda", "objectives.tidal:MIX"),
+    weight=Choice("multiply the loss by lambda", "objectives.tidal:WEIGHT"),
 )
 
 TIDAL_AXES = Table(
-    {
-        "both": Choice("training progress and timestep", "objectives.tidal:both_axes"),
-        "training": Choice("training progress only", "objectives.tidal:training_axis"),
-        "timestep": Choice("timestep only", "objectives.tidal:timestep_axis"),
-    }
+    both=Choice("training progress and timestep", "objectives.tidal:both_axes"),
+    training=Choice("training progress only", "objectives.tidal:training_axis"),
+    timestep=Choice("timestep only", "objectives.tidal:timestep_axis"),
 )
 
 TIDAL_RAMPS = Table(
-    {
-        "cosine": Choice("half a cosine period", "objectives.tidal:cosine_ramp"),
-        "linear": Choice("linear", "objectives.tidal:linear_ramp"),
-    }
+    cosine=Choice("half a cosine period", "objectives.tidal:cosine_ramp"),
+    linear=Choice("linear", "objectives.tidal:linear_ramp"),
 )
 
 OPTIMIZERS = Table(
-    {
-        "adamw": Choice("AdamW (published)", "optimizer:ADAMW"),
-        "muon": Choice("Muon for the matrices of the layers, AdamW for the other parameters", "optimizer:MUON"),
-    }
+    adamw=Choice("AdamW (published)", "optimizer:ADAMW"),
+    muon=Choice("Muon for the matrices of the layers, AdamW for the other parameters", "optimizer:MUON"),
 )
 
 LR_SCHEDULES = Table(
-    {
-        "cosine": Choice("half a cosine period (published)", "train.schedule:cosine"),
-        "linear": Choice("a straight line", "train.schedule:linear"),
-    }
+    cosine=Choice("half a cosine period (published)", "train.schedule:cosine"),
+    linear=Choice("a straight line", "train.schedule:linear"),
 )
 
 # Code: a class opened as (folder, first step, flags of the run), with ``write`` and ``close``.
 METRIC_LOGS = Table(
-    {
-        "tensorboard": Choice("TensorBoard", "train.metric_logs:TensorBoard"),
-        "wandb": Choice("TensorBoard and Weights & Biases", "train.metric_logs:WeightsAndBiases"),
-    }
+    tensorboard=Choice("TensorBoard", "train.metric_logs:TensorBoard"),
+    wandb=Choice("TensorBoard and Weights & Biases", "train.metric_logs:WeightsAndBiases"),
 )
 
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
 TEACHER_HOSTINGS = Table(
-    {
-        "replicated": Choice("a full copy per rank", "hosting.replicated:ReplicatedTeacher"),
-        "zero3": Choice("a shard of every layer per GPU", "hosting.zero3:Zero3Teacher"),
-        "zero3_cpu": Choice("shards in host memory", "hosting.zero3:Zero3Teacher"),
-        "zero3_nvme": Choice("shards on a fast local disk", "hosting.zero3:Zero3Teacher"),
-        "pipeline_2": Choice("half of the layers per rank", "hosting.pipeline:PipelineTeacher"),
-        "pipeline_4": Choice("a quarter", "hosting.pipeline:PipelineTeacher"),
-        "pipeline_8": Choice("an eighth", "hosting.pipeline:PipelineTeacher"),
-        "cached": Choice("none: outputs of the cache command", "hosting.cached:CachedTeacher"),
-    }
+    replicated=Choice("a full copy per rank", "hosting.replicated:ReplicatedTeacher"),
+    zero3=Choice("a shard of every layer per GPU", "hosting.zero3:Zero3Teacher"),
+    zero3_cpu=Choice("shards in host memory", "hosting.zero3:Zero3Teacher"),
+    zero3_nvme=Choice("shards on a fast local disk", "hosting.zero3:Zero3Teacher"),
+    pipeline_2=Choice("half of the layers per rank", "hosting.pipeline:PipelineTeacher"),
+    pipeline_4=Choice("a quarter", "hosting.pipeline:PipelineTeacher"),
+    pipeline_8=Choice("an eighth", "hosting.pipeline:PipelineTeacher"),
+    cached=Choice("none: outputs of the cache command", "hosting.cached:CachedTeacher"),
 )
 
 

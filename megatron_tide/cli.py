@@ -43,6 +43,8 @@ EXIT_INTERRUPTED = 130
 _INF = float("inf")
 MOST = 2**63 - 1
 """Of any number of the command line."""
+SEEDS: dict[str, Any] = {"low": 0, "high": 2**31}
+"""The range of what random numbers are keyed by, for :func:`flag`."""
 
 
 def flag(

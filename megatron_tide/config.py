@@ -1,8 +1,8 @@
 """The run as one tree of frozen, keyword-only dataclasses: parse, check, print, fingerprint.
 
 Every flag is one field, with its default (here and nowhere else) and its meaning; the command line, the recorded
-``run.json`` and the fingerprint that resuming checks are all made from the fields. ``affects_loss=False`` marks a flag
-that cannot change the curve (where files go, how often to log), so it may differ when a run is resumed.
+``run.json`` and the fingerprint that resuming checks are all made from the fields. A :func:`free_flag` cannot change
+the curve (where files go, how often to log), so it may differ when a run is resumed.
 The defaults are the paper's settings (TIDE section 4) where the paper states one.
 """
 
@@ -40,7 +40,7 @@ from megatron_tide.choices import (
     TIMESTEPS,
     or_none,
 )
-from megatron_tide.cli import flag
+from megatron_tide.cli import SEEDS, flag
 from megatron_tide.files import read_json
 from megatron_tide.presets import PRESETS
 
@@ -48,29 +48,26 @@ BY_STRATEGY = "set by the strategy"
 CACHED = "cached"  # the hosting without weights
 
 
+def free_flag(default: Any, help: str, **more: Any) -> Any:
+    """``cli.flag`` of what cannot change the curve."""
+    return flag(default, help, affects_loss=False, **more)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PathsConfig:
     """Files."""
 
     student: str = flag("", "Model to train: folder in hub format, or hub name", metavar="DIR")
-    teacher: str = flag(
-        "",
-        "Frozen teacher: folder in hub format, or hub name; only for strategies that distil",
-        metavar="DIR",
-        affects_loss=False,
+    teacher: str = free_flag(
+        "", "Frozen teacher: folder in hub format, or hub name; only for strategies that distil", metavar="DIR"
     )
-    bridge: str = flag(
-        "", "Folder made by the bridge command; only for strategies that distil", metavar="DIR", affects_loss=False
+    bridge: str = free_flag("", "Folder made by the bridge command; only for strategies that distil", metavar="DIR")
+    data: str = free_flag("", "Training data: folder made by the prepare command", metavar="DIR")
+    validation: str = free_flag(
+        "", "Validation data: folder made by the prepare command, for --eval-every", metavar="DIR"
     )
-    data: str = flag("", "Training data: folder made by the prepare command", metavar="DIR", affects_loss=False)
-    validation: str = flag(
-        "",
-        "Validation data: folder made by the prepare command, for --eval-every",
-        metavar="DIR",
-        affects_loss=False,
-    )
-    out: str = flag("", "Folder to write checkpoints, logs and run.json to", metavar="DIR", affects_loss=False)
-    trust_remote_code: bool = flag(False, "Run Python code that comes with a model or tokenizer", affects_loss=False)
+    out: str = free_flag("", "Folder to write checkpoints, logs and run.json to", metavar="DIR")
+    trust_remote_code: bool = free_flag(False, "Run Python code that comes with a model or tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +75,7 @@ class StrategyConfig:
     """Objective, masking and teacher input."""
 
     strategy: str = flag(
-        "tide-cross",
-        "Named strategy; the other flags of this group change its parts",
-        choices=STRATEGIES,
+        "tide-cross", "Named strategy; the other flags of this group change its parts", choices=STRATEGIES
     )
     chunk_objective: str | None = flag(
         None,
@@ -106,10 +101,7 @@ class StrategyConfig:
         low=0,
     )
     tidal: str | None = flag(
-        None,
-        f"Use of TIDAL's lambda(progress, masking rate). {TIDAL_USES}",
-        choices=TIDAL_USES,
-        shown=BY_STRATEGY,
+        None, f"Use of TIDAL's lambda(progress, masking rate). {TIDAL_USES}", choices=TIDAL_USES, shown=BY_STRATEGY
     )
     tidal_axes: str = flag("both", f"Variables that lambda depends on. {TIDAL_AXES}", choices=TIDAL_AXES)
     tidal_ramp: str = flag("cosine", "Shape of lambda over training progress", choices=TIDAL_RAMPS)
@@ -160,39 +152,30 @@ class StrategyConfig:
 class TeacherConfig:
     """Teacher placement."""
 
-    teacher_hosting: str | None = flag(
-        None,
-        f"Location of the teacher's weights. {TEACHER_HOSTINGS}",
-        choices=TEACHER_HOSTINGS,
-        shown="replicated",
-        affects_loss=False,
+    teacher_hosting: str | None = free_flag(
+        None, f"Location of the teacher's weights. {TEACHER_HOSTINGS}", choices=TEACHER_HOSTINGS, shown="replicated"
     )
-    teacher_deepspeed: str = flag(
+    teacher_deepspeed: str = free_flag(
         "",
         "DeepSpeed JSON of the teacher, instead of --teacher-hosting; for examples see ds_configs/teacher_*.json",
         metavar="FILE",
         shown="that of the hosting",
-        affects_loss=False,
     )
-    teacher_cache: str = flag(
+    teacher_cache: str = free_flag(
         "",
         "Folder made by the cache command, with --teacher-hosting cached; --teacher may then be left out",
         metavar="DIR",
-        affects_loss=False,
     )
-    teacher_nvme: str = flag(
+    teacher_nvme: str = free_flag(
         "",
         "Folder on a fast local disk for the teacher's weights, with zero3_nvme",
         metavar="DIR",
         shown="the folder in the DeepSpeed JSON",
-        affects_loss=False,
     )
-    skip_teacher_probe: bool = flag(
-        False, "Skip the check before step 1 that the teacher predicts the data better than chance", affects_loss=False
+    skip_teacher_probe: bool = free_flag(
+        False, "Skip the check before step 1 that the teacher predicts the data better than chance"
     )
-    skip_plan: bool = flag(
-        False, "Skip the check that the run fits into the memory of this machine", affects_loss=False
-    )
+    skip_plan: bool = free_flag(False, "Skip the check that the run fits into the memory of this machine")
     teacher_dtype: str = flag("bf16", "Precision of the teacher's weights", choices=("bf16", "fp32"))
 
 
@@ -203,11 +186,10 @@ class TrainConfig:
     epochs: float = flag(10.0, "Number of passes over the data, if --max-steps is 0", low=1e-6, high=1e9)
     max_steps: int = flag(0, "Number of optimizer steps; 0: as many as --epochs takes", low=0, high=10**12)
     global_batch_size: int = flag(64, "Number of samples per optimizer step, over all ranks", low=1, high=1 << 30)
-    micro_batch_size: int = flag(
+    micro_batch_size: int = free_flag(
         4,
         "Number of samples per forward pass on one rank; changes memory and speed, never the curve",
         low=1,
-        affects_loss=False,
         high=1 << 20,
     )
     optimizer: str = flag("adamw", f"Optimizer of the student. {OPTIMIZERS}", choices=OPTIMIZERS)
@@ -242,23 +224,17 @@ class TrainConfig:
     precision: str = flag(
         "bf16", "Precision of the student's forward and backward; master weights are fp32", choices=("bf16", "fp32")
     )
-    activation_checkpointing: bool = flag(
-        False,
-        "Recompute the student's layers in the backward pass: less memory, a third more compute",
-        affects_loss=False,
+    activation_checkpointing: bool = free_flag(
+        False, "Recompute the student's layers in the backward pass: less memory, a third more compute"
     )
-    compile_layers: bool | None = flag(
+    compile_layers: bool | None = free_flag(
         None,
         "Compile the student's decoder layers (torch.compile): faster on a GPU, after a minute of compilation",
         shown="on with a GPU",
-        affects_loss=False,
     )
-    seed: int = flag(42, "Random seed for the data order and the noise", low=0, high=2**31)
-    deepspeed: str = flag(
-        "ds_configs/zero1.json",
-        "DeepSpeed JSON of the student: ZeRO stage, offload, communication",
-        metavar="FILE",
-        affects_loss=False,
+    seed: int = flag(42, "Random seed for the data order and the noise", **SEEDS)
+    deepspeed: str = free_flag(
+        "ds_configs/zero1.json", "DeepSpeed JSON of the student: ZeRO stage, offload, communication", metavar="FILE"
     )
 
 
@@ -266,48 +242,35 @@ class TrainConfig:
 class SaveConfig:
     """Checkpoints and logs."""
 
-    save_every: int = flag(
-        500, "Number of steps between checkpoints; the last step is always saved", low=1, affects_loss=False
-    )
-    keep_last: int = flag(2, "Number of checkpoints to keep", low=1, affects_loss=False)
-    resume: str = flag(
+    save_every: int = free_flag(500, "Number of steps between checkpoints; the last step is always saved", low=1)
+    keep_last: int = free_flag(2, "Number of checkpoints to keep", low=1)
+    resume: str = free_flag(
         "auto",
         "Checkpoint to resume from. auto: the newest complete one in --out, else start; never: start, and refuse an "
         "--out with checkpoints; or the folder of a checkpoint",
         metavar="auto|never|DIR",
-        affects_loss=False,
     )
-    continue_from: str = flag(
+    continue_from: str = free_flag(
         "",
         "Run (its newest checkpoint), or checkpoint, to go on from with its weights, optimizer state, step and "
         "schedule, perhaps on other --data; flags, models and bridge are the same",
         metavar="DIR",
-        affects_loss=False,
     )
-    until_step: int = flag(
+    until_step: int = free_flag(
         0,
         "Step to end at, before --max-steps, to which schedules run; --continue-from goes on",
         shown="the last",
         low=0,
         high=10**12,
-        affects_loss=False,
     )
-    log_every: int = flag(10, "Number of steps between log lines and TensorBoard points", low=1, affects_loss=False)
-    log_to: str = flag(
-        "tensorboard",
-        f"Where metrics go beside metrics.jsonl in --out. {METRIC_LOGS}",
-        choices=METRIC_LOGS,
-        affects_loss=False,
+    log_every: int = free_flag(10, "Number of steps between log lines and TensorBoard points", low=1)
+    log_to: str = free_flag(
+        "tensorboard", f"Where metrics go beside metrics.jsonl in --out. {METRIC_LOGS}", choices=METRIC_LOGS
     )
-    eval_every: int = flag(
-        0, "Number of steps between evaluations on --validation; 0: never", low=0, affects_loss=False
-    )
-    eval_samples: int = flag(256, "Number of --validation samples per evaluation", low=1, affects_loss=False)
-    hang_timeout: float = flag(
-        900.0,
-        "Seconds without progress of a rank after which the run ends with an error that names the rank",
-        affects_loss=False,
-        low=0,
+    eval_every: int = free_flag(0, "Number of steps between evaluations on --validation; 0: never", low=0)
+    eval_samples: int = free_flag(256, "Number of --validation samples per evaluation", low=1)
+    hang_timeout: float = free_flag(
+        900.0, "Seconds without progress of a rank after which the run ends with an error that names the rank", low=0
     )
 
 
@@ -360,11 +323,7 @@ def from_flat(values: Mapping[str, Any], origin: str = "configuration") -> Disti
 class DistillArgs:
     """Arguments of the distill command: the run, and where its flags come from."""
 
-    preset: str = flag(
-        "paper",
-        f"Named set of flags. {PRESETS}",
-        choices=tuple(PRESETS),
-    )
+    preset: str = flag("paper", f"Named set of flags. {PRESETS}", choices=tuple(PRESETS))
     config: str = flag(
         "", "JSON file of flags, or another run's run.json; flags on the command line override it", metavar="FILE"
     )

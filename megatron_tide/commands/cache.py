@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import EXIT_INTERRUPTED, flag, say
+from megatron_tide.cli import EXIT_INTERRUPTED, SEEDS, flag, say
 from megatron_tide.config import CACHED, DistillArgs, DistillConfig, preset_and_file
 from megatron_tide.hosting.speed import Rates
 
@@ -29,7 +29,7 @@ defaults = preset_and_file
 class Args(DistillArgs):
     """Arguments of the cache command: the training that the outputs are for, and how the teacher runs."""
 
-    seeds: tuple[int, ...] = flag((), "Seeds of the trainings", low=0, high=2**31, shown="--seed")
+    seeds: tuple[int, ...] = flag((), "Seeds of the trainings", shown="--seed", **SEEDS)
     steps_per_forward: int = flag(1, "Training steps per teacher forward: offloaded weights are read less often", low=1)
     rates: Rates = field(default_factory=Rates)
 

@@ -64,9 +64,7 @@ class LikelihoodArgs:
         reads="any",
     )
     teacher_context: str = flag(
-        "staircase",
-        "Attention mask of teachers; staircase: same as students",
-        choices=ATTENTION_LAYOUTS,
+        "staircase", "Attention mask of teachers; staircase: same as students", choices=ATTENTION_LAYOUTS
     )
     samples: int = flag(0, "Number of samples, spread evenly over the data", shown="all", low=0)
     mc_samples: int = flag(8, "Number of Monte Carlo timesteps per sample or block (stratified)", low=1, high=1 << 16)

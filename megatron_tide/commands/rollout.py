@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import EXIT_INTERRUPTED, flag, say
+from megatron_tide.cli import EXIT_INTERRUPTED, SEEDS, flag, say
 from megatron_tide.commands import dtype_flag, mask_flag
 from megatron_tide.commands.generate import RuleArgs
 
@@ -33,7 +33,7 @@ class Args:
     )
     data: tuple[str, ...] = flag(..., "Data: mixture .json, .jsonl, .parquet, folder or hub name", metavar="DATA")
     out: Path = flag(..., "Folder to write", metavar="DIR")
-    round: int = flag(1, "Number of the round; others draw other rows and other random numbers", low=0, high=2**31)
+    round: int = flag(1, "Number of the round; others draw other rows and other random numbers", **SEEDS)
     samples: int = flag(..., "Number of rows of the round", low=1, high=2**31)
     share: float = flag(1.0, "Share of the rows whose response the student writes", low=0, high=1)
     student_length: int = flag(
@@ -46,7 +46,7 @@ class Args:
         "Keep the tokens of an answer and the pass that decided each, for prepare and distill --own-masks order; "
         "otherwise prepare makes tokens of its text, which are others where the tokenizer would not have split it so",
     )
-    seed: int = flag(0, "Random seed", low=0, high=2**31)
+    seed: int = flag(0, "Random seed", **SEEDS)
     batch_size: int = flag(32, "Number of prompts per batch", low=1, high=1 << 20)
     dtype: str | None = dtype_flag()
     trust_remote_code: bool = flag(False, "Run Python code that comes with a tokenizer")

@@ -23,11 +23,7 @@ class Rates:
     gpu_tflops: float = flag(150.0, "TFLOP/s of a GPU in training, idle time included", low=1e-6)
     cpu_tflops: float = flag(0.5, "TFLOP/s of a rank without GPU in the teacher's matmuls", low=1e-6)
     memory_gbs: float = flag(1500.0, "GB/s of a GPU's own memory", low=1e-6)
-    gather_gbs: float = flag(
-        20.0,
-        "GB/s per rank when layers are gathered: PCIe's, NVLink has 10 times more",
-        low=1e-6,
-    )
+    gather_gbs: float = flag(20.0, "GB/s per rank when layers are gathered: PCIe's, NVLink has 10 times more", low=1e-6)
     pcie_gbs: float = flag(20.0, "GB/s from host memory to a GPU", low=1e-6)
     disk_gbs: float = flag(3.0, "GB/s that a node reads from its disk", low=1e-6)
     hop_gbs: float = flag(10.0, "GB/s between neighbours of a pipeline", low=1e-6)

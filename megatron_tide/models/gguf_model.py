@@ -137,11 +137,7 @@ class GgufModel:
         self._cache: Any = lambda: None
 
     def backbone(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        past_key_values: BlockCache,
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor, past_key_values: BlockCache
     ) -> Tensor:
         """Numbers of rows [1, Q, 1] for ``head``, -1 where the token is no mask.
 

@@ -354,11 +354,7 @@ class LLaDA2MoeModelLM(WithHead, BlockGenerationMixin, PreTrainedModel):  # type
         return self.model(input_ids, mask, position_ids, past_key_values)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Mask | None = None,
-        position_ids: Tensor | None = None,
-        **_: Any,
+        self, input_ids: Tensor, attention_mask: Mask | None = None, position_ids: Tensor | None = None, **_: Any
     ) -> MaskedLMOutput:
         return MaskedLMOutput(logits=self.lm_head(self.backbone(input_ids, attention_mask, position_ids)))
 

@@ -58,9 +58,6 @@ def png(figure: Figure) -> bytes:
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour and dash of each label: the same in every figure of a page."""
     return {
-        label: {
-            "color": COLOURS[place % len(COLOURS)],
-            "linestyle": DASHES[place // len(COLOURS) % len(DASHES)],
-        }
+        label: {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place // len(COLOURS) % len(DASHES)]}
         for place, label in enumerate(labels)
     }
