@@ -21,7 +21,6 @@ from megatron_tide.bridge.chat import LeftOut, Rendered, check_said, render_guar
 from megatron_tide.bridge.codecs import Codec
 from megatron_tide.bridge.tokenizer_files import check_own
 
-SPACE = 0x20
 ROLES = ("mask", "eos", "pad")
 _SHAPES = 1000  # conversations by their roles, of which a tokenizer remembers what its template writes
 

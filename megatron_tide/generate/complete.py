@@ -85,8 +85,6 @@ def answers(
     batch_size = min(batch_size, getattr(model, "rows_at_once", batch_size))
     rule = _rule(model, tokenizer, options)
     seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
     def answer(model: Any, places: list[int]) -> dict[int, Completion]:
         batch = [torch.as_tensor(np.asarray(prompts[place]), dtype=torch.int64) for place in places]
@@ -102,7 +100,13 @@ def answers(
             done[place] = Completion(found, text, ended, decoder.passes, prompt, own, order.tolist())
         return done
 
-    yield from shared([model, *copies], answer, batches)
+    yield from shared([model, *copies], answer, batches_by_length(prompts, batch_size))
+
+
+def batches_by_length(prompts: Sequence[np.ndarray | Sequence[int]], size: int) -> list[list[int]]:
+    """Places of prompts of similar length, ``size`` together."""
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def check_prompts(prompts: Sequence[np.ndarray | Sequence[int]], batch_size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_tide.bridge import TextTokenizer
-from megatron_tide.generate.complete import UNFINISHED, Completion, Moment, Writer, check_prompts
+from megatron_tide.generate.complete import UNFINISHED, Completion, Moment, Writer, batches_by_length, check_prompts
 from megatron_tide.models.autoregressive import end_tokens
 from megatron_tide.models.sampling_a2d import DEFAULT_NEW_TOKENS
 
@@ -34,10 +34,8 @@ def answers(
     check_prompts(prompts, batch_size)
     most, least, heat = _checked(model, options)
     ends = end_tokens(model, tokenizer.eos_id)
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     size = batch_size if heat == 0 else 1  # what is drawn must not depend on the batch
-    for first in range(0, len(order), size):
-        places = order[first : first + size]
+    for places in batches_by_length(prompts, size):
         rows = [[int(token) for token in prompts[place]] for place in places]
         width = max(map(len, rows))
         before = [width - len(row) for row in rows]

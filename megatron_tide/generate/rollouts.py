@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megatron_tide.data.sampler import permutation
 from megatron_tide.data.sources import WRITTEN, Mixture
 from megatron_tide.files import atomic_write, fingerprint, write_json
 from megatron_tide.generate.answer_file import AnswerFile
-from megatron_tide.generate.complete import Completion, answers
+from megatron_tide.generate.complete import Completion, answers, batches_by_length
 from megatron_tide.generate.prompts import Prompt, prompt_ids
 from megatron_tide.screen import clock_text
 from megatron_tide.tables import ASSISTANT, Message
@@ -85,12 +85,6 @@ def draw_round(
     return drawn
 
 
-def batches_of(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Places of prompts of similar length, ``size`` together."""
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place].ids))
-    return [order[first : first + size] for first in range(0, len(order), size)]
-
-
 @dataclass(frozen=True)
 class Rollouts:
     """The student's answers to a round's prompts, written to ``folder``.
@@ -113,7 +107,8 @@ class Rollouts:
     def answer(self, model: Any, world: Any, stopped: Callable[[], bool]) -> bool:
         """Answer what is missing, on all ranks of ``world``; False where one of them was asked to stop."""
         missing = set(world.on_main(self._collect))
-        batches = [batch for batch in batches_of(self.round.prompts, self.batch_size) if missing & set(batch)]
+        every = batches_by_length([prompt.ids for prompt in self.round.prompts], self.batch_size)
+        batches = [batch for batch in every if missing & set(batch)]
         part = self._file(self.folder / f"answers-{world.rank}.jsonl")
         mine, tokens, started = batches[world.rank :: world.size], 0, time.monotonic()
         for number, batch in enumerate(mine):

@@ -15,19 +15,6 @@ if TYPE_CHECKING:
     from megatron_tide.models.families import fresh_model, generation_of, meta_model, parameter_count, read_config
     from megatron_tide.models.load import DTYPES, load_model, resolve_folder, weights_sha256, write_folder
 
-_HOME = {
-    "DTYPES": "load",
-    "fresh_model": "families",
-    "generation_of": "families",
-    "load_model": "load",
-    "meta_model": "families",
-    "parameter_count": "families",
-    "read_config": "families",
-    "resolve_folder": "load",
-    "weights_sha256": "load",
-    "write_folder": "load",
-}
-
 __all__ = [
     "DTYPES",
     "compile_layers",
@@ -49,6 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    load = import_module(f"{__name__}.load")
+    return getattr(load if hasattr(load, name) else import_module(f"{__name__}.families"), name)

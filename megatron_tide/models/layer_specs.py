@@ -111,8 +111,3 @@ def layer_specs_of(source: ConfigSource, *, as_student: bool = False) -> LayerSp
         norm=spec("norm", layout.norm),
         output=spec("output", layout.output),
     )
-
-
-def layer_bytes(spec: LayerSpec, dtype: torch.dtype) -> int:
-    """Bytes of a part held in ``dtype``."""
-    return sum(tensor.numel() for tensor in spec.tensors.values()) * dtype.itemsize

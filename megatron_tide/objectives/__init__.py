@@ -8,10 +8,9 @@ calls ``strategy``. To add an objective: write ``term(student, target)`` in ``ch
 
 from megatron_tide.choices import CHUNK_OBJECTIVES, DISTRIBUTION_OBJECTIVES, STRATEGIES, StrategySpec
 from megatron_tide.objectives.chunk import chunk_loss
-from megatron_tide.objectives.denoise import denoise_loss
 from megatron_tide.objectives.distribution import VocabMap
-from megatron_tide.objectives.next_token import next_token_loss
 from megatron_tide.objectives.outputs import Counts, StudentScores, TeacherOutputs
+from megatron_tide.objectives.own import denoise_loss, next_token_loss
 from megatron_tide.objectives.strategy import Strategy
 from megatron_tide.objectives.table import build_strategy
 from megatron_tide.objectives.tidal import tidal_kl, tidal_strength

@@ -41,19 +41,14 @@ def has_losses(trainings: Sequence[TrainingRun]) -> bool:
 def losses(trainings: Sequence[TrainingRun], looks: Looks) -> Figure:
     """Loss parts over steps, one panel for each part that was logged."""
     parts = [name for name in LOSSES if any(_shown(training, name) for training in trainings)]
-    columns = 2 if len(parts) in (2, 4) else min(3, len(parts))
-    rows = -(-len(parts) // columns)
-    figure = new_figure(2.6 * rows + 0.35, narrow=columns == 1)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = _panels(len(parts), 2 if len(parts) in (2, 4) else 3, 2.6)
     for ax, name in zip(axes, parts):
         for training in trainings:
             if _shown(training, name):
                 _line(ax, training.curve(name), training.label, looks[training.label])
         title, unit = LOSSES[name]
         ax.set(title=title, xlabel="optimizer step", ylabel=unit)
-    for ax in axes[len(parts) :]:
-        ax.set_visible(False)
-    _legend_below(figure, list(axes[: len(parts)]))
+    _legend_below(figure, axes)
     return figure
 
 
@@ -228,10 +223,7 @@ def quality_against_speed(points: Sequence[Point]) -> Figure:
     by_curve = curves(points)
     names = list(dict.fromkeys(benchmark for benchmark, _ in by_curve))
     look = looks(list(dict.fromkeys(model for _, model in by_curve)))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = new_figure(3.0 * rows + 0.35, narrow=columns == 1)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, axes = _panels(len(names), 3, 3.0)
     for (benchmark, model), curve in by_curve.items():
         table = {
             name: np.array([list(getattr(one, name).to_dict().values()) for one in curve]).T
@@ -247,10 +239,16 @@ def quality_against_speed(points: Sequence[Point]) -> Figure:
             place = (point.tokens_per_pass.value, point.score.value)
             ax.annotate(f"{point.threshold:g}", place, (4, 4), textcoords="offset points", fontsize=7, color=MUTED)
         ax.set(title=f"{benchmark}: {curve[0].metric}", xlabel="tokens per forward pass", ylabel="score, %")
-    for ax in axes[len(names) :]:
-        ax.set_visible(False)
-    _legend_below(figure, list(axes[: len(names)]))
+    _legend_below(figure, axes)
     return figure
+
+
+def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
+    """A figure of ``count`` panels, in rows of at most ``columns`` that are ``height`` inches high."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(height * rows + 0.35, narrow=columns == 1)
+    return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 
 def _shown(training: TrainingRun, name: str) -> bool:

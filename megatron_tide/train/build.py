@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
-from megatron_tide.diffusion import ATTENTION_LAYOUTS, TeacherLayout, mask_of, predicts_next
+from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, mask_of, predicts_next
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.plan import check_plan
@@ -27,15 +27,16 @@ from megatron_tide.models import (
     read_config,
     recompute_layers,
     resolve_folder,
+    target_logprobs,
 )
 from megatron_tide.models.shards import ShardedFolder, same_model
+from megatron_tide.objectives import TeacherOutputs
 from megatron_tide.train import checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import build_engine
 from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.step import TrainContext, to_device
-from megatron_tide.train.teacher_probe import check_teacher
 from megatron_tide.training_checkpoint import (
     TrainState,
     newest_complete,
@@ -164,6 +165,41 @@ def probe(
     context.world.print_rank0(
         f"teacher: {mean:.2f} nats per target token in the first step's data; a uniform guess gives {uniform:.2f}"
     )
+
+
+def check_teacher(
+    context: TrainContext, microbatches: Sequence[DistillBatch], teacher: str, side: Mapping[str, Any]
+) -> float:
+    """Mean log-prob (nats) of the target tokens of ``microbatches`` under the teacher, over all ranks (a collective).
+
+    ``side``: the teacher's part of the data's manifest.
+
+    Raises:
+        ValueError: on all ranks, when it is not finite, or no better than a uniform guess over the vocabulary.
+    """
+    microbatches = to_device(microbatches, context.world.device)
+    teacher_outputs = context.backend.score(microbatches)
+    gold = torch.cat([_logprobs(batch, outputs).double() for batch, outputs in zip(microbatches, teacher_outputs)])
+    total, count = context.world.sum_over_ranks([gold.sum().item(), float(len(gold))])
+    mean, uniform = total / max(count, 1.0), -math.log(side["vocab_size"])
+    if count and not mean > uniform:  # a NaN is not greater than anything
+        found = f"{mean:.2f} nats" if math.isfinite(mean) else "not finite"
+        wrong_mask = "" if side["mask_id"] is None else f"a wrong mask token (id {side['mask_id']}), "
+        raise ValueError(
+            f"{teacher}: mean log-prob of the data's tokens is {found}, a uniform guess gives {uniform:.2f}: "
+            f"wrong weights, {wrong_mask}or another chat template; "
+            "--skip-teacher-probe skips this check"
+        )
+    return mean
+
+
+def _logprobs(batch: DistillBatch, outputs: TeacherOutputs) -> torch.Tensor:
+    """The target log-probs of the outputs, or those of the pairs, computed from their hidden states."""
+    if outputs.target_logprobs is not None:
+        return outputs.target_logprobs
+    assert outputs.hidden is not None
+    assert outputs.head_weight is not None
+    return target_logprobs(outputs.hidden, outputs.head_weight, batch.teacher_targets[batch.pair_teacher_index])
 
 
 def measurement(config: DistillConfig, inputs: RunInputs, context: TrainContext) -> Callable[[], dict[str, float]]:

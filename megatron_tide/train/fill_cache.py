@@ -45,13 +45,12 @@ from megatron_tide.hosting.speed import Rates
 from megatron_tide.models import read_config, resolve_folder
 from megatron_tide.models.shards import ShardedFolder, same_model
 from megatron_tide.screen import clock_text
-from megatron_tide.train.build import check_shift
+from megatron_tide.train.build import check_shift, check_teacher
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.loop import StopRequest
 from megatron_tide.train.microbatches import MicrobatchLoader, ahead
 from megatron_tide.train.step import TrainContext, to_device
-from megatron_tide.train.teacher_probe import check_teacher
 
 SHARD_BYTES = 64 * 10**6
 LOOKED_AT = 8  # steps that the forecast counts tokens of
