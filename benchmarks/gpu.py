@@ -9,7 +9,7 @@
   c  experts against a loop                                  i  the same step, each optimisation off alone
   d  the head against full logits                            j  generation: student, teacher, autoregressive
   e  training runs on NCCL against golden losses of a CPU    k  recipes/real_small.sh (--real-weights) in the time left
-  f  a sharded and offloaded teacher against a resident one
+  f  a sharded and offloaded teacher against a replicated one
 
 Each stage is a process of its own with a time limit: one that fails or overruns is recorded as such, with what it had
 measured, and the next one goes on. The file is written after every stage. They run in the order a, d, c, h, e, g, b, j,

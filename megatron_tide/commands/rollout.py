@@ -72,9 +72,8 @@ def run(args: Args) -> int:
 
 def _answer(args: Args, mixture: Any, world: Any) -> int:
     from megatron_tide.bridge import load_tokenizer
-    from megatron_tide.files import read_json
     from megatron_tide.generate.identity import code, identity
-    from megatron_tide.generate.rollouts import SUMMARY, Rollouts, draw_round
+    from megatron_tide.generate.rollouts import Rollouts, draw_round
     from megatron_tide.lock import locked
     from megatron_tide.models import DTYPES
     from megatron_tide.train.loop import StopRequest
@@ -106,10 +105,17 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
         world.print_rank0(f"stopped on request; run the same command again to continue ({args.out})")
         return EXIT_INTERRUPTED
     if world.is_main:
-        found = read_json(args.out / SUMMARY)
-        rate = found["now"]["tokens"] / max(found["now"]["seconds"], 1e-9)
-        say(
-            f"finished: {found['own']} answers of {found['tokens']:,} tokens ({found['finished']} ended, "
-            f"{found['empty']} empty), {found['corpus']} rows of the corpus; {rate:,.0f} tokens/s ({args.out})"
-        )
+        say(_summary(args.out))
     return 0
+
+
+def _summary(out: Path) -> str:
+    from megatron_tide.files import read_json
+    from megatron_tide.generate.rollouts import SUMMARY
+
+    found = read_json(out / SUMMARY)
+    rate = found["now"]["tokens"] / max(found["now"]["seconds"], 1e-9)
+    return (
+        f"finished: {found['own']} answers of {found['tokens']:,} tokens ({found['finished']} ended, "
+        f"{found['empty']} empty), {found['corpus']} rows of the corpus; {rate:,.0f} tokens/s ({out})"
+    )

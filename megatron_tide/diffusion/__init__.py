@@ -1,11 +1,10 @@
 """Clean -> noised: masks, model inputs, and scored positions.
 
 In order: ``masking`` samples the timesteps of ``levels`` and masks (both sides agree chunk by chunk) as its
-``noise_schedule`` says,
-``compdemo`` splits the masked part into two halves for the teacher's two passes, ``layouts`` arranges tokens as model
-inputs with their ``attention`` mask, and ``inputs`` turns a batch into one ``DistillBatch``. All of it runs on the CPU,
-in the loader, on complete batches: the training step receives row indices and never waits for the device to learn a
-size.
+``noise_schedule`` says, ``compdemo`` splits the masked part into two halves for the teacher's two passes, ``layouts``
+arranges tokens as model inputs with their ``attention`` mask, and ``inputs`` turns a batch into one ``DistillBatch``.
+All of it runs on the CPU, in the loader, on complete batches: the training step receives row indices and never waits
+for the device to learn a size.
 """
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, MASKINGS, NOISE_SCHEDULES

@@ -8,29 +8,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from megatron_tide.diffusion import DistillBatch
 from megatron_tide.objectives import TeacherOutputs
+from megatron_tide.ranks import World
 
 
-class Ranks(Protocol):
+class Ranks(World, Protocol):
     """What a backend needs to know of the run's ranks."""
 
     @property
     def size(self) -> int: ...
 
     @property
-    def is_main(self) -> bool: ...
-
-    @property
     def device(self) -> torch.device: ...
 
     def print_rank0(self, line: str) -> None: ...
-
-    def broadcast_object(self, value: Any) -> Any: ...
 
 
 class TeacherBackend(ABC):

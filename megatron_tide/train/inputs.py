@@ -65,16 +65,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         _check_origin(prepared, bridge, student, teacher)
         mask_of(prepared, "student", ATTENTION_LAYOUTS["staircase"])
     strategy = build_strategy(config.strategy, bridge)
-    cached = config.teacher.teacher_hosting == CACHED
-    if strategy.needs_teacher and not ((paths.teacher or cached) and paths.bridge):
-        raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
-    if strategy.noise_sampling.own_order and not data.ordered:
-        raise ValueError(
-            f"--own-masks {config.strategy.own_masks}: {paths.data} does not say in which order the student wrote; "
-            "prepare rows of rollout --as-written"
-        )
-    if strategy.needs_teacher:
-        mask_of(data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context])
+    _check_needs(config, strategy, data)
     sampler = DistributedBatchSampler(
         data.stats, config.train.global_batch_size, config.train.micro_batch_size, world_size, config.train.seed
     )
@@ -93,7 +84,23 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         run={},
     )
     found = replace(found, run=_record(config, found, bridge) | {"continued": begun})
-    return replace(found, cache=_cache(config, found)) if cached and strategy.needs_teacher else found
+    cached = config.teacher.teacher_hosting == CACHED and strategy.needs_teacher
+    return replace(found, cache=_cache(config, found)) if cached else found
+
+
+def _check_needs(config: DistillConfig, strategy: Strategy, data: PreparedData) -> None:
+    """ValueError where the strategy needs what flags or data do not give."""
+    paths = config.paths
+    if strategy.noise_sampling.own_order and not data.ordered:
+        raise ValueError(
+            f"--own-masks {config.strategy.own_masks}: {paths.data} does not say in which order the student wrote; "
+            "prepare rows of rollout --as-written"
+        )
+    if not strategy.needs_teacher:
+        return
+    if not (paths.bridge and (paths.teacher or config.teacher.teacher_hosting == CACHED)):
+        raise ValueError(f"--strategy {config.strategy.strategy} needs a teacher: give --teacher and --bridge")
+    mask_of(data, "teacher", ATTENTION_LAYOUTS[config.strategy.teacher_context])
 
 
 def _refuse_nothing_to_learn(config: DistillConfig, data: PreparedData, phases: Phases) -> None:
