@@ -78,7 +78,7 @@ MASK_COUNTS = Table(
 )
 
 OWN_MASKS = Table(
-    random=Choice("as those of all text", False),
+    random=Choice("at random, as for all other text", False),
     order=Choice(
         "as its decoder had them: of each block, what was undecided before one of its passes, drawn evenly", True
     ),
@@ -157,7 +157,7 @@ LR_SCHEDULES = Table(
     linear=Choice("a straight line", "train.schedule:linear"),
 )
 
-# Code: a class opened as (folder, first step, flags of the run), with ``write`` and ``close``.
+# Code: a class opened as (folder, first step, flags of the run), with ``check``, ``write`` and ``close``.
 METRIC_LOGS = Table(
     tensorboard=Choice("TensorBoard", "train.metric_logs:TensorBoard"),
     wandb=Choice("TensorBoard and Weights & Biases", "train.metric_logs:WeightsAndBiases"),

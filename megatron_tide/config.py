@@ -252,13 +252,13 @@ class SaveConfig:
     )
     continue_from: str = free_flag(
         "",
-        "Run (its newest checkpoint), or checkpoint, to go on from with its weights, optimizer state, step and "
-        "schedule, perhaps on other --data; flags, models and bridge are the same",
+        "Run (its newest checkpoint) or checkpoint to continue, with its weights, optimizer state, step and schedule; "
+        "flags, models and bridge must be the same, --data may differ",
         metavar="DIR",
     )
     until_step: int = free_flag(
         0,
-        "Step to end at, before --max-steps, to which schedules run; --continue-from goes on",
+        "Step to end at, before --max-steps; schedules still run to --max-steps, and --continue-from goes on from here",
         shown="the last",
         low=0,
         high=10**12,

@@ -44,7 +44,7 @@ class Args:
     language: tuple[str, ...] = flag(
         (), "Language of the data, for the model card; repeatable", metavar="CODE", shown="en", kind="repeated"
     )
-    skip_parity: bool = flag(False, "Do not compare with the training weights: for a start of further runs, no release")
+    skip_parity: bool = flag(False, "Skip the comparison with the training weights: to train further, not to publish")
     push_to_hub: str | None = flag(None, "Hub repository to upload the release to, e.g. me/my-student", metavar="NAME")
     private: bool = flag(False, "Make the repository of --push-to-hub private")
 

@@ -14,8 +14,8 @@ one counts. No completion is run. --teacher-context causal scores an autoregress
 writes from left to right.
 
 Benchmarks (gsm8k math bbh mmlu_pro hellaswag mmlu humaneval mbpp, and any task of lm-eval) run with the paper's
-settings; other tasks keep their own number of tokens. They need requirements-eval.txt. Stop strings count behind
-<think>...</think> (or other models' marks) only, which is no part of an answer; one whose thoughts do not end is empty.
+settings; other tasks keep their own number of tokens. They need requirements-eval.txt. <think>...</think> (or another
+model's marks) is no part of an answer: stop strings count only after it, and an answer that is all thoughts is empty.
 Programs of humaneval and mbpp can import the standard library and every installed package. Answers are cached in --out:
 a stopped evaluation, run again by the same user, continues; answers and verdicts that come with a downloaded folder are
 not used. --thresholds measures scores and tokens per forward pass at each, and the area under that curve (AUP).

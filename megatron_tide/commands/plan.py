@@ -55,7 +55,7 @@ class Args:
         TEACHER_LENGTH, "Length of the longest sample, in the teacher's tokens", metavar="TOKENS", low=1
     )
     tokens: float = flag(
-        1.0, "Length of a run, to tell its hours: billions of student tokens", metavar="BILLIONS", low=0
+        1.0, "Length of the run in billions of student tokens, to estimate its hours", metavar="BILLIONS", low=0
     )
     json: str = flag("", "Also write all numbers to FILE, as JSON", metavar="FILE")
     machine: MachineArgs = field(default_factory=MachineArgs)

@@ -44,7 +44,7 @@ class Args:
     as_written: bool = flag(
         False,
         "Keep the tokens of an answer and the pass that decided each, for prepare and distill --own-masks order; "
-        "otherwise prepare makes tokens of its text, which are others where the tokenizer would not have split it so",
+        "otherwise prepare tokenises its text again, which can give other tokens than the student wrote",
     )
     seed: int = flag(0, "Random seed", **SEEDS)
     batch_size: int = flag(32, "Number of prompts per batch", low=1, high=1 << 20)

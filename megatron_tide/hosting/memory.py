@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
-from megatron_tide.choices import OPTIMIZERS
+from megatron_tide.choices import ATTENTION_LAYOUTS, OPTIMIZERS
 from megatron_tide.config import DistillConfig
+from megatron_tide.diffusion.layouts import staircase
 from megatron_tide.ds_config import offload_of, read_ds_config
 from megatron_tide.fast import ON_CPU, PieceSizes, is_on, on_gpu
 from megatron_tide.hosting.build import DTYPES
@@ -175,8 +176,8 @@ class RunShape:
         """Positions of the longest sample in the teacher's input."""
         assert self.teacher is not None
         block, tokens = getattr(self.teacher.config, "block_size", 1), self.needs.teacher_tokens
-        staircase = self.config.strategy.teacher_context == "staircase"
-        return _staircase_length(tokens, block) if staircase else -(-tokens // block) * block
+        two_copies = ATTENTION_LAYOUTS[self.config.strategy.teacher_context] is staircase
+        return _staircase_length(tokens, block) if two_copies else -(-tokens // block) * block
 
     @property
     def teacher_positions(self) -> int:
