@@ -1,7 +1,7 @@
 """Registries: the values that flags accept, and the code behind each (strategies, objectives, noise schedules, ...).
 
 To add one, write its code in its package and its line here. Flags and their help, the checks of a run, and the code
-itself read these tables. Code is written "module:name", relative to the package, and imported when it is first looked
+itself read them. Code is written "module:name", relative to the package, and imported when it is first looked
 up, so that ``--help`` imports no torch. Code outside the package registers with
 ``NOISE_SCHEDULES["mine"] = Choice("what it is", Mine())``.
 """
@@ -32,7 +32,7 @@ class Choice:
         return getattr(importlib.import_module(f"megatron_tide.{module}"), name)
 
 
-class Table(UserDict[str, Any]):
+class Registry(UserDict[str, Any]):
     """Name -> object. Values are stored as ``Choice`` and looked up as the object."""
 
     def __getitem__(self, name: str) -> Any:
@@ -55,74 +55,74 @@ def named(table: Mapping[str, Value], name: str, what: str) -> Value:
     return table[name]
 
 
-CORPUS_SPLITS = Table(
+CORPUS_SPLITS = Registry(
     function=Choice("equal and near-equal bodies stay together", "data.corpus:by_function"),
     file=Choice("the functions of a file stay together", "data.corpus:by_file"),
 )
 
-NOISE_SCHEDULES = Table(
+NOISE_SCHEDULES = Registry(
     linear=Choice("mask each token with probability t (published)", "diffusion.noise_schedule:LINEAR")
 )
 
-TIMESTEPS = Table(
+TIMESTEPS = Registry(
     sample=Choice("one per sample (published)", False),
     block=Choice("one per block of the student: less variance", True),
 )
-TIMESTEP_SAMPLINGS = Table(
+TIMESTEP_SAMPLINGS = Registry(
     independent=Choice("uniform (published)", False),
     stratified=Choice("spread evenly over the blocks of a sample and over the global batch", True),
 )
-MASK_COUNTS = Table(
+MASK_COUNTS = Registry(
     bernoulli=Choice("each unit with the probability of its timestep, weight 1 / t (published)", False),
     exact=Choice("k of n units, k uniform on 1..n, weight n / k: the same mean, less variance", True),
 )
 
-OWN_MASKS = Table(
+OWN_MASKS = Registry(
     random=Choice("at random, as for all other text", False),
     order=Choice(
         "as its decoder had them: of each block, what was undecided before one of its passes, drawn evenly", True
     ),
 )
 
-LIKELIHOOD_NOISE = Table(
+LIKELIHOOD_NOISE = Registry(
     sample=Choice("one timestep per sample, one coin flip per chunk", "evaluate.likelihood_noise:PER_SAMPLE"),
     block=Choice("one timestep per block, k of its n chunks: less variance", "evaluate.likelihood_noise:PER_BLOCK"),
 )
 
-MASKINGS = Table(
+MASKINGS = Registry(
     expand=Choice("sample tokens, then mask all chunks that contain one (published)", "diffusion.masking:EXPAND"),
     synchronous=Choice("sample chunks, each masked with probability t", "diffusion.masking:SYNCHRONOUS"),
 )
 
-ATTENTION_LAYOUTS = Table(
+ATTENTION_LAYOUTS = Registry(
     full=Choice("all positions (published)", "diffusion.layouts:full"),
     block_causal=Choice("its own block and earlier ones", "diffusion.layouts:block_causal"),
     staircase=Choice("same as the student: its own noised block and earlier clean ones", "diffusion.layouts:staircase"),
     causal=Choice("the tokens before, in one clean copy: for autoregressive teachers", "diffusion.layouts:causal"),
 )
 
-BLOCK_LAYOUTS = Table(
+BLOCK_LAYOUTS = Registry(
     sequence=Choice("at multiples of the block size, as in training", False),
     answer=Choice("at the answer, as published", True),
 )
 
-COMPDEMO_SPLITS = Table(
+COMPDEMO_SPLITS = Registry(
     bernoulli=Choice("one coin flip per unit (published)", False), exact=Choice("exactly this share of the units", True)
 )
-COMPDEMO_UNITS = Table(chunk=Choice("one chunk", False), token=Choice("one teacher token", True))
+COMPDEMO_UNITS = Registry(chunk=Choice("one chunk", False), token=Choice("one teacher token", True))
 
-CHUNK_OBJECTIVES = Table(
+CHUNK_OBJECTIVES = Registry(
     calm=Choice("CALM", "objectives.chunk:CALM"),
     reverse_calm=Choice("Reverse CALM", "objectives.chunk:REVERSE_CALM"),
     bernoulli_kl=Choice("KL(student || teacher) of Bernoullis", "objectives.chunk:BERNOULLI_KL"),
 )
 
-DISTRIBUTION_OBJECTIVES = Table(
+DISTRIBUTION_OBJECTIVES = Registry(
     forward_kl=Choice("KL(teacher || student)", "objectives.distribution:FORWARD_KL"),
     reverse_kl=Choice("KL(student || teacher)", "objectives.distribution:REVERSE_KL"),
 )
 
-DISTRIBUTION_ROWS = Table(
+DISTRIBUTION_ROWS = Registry(
     pairs=Choice("chunks of one student and one teacher token, averaged over chunks", False),
     byte_prefix=Choice(
         "the first token of every chunk; a teacher's token counts as the longest student token that it begins with",
@@ -130,41 +130,41 @@ DISTRIBUTION_ROWS = Table(
     ),
 )
 
-TIDAL_USES = Table(
+TIDAL_USES = Registry(
     off=Choice("target is the teacher alone", "objectives.tidal:OFF"),
     mix=Choice("mix the student into the target with weight 1 - lambda", "objectives.tidal:MIX"),
     weight=Choice("multiply the loss by lambda", "objectives.tidal:WEIGHT"),
 )
 
-TIDAL_AXES = Table(
+TIDAL_AXES = Registry(
     both=Choice("training progress and timestep", "objectives.tidal:both_axes"),
     training=Choice("training progress only", "objectives.tidal:training_axis"),
     timestep=Choice("timestep only", "objectives.tidal:timestep_axis"),
 )
 
-TIDAL_RAMPS = Table(
+TIDAL_RAMPS = Registry(
     cosine=Choice("half a cosine period", "objectives.tidal:cosine_ramp"),
     linear=Choice("linear", "objectives.tidal:linear_ramp"),
 )
 
-OPTIMIZERS = Table(
+OPTIMIZERS = Registry(
     adamw=Choice("AdamW (published)", "optimizer:ADAMW"),
     muon=Choice("Muon for the matrices of the layers, AdamW for the other parameters", "optimizer:MUON"),
 )
 
-LR_SCHEDULES = Table(
+LR_SCHEDULES = Registry(
     cosine=Choice("half a cosine period (published)", "train.schedule:cosine"),
     linear=Choice("a straight line", "train.schedule:linear"),
 )
 
 # Code: a class opened as (folder, first step, flags of the run), with ``check``, ``write`` and ``close``.
-METRIC_LOGS = Table(
+METRIC_LOGS = Registry(
     tensorboard=Choice("TensorBoard", "train.metric_logs:TensorBoard"),
     wandb=Choice("TensorBoard and Weights & Biases", "train.metric_logs:WeightsAndBiases"),
 )
 
 # Code: a TeacherBackend with ``open``. zero3... is ds_configs/teacher_NAME.json, pipeline_N is N stages.
-TEACHER_HOSTINGS = Table(
+TEACHER_HOSTINGS = Registry(
     replicated=Choice("a full copy per rank", "hosting.replicated:ReplicatedTeacher"),
     zero3=Choice("a shard of every layer per GPU", "hosting.zero3:Zero3Teacher"),
     zero3_cpu=Choice("shards in host memory", "hosting.zero3:Zero3Teacher"),

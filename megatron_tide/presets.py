@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.choices import Choice, Table
+from megatron_tide.choices import Choice, Registry
 from megatron_tide.files import read_json
 
 Flags = Mapping[str, Any]
@@ -64,7 +64,7 @@ OURS = Preset(
     }
 )
 
-PRESETS = Table(
+PRESETS = Registry(
     {
         "paper": Choice("the published setting of the run's pipeline (what its tokenizers say)", PAPER),
         "paper-script": Choice("the same, with its script's temperature where the tokenizers differ", PAPER_SCRIPT),

@@ -49,7 +49,7 @@ def test_the_command_line_offers_what_the_tables_hold():
     assert {name: set(offered[name]) for name in tables} == {name: set(table) for name, table in tables.items()}
 
 
-TABLES = {name: table for name, table in vars(choices).items() if isinstance(table, choices.Table)}
+TABLES = {name: table for name, table in vars(choices).items() if isinstance(table, choices.Registry)}
 
 
 @pytest.mark.parametrize("table", TABLES)
