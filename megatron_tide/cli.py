@@ -20,13 +20,13 @@ walk also reads the JSON of ``--config``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import shutil
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.hub import check_hub_name
-from megatron_tide.screen import clean_output, printable
+from megatron_tide.screen import clean_output, printable, traceback_of, words_of
 
 PROGRAM = "python -m megatron_tide"
 EXIT_USER_ERROR = 2
@@ -213,23 +213,32 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
 
 def tell(error: BaseException) -> int:
     """Print an error as :func:`run` does, once; its exit status."""
-    status = getattr(error, "told", None)
-    if status is None:
-        status = error.told = _tell(error)  # type: ignore[attr-defined]
+    known = vars(error)
+    if _TOLD not in known:
+        status, text = _told(error)
+        known[_TOLD] = status
+        if text:
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: the status is left to say it
+                print(text, file=sys.stderr, flush=True)
+    status = known[_TOLD]
+    assert isinstance(status, int)
     return status
 
 
-def _tell(error: BaseException) -> int:
+_TOLD = "told by megatron_tide"  # no name that an error of a library has
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    """The status that an error ends a process with, and the words for its user."""
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, int):
+            return error.code & 255 or int(error.code != 0), ""
+        return int(error.code is not None), "" if error.code is None else words_of(error)
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED, "interrupted"
     if not isinstance(error, (ValueError, OSError)) or os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
-        traceback.print_exception(error)
-        return 1
-    print(f"error: {printable(' '.join(str(error).split()), keep='')}", file=sys.stderr)
-    return EXIT_USER_ERROR
+        return 1, traceback_of(error).removesuffix("\n")
+    return EXIT_USER_ERROR, f"error: {printable(' '.join(words_of(error).split()), keep='')}"
 
 
 def say(text: object, **more: Any) -> None:

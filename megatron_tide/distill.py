@@ -6,7 +6,8 @@ makes the release.
 
 Examples:
   python -m megatron_tide distill --student DIR --teacher DIR --bridge DIR --data DIR --out runs/NAME
-  torchrun --nproc-per-node 8 -m megatron_tide.distill --config runs/NAME/tide-cross/run.json --out runs/OTHER
+  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --rdzv-backend c10d --rdzv-conf store_type=file \\
+      --local-addr 127.0.0.1 -m megatron_tide.distill --config runs/NAME/tide-cross/run.json --out runs/OTHER
   deepspeed --module megatron_tide.distill --student DIR --data DIR --out runs/NAME --strategy bd3lm --dry-run
 """
 

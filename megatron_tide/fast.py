@@ -42,6 +42,14 @@ def is_on(name: str) -> bool:
     return name not in off
 
 
+def keep_kernels_private() -> None:
+    """What torch compiles is kept in this user's cache. By default that is a folder in /tmp of a name that others know,
+    and can make first: torch runs what it finds there.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111  # Path's fails without a home
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache}/megatron_tide/torchinductor")
+
+
 @dataclass(frozen=True)
 class PieceSizes:
     """Work is cut into pieces: at most ``logit_bytes`` of fp32 logits, in multiples of ``multiple`` rows or columns

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 from typing import Any, TextIO
 
 LAYOUT = "\n\t\u3000\xa0\u200c\u200d"  # and what writing needs: wide and fixed spaces, joiners
+LONGEST_WORDS = 10_000  # characters of an error, and of a part of a traceback
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _UP = re.compile(r"(\x1b\[A)+")  # how tqdm goes from one bar to the one above
 
@@ -16,6 +18,25 @@ def printable(text: object, keep: str = LAYOUT) -> str:
     lines and tabs, unless it is to be one line.
     """
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, shortened; its kind where it says nothing, or fails to."""
+    try:
+        text = str(error)
+    except Exception:
+        text = ""
+    return shortened(text) if text.strip() else type(error).__name__
+
+
+def traceback_of(error: BaseException) -> str:
+    return "".join(map(shortened, traceback.format_exception(error)))
+
+
+def shortened(text: str) -> str:
+    if len(text) <= LONGEST_WORDS:
+        return text
+    return f"{text[:LONGEST_WORDS]} ... ({len(text):,} characters){chr(10) * text.endswith(chr(10))}"
 
 
 def clock_text(seconds: float) -> str:

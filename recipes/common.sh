@@ -22,6 +22,7 @@ export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH=$REPO
 export TRANSFORMERS_VERBOSITY=error PYTHONWARNINGS=ignore::FutureWarning # warnings of libraries about their next version
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$REPO/.venv/torch_extensions}
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}} # of CUDA: less fragmentation
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$REPO/.venv/torchinductor} # torch's default is a folder in /tmp
 export MPLCONFIGDIR=${MPLCONFIGDIR:-$REPO/.venv/matplotlib} # font cache here, not in the home folder
 case ${DRY_RUN:-0} in # whatever is no clear "no" must not start hours of work, or remove a folder
   0 | false | no) DRY_RUN=0 ;;
@@ -39,14 +40,12 @@ COVERAGE_FLOOR=${COVERAGE_FLOOR:-} RELEASE_DTYPE=${RELEASE_DTYPE:-}
 PYTHON=${PYTHON:-$REPO/.venv/bin/python} # or another interpreter with everything installed; the default .venv is created here
 
 fail() {
-  local LC_ALL=C text="error: $*" # without control characters for the terminal
-  printf '%s\n' "${text//[[:cntrl:]]/?}" >&2
+  printf 'error: %s\n' "$(shown "$*")" >&2
   exit 2
 }
 
-case ${NAME:-run} in # --fresh removes $RUNS/$NAME
-  . | .. | -* | */* | *[[:cntrl:]]*) fail "NAME=$NAME: must be the name of a folder in $RUNS, without / and not ." ;;
-esac
+check_names
+check_numbers NPROC NNODES NODE_RANK MASTER_PORT
 
 # again: the command that continues this recipe, with its settings, to paste into a shell.
 again() {
@@ -185,7 +184,9 @@ launcher() {
       fi
       ;;
     *)
-      [[ -f slurm/$LAUNCHER.sh ]] || fail "LAUNCHER=$LAUNCHER: use torchrun or srun"
+      if ! [[ $LAUNCHER =~ ^[a-z_]+$ ]] || ! grep -qs '^launch_ranks()' "slurm/$LAUNCHER.sh"; then
+        fail "LAUNCHER=$LAUNCHER: use torchrun or srun"
+      fi
       # shellcheck source=slurm/srun.sh
       source "slurm/$LAUNCHER.sh"
       launch_ranks "$1"

@@ -44,4 +44,4 @@ stage data "$PYTHON" -m megatron_tide prepare --data "$run/corpus.jsonl" "${toke
 proof=("$PYTHON" recipes/fullsize/prove.py "$run" --teacher-shape "$TEACHER_SHAPE" --student-shape "$STUDENT_SHAPE"
   --accumulation "$ACCUMULATION" --memory-gib "$MEMORY_GIB" --seed "$SEED"
   --teacher-hosting "$HOSTING" --teacher-nvme "$TEACHER_NVME")
-if [[ $DRY_RUN == 1 ]]; then printf '# proof\n%s\n' "${proof[*]}"; else "${proof[@]}"; fi
+if [[ $DRY_RUN == 1 ]]; then printf '# proof\n%s\n' "$(printf '%q ' "${proof[@]}")"; else "${proof[@]}"; fi

@@ -32,7 +32,7 @@ STRATEGY=${STRATEGY:-tide-cross}                                     # see the t
 ROUNDS=${ROUNDS:-4}
 STEPS=${STEPS:-100}                                                  # optimizer steps per round
 BATCH=${BATCH:-64}                                                   # samples per step
-SAMPLES=${SAMPLES:-$((STEPS * BATCH))}                               # rows per round
+SAMPLES=${SAMPLES:-}                                                 # rows per round; empty: STEPS times BATCH
 ON_POLICY=${ON_POLICY:-0.5}                                          # share of them that the student answers: 0 to 1
 DECODING=${DECODING:---temperature 1}                                # how it answers: python -m megatron_tide rollout --help
 MASKS=${MASKS:-random}                                               # of own text: random, or order: as its decoder had them
@@ -51,6 +51,8 @@ TRUST_REMOTE_CODE=${TRUST_REMOTE_CODE:-0}                            # 1: allow 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 [[ $ROUNDS =~ ^[1-9][0-9]*$ && $STEPS =~ ^[1-9][0-9]*$ ]] || fail "ROUNDS=$ROUNDS STEPS=$STEPS: use whole numbers from 1 on"
+check_numbers ROUNDS STEPS BATCH SAMPLES
+SAMPLES=${SAMPLES:-$((STEPS * BATCH))}
 [[ $MASKS == random || $MASKS == order ]] || fail "MASKS=$MASKS: use random or order"
 setup_environment requirements.txt
 

@@ -76,7 +76,7 @@ LENGTH=${LENGTH:-256}   # of student and teacher, in tokens; longer responses ar
 # keeps its published T and weight; denoising only, which overfits, has all pairs of a learning rate and steps.
 LRS=${LRS:-1e-3 3e-3 8e-3}
 LRS_BD3LM=${LRS_BD3LM:-5e-4 1e-3 2e-3 4e-3}
-STEPS_BD3LM=${STEPS_BD3LM:-$((${DISTILL_STEPS:-0} / 4)) $((${DISTILL_STEPS:-0} / 2)) $DISTILL_STEPS}
+STEPS_BD3LM=${STEPS_BD3LM:-} # empty: a quarter, a half and all of DISTILL_STEPS
 temperatures=(1 5) weights=(1 4)
 # ---
 
@@ -86,6 +86,8 @@ run=$RUNS/$NAME
 ((${#sizes[@]} > 0)) || fail "SIZE=$SIZE: use cpu or gpu"
 [[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
 (($# == 0)) || fail "unknown argument '$1': recipes/study.sh takes only --fresh (settings: top of the file)"
+check_numbers TEACHER_STEPS STUDENT_STEPS DISTILL_STEPS BATCH EVAL_SAMPLES
+STEPS_BD3LM=${STEPS_BD3LM:-$((DISTILL_STEPS / 4)) $((DISTILL_STEPS / 2)) $DISTILL_STEPS}
 read -ra seeds <<<"$SEEDS"
 ((${#seeds[@]} > 1)) || fail "SEEDS=\"$SEEDS\": intervals over seeds need two seeds or more"
 setup_environment requirements.txt

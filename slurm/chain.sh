@@ -15,13 +15,15 @@
 set -euo pipefail
 unset CDPATH # CDPATH makes cd search other folders
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=recipes/await.sh
+source recipes/await.sh
 case ${DRY_RUN:-0} in 0 | false | no) DRY_RUN=0 ;; *) DRY_RUN=1 ;; esac
 
 fail() {
-  local LC_ALL=C text="error: $*" # a terminal acts on nothing in it
-  printf '%s\n' "${text//[[:cntrl:]]/?}" >&2
+  printf 'error: %s\n' "$(shown "$*")" >&2
   exit 2
 }
+check_names
 
 name=${1:-} JOBS=() TITLES=() COMPLETE=
 [[ -n $name && -f slurm/$name.sh && -f recipes/$name.sh ]] ||

@@ -14,15 +14,16 @@ source recipes/await.sh
 unset CDPATH # CDPATH makes cd search other folders and print the result
 set -eu # not pipefail: a reader of a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
-ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
 RECIPE='' STOP_SIGNAL='' CHILD='' LOG='' COMMAND='' RERUN='' REPORTED=''
 
 fail() {
   REPORTED=1
-  local LC_ALL=C text="failed: $*" # without control characters for the terminal
-  printf '%s\n' "${text//[[:cntrl:]]/?}"
+  printf 'failed: %s\n' "$(shown "$*")"
   exit 2
 }
+
+check_numbers SLURM_RESTART_COUNT SLURM_JOB_ID SLURM_NNODES SLURM_JOB_START_TIME SLURM_JOB_END_TIME
+ATTEMPT=$((${SLURM_RESTART_COUNT:-0} + 1))
 
 # The last line of the log always states the outcome, also if this script itself fails.
 on_exit() {
@@ -209,6 +210,7 @@ job() {
   COMMAND+=" slurm/$(basename "$RECIPE")$( (($# == 0)) || printf ' %q' "$@")"
   RERUN=${COMMAND/|/${ONLY:+ONLY=$(printf '%q' "$ONLY") }} COMMAND=${COMMAND/|/}
   export TIDE_AGAIN=$RERUN
+  check_names
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "not in a Slurm job; next: $RERUN, or without Slurm: bash $RECIPE"
   trap 'request_stop USR1' USR1
   trap 'request_stop TERM' TERM

@@ -35,3 +35,17 @@ def test_parts_are_switched_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_readme_names_every_switch() -> None:
     readme = Path(fast.__file__).parents[1].joinpath("benchmarks/README.md").read_text(encoding="utf-8")
     assert all(f"`{fast.VARIABLE}={name}`" in readme for name in fast.SWITCHES)
+
+
+def test_compiled_kernels_are_kept_where_nobody_else_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    from megatron_tide.fast import keep_kernels_private
+
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_kernels_private()
+    assert cache_dir() == str(tmp_path / "megatron_tide" / "torchinductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    keep_kernels_private()
+    assert cache_dir() == str(tmp_path / "mine")

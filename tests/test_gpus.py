@@ -13,7 +13,7 @@ from megatron_tide import gpus
 from megatron_tide.gpus import fitting_ranks, refuse_idle_gpu, seen_of
 from megatron_tide.machine import device_of
 from megatron_tide.train import distributed
-from megatron_tide.train.network import interface_towards, matching, name_interface
+from megatron_tide.train.network import interface_towards, loopback_store, matching, name_interface
 
 FOUR = [f"GPU {number}: NVIDIA A100-SXM4-40GB (UUID: GPU-{number}aaa)" for number in range(4)]
 DIVIDED = [FOUR[0], *(f"  MIG 3g.20gb     Device  {number}: (UUID: MIG-{number}bbb)" for number in range(2)), FOUR[1]]
@@ -105,6 +105,64 @@ def test_gloos_interface_is_named_as_nccls() -> None:
     assert matching("", names) == names
     assert interface_towards("127.0.0.1") == "lo"
     assert interface_towards("no such host.invalid") is None
+
+
+@pytest.mark.parametrize(
+    ("address", "size", "here", "moved"),
+    [
+        ("a-node.invalid", "2", "2", True),
+        ("a-node.invalid", "1", None, True),
+        ("localhost", "2", None, True),
+        ("a-node.invalid", "2", "1", False),
+        ("a-node.invalid", "2", None, False),
+    ],
+)
+def test_ranks_of_one_machine_meet_on_it_whatever_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, address: str, size: str, here: str | None, moved: bool
+) -> None:
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "MASTER_PORT", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    environment = {"RANK": "0", "WORLD_SIZE": size, "MASTER_ADDR": address}
+    for name, value in {**environment, **({"LOCAL_WORLD_SIZE": here} if here else {})}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    store = loopback_store()
+    assert (store is not None) == moved
+    assert os.environ["MASTER_ADDR"] == ("127.0.0.1" if moved else address)
+    if store is not None:
+        assert (store.host, store.port) == ("127.0.0.1", int(os.environ["MASTER_PORT"]))
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+        with pytest.raises(OSError, match=r"MASTER_PORT=\d+: .*in use; set another one"):
+            loopback_store()
+
+
+def test_an_open_store_of_torchrun_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**given, "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    assert loopback_store() is None
+    assert capsys.readouterr().err.startswith("warning: torchrun's port 29500 is open on every network interface")
+
+
+def test_a_port_that_there_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", "99999")
+    with pytest.raises(ValueError, match=r"^MASTER_PORT=99999 in the environment: no port has this number"):
+        distributed.launched_ranks()
+
+
+def test_ranks_that_do_not_find_each_other_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
+    def waits(**_: object) -> None:
+        raise torch.distributed.DistStoreError("Timed out: 1/2 clients joined.\nframe #0: c10")
+
+    monkeypatch.setattr(deepspeed, "init_distributed", waits)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match=r"^rank 1 of 2: .* at 127.0.0.1, port 7 \(Timed out: 1/2 clients joined.\); see"):
+        distributed._form_group("gloo")
 
 
 def test_several_nodes_get_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:

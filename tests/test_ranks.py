@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.support.ranks import run_on_ranks
+from tests.test_screen import Panic, Wordless
 
 pytestmark = pytest.mark.ranks
 
@@ -18,7 +19,7 @@ def outcomes() -> list[str]:
 
     world = init_distributed()
 
-    def fails(error: Exception) -> None:
+    def fails(error: BaseException) -> None:
         raise error
 
     def here(rank: int) -> int:
@@ -31,13 +32,19 @@ def outcomes() -> list[str]:
         lambda: world.on_main(lambda: fails(KeyError("name"))),
         lambda: world.on_all(lambda: here(1)),
         lambda: world.on_all(lambda: here(7)),
+        lambda: world.on_main(lambda: fails(Panic("in Rust"))),
+        lambda: world.on_all(lambda: fails(Wordless())),
     ]
     found = []
     for work in works:
         try:
             found.append(str(work()))
+        except Wordless:
+            found.append("Wordless")
         except (ValueError, OSError) as error:
             found.append(f"{'ValueError' if isinstance(error, ValueError) else 'OSError'}: {error}")
+        except Panic as error:
+            found.append(f"Panic: {error}")
         except (RuntimeError, KeyError) as error:
             found.append(str(error).removeprefix("KeyError: "))
     destroy_distributed()
@@ -52,6 +59,7 @@ def test_a_value_or_an_error_of_rank_0_reaches_all() -> None:
     assert first[2].startswith("OSError: [Errno 13] Permission denied")
     assert first[4] == "ValueError: rank 1 has no disk"
     assert (first[5], second[5]) == ("0", "1")
+    assert (first[6:], second[6:]) == (["Panic: in Rust", "Wordless"],) * 2
 
 
 JOIN = "from megatron_tide.train.distributed import init_distributed as join; join()"

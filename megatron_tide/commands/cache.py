@@ -7,7 +7,8 @@ space and time. Distributions over a large vocabulary need --teacher-top, here a
 
 Examples:
   python -m megatron_tide cache --student DIR --teacher DIR --bridge DIR --data DIR --out runs/cache --dry-run
-  torchrun --nproc-per-node 8 -m megatron_tide cache --config runs/NAME/tide-cross/run.json --out runs/cache --seeds 1 2
+  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --rdzv-backend c10d --rdzv-conf store_type=file \\
+      --local-addr 127.0.0.1 -m megatron_tide cache --config runs/NAME/tide-cross/run.json --out runs/cache --seeds 1 2
   python -m megatron_tide distill --teacher-hosting cached --teacher-cache runs/cache --student DIR --bridge DIR ...
 """
 

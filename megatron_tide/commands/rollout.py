@@ -7,7 +7,8 @@ again, answers the rest. recipes/on_policy.sh trains in such rounds.
 Examples:
   python -m megatron_tide rollout runs/NAME/tide-cross --data corpus.jsonl --round 1 --samples 6400 --share 0.5 \\
       --student-length 512 --temperature 1 --out runs/NAME/round-1-answers
-  torchrun --nproc-per-node 8 -m megatron_tide rollout runs/NAME/tide-cross --data corpus.jsonl ...
+  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 8 --rdzv-backend c10d --rdzv-conf store_type=file \\
+      --local-addr 127.0.0.1 -m megatron_tide rollout runs/NAME/tide-cross --data corpus.jsonl ...
   python -m megatron_tide prepare --data runs/NAME/round-1-answers/mixture.json --student DIR --out DIR
 """
 

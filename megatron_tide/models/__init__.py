@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from megatron_tide.fast import keep_kernels_private
 from megatron_tide.models.head import rows_per_slice, score_rows, target_logprobs
 from megatron_tide.models.hidden_states import compile_layers, masked_hidden_states, recompute_layers
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from megatron_tide.models.families import fresh_model, generation_of, meta_model, parameter_count, read_config
     from megatron_tide.models.load import DTYPES, load_model, resolve_folder, weights_sha256, write_folder
 
+keep_kernels_private()
 __all__ = [
     "DTYPES",
     "compile_layers",

@@ -20,6 +20,7 @@ from torch import nn
 
 from megatron_tide.files import AtomicFolder, remove_drafts, sha256_file
 from megatron_tide.ranks import on_main
+from megatron_tide.screen import words_of
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.engine import full_master_weight, full_moment, moments, restore_state, trained_parameters
 from megatron_tide.training_checkpoint import (
@@ -144,8 +145,10 @@ def _collect(parameters: dict[str, nn.Parameter], world: DistContext, gather: An
 def _attempt(write: Any) -> OSError | None:
     try:
         write()
-    except Exception as error:  # whatever it is, the other ranks wait in the next collective
-        return OSError(str(error))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever it is, the other ranks wait in the next collective
+        return OSError(words_of(error))
     return None
 
 

@@ -25,6 +25,7 @@ from megatron_tide.cli import say, tell
 from megatron_tide.ds_config import use_own_ninja
 from megatron_tide.gpus import refuse_idle_gpu
 from megatron_tide.ranks import again, on_main, stated
+from megatron_tide.screen import words_of
 from megatron_tide.train.network import loopback_store, name_interface
 from megatron_tide.train.trace import Trace
 
@@ -87,7 +88,9 @@ class DistContext:
         value, own = None, None
         try:
             value = work()
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             own = error
         failures = self.gather_on_all(own and stated(own))
         if own is not None:
@@ -124,6 +127,8 @@ def launched_ranks() -> int:
         if not value.isdecimal():
             raise ValueError(f"{name}={value!r} in the environment: it must be an integer set by a launcher; unset it")
     rank, size = int(found["RANK"]), int(found["WORLD_SIZE"])
+    if int(found["MASTER_PORT"]) > 65535:
+        raise ValueError(f"MASTER_PORT={found['MASTER_PORT']} in the environment: no port has this number; unset it")
     if rank >= size:
         raise ValueError(f"RANK={rank} and WORLD_SIZE={size} in the environment: ranks count from 0; unset both")
     return size
@@ -139,24 +144,13 @@ def init_distributed() -> DistContext:
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     refuse_idle_gpu()
-    name_interface()
-    here = loopback_store()
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it had to guess
     use_own_ninja()
     trace = Trace()
     trace.watch_collectives()
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if cuda:
-        _take_gpu()
-    if not dist.is_initialized():
-        settings = {"timeout": COLLECTIVE_TIMEOUT, "verbose": False, "auto_mpi_discovery": False}
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
-            deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", **settings)
-    del here  # the group's own store, of the same server, lives on
+    _form_group("nccl" if cuda else "gloo")
     if own_port:
         os.environ.pop("MASTER_PORT", None)  # a process started from here would find that port in use
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -170,6 +164,29 @@ def init_distributed() -> DistContext:
     if cuda:
         _refuse_shared_gpus(world)
     return world
+
+
+def _form_group(backend: str) -> None:
+    """Join the process group of the environment. OSError, one line, where the ranks do not find each other."""
+    name_interface()
+    here = loopback_store()
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if backend == "nccl":
+        _take_gpu()
+    try:
+        if not dist.is_initialized():
+            settings = {"timeout": COLLECTIVE_TIMEOUT, "verbose": False, "auto_mpi_discovery": False}
+            with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
+                deepspeed.init_distributed(dist_backend=backend, **settings)
+    except dist.DistError as error:
+        rank, size, address, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+        raise OSError(
+            f"rank {rank} of {size}: the ranks do not find each other at {address}, port {port} "
+            f"({words_of(error).splitlines()[0]}); see what the others say, or whether they started"
+        ) from None
+    del here  # the group's own store, of the same server, lives on
 
 
 def _take_gpu() -> None:
@@ -218,9 +235,9 @@ def _end_process(status: int) -> None:
     last = threading.Timer(ENDING_SECONDS, os._exit, (status,))
     last.daemon = True
     last.start()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    atexit._run_exitfuncs()
+    for end in (sys.stdout.flush, sys.stderr.flush, atexit._run_exitfuncs):
+        with contextlib.suppress(Exception):  # such as a full disk: the process ends all the same
+            end()
     os._exit(status)
 
 

@@ -11,24 +11,38 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from megatron_tide.cli import say
+
 LOOPBACK = ("127.0.0.1", "localhost")
+OPEN = (
+    "warning: torchrun's port {} is open on every network interface, and whoever reaches it controls this run; close "
+    "it by a firewall, or start torchrun as --help shows"
+)
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
 def name_interface() -> None:
     """Set GLOO_SOCKET_IFNAME for ranks on several nodes, if it is not set: as NCCL's, or the way to MASTER_ADDR."""
     address = os.environ["MASTER_ADDR"]
-    if address in LOOPBACK or int(os.environ["WORLD_SIZE"]) == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
+    if on_one_machine() or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     fitting = matching(os.environ.get("NCCL_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()])
     way = interface_towards(address)
     chosen = way if way in fitting else next(iter(fitting), None)
     if chosen:
         os.environ["GLOO_SOCKET_IFNAME"] = chosen
+
+
+def on_one_machine() -> bool:
+    """Whether all ranks are on this machine, by the launcher's count of those here or by the address."""
+    size = os.environ["WORLD_SIZE"]
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, the deepspeed launcher's
+    return os.environ["MASTER_ADDR"] in LOOPBACK or size in ("1", here)
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:
@@ -56,24 +70,33 @@ def interface_towards(address: str) -> str | None:
 
 
 def loopback_store() -> dist.TCPStore | None:
-    """Where all ranks are on this machine: rank 0's store, on 127.0.0.1; else None. Sets MASTER_PORT if it is missing.
+    """Where all ranks are on this machine: rank 0's store, on 127.0.0.1; else None. Sets MASTER_PORT if it is missing,
+    and MASTER_ADDR, unless the store is torchrun's, which tells that it is open.
 
     torch's own store listens on every interface, and takes what anyone writes; torch gives it no address, but takes a
     socket that listens already, and a second store on that port joins it. gloo and NCCL listen on one interface.
     """
-    if os.environ["MASTER_ADDR"] not in LOOPBACK:
+    if not on_one_machine():
         return None
     for backend in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
-    hosts = os.environ["RANK"] == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not hosts or dist.is_initialized():
+    is_open = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not is_open:
+        os.environ["MASTER_ADDR"] = LOOPBACK[0]
+    if os.environ["RANK"] != "0" or dist.is_initialized():
         return None
-    listener = socket.create_server(("127.0.0.1", int(os.environ.get("MASTER_PORT", "0"))), backlog=2048)
-    port = listener.getsockname()[1]
-    os.environ["MASTER_PORT"] = str(port)
+    port = os.environ.get("MASTER_PORT", "0")
+    if is_open:
+        say(OPEN.format(port), file=sys.stderr)
+        return None
+    try:
+        listener = socket.create_server((LOOPBACK[0], int(port)), backlog=2048)
+    except OSError as error:
+        raise OSError(f"MASTER_PORT={port}: {os.strerror(error.errno or 0)}; set another one") from None
+    os.environ["MASTER_PORT"] = str(listener.getsockname()[1])
     return dist.TCPStore(
-        "127.0.0.1",
-        port,
+        LOOPBACK[0],
+        int(os.environ["MASTER_PORT"]),
         int(os.environ["WORLD_SIZE"]),
         is_master=True,
         wait_for_workers=False,

@@ -13,6 +13,7 @@ and exit with status EXIT_LOST.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tide.cli import say, tell
+from megatron_tide.ranks import stated
+from megatron_tide.screen import words_of
 from megatron_tide.train.distributed import DistContext
 
 EXIT_LOST = 3
@@ -73,7 +76,8 @@ class HangWatchdog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and self._thread.is_alive():
+        leaves = error is not None and not isinstance(error, KeyboardInterrupt)  # that one does not want to wait
+        if leaves and self._thread.is_alive():
             if self._of_a_collective(error):
                 self._wait_for_cause()
             else:
@@ -132,9 +136,9 @@ class HangWatchdog:
             rank = max(range(self._world.size), key=lambda rank: (not self._seen[rank].inside, self._seen[rank].age))
             self._leave(rank, f"{self._named(rank)} has made no progress for {self._seen[rank].age:.0f} s")
 
-    def _of_a_collective(self, error: Exception) -> bool:
+    def _of_a_collective(self, error: BaseException) -> bool:
         """Whether this rank's error is that of a collective, which another rank has left."""
-        said = str(error).lower()
+        said = words_of(error).lower()
         named = isinstance(error, dist.DistError) or "gloo" in said or "nccl" in said
         return isinstance(error, RuntimeError) and (self._world.trace.inside or named)
 
@@ -151,15 +155,14 @@ class HangWatchdog:
                 self._leave(lost, f"{self._named(lost)} has died")
             time.sleep(BEAT / 4)
 
-    def _publish(self, error: Exception) -> None:
+    def _publish(self, error: BaseException) -> None:
         """Tell the user and the others this rank's own error, and give them time to read it and to end.
 
         The store may end with this rank; and where it leaves a collective of NCCL, torch aborts the others at once,
         before they can say why.
         """
         tell(error)
-        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
-        self._error = f"{kind}{' '.join(str(error).split())[:500]}" or type(error).__name__
+        self._error = " ".join(stated(error)[1].split())[:500]
         deadline = time.monotonic() + 3 * BEAT
         while time.monotonic() < deadline and not all(seen.error for seen in self._seen):
             time.sleep(BEAT / 4)
@@ -174,7 +177,8 @@ class HangWatchdog:
         """End this process; the lowest remaining rank prints why, the others wait for it."""
         if self._world.rank == (1 if lost == 0 else 0):
             hint = "run the same command again: --resume auto continues from the newest complete checkpoint"
-            say(f"error: {what}; {hint}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # nothing more can be said: the status is left
+                say(f"error: {' '.join(what.split())}; {hint}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * BEAT)
         os._exit(EXIT_LOST)
@@ -186,6 +190,6 @@ def _status(text: bytes) -> list[Any] | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    kinds = (int, float, int, str, bool, str)
-    fits = isinstance(found, list) and len(found) == len(kinds)
-    return found if fits and all(type(one) is kind for one, kind in zip(found, kinds)) else None
+    kinds = [int, float, int, str, bool, str]
+    fits = isinstance(found, list) and [type(one) for one in found] == kinds and math.isfinite(found[1])
+    return [one[:1000] if isinstance(one, str) else one for one in found] if fits else None

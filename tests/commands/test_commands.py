@@ -14,7 +14,7 @@ from megatron_tide import cli
 from megatron_tide.__main__ import COMMANDS, command, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LONGEST_HELP = {"cache": 180, "distill": 170, "evaluate": 85, "plan": 190}
+LONGEST_HELP = {"cache": 182, "distill": 170, "evaluate": 85, "plan": 190}
 HELP = """
 import sys
 from megatron_tide.__main__ import main
@@ -173,6 +173,7 @@ HOSTILE = """
 import logging, sys, threading, warnings
 from tqdm import tqdm
 from megatron_tide import cli, screen
+tqdm.monitor_interval = 0  # no thread but those below
 evil = "key\\x1b]52;c;eA==\\x07\\x1b[2J\\x9b1m\\u202e"
 def main(argv):
     print(evil, file=sys.stdout)
@@ -195,11 +196,12 @@ cli.run(main)
 def test_a_terminal_acts_on_nothing_that_anyone_prints(error: str) -> None:
     """Libraries, warnings, logs, progress bars, threads, and errors that nobody catches."""
     done = shown("-c", HOSTILE, error)
-    assert done.returncode == {"KeyError": 1, "ValueError": cli.EXIT_USER_ERROR, "SystemExit": 1}[error]
+    status = {"KeyError": 1, "ValueError": cli.EXIT_USER_ERROR, "SystemExit": 1}[error]
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     own = done.stdout.replace("\x1b[K", "", 1)
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(own + done.stderr)
     assert own == f"key{ESCAPED}\ncoloured\n"
-    assert done.stderr.count(ESCAPED) >= 6
+    assert done.stderr.count(ESCAPED) >= 6, done.stderr
 
 
 ESCAPED = r"\x1b]52;c;eA==\x07\x1b[2J\x9b1m\u202e"

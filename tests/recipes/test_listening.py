@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_nothing_listens_beyond_this_machine(tmp_path: Path, ranks: int) -> None
         text=True,
         timeout=200,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": sys.executable, **({"MASTER_ADDR": socket.gethostname()} if ranks == 1 else {})},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = [words.split() for words in done.stdout.splitlines() if words.startswith(("rank", "launcher"))]

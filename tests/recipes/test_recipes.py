@@ -247,10 +247,48 @@ def test_an_exported_cdpath_changes_nothing(tmp_path):
 
 
 def test_a_terminal_never_acts_on_an_error_line():
-    refused = run("quickstart.sh", "\x1b]0;x\x07\x1b[2J")
+    """Control characters, of UTF-8 too, bytes of no character, marks of direction; words of any script stay."""
+    refused = run("quickstart.sh", "\x1b]0;x\x07\x1b[2J \x9b2J \u202eb é日😀 \udc9b1m é\udc9b")
     assert refused.returncode == 2
+    assert refused.stderr.startswith("error: unknown argument '?]0;x??[2J ?2J ?b é日😀 ?1m é?': ")
     assert refused.stderr.count("\n") == 1
-    assert not {"\x1b", "\x07"} & set(refused.stderr)
+
+
+@pytest.mark.parametrize("name", ["RUNS", "ONLY", "NAME"])
+def test_names_that_are_printed_hold_nothing_that_a_terminal_acts_on(name):
+    for script in ("recipes/quickstart.sh", "slurm/chain.sh"):
+        words = ["bash", script, *(["distill_16b_to_0.6b"] if "chain" in script else [])]
+        environment = {**os.environ, "DRY_RUN": "1", name: "a\x9b2J", "PYTHON": sys.executable}
+        refused = subprocess.run(words, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+        assert refused.returncode == 2
+        assert "a?2J" in refused.stderr
+        assert "\x9b" not in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        *(("quickstart.sh", f"{word}_STEPS") for word in ("TEACHER", "STUDENT", "DISTILL", "SHORT")),
+        *(("real_small.sh", name) for name in ("BATCH", "ADAPT_STEPS", "MC_SAMPLES", "COMPLETIONS")),
+        *(("study.sh", name) for name in ("DISTILL_STEPS", "BATCH")),
+        *(("on_policy.sh", name) for name in ("ROUNDS", "STEPS", "BATCH", "SAMPLES")),
+        *((LARGE[0], name) for name in ("NPROC", "NNODES")),
+    ],
+)
+def test_a_number_is_no_program(recipe, name, tmp_path):
+    """What bash calculates with, it first evaluates."""
+    refused = run(recipe, DRY_RUN="1", **{name: f"PATH[$(touch {tmp_path}/ran)]"})
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+    assert name in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("launcher", ["../recipes/common", "job", "rank", "/tmp/x"])
+def test_only_a_launcher_is_sourced(launcher):
+    refused = run(LARGE[0], DRY_RUN="1", NPROC="2", LAUNCHER=launcher)
+    assert refused.returncode == 2
+    assert refused.stderr.strip() == f"error: LAUNCHER={launcher}: use torchrun or srun"
 
 
 def test_quickstart_refuses_an_unknown_argument():

@@ -1,0 +1,89 @@
+"""What an error says, whatever it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import sys
+
+import pytest
+
+from megatron_tide import cli
+from megatron_tide.ranks import again, stated
+from megatron_tide.screen import LONGEST_WORDS
+
+
+class Wordless(ValueError):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class NoText(ValueError):
+    def __str__(self) -> str:
+        return 5  # type: ignore[return-value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen(ValueError):
+    number: int
+
+
+class Told(RuntimeError):
+    told = "by somebody"
+
+
+class Panic(BaseException):
+    """As a library in Rust has them."""
+
+
+ERRORS = [
+    (Wordless(), 2, "error: Wordless\n", "Wordless"),
+    (NoText(), 2, "error: NoText\n", "NoText"),
+    (Frozen(3), 2, "error: 3\n", "3"),
+    (ValueError(), 2, "error: ValueError\n", "ValueError"),
+    (OSError(), 2, "error: OSError\n", "OSError"),
+    (Told("here"), 1, "Told: here\n", "Told: here"),
+    (Panic("at the disk"), 1, "Panic: at the disk\n", "Panic: at the disk"),
+    (MemoryError(), 1, "MemoryError\n", "MemoryError"),
+    (SystemExit("no disk"), 1, "no disk\n", "SystemExit: no disk"),
+    (SystemExit(256), 1, "", "SystemExit: 256"),
+    (SystemExit(2**40 + 7), 7, "", f"SystemExit: {2**40 + 7}"),
+    (SystemExit(), 0, "", "SystemExit"),
+    (KeyboardInterrupt(), 130, "interrupted\n", "KeyboardInterrupt"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "end", "text"), ERRORS, ids=lambda value: type(value).__name__)
+def test_every_error_is_told_once_and_stated_to_other_ranks(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, end: str, text: str
+) -> None:
+    assert (cli.tell(error), cli.tell(error)) == (status, status)
+    printed = capsys.readouterr().err
+    assert printed.endswith(end)
+    assert printed.count(end.strip() or "none") == bool(end)
+    assert stated(error)[1] == text
+    assert str(again(stated(error))) == text
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_of_ten_megabytes_the_start_is_told(capsys: pytest.CaptureFixture[str], kind: type[Exception]) -> None:
+    error = kind("x" * 10**7)
+    cli.tell(error)
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: xxx" if kind is ValueError else "RuntimeError: xxx")
+    assert "x ... (10,000,0" in printed
+    assert len(printed) < LONGEST_WORDS + 100 > len(stated(error)[1])
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+def test_where_nothing_can_be_printed_the_status_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Full(), closed):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.tell(ValueError("no space left")) == cli.EXIT_USER_ERROR
+    monkeypatch.undo()
