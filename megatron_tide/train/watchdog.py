@@ -76,8 +76,7 @@ class HangWatchdog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        leaves = error is not None and not isinstance(error, KeyboardInterrupt)  # that one does not want to wait
-        if leaves and self._thread.is_alive():
+        if error is not None and not isinstance(error, KeyboardInterrupt) and self._thread.is_alive():
             if self._of_a_collective(error):
                 self._wait_for_cause()
             else:
