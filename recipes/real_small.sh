@@ -2,8 +2,8 @@
 # Real weights on a small machine: SmolLM2-135M-Instruct -> block diffusion model -> teacher of students with fewer layers.
 #
 #   corpus      docstring -> code pairs of this machine's own Python standard library, split by function (as in the quickstart)
-#   adaptation  the autoregressive model becomes a block diffusion model, once by denoising only and once with its own
-#               left-to-right distributions as the teacher's (ADAPTATIONS)
+#   adaptation  the autoregressive model becomes a block diffusion model by denoising only; ADAPTATIONS="bd3lm kl": once more
+#               with its own left-to-right distributions as the teacher's
 #   small       a student made of some of its layers, distilled with each of STRATEGIES from the same start, data and noise;
 #               denoising only and the first strategy with a teacher once for each of SEEDS
 #   scores      held-out bits per byte of all of them and of the autoregressive model, and their completions, judged
@@ -33,11 +33,11 @@ TEMPERATURE=${TEMPERATURE:-1}                           # of every distillation 
 ROWS=${ROWS:-byte_prefix}                               # --distribution-rows: weighted as denoising is; pairs: averaged over chunks
 LR=${LR:-3e-4}
 SEEDS=${SEEDS:-42 43 44}                                # of data order and noise; the first also of the adaptation
-ADAPTATIONS=${ADAPTATIONS:-bd3lm kl}                    # bd3lm: denoising only; others: its own left-to-right row is the teacher's
+ADAPTATIONS=${ADAPTATIONS:-bd3lm}                       # bd3lm: denoising only; beside it kl: its own left-to-right row is the teacher's
 ADAPT_FLAGS=${ADAPT_FLAGS:-}                            # more flags for each of these
 PRECISION=${PRECISION:-}                                # bf16 or fp32; empty: bf16 on a GPU, and on a CPU that has instructions for it
 case $SIZE in # steps of each adaptation and of each distillation, samples per step, test samples, timesteps of each, completions
-  cpu) sizes=(300 200 4 100 4 50) ;;
+  cpu) sizes=(600 160 4 100 4 50) ;;
   gpu) sizes=(1500 800 32 400 8 50) ;;
   *) sizes=() ;;
 esac
