@@ -23,7 +23,15 @@ NOWHERE = {"PYTHON": "not-installed"}  # a dry run then asks no interpreter for 
 
 def test_sizes_and_settings_reach_the_stages() -> None:
     cpu, gpu = (
-        commands(RECIPE, SIZE=size, STRATEGIES=" ".join(STUDENTS), ADAPT_FLAGS="--score-prompt", SEEDS="1 2", **NOWHERE)
+        commands(
+            RECIPE,
+            SIZE=size,
+            STRATEGIES=" ".join(STUDENTS),
+            ADAPTATIONS="bd3lm kl",
+            ADAPT_FLAGS="--score-prompt",
+            SEEDS="1 2",
+            **NOWHERE,
+        )  # fmt: skip
         for size in ("cpu", "gpu")
     )
     assert [name for name in cpu if name.startswith(("train", "convert"))] == [
