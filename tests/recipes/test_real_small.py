@@ -31,7 +31,7 @@ def test_sizes_and_settings_reach_the_stages() -> None:
             ADAPT_FLAGS="--score-prompt",
             SEEDS="1 2",
             **NOWHERE,
-        )  # fmt: skip
+        )
         for size in ("cpu", "gpu")
     )
     assert [name for name in cpu if name.startswith(("train", "convert"))] == [
@@ -139,7 +139,13 @@ def test_a_completion_is_drawn_line_by_line() -> None:
 def test_every_stage_on_a_tiny_model(tmp_path: Path) -> None:
     """The recipe's commands, one after the other in this process; stages as such are those of test_stage.py."""
     folder, source = tmp_path / "real_small", ar_folder(tmp_path / "source", "llama", num_hidden_layers=3)
-    settings = {"SOURCE": source, "MASK_TOKEN": UNUSED, "RUNS": tmp_path, "STRATEGIES": " ".join(STUDENTS)}
+    settings = {
+        "SOURCE": source,
+        "MASK_TOKEN": UNUSED,
+        "RUNS": tmp_path,
+        "STRATEGIES": " ".join(STUDENTS),
+        "ADAPTATIONS": "bd3lm kl",
+    }
     settings |= {"ADAPT_STEPS": 20, "LR": 1e-2, "DISTILL_STEPS": 2, "EVAL_SAMPLES": 4, "MC_SAMPLES": 1}
     settings |= {"COMPLETIONS": 2, "STUDENT_LENGTH": 256, "SEEDS": "1 2", "PRECISION": "bf16", **NOWHERE}
     settings["ADAPT_FLAGS"] = "--skip-teacher-probe"  # the source has random weights
