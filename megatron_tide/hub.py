@@ -65,7 +65,8 @@ def download(name: str, patterns: Sequence[str], what: str, cached: bool = False
     from huggingface_hub import snapshot_download
 
     with hub_errors(what):
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=cached))
+        only: dict[str, Any] = {"local_files_only": True} if cached else {}
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **only))
 
 
 def stated_config(path: str) -> dict[str, Any]:
