@@ -4,7 +4,8 @@
 
 Reads the report.json of finished runs (``SEED=1 NAME=quickstart-1 bash recipes/quickstart.sh``): bits per byte of every
 row, differences to denoising only and to the start with paired 95 % intervals over samples, and completions that parse
-and say something; counts the runs in which tide-bridge is below each of them with its whole interval.
+and say something; counts the runs in which tide-bridge is below each of them with its whole interval. ``--with FILE``
+counts the runs of an earlier file of figures too, such as those of other machines.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ def one_run(folder: Path) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished quickstarts")
+    parser.add_argument("--with", dest="earlier", type=Path, help="file of figures whose runs come first")
     parser.add_argument("--json", help="also write the figures to this file")
     arguments = parser.parse_args(argv)
-    runs = [one_run(folder) for folder in arguments.runs]
+    earlier = read_json(arguments.earlier)["runs"] if arguments.earlier else []
+    runs = earlier + [one_run(folder) for folder in arguments.runs]
     ours = [run["minus"]["tide-bridge"] for run in runs]
     holds = {f"tide-bridge below {base}, runs": sum(one[base]["high"] < 0 for one in ours) for base in BASELINES}
     more = [run["parse_and_say_something"] for run in runs]
