@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from megatron_tide.files import open_regular
+
 BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
 """What reading a corrupt file can raise, besides ArrowInvalid (a ValueError)."""
 _AT_ONCE = 1 << 30  # bytes of values that are decoded at once
@@ -28,8 +30,9 @@ def check_stream(path: Path) -> None:
     """Read an Arrow stream, or file, as a whole: every value is inside its column, every text is UTF-8.
 
     Raises:
-        ValueError: names the file; it is corrupt, or compressed.
+        ValueError: names the file; it is corrupt, or compressed. OSError: it is no regular file.
     """
+    open_regular(path).close()  # the library would wait for a FIFO's writer
     try:
         with pa.memory_map(str(path)) as source:
             start = 8 if source.read(6) == b"ARROW1" else 0  # a file's stream is behind its magic

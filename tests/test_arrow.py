@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,3 +49,10 @@ def test_offsets_and_text_outside_their_column_are_refused(tmp_path: Path) -> No
     other = written(tmp_path / "b.arrow", TABLE.select(["kind"]))
     with pytest.raises(ValueError, match=r"not of one data set"):
         read_saved([written(tmp_path / "a.arrow", TABLE.select(["text"])), other])
+
+
+def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.arrow")
+    for read in (check_stream, lambda path: read_saved([path])):
+        with pytest.raises(OSError, match=r"rows\.arrow: not a regular file"):
+            read(tmp_path / "rows.arrow")
