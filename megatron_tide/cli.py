@@ -39,6 +39,7 @@ from megatron_tide.screen import clean_output, printable, traceback_of, words_of
 
 PROGRAM = "python -m megatron_tide"
 EXIT_USER_ERROR = 2
+COMMAND_LINE = "command line"
 EXIT_INTERRUPTED = 130
 _INF = float("inf")
 MOST = 2**63 - 1
@@ -134,7 +135,7 @@ def add_flags(parser: argparse.ArgumentParser, args_type: Any) -> None:
         _add(groups[title], info, hint)
 
 
-def build(args_type: Any, values: Mapping[str, Any], origin: str = "command line") -> Any:
+def build(args_type: Any, values: Mapping[str, Any], origin: str = COMMAND_LINE) -> Any:
     """The dataclass from ``{field: value}``, flat also where it has groups; the rest are defaults.
 
     Raises:
@@ -146,7 +147,10 @@ def build(args_type: Any, values: Mapping[str, Any], origin: str = "command line
         raise ValueError(f"{origin}: unknown flag {sorted(rest)[0]!r}; --help lists them all")
     if missing:
         raise ValueError(f"missing {', '.join(missing)} (see --help)")
-    check(args)
+    try:
+        check(args)
+    except ValueError as error:
+        raise error if origin == COMMAND_LINE else ValueError(f"{origin}: {error}") from None
     return args
 
 

@@ -65,12 +65,13 @@ def read_stamp(path: str) -> dict:
 def inputs_of(command: list[str], stamp: Path) -> dict[str, str]:
     """Path -> fingerprint of every file and folder that a command names: it reads them, or it writes them."""
     found = {}
+    holders = {str(folder) for folder in Path(os.path.realpath(stamp)).parents}  # realpath: a loop of links is no error
     for before, word in itertools.pairwise(command):
         if before in NO_INPUT:
             continue
         for text in {word, word.partition("=")[2]} - {""}:
             path = Path(text)
-            if _exists(path) and path.resolve() not in stamp.resolve().parents:
+            if _exists(path) and os.path.realpath(path) not in holders:
                 found[text] = fingerprint_of(path)
                 found |= {str(named): fingerprint_of(named) for named in _named_in(path)}
     return found

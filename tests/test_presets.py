@@ -93,3 +93,11 @@ def test_trust_comes_from_the_command_line_alone(tmp_path: Path) -> None:
         cli.parse(distill, ["--config", str(file)])
     for word, trusted in (("--trust-remote-code", True), ("--no-trust-remote-code", False)):
         assert cli.parse(distill, ["--config", str(file), word]).run.paths.trust_remote_code is trusted
+
+
+@pytest.mark.parametrize(("name", "value"), [("strategy", "../x"), ("tidal_init", 2.0**31), ("precision", "")])
+def test_a_bad_value_of_a_file_is_told_with_the_file(tmp_path: Path, name: str, value: Any) -> None:
+    file = tmp_path / "flags.json"
+    file.write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=rf"flags\.json: --{name.replace('_', '-')} "):
+        cli.parse(distill, ["--config", str(file)])

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.bounds import short
 from megatron_tide.choices import CORPUS_SPLITS
 from megatron_tide.data import near_duplicates
 from megatron_tide.files import atomic_write, read_json, sha256_file, write_json
@@ -182,7 +183,7 @@ def _existing(path: Path, by: str) -> dict[str, Any]:
     if python != platform.python_version():
         raise ValueError(f"{path}: the corpus of Python {python}, this is {platform.python_version()}; {hint}")
     if was != by:
-        raise ValueError(f"{path}: a corpus split by {was}, not by {by}; {hint}")
+        raise ValueError(f"{path}: a corpus split by {short(was)}, not by {by}; {hint}")
     if changed:
         raise ValueError(f"{path.with_name(changed[0])}: missing or changed since it was written; {hint}")
     return dict(manifest)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megatron_tide.bounds import check_config, plain
+from megatron_tide.bounds import check_config, plain, short
 from megatron_tide.files import read_json
 from megatron_tide.machine import free_memory
 from megatron_tide.models.a2d_llama import A2DLlamaConfig, A2DLlamaLMHeadModel
@@ -298,7 +298,7 @@ def read_config(source: ConfigSource, *, as_student: bool = False) -> tuple[Fami
     model_type = values.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise ValueError(f"{where}: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"{where}: model_type {short(repr(model_type))} is not one of {', '.join(sorted(FAMILIES))}")
     if as_student and family.trains_as:
         family = FAMILIES[family.trains_as]
     with _describing(where):

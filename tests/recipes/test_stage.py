@@ -179,3 +179,11 @@ def test_stages_of_earlier_settings_are_not_reported_as_the_last_runs(tmp_path):
     stages, corrupt = read_stages(tmp_path)
     assert len(stages) == 3
     assert len(corrupt) == 1
+
+
+def test_a_loop_of_links_in_a_stamps_place_is_no_error(tmp_path):
+    log = tmp_path / "log"
+    (tmp_path / "one.json").symlink_to("one.json")
+    done = stage(tmp_path / "one.json", *append(log, "a"), str(log))
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 or "one.json" in done.stderr
