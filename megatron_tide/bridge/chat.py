@@ -210,7 +210,7 @@ def check_said(
             said = [] if silent else [text for text in _said(message.get(field)) if text.strip()]
             said = contents[number] if field == "content" else said
             often = everything if field == "content" else ""
-            lost = [text for text in said if _count(text, rendered) < max(1, often.count(text.strip()))]
+            lost = [text for text in said if not _found(text, rendered, max(1, often.count(text.strip())))]
             lost += said[:1] if field == "content" and _text(message, field) in repeated else []
             if marks is not None and said and not lost:
                 letters = [one for one in _said(marked[number][field]) if one[:1] and ord(one[0]) in _RARE]
@@ -314,14 +314,17 @@ def _text(message: dict[str, Any], field: str) -> str:
     return text.strip() if isinstance(text, str) else ""
 
 
-def _found(text: str, rendered: str) -> bool:
-    return _count(text, rendered) > 0
+def _found(text: str, rendered: str, times: int = 1) -> bool:
+    """Whether ``rendered`` has a text this many times, in any of its forms."""
+    if times == 1:
+        return any(form in rendered for form in _forms(text.strip()))
+    return sum(map(rendered.count, {*_forms(text.strip())})) >= times
 
 
-def _count(text: str, rendered: str) -> int:
-    text = text.strip()
-    forms = {text, *(json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))}
-    return sum(map(rendered.count, forms))
+def _forms(text: str) -> Iterator[str]:
+    yield text
+    for ascii in (False, True):
+        yield json.dumps(text, ensure_ascii=ascii)[1:-1]
 
 
 def _said(value: Any) -> Iterator[str]:
