@@ -15,9 +15,10 @@ The experts. One layer's, at the real sizes: E stacked experts by ``Experts``, w
 roofline's: bytes of weights over what the machine reads, or FLOPs over what a large matmul does, whichever takes
 longer, both measured in the same run. Bytes over seconds look poor at 32 rows an expert, and the weights are not why:
 the same work with the weights of one expert, which stay in the cache (``experts_in_cache_seconds``), takes half
-to three quarters of the time on CPUs without AMX. That is oneDNN's matmul of few rows; the read stands before it and does not
-overlap. Page faults and huge pages have no part in it. What helps is more rows an expert, and a sweep gives it those of
-all micro-batches. ``loop_seconds`` is ``torch.mm`` for one expert after the other, which must give the same numbers.
+to three quarters of the time on CPUs without AMX. That is oneDNN's matmul of few rows; the read stands before it and
+does not overlap. Page faults and huge pages have no part in it. What helps is more rows an expert, and a sweep gives it
+those of all micro-batches. ``loop_seconds`` is ``torch.mm`` for one expert after the other, which must give the same
+numbers.
 """
 
 from __future__ import annotations

@@ -51,12 +51,13 @@ class AnswerFile:
         """Whether a line of the file, the last one of a killed run, is no row."""
         bad: list[str] = []
         for where, row in read_rows(path, bad):
-            if row.get("key") not in self._known:
+            key = row.get("key")
+            if not isinstance(key, str) or key not in self._known:
                 raise ValueError(
                     f"{where}: an answer of another model, prompt or setting; use another file, or remove that one"
                 )
             check_form(row, self._form, f"{where}:", "; remove that line")
-            self._rows[row["key"]] = row
+            self._rows[key] = row
         return bool(bad)
 
     def take(self, parts: Sequence[Path]) -> None:

@@ -119,9 +119,12 @@ def _flip(path: Path, raw: bytes, rng: random.Random) -> None:
         path.write_bytes(flipped)
 
 
-def restore(path: Path, whole: Path) -> None:
-    """Put the undamaged file back."""
+def restore(path: Path, valid: Path) -> None:
+    """Put the undamaged file or folder back."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
-    shutil.copyfile(whole, path)
+    if valid.is_dir():
+        shutil.copytree(valid, path, symlinks=True)
+    else:
+        shutil.copy2(valid, path)
