@@ -222,6 +222,8 @@ def open_checkpoint(path: str | Path, base_model: str | None = None) -> Training
     _refuse_autoregressive(folder, described["run"].get("phases", []), state["step"])
     try:
         begun = models.resolve_folder(origin)
+        if not (begun / "config.json").is_file():
+            raise ValueError(f"{origin!r}: no config.json there")
     except ValueError as error:
         raise ValueError(
             f"{folder}: the model that training began from is not found ({error}); set --base-model"

@@ -52,6 +52,8 @@ def test_a_run_that_began_from_a_causal_model_is_a_block_diffusion_model(lab: La
     step = write_checkpoint(lab, tmp_path / "run", start=base, data=lab.data)
     assert generation_of(step) == "block_diffusion"
     assert isinstance(open_model(step).model, A2DQwen3LMHeadModel)
+    with pytest.raises(ValueError, match=r"step-.*not found \(.*no config\.json there\); set --base-model"):
+        open_checkpoint(step, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,8 @@ def _settings(content: bytes, file: Path) -> dict[str, Any]:
         texts = [*settings.get("added_tokens", []), *settings.get("plain_added_tokens", []), *settings.values()]
         if any(isinstance(text, str) and not 0 < len(text) <= TOKEN_BYTES * 16 for text in texts):
             raise ValueError(f"{beside}: a text that is empty or too long; fix the settings")
+        if any(isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text) for text in texts):
+            raise ValueError(f"{beside}: half a surrogate pair, which is no text; fix the settings")
         if len(texts) > ADDED_TOKENS:
             raise ValueError(f"{beside}: more than {ADDED_TOKENS} added tokens; fix the settings")
         if settings.get("normalizer") not in NORMALIZERS:

@@ -47,6 +47,7 @@ def test_saved_form_is_the_same_tokenizer(tmp_path: Path) -> None:
         (TOKENS, {**SETTINGS, "patern": "x"}, "must be an object with a pattern"),
         (TOKENS, {**SETTINGS, "normalizer": "NFKC"}, "normalizer"),
         (TOKENS, {**SETTINGS, "pattern": "("}, "pattern"),
+        (TOKENS, {**SETTINGS, "added_tokens": ["\ud800"]}, "half a surrogate pair"),
         (TOKENS, {**SETTINGS, "added_tokens": [f"<{n}>" for n in range(20_000)]}, "more than 16384 added tokens"),
         (
             TOKENS[:256] + [b"a" * n for n in range(2, 2000)],
