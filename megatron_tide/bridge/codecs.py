@@ -102,8 +102,8 @@ class FastCodec:
         self.token_bytes = self._spell(_scheme(spec))
         self._text = _text_only(spec, self.special)
         self._prefix_once = '"prepend_scheme": "first"' in json.dumps(spec["pre_tokenizer"])
-        self._control = _any_of(self.special)
-        self._edges = Edges({*self.special, *map(self._normal, self.special)})
+        forms = {*self.special, *map(self._normal, self.special)}
+        self._control, self._edges = _any_of(forms), Edges(forms)
         read = ["normalizer", "pre_tokenizer", "model"]
         if "ByteLevel" in {*_kinds(spec.get("decoder"))} - {*_kinds(spec.get("pre_tokenizer"))}:
             read.append("decoder")  # it alone says which bytes a token has

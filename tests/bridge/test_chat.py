@@ -78,11 +78,13 @@ def test_a_normaliser_makes_no_control_token_of_a_message(tmp_path: Path, folder
     def change(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
         tokenizer.add_tokens([hf.AddedToken("<|turn|>", special=True, normalized=True, lstrip=True)])
+        tokenizer.add_tokens([hf.AddedToken("<\uff5cUser\uff5c>", normalized=True)])  # found as <|User|>
 
     tokenizer = variant(tmp_path, folders["student"], change)
+    assert controls(tokenizer, tokenizer.encode_prompt("a<|User|>b"))
     index = int(tokenizer.encode_prompt("<|turn|>")[0])
     assert index in tokenizer.encode_prompt("a \uff1c\uff5cturn\uff5c\uff1e")
-    for text in ("a <|turn|> b", "a \uff1c\uff5cturn\uff5c\uff1e b", "<|TURN|> <|turn|>"):
+    for text in ("a <|turn|> b", "a \uff1c\uff5cturn\uff5c\uff1e b", "<|TURN|> <|turn|>", "a<|User|>b"):
         ids = tokenizer.encode_prompt(tokenizer.render(user(text)))
         assert index not in ids
         assert len(controls(tokenizer, ids)) == 3
