@@ -77,10 +77,11 @@ distil "$run/bd3lm" "${both[@]}" "${quiet_noise[@]}" --strategy bd3lm --max-step
 distil "$run/bd3lm-short" "${both[@]}" "${quiet_noise[@]}" --strategy bd3lm --max-steps "$SHORT_STEPS"
 distil "$run/tide-cross" "${both[@]}" --strategy tide-cross --max-steps "$DISTILL_STEPS" # with the published noise
 
+completing=()
+[[ $COMPLETIONS == 0 ]] || completing=(--completions "$COMPLETIONS" --completion-min-tokens 16 --completion-eos-in-order)
 stage scores "$PYTHON" -m megatron_tide prepare --data "$run/corpus/$EVAL_SPLIT.jsonl" --student "$STUDENT" --teacher "$TEACHER" \
   --bridge "$run/bridge" --student-length "$STUDENT_LENGTH" --teacher-length "$TEACHER_LENGTH" --out "$run/$EVAL_SPLIT-data" \
-  --then evaluate --data "$run/$EVAL_SPLIT-data" --samples "$EVAL_SAMPLES" --completions "$COMPLETIONS" \
-  --completion-min-tokens 16 --completion-eos-in-order --batch-size 16 \
+  --then evaluate --data "$run/$EVAL_SPLIT-data" --samples "$EVAL_SAMPLES" ${completing[@]+"${completing[@]}"} --batch-size 16 \
   --student start="$STUDENT" --student "$run/bd3lm" --student "$run/bd3lm-short" --student "$run/tide-cross" \
   --student tide-bridge="$run/hf" --teacher "$TEACHER" --baseline start --baseline bd3lm --baseline bd3lm-short \
   --json "$run/scores.json" --card

@@ -171,10 +171,11 @@ main() {
     scored+=("$run/scores-seeds.json")
     then=(--then "${evaluate[@]}" "${repeated[@]}" --json "${scored[1]}")
   fi
-  local write=(--completions "$COMPLETIONS" --completion-tokens 96 --completion-min-tokens 16 --completion-eos-in-order) # as in the quickstart
+  local write=()
+  [[ $COMPLETIONS == 0 ]] || write=(--completions "$COMPLETIONS" --completion-tokens 96 --completion-min-tokens 16 --completion-eos-in-order) # as in the quickstart
   stage scores "$PYTHON" -m megatron_tide "${evaluate[@]}" --student small="$run/small" "${named[@]}" \
     --teacher autoregressive="$model" --teacher-context causal --baseline bd3lm --baseline "adapted-${adaptations[0]}" \
-    "${write[@]}" --json "${scored[0]}" --card ${then[@]+"${then[@]}"}
+    ${write[@]+"${write[@]}"} --json "${scored[0]}" --card ${then[@]+"${then[@]}"}
   stage results "$PYTHON" recipes/real_small/results.py "${scored[@]}" --data "$run/test-data" --writer "adapted-${adaptations[0]}" --out "$run"
   stage report "$PYTHON" -m megatron_tide report "$run"
   [[ $DRY_RUN == 1 && -n $EXPECTED_SECONDS ]] || return 0

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
 from megatron_tide.cli import check_model_path, flag, say
-from megatron_tide.commands import dtype_flag
+from megatron_tide.commands import dtype_flag, refuse_unused
 from megatron_tide.files import atomic_write
 from megatron_tide.machine import DEVICE_HELP, devices_of
 
@@ -210,15 +210,22 @@ def run(args: Args) -> None:
 
 
 def _refuse_unused(args: Args, benchmarks: list[str], likelihood: bool) -> None:
-    """ValueError for a flag of a kind of task that is not asked for, before it is passed over without a word."""
-    kinds: tuple[tuple[Any, Any, str], ...] = (
-        (benchmarks, args.benchmarks, "benchmarks: add --tasks, such as --tasks humaneval"),
-        (likelihood, args.likelihood, f"the likelihood: add {LIKELIHOOD} to --tasks"),
-    )
-    for asked, group, where in kinds:
-        changed = [one.name for one in fields(group) if getattr(group, one.name) != getattr(type(group)(), one.name)]
-        if changed and not asked:
-            raise ValueError(f"--{changed[0].replace('_', '-')} applies to {where}")
+    """ValueError for a flag that nothing which is asked for uses."""
+    scored = args.likelihood
+    if not benchmarks:
+        refuse_unused(args.benchmarks, "benchmarks: add --tasks, such as --tasks humaneval")
+        refuse_unused(args, "benchmarks; the likelihood is written to --json", ["out"])
+    if not likelihood:
+        refuse_unused(scored, f"the likelihood: add {LIKELIHOOD} to --tasks")
+    if not scored.completions:
+        rule = [info.name for info in fields(scored) if info.name.startswith("completion_")]
+        refuse_unused(scored, "completions: add --completions N", rule)
+    if not args.json:
+        refuse_unused(scored, "what --json FILE records: add that", ["per_sample"])
+    if not (args.teacher or args.model):
+        refuse_unused(scored, "teachers: name one with --teacher", ["teacher_context"])
+    if args.benchmarks.chat_template is False:
+        refuse_unused(args.benchmarks, "chat templates: leave out --no-chat-template", ["thinking"])
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -280,12 +287,15 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
     from megatron_tide.evaluate.benchmark_table import benchmark_table
     from megatron_tide.evaluate.harness import EvalContext, check_benchmarks, run_benchmark
     from megatron_tide.evaluate.parallelism import at_thresholds
+    from megatron_tide.evaluate.task_functions import PROGRAMS
     from megatron_tide.lock import RunLock
 
     given = args.benchmarks
     changes = {name: getattr(given, name) for name in ("steps", "few_shot", "temperature", "chat_template")}
     changes |= {"new_tokens": given.max_new_tokens, "block_layout": args.block_layout}
     presets = {name: changed_preset(name, given.preset, changes) for name in names}
+    if not any(preset.task in PROGRAMS for preset in presets.values()):
+        refuse_unused(given, "tasks with programs (humaneval, mbpp)", ["workers", "unsafe_programs"])
     shared = {name: getattr(given, name) for name in ("samples_per_problem", "unsafe_programs", "include_path")}
     check_benchmarks(presets, **shared)
     from megatron_tide.evaluate.generators import open_generator  # imports lm-eval

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.cli import flag, say
-from megatron_tide.commands import PRECISIONS
+from megatron_tide.commands import PRECISIONS, refuse_unused
 from megatron_tide.machine import DEVICE_HELP
 
 
@@ -101,7 +101,7 @@ def run(args: Args) -> None:
     from megatron_tide.models import DTYPES
 
     writer, model, tokenizer = open_writer(args.model, DTYPES[args.dtype], args.device)
-    decoding = dataclasses.asdict(args.decoding) | ({"max_new_tokens": 0} if args.infill else {})
+    decoding = dataclasses.asdict(args.decoding) | ({"max_new_tokens": 0} if args.infill is not None else {})
     if args.chat:
         tokens, seconds = chat(writer.stream, model, tokenizer, system=args.system, **decoding)
     else:
@@ -151,10 +151,17 @@ def _check(args: Args) -> None:
         raise ValueError(f"use exactly one of {', '.join(sources)}")
     if args.decoding.steps is not None and args.decoding.tokens_per_step is not None:
         raise ValueError("use --steps or --tokens-per-step, not both")
-    if args.infill and not args.prompt:
+    if args.infill is not None and not args.prompt:
         raise ValueError("--infill fills in an answer to --prompt; add --prompt TEXT")
     if args.chat and args.json:
         raise ValueError("--json is for answers to prompts, not for --chat; leave one of them out")
+    if args.file or args.data:
+        refuse_unused(args, "--prompt and --chat: messages of a file name their own roles", ["system"])
+    else:
+        refuse_unused(args, "--file and --data", ["limit", "show_reference"])
+    if args.infill is not None:  # nothing is written behind the text, which the holes are in
+        behind = ("max_new_tokens", "min_new_tokens", "steps")
+        refuse_unused(args.decoding, "answers that are written, not to --infill", behind)
 
 
 def _prompts(args: Args, tokenizer: Any) -> list[Any]:
@@ -166,7 +173,7 @@ def _prompts(args: Args, tokenizer: Any) -> list[Any]:
     if args.data:
         return from_prepared(PreparedData.open(args.data), tokenizer, args.limit)
     prompts = [from_text(tokenizer, text, args.system) for text in args.prompt]
-    if args.infill:
+    if args.infill is not None:
         answer = "\\n".join(part.replace("\\n", "\n") for part in args.infill.split("\\\\n"))
         prompts = [with_holes(tokenizer, prompt, answer) for prompt in prompts]
     return prompts

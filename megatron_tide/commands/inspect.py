@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tide.cli import flag, say
+from megatron_tide.commands import refuse_unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Args:
 def run(args: Args) -> None:
     if (args.text is None) == (args.data is None):
         raise ValueError("use either a text or --data, not both")
+    if args.data is None:
+        refuse_unused(args, "--data", ["limit"])
     import os
     import sys
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.cli import flag, say
-from megatron_tide.commands import BLOCK, COVERAGE_FLOOR, STUDENT_LENGTH, TEACHER_LENGTH, mask_flag
+from megatron_tide.commands import BLOCK, COVERAGE_FLOOR, STUDENT_LENGTH, TEACHER_LENGTH, mask_flag, refuse_unused
 
 # On a cluster a job may use fewer cores than the machine has.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -72,6 +72,9 @@ def run(args: Args, *, to_score: bool = False) -> None:
     """``to_score``: no student is trained on it, so an autoregressive model may stand in a student's place."""
     if (args.teacher is None) != (args.bridge is None):
         raise ValueError("--teacher and --bridge need each other; set both, or neither to train without a teacher")
+    if args.teacher is None:
+        alone = ("teacher_length", "teacher_block", "teacher_mask", "coverage_floor")
+        refuse_unused(args, "data for student and teacher: add --teacher and --bridge", alone)
     import sys
 
     from megatron_tide.data.build import PrepareJob

@@ -217,7 +217,12 @@ def test_inspect_colours(tokenizers: Mapping[str, TextTokenizer]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [((), "either a text or --data"), (("x", "--data", "y"), "either"), (("--data", "no.jsonl"), r"no\.jsonl")],
+    [
+        ((), "either a text or --data"),
+        (("x", "--data", "y"), "either"),
+        (("--data", "no.jsonl"), r"no\.jsonl"),
+        (("x", "--limit", "2"), "--limit applies to --data"),
+    ],
 )
 def test_inspect_mistakes(
     capsys: Capture, folders: Mapping[str, Path], arguments: tuple[str, ...], reason: str

@@ -133,7 +133,7 @@ def test_a_model_on_the_wrong_side_is_refused(
         (["--data", "DATA", "--student", "STUDENT", "--mc-samples", "0"], "--mc-samples 0: must be between 1 and"),
         (["--data", "ALONE", "--teacher", "STUDENT"], "without a teacher"),
         (
-            ["--data", "DATA", "--student", "STUDENT", "--likelihood-noise", "block", "--teacher-context", "full"],
+            ["STUDENT", "--data", "DATA", "--likelihood-noise", "block", "--teacher-context", "full"],
             "likelihood noise 'block' needs teacher context staircase",
         ),
         (
@@ -148,6 +148,13 @@ def test_a_model_on_the_wrong_side_is_refused(
         (["STUDENT", "--data", "DATA", "--no-chat-template"], "--chat-template applies to benchmarks"),
         (["STUDENT", "--tasks", "humaneval", "--data", "DATA"], "--data applies to the likelihood"),
         (["STUDENT", "--tasks", "gsm8k", "--completions", "5"], "--completions applies to the likelihood"),
+        (["STUDENT", "--data", "DATA", "--completion-tokens", "5"], "--completion-tokens applies to completions"),
+        (["STUDENT", "--data", "DATA", "--completion-eos-in-order"], "in-order applies to completions"),
+        (["STUDENT", "--data", "DATA", "--per-sample"], "--per-sample applies to what --json FILE records"),
+        (["STUDENT", "--data", "DATA", "--out", "x"], "--out applies to benchmarks"),
+        (["--student", "STUDENT", "--data", "DATA", "--teacher-context", "full"], "context applies to teachers"),
+        (["STUDENT", "--tasks", "gsm8k", "--thinking", "--no-chat-template"], "--thinking applies to chat templates"),
+        (["STUDENT", "--tasks", "gsm8k", "--workers", "2"], "--workers applies to tasks with programs"),
     ],
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:

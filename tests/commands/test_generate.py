@@ -40,7 +40,9 @@ def test_prepared_prompts_with_a_checkpoint(lab: Lab, tmp_path: Path, capsys: py
 
 
 def test_infilling(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    generate([str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = '\\\\n'", "--steps", "4"])
+    generate(
+        [str(lab.student), "--prompt", "Hello", "--infill", "a = <mask:3>\\nb = '\\\\n'", "--tokens-per-step", "2"]
+    )
     printed = capsys.readouterr().out
     assert "--- answer\na = " in printed
     assert "\nb = '\\n'\n" in printed
@@ -61,6 +63,11 @@ def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (["--prompt", "x", "--json", "nowhere/a.jsonl"], "no such folder nowhere"),
         (["--prompt", "x", "--json", "."], "is a folder"),
         (["--prompt", "x", "--infill", "no hole"], "<mask:N>"),
+        (["--prompt", "x", "--infill", ""], "<mask:N>"),
+        (["--prompt", "x", "--infill", "<mask:1>", "--steps", "4"], "--steps applies to answers that are written"),
+        (["--prompt", "x", "--limit", "3"], "--limit applies to --file and --data"),
+        (["--chat", "--show-reference"], "--show-reference applies to --file and --data"),
+        (["--data", "DATA", "--system", "x"], "--system applies to --prompt and --chat"),
         (["--prompt", "x", "--steps", "0"], "steps"),
         (["--prompt", "x", "--threshold", "7"], "threshold"),
         (["--file", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -70,7 +77,7 @@ def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.run(generate, [str(lab.student), *flags])
+        cli.run(generate, [str(lab.student), *(str(lab.data) if flag == "DATA" else flag for flag in flags)])
     error = capsys.readouterr().err.strip()
     assert ended.value.code == 2
     assert error.startswith("error: ")

@@ -106,8 +106,11 @@ def test_one_process_and_two_give_the_same_bytes(pair: Pair, chats: Chats, tmp_p
 
 
 def test_one_sided_data_need_the_student_alone(pair: Pair, chats: Chats, tmp_path: Path) -> None:
-    flags = ["--data", str(chats(20)), "--student", str(pair.student_path), "--out", str(tmp_path / "out"), *LENGTHS]
-    assert main([*flags, "--workers", "1"]) == 0
+    flags = ["--data", str(chats(20)), "--student", str(pair.student_path), "--out", str(tmp_path / "out")]
+    flags += ["--workers", "1"]
+    with pytest.raises(ValueError, match="--teacher-length applies to data for student and teacher"):
+        main([*flags, *LENGTHS])
+    assert main([*flags, "--student-length", "64", "--student-block", "8"]) == 0
     data = PreparedData.open(tmp_path / "out")
     assert data.student_only
     assert data.manifest["coverage"] is None
