@@ -22,6 +22,7 @@ from megatron_tide.files import fingerprint, open_regular, read_json, read_whole
 
 _SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of the library's, those of rows of text
+_ROWS_IN = (".arrow", ".jsonl", ".parquet")
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _ARCHIVES = (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c")
 _MORE = {b"\x28\xb5\x2f\xfd": "zstandard", b"\x04\x22\x4d\x18": "lz4.frame"}  # compressed, by packages beside ours
@@ -32,8 +33,13 @@ ROWS = 64
 """Of a Parquet file at a time: a page may hold one long value, and any number of references to it."""
 
 
-def open_folder(folder: Path, name: str | None, split: str) -> tuple[Any, str]:
+def open_folder(
+    folder: Path, name: str | None, split: str, is_lines: Callable[[Path], bool]
+) -> tuple[Any | list[Path], str]:
     """The rows of a folder as ``datasets`` has them, and a digest of its files.
+
+    The split's files in place of the rows, where they are JSON Lines (``is_lines``; one bad row would end the library's
+    reading) or Parquet files of other columns each (which the library does not join).
 
     Raises:
         ValueError: it names files outside it, is corrupt or has no such split; the library's errors are any.
@@ -52,13 +58,18 @@ def open_folder(folder: Path, name: str | None, split: str) -> tuple[Any, str]:
         return read_saved([folder / one["filename"] for one in named]), content
     for path in folder.rglob("*.arrow"):
         check_stream(path)
-    return _open(str(folder), split, kept_by(content), name=name, inside=_places(folder)), content
+    builder = _builder(str(folder), kept_by(content), name=name, inside=_places(folder))
+    _check_formats(folder, builder)
+    files = [Path(str(file)) for key, found in builder.config.data_files.items() if key == split for file in found]
+    lines = builder.name == "json" and files and all(map(is_lines, files))
+    return files if lines or _differ(builder.name, files) else _rows(builder, split), content
 
 
 def open_parquet(path: Path) -> tuple[Any, str]:
     """``open_folder`` for one Parquet file."""
     content = sha256_file(path)
-    return _open("parquet", "train", kept_by(content), data_files=str(path), inside=[path.resolve()]), content
+    builder = _builder("parquet", kept_by(content), data_files=str(path), inside=[path.resolve()])
+    return _rows(builder, "train"), content
 
 
 def open_hub(path: str, name: str | None, split: str, revision: str | None) -> Any:
@@ -73,20 +84,48 @@ def open_hub(path: str, name: str | None, split: str, revision: str | None) -> A
     return _as_stored(builder.as_dataset(split=split))
 
 
-def _open(path: str, split: str, kept: str, *, inside: list[Path], **how: Any) -> Any:
+def _builder(path: str, kept: str, *, inside: list[Path], **how: Any) -> Any:
     import datasets
 
     builder = datasets.load_dataset_builder(path, cache_dir=kept, **how)
     _check_format(builder)
-    files = [Path(str(file)) for found in (builder.config.data_files or {}).values() for file in found]
-    for file in files:
+    for file in _files(builder):
         if not any(file.resolve().is_relative_to(place) for place in inside) or not file.is_file():
             raise ValueError(f"its README names {str(file)[:80]!r}, which is not in it")
+    return builder
+
+
+def _files(builder: Any) -> list[Path]:
+    return [Path(str(file)) for found in (builder.config.data_files or {}).values() for file in found]
+
+
+def _rows(builder: Any, split: str) -> Any:
+    files = _files(builder)
     with bounded(sum(file.stat().st_size for file in files)):
         for file in [] if Path(builder.cache_dir).exists() else files:  # else it was read to its end before
             check_size(file)
         builder.download_and_prepare()
     return _as_stored(builder.as_dataset(split=split))
+
+
+def _differ(format: str, files: list[Path]) -> bool:
+    """Whether files are Parquet of several kinds of rows."""
+    from pyarrow import parquet
+
+    if format != "parquet" or len(files) < 2:
+        return False
+    first, *others = (parquet.read_schema(file).remove_metadata() for file in files)
+    return any(not one.equals(first) for one in others)
+
+
+def _check_formats(folder: Path, builder: Any) -> None:
+    """ValueError for rows in another format, which the library would pass over without a word."""
+    if "default" not in builder.config.name or (folder / "README.md").exists():  # which may say what is read
+        return
+    read = {file.suffix for file in _files(builder)}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in _ROWS_IN and path.suffix not in read and not path.name.startswith("."):
+            raise ValueError(f"it has rows in {', '.join(sorted(read))} and in {path.name}: keep files of one format")
 
 
 def _check_format(builder: Any) -> None:

@@ -12,8 +12,11 @@ import contextlib
 import json
 import sys
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,6 +183,17 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return row
 
 
+def _is_lines(path: Path) -> bool:
+    """Whether a file is JSON Lines, neither compressed nor one list of all rows; some of its rows may be broken."""
+    number = 0
+    for number, _, line in islice(_lines(path), _HEAD):
+        if number == 1 and line.removeprefix(_BOM).lstrip().startswith(b"["):
+            return False
+        with contextlib.suppress(ValueError):
+            return bool(_parse(line, ""))
+    return number == 0
+
+
 @dataclass(frozen=True)
 class JsonLinesTable:
     """A JSON Lines file by row number.
@@ -271,13 +285,18 @@ class ArrowTable:
 
     def only(self, columns: Container[str]) -> ArrowTable:
         """The table with those of its columns that are in ``columns``."""
-        kept = [name for name in self.columns if name in columns]
+        kept = [name for name in self.columns if name in columns] or self.columns[:1]  # a table of none has no rows
         return replace(self, table=self.table.select_columns(kept))
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
-        table = self.table.select_columns(list(columns))
+        own = [name for name in columns if self.has(name)]
+        if not own:
+            yield from [(None,) * len(columns)] * len(self)
+            return
+        table = self.table.select_columns(own)
         for start in range(0, len(table), _SCAN):
-            yield from values(table, columns, start, min(start + _SCAN, len(table)))
+            for row in values(table, own, start, min(start + _SCAN, len(table))):
+                yield row if row is None or len(own) == len(columns) else tuple(map(dict(zip(own, row)).get, columns))
 
 
 def _dense(value: Any) -> Any:
@@ -287,13 +306,56 @@ def _dense(value: Any) -> Any:
     return [_dense(item) for item in value] if isinstance(value, list) else value
 
 
-Table = JsonLinesTable | ArrowTable
+@dataclass(frozen=True)
+class JoinedTable:
+    """Files of one data set, one after the other, as one table; each may have columns that others lack."""
+
+    parts: tuple[JsonLinesTable | ArrowTable, ...]
+    content: str
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for part in self.parts for name in part.columns))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def get(self, row: int) -> dict[str, Any]:
+        part, row = self._place(row)
+        return part.get(row)
+
+    def where(self, row: int) -> str:
+        part, row = self._place(row)
+        return part.where(row)
+
+    def has(self, column: str) -> bool:
+        return any(part.has(column) for part in self.parts)
+
+    def only(self, columns: Container[str]) -> JoinedTable:
+        parts = (part.only(columns) if isinstance(part, ArrowTable) else part for part in self.parts)
+        return replace(self, parts=tuple(parts))
+
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+        for part in self.parts:
+            yield from part.scan(columns)
+
+    def _place(self, row: int) -> tuple[JsonLinesTable | ArrowTable, int]:
+        number = bisect_right(self._ends, row)
+        return self.parts[number], row - (self._ends[number] - len(self.parts[number]))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.parts)))
+
+
+Table = JsonLinesTable | ArrowTable | JoinedTable
 
 
 def open_table(path: str, folder: Path, *, name: str | None, split: str, revision: str | None) -> Table:
     """Open a file, a folder or a hub name; ValueError in one line for what cannot be read as a table.
 
-    For a folder with a file SPLIT.jsonl, that file is read; ``datasets`` reads all other folders.
+    For a folder with a file SPLIT.jsonl, that file is read; ``datasets`` finds the files of all other folders, and
+    reads those that are no JSON Lines.
     """
     found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
     if found is not None and (found / f"{split}.jsonl").is_file():
@@ -309,5 +371,17 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
         if found is None:
             table = open_hub(path, name, split, revision)
             return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
-        table, content = open_parquet(found) if found.is_file() else open_folder(found, name, split)
+        if found.is_file():
+            return _parquet(found)
+        table, content = open_folder(found, name, split, _is_lines)
+    if not isinstance(table, list):
         return ArrowTable(table, str(found), content)
+    return JoinedTable(
+        tuple(JsonLinesTable.open(file) if _is_lines(file) else _parquet(file) for file in table), content
+    )
+
+
+def _parquet(path: Path) -> ArrowTable:
+    with hub_errors(f"{path}: cannot be read as a data set", Exception):
+        table, content = open_parquet(path)
+    return ArrowTable(table, str(path), content)

@@ -19,16 +19,15 @@ from pyarrow import parquet
 
 from megatron_tide import arrow, folders
 from megatron_tide.bridge.samples import read_samples
-from megatron_tide.tables import ArrowTable, open_table
+from megatron_tide.data.sources import DataSource, SourceSpec
+from megatron_tide.tables import ArrowTable, Table, open_table
 
 ROW = {"messages": [{"role": "user", "content": "x"}]}
 LINE = (json.dumps(ROW) + "\n").encode()
 
 
-def opened(path: Path) -> ArrowTable:
-    table = open_table(str(path), path.parent, name=None, split="train", revision=None)
-    assert isinstance(table, ArrowTable)
-    return table
+def opened(path: Path, split: str = "train") -> Table:
+    return open_table(str(path), path.parent, name=None, split=split, revision=None)
 
 
 def zipped(content: bytes) -> bytes:
@@ -94,6 +93,34 @@ def test_rows_that_refer_to_a_long_value_are_scanned_one_by_one(tmp_path: Path, 
     assert [len(row[0]) for row in whole if row] == [1000, 1, 1000]
     monkeypatch.setattr(arrow, "_AT_ONCE", 100)
     assert list(found.scan(["kind"])) == whole
+
+
+def test_of_a_folder_s_files_bad_rows_are_left_out_and_odd_ones_end_nothing(tmp_path: Path) -> None:
+    """Whatever the files are called, and whatever the library makes of dates and of rows of another type."""
+    dated = {"messages": [{"role": "user", "content": "2021-02-03 04:05:06"}]}
+    lines = [LINE, b"{broken\n", json.dumps(dated).encode() + b"\n", b'{"messages": "text"}\n', b'{"other": 1}\n']
+    for name, content in (("part-1.jsonl", b"".join(lines)), ("part-2.json", b""), ("part-3.jsonl", LINE)):
+        (tmp_path / name).write_bytes(content)
+    table = opened(tmp_path)
+    with pytest.raises(ValueError, match=r"part-1\.jsonl:2: not valid JSON"):
+        table.get(1)
+    assert [table.get(n) for n in (0, 2, 3, 4, 5)] == [ROW, dated, {"messages": "text"}, {"other": 1}, ROW]
+    assert table.where(5) == f"{tmp_path / 'part-3.jsonl'}:1"
+    assert len(list(table.scan(["messages"]))) == len(table) == 6
+    parquet.write_table(pa.Table.from_pylist([ROW]), tmp_path / "more.parquet")
+    with pytest.raises(ValueError, match=r"it has rows in .*json.* and in more\.parquet: keep files of one format"):
+        opened(tmp_path)
+
+
+def test_parquet_files_of_other_columns_are_one_data_set(tmp_path: Path) -> None:
+    rows = [ROW, {"messages": "text"}, {"text": "x"}, {**ROW, "kind": "a"}]
+    for number, row in enumerate(rows):
+        parquet.write_table(pa.Table.from_pylist([row]), tmp_path / f"part-{number}.parquet")
+    source = DataSource.open(SourceSpec(path=str(tmp_path)), tmp_path)
+    found = [source.rows.get(int(row)).get("messages") for row in source.selected]
+    assert found == [ROW["messages"], "text", None, ROW["messages"]]
+    filtered = DataSource.open(SourceSpec(path=str(tmp_path), filter={"kind": "a"}), tmp_path)
+    assert filtered.selected.tolist() == [3]
 
 
 @pytest.mark.timeout(60)

@@ -22,7 +22,7 @@ from megatron_tide.tables import (
     BESIDE,
     LONGEST_TEXT,
     UNREADABLE_SHARE,
-    ArrowTable,
+    JsonLinesTable,
     Message,
     Table,
     open_table,
@@ -131,7 +131,7 @@ class DataSource:
                 f"{spec.path}: no column {missing[0]!r}; it has {', '.join(rows.columns)}: name the right ones in a "
                 "mixture file (messages_column, or prompt_column and response_column)"
             )
-        if isinstance(rows, ArrowTable):  # another column may hold what cannot be read
+        if not isinstance(rows, JsonLinesTable):  # another column may hold what cannot be read
             rows = rows.only({*needed, *BESIDE})
         return cls(spec, rows, _select(spec, rows))
 
