@@ -115,10 +115,11 @@ def _answer(args: Args, writer: Any, model: Any, tokenizer: Any, decoding: dict[
     """Answer the prompts, printing and writing each batch as it comes; -> tokens written now."""
     from tqdm import tqdm
 
-    from megatron_tide.generate import AnswerFile, print_answer
+    from megatron_tide.generate import AnswerFile, print_answer, tell_changes
     from megatron_tide.generate.identity import code, identity
 
     prompts, first_seed = _prompts(args, tokenizer), decoding.pop("seed")
+    tell_changes(prompts)
     seeds = [first_seed + place if args.decoding.temperature else 0 for place in range(len(prompts))]
     file, places, tokens = None, list(range(len(prompts))), 0
     if args.json:

@@ -7,7 +7,15 @@ from megatron_tide.generate.answer_file import AnswerFile
 from megatron_tide.generate.complete import BLOCKS, Completion, complete, prompt_ids, stream
 from megatron_tide.generate.in_order import IN_ORDER
 from megatron_tide.generate.opened import open_writer
-from megatron_tide.generate.prompts import Prompt, from_prepared, from_text, print_answer, read_prompts, with_holes
+from megatron_tide.generate.prompts import (
+    Prompt,
+    from_prepared,
+    from_text,
+    print_answer,
+    read_prompts,
+    tell_changes,
+    with_holes,
+)
 from megatron_tide.generate.terminal import chat
 from megatron_tide.models.decoding_a2d import BlockDecoder
 from megatron_tide.models.generation_a2d import decoding_rule
@@ -31,5 +39,6 @@ __all__ = [
     "prompt_ids",
     "read_prompts",
     "stream",
+    "tell_changes",
     "with_holes",
 ]

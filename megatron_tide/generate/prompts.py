@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,7 +28,8 @@ class Prompt:
     """``ids`` for the model; ``shown``: the same as text; ``reference``: the recorded answer, if there is one.
 
     ``begun``: number of trailing ids that belong to the answer already, including masks to fill, ``holes`` of them;
-    ``parts``: their texts and numbers of ids, part by part, a hole's text being empty.
+    ``parts``: their texts and numbers of ids, part by part, a hole's text being empty. ``changed``: where the ids stand
+    for another text than the user's, see ``changes``.
     """
 
     ids: np.ndarray
@@ -35,6 +38,7 @@ class Prompt:
     begun: int = 0
     holes: int = 0
     parts: tuple[tuple[str, int], ...] = ()
+    changed: str = ""
 
     def answer(self, tokenizer: TextTokenizer, completion: Completion) -> str:
         """The full answer: the partial answer as it was given, with its holes filled, and the text after it."""
@@ -48,6 +52,23 @@ class Prompt:
         return said.decode("utf-8", errors="replace")
 
 
+def changes(text: str, spelled: bytes) -> str:
+    """In words, the first place where a tokenizer's tokens, ``spelled``, are not the user's ``text`` (lower case, no
+    accents, fewer spaces, a letter unknown); "" where all are. A space that it writes before a text counts as nothing.
+    """
+    found = spelled.decode("utf-8", errors="replace")
+    found = found if text.startswith(" ") else found.removeprefix(" ")
+    if found == text:
+        return ""
+    place = next((n for n, pair in enumerate(zip(text, found)) if pair[0] != pair[1]), min(len(text), len(found)))
+    return f"{text[place : place + 20]!r} is read as {found[place : place + 20]!r}"
+
+
+def _changed(tokenizer: TextTokenizer, texts: Iterable[str]) -> str:
+    found = (changes(text, tokenizer.encode_with_bytes(text).data) for text in texts)
+    return next(filter(None, found), "")
+
+
 def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> Prompt:
     """A conversation up to its last assistant turn (the reference), or all of it if it does not end with one."""
     reference = None
@@ -55,7 +76,8 @@ def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> P
         messages, reference = messages[:-1], messages[-1]["content"]
     if not messages:
         raise ValueError("a conversation needs a message before the answer")
-    return Prompt(prompt_ids(tokenizer, messages), messages[-1]["content"], reference)
+    changed = _changed(tokenizer, (message["content"] for message in messages))
+    return Prompt(prompt_ids(tokenizer, messages), messages[-1]["content"], reference, changed=changed)
 
 
 def from_text(tokenizer: TextTokenizer, text: str, system: str | None = None) -> Prompt:
@@ -78,13 +100,16 @@ def with_holes(tokenizer: TextTokenizer, prompt: Prompt, answer: str) -> Prompt:
         raise ValueError(f"--infill {answer[:80]!r}: mark each hole as <mask:N>, N tokens, in all 1 to {MOST_MASKS}")
     begun: list[int] = []
     found: list[tuple[str, int]] = []
+    changed = prompt.changed
     for place, part in enumerate(parts):
         text = [] if place % 2 or not part else tokenizer.encode_within(part, rest=place > 0).tolist()
         ids = [tokenizer.mask_id] * int(part) if place % 2 else text
         found += [("" if place % 2 else part, len(ids))] if part else []
+        spelled = b"".join(tokenizer.id_to_bytes(one) or b"" for one in text)
+        changed = changed or ("" if place % 2 else changes(part, spelled))
         begun += ids
     ids = np.concatenate([prompt.ids, np.array(begun, dtype=np.int32)])
-    return replace(prompt, ids=ids, begun=len(begun), holes=sum(sizes), parts=tuple(found))
+    return replace(prompt, ids=ids, begun=len(begun), holes=sum(sizes), parts=tuple(found), changed=changed)
 
 
 def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> list[Prompt]:
@@ -127,6 +152,14 @@ def from_prepared(data: PreparedData, tokenizer: TextTokenizer, limit: int = 0, 
         ids, response = side.ids[: side.prompt], side.ids[side.prompt : side.content_end + 1]
         prompts.append(Prompt(np.array(ids), tokenizer.decode(ids), tokenizer.decode(response)))
     return prompts
+
+
+def tell_changes(prompts: Sequence[Prompt]) -> None:
+    """One line on stderr where a tokenizer changes texts before the model reads them."""
+    changed = [prompt.changed for prompt in prompts if prompt.changed]
+    if changed:
+        many = f"{len(changed)} of {len(prompts)} prompts"
+        say(f"note: the tokenizer changes the text of {many} before the model reads it: {changed[0]}", file=sys.stderr)
 
 
 def print_answer(

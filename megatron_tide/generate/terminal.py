@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.generate.complete import BLOCKS, Moment, prompt_ids
+from megatron_tide.generate.prompts import changes
 from megatron_tide.screen import plain, printable
 
 MASKED = "░"
@@ -81,6 +82,7 @@ def chat(
     layout = options.get("block_layout", "sequence")
     blocks = f"; blocks begin {BLOCK_LAYOUTS.data[layout].meaning}" if stream is BLOCKS.stream else ""
     out.write(f"({HELP}{blocks})\n")
+    told = ""  # once
     for message in _messages(ask, out):
         if message == "/new":
             said = list(opening)
@@ -92,6 +94,10 @@ def chat(
                 raise
             out.write(f"{printable(str(error))}\n(not sent; /new forgets what was said before)\n")
             continue
+        changed = "" if told else changes(message, tokenizer.encode_with_bytes(message).data)
+        if changed:
+            told = f"(the tokenizer changes text before the model reads it: {changed})\n"
+            out.write(printable(told))
         said.append({"role": "user", "content": message})
         live, started, answer, moment = LiveText(tokenizer, out), time.perf_counter(), "", None
         with contextlib.suppress(KeyboardInterrupt):

@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 from megatron_tide.bridge import TextTokenizer, align_text, load_tokenizer
-from megatron_tide.generate import AnswerFile, with_holes
+from megatron_tide.generate import AnswerFile, tell_changes, with_holes
 from megatron_tide.generate.complete import Completion
 from megatron_tide.generate.prompts import HOLE, Prompt
 from tests.support.tokenizers import TEXTS, train_byte_bpe
@@ -81,6 +81,21 @@ def test_the_text_around_a_hole_is_the_users(made: Callable[[str], TextTokenizer
         if answer in KEPT and "<unk>" not in spelled:
             assert spelled == HOLE.sub(lambda found: "<|mask|>" * int(found[1]), answer)
         assert len(prompt.parts) == len(list(filter(None, HOLE.split(answer))))
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("keeps", ""), ("lower case", "'Two ' is read as 'two '"), ("trims", "' y' is read as 'y'")]
+)
+def test_text_that_a_tokenizer_changes_is_told(
+    made: Callable[[str], TextTokenizer], capsys: pytest.CaptureFixture[str], name: str, word: str
+) -> None:
+    tokenizer, texts = made(name), ["a <mask:1> x", "add Two <mask:1> x  y", "a  b<mask:1>"]
+    prompts = [with_holes(tokenizer, Prompt(np.array([], np.int32), ""), text) for text in texts]
+    assert [bool(prompt.changed) for prompt in prompts] == [False, bool(word), bool(word)]
+    tell_changes(prompts)
+    told = capsys.readouterr().err
+    assert ("2 of 3 prompts before the model reads it" in told) == bool(word)
+    assert word in told
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "behind" in name])
