@@ -46,6 +46,7 @@ def dry_run(config: DistillConfig) -> int:
 
     refuse_idle_gpu()
     inputs = read_run_inputs(config, launched_ranks())
+    cli.say(inputs.note, end="\n" * bool(inputs.note), file=sys.stderr)
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
     steps = f"{len(inputs.steps)} steps of {config.train.global_batch_size} samples"
     cli.say(f"dry run: {len(inputs.data)} samples, {steps}: OK")
@@ -62,6 +63,8 @@ def train(config: DistillConfig, world: Any) -> int:
     stop = StopRequest()
     stop.install()  # a signal while models load ends the run before its first step
     inputs = read_run_inputs(config, world.size)
+    if inputs.note:
+        world.print_rank0(inputs.note)
     out = Path(config.paths.out)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
         context, loader = build.build(config, inputs, world)

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_tide import __version__
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
-from megatron_tide.choices import METRIC_LOGS
+from megatron_tide.choices import METRIC_LOGS, OPTIMIZERS
 from megatron_tide.config import CACHED, DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
@@ -20,6 +20,7 @@ from megatron_tide.files import fingerprint, read_json
 from megatron_tide.hosting.build import hosting_of
 from megatron_tide.hosting.cached import OutputCache, cache_settings
 from megatron_tide.objectives import Strategy, build_strategy
+from megatron_tide.presets import PRESETS
 from megatron_tide.train.engine import engine_settings
 from megatron_tide.train.phases import Phases, build_phases
 from megatron_tide.training_checkpoint import CHECKSUMS, STATE, read_description, step_folder
@@ -29,7 +30,7 @@ from megatron_tide.training_checkpoint import CHECKSUMS, STATE, read_description
 class RunInputs:
     """A run's inputs, checked against each other; no weights are loaded yet. ``strategy``: that of the last phase;
     ``total_steps``: of the schedule; ``steps``: of it, those of this run; ``cache``: the teacher's outputs, if they are
-    on disk."""
+    on disk; ``note``: which flags change nothing."""
 
     data: PreparedData
     validation: PreparedData | None
@@ -39,6 +40,7 @@ class RunInputs:
     total_steps: int
     steps: range
     run: dict[str, Any]
+    note: str = ""
     cache: OutputCache | None = None
 
     @property
@@ -82,10 +84,32 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         total_steps=total,
         steps=steps,
         run={},
+        note=_unused(config, strategy),
     )
     found = replace(found, run=_record(config, found, bridge) | {"continued": begun})
     cached = config.teacher.teacher_hosting == CACHED and strategy.needs_teacher
     return replace(found, cache=_cache(config, found)) if cached else found
+
+
+def _unused(config: DistillConfig, strategy: Strategy) -> str:
+    """In words, flags that were set and change nothing, because what they are a part of is not used."""
+    defaults, usual = DistillConfig(), [PRESETS[name].always for name in PRESETS]
+    parts = ["teacher_context", "temperature", "distill_weight", "teacher_top"]
+    parts += [f"tidal_{name}" for name in ("axes", "ramp", "init", "peak")]
+    parts += [f"compdemo_{name}" for name in ("ratio", "split", "unit")]
+    idle: list[tuple[Any, Any, str]] = [
+        (config.strategy, defaults.strategy, name) for name in parts if name not in strategy.describe()
+    ]
+    if not hasattr(OPTIMIZERS[config.train.optimizer], "momentum"):
+        idle += [(config.train, defaults.train, name) for name in ("muon_lr", "muon_momentum")]
+    if not config.save.eval_every:
+        idle += [(config.paths, defaults.paths, "validation"), (config.save, defaults.save, "eval_samples")]
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for group, default, name in idle
+        if getattr(group, name) not in (getattr(default, name), *(one.get(name) for one in usual))
+    ]
+    return f"note: {', '.join(changed)}: nothing in this run uses that" if changed else ""
 
 
 def _check_needs(config: DistillConfig, strategy: Strategy, data: PreparedData) -> None:

@@ -132,3 +132,19 @@ def test_dry_run_checks_and_prints_without_writing(chain, out, capsys):
     assert "48 samples, 4 steps of 8 samples: OK" in printed
     assert json.loads(printed[: printed.rindex("}") + 1])["strategy"]
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tidal_peak": 0.5, "muon_lr": 0.1}, "--tidal-peak, --muon-lr"),
+        ({"tidal": "mix", "tidal_peak": 0.5, "optimizer": "muon", "muon_lr": 0.1}, ""),
+        ({"strategy": "bd3lm", "temperature": 1.0, "compdemo_ratio": 0.4}, "--temperature, --compdemo-ratio"),
+        ({"strategy": "bd3lm", "preset": "ours", "validation": "DATA"}, "--validation"),
+        ({"strategy": "bd3lm", "preset": "ours"}, ""),
+    ],
+)
+def test_flags_that_change_nothing_are_told(chain, out, capsys, settings, said):
+    settings = {name: chain.root / "data" if value == "DATA" else value for name, value in settings.items()}
+    assert distill.main([*chain.flags(out, **settings), "--dry-run"]) == 0
+    assert capsys.readouterr().err == (f"note: {said}: nothing in this run uses that\n" if said else "")
