@@ -57,11 +57,16 @@ again() {
   ((${#rest[@]} == 0)) || printf ' %q' "${rest[@]}"
 }
 
-case $TRUST_REMOTE_CODE in
-  0 | false | no | "") TRUST_REMOTE_CODE=0 ;;
-  1 | true | yes) TRUST_REMOTE_CODE=1 ;;
-  *) fail "TRUST_REMOTE_CODE=$TRUST_REMOTE_CODE: 1 runs Python code that comes with the hub folders, 0 does not" ;;
-esac
+# switch NAME MEANING: set NAME to 0 or 1, as its word says; another word is refused.
+switch() {
+  case ${!1} in
+    0 | false | no | "") printf -v "$1" 0 ;;
+    1 | true | yes) printf -v "$1" 1 ;;
+    *) fail "$1=${!1}: $2" ;;
+  esac
+}
+switch TRUST_REMOTE_CODE "1 runs Python code that comes with the hub folders, 0 does not"
+switch CACHE "1 asks the teacher before the training, in a stage of its own, 0 during it"
 
 # setup_environment REQUIREMENTS...: create .venv, install the requirement files, and compile DeepSpeed's ops.
 setup_environment() {

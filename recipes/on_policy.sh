@@ -17,7 +17,7 @@
 #            DRY_RUN=1 bash recipes/on_policy.sh              print the commands
 #            ONLY="sample bridge answer-1" bash recipes/on_policy.sh   only these stages
 #            sbatch slurm/on_policy.sh                        on a Slurm cluster
-# From WeDLM: TEACHER, STUDENT and TEACHER_MASK of distill_8b_to_0.6b.sh; from an autoregressive teacher: those of
+# From WeDLM: TEACHER, TEACHER_LENGTH and TEACHER_MASK of distill_8b_to_0.6b.sh; from an autoregressive teacher: those of
 # distill_ar_to_0.6b.sh, and as arguments  --teacher-context causal --temperature 1.
 # Arguments are passed to the training:  ... --preset ours --lr 1e-5   (python -m megatron_tide.distill --help)
 # If it stops for any reason, run the same command again: finished stages are skipped, answers and training resume.
@@ -39,7 +39,7 @@ MASKS=${MASKS:-random}                                               # of own te
 SEED=${SEED:-42}                                                     # of rows, answers, data order and noise
 STUDENT_LENGTH=${STUDENT_LENGTH:-512}
 STUDENT_BLOCK=${STUDENT_BLOCK:-}                                     # block size to train the student with; empty: its own
-TEACHER_LENGTH=${TEACHER_LENGTH:-768}
+TEACHER_LENGTH=${TEACHER_LENGTH:-1024}
 HOSTING=${HOSTING:-}                                                 # where the teacher's weights are (table in README.md); empty: replicated
 TEACHER_NVME=${TEACHER_NVME:-}                                       # HOSTING=zero3_nvme: a folder on a fast local disk
 CACHE=${CACHE:-0}                                                    # 1: a stage per round in which the teacher answers it first (distributions: --teacher-top 64)

@@ -27,6 +27,7 @@ EVAL_SPLIT=${EVAL_SPLIT:-test}            # test, or validation to choose settin
 EVAL_SAMPLES=${EVAL_SAMPLES:-160}         # samples of it to score
 COMPLETIONS=${COMPLETIONS:-150}           # prompts of it to complete, with at least 16 tokens each
 SEED=${SEED:-42}                          # of initial weights, data order and noise
+CACHE=${CACHE:-0}                         # 1: before each distillation a stage in which the teacher answers it (0.3 GB)
 STRATEGY=tide-bridge
 # ---
 
@@ -44,6 +45,7 @@ EXPECTED_SECONDS="corpus=15 teacher-data=9 train-teacher-pretraining=$((TEACHER_
   train-student-pretraining=$((STUDENT_STEPS / 7)) student-convert=7 sample=1 bridge=5 data=4
   train-tide-bridge=$((DISTILL_STEPS / 4)) convert=15 train-bd3lm=$((DISTILL_STEPS / 7)) train-bd3lm-short=$((SHORT_STEPS / 5))
   train-tide-cross=$((DISTILL_STEPS / 4)) scores=100 inference-benchmark=15 report=12"
+((CACHE == 0)) || EXPECTED_SECONDS+=" cache=$((DISTILL_STEPS / 8 + 12)) cache-tide-cross=$((DISTILL_STEPS / 8 + 12))"
 quiet_noise=(--masking synchronous --timesteps block --timestep-sampling stratified --mask-count exact)
 common=(--precision fp32 --global-batch-size 8 --micro-batch-size 8 --beta2 0.98 --seed "$SEED" --save-every 500 --keep-last 1 --log-every 20)
 pretraining=("${common[@]}" "${quiet_noise[@]}" --strategy bd3lm --pretraining "ar:0.3,joint:0.4" --score-prompt --optimizer muon
@@ -71,11 +73,12 @@ release "${common[@]}" "${quiet_noise[@]}" --teacher-dtype fp32 --teacher-contex
   --lr 8e-3 --max-steps "$DISTILL_STEPS"
 
 # The baselines: same initial weights, data and order of the data.
-both=(--student "$STUDENT" --teacher "$TEACHER" --bridge "$run/bridge" --data "$run/data" "${common[@]}"
-  --teacher-dtype fp32 --lr 1e-3)
+pair=(--student "$STUDENT" --teacher "$TEACHER") baseline=("${common[@]}" --teacher-dtype fp32 --lr 1e-3)
+both=("${pair[@]}" --bridge "$run/bridge" --data "$run/data" "${baseline[@]}")
 distil "$run/bd3lm" "${both[@]}" "${quiet_noise[@]}" --strategy bd3lm --max-steps "$DISTILL_STEPS"
 distil "$run/bd3lm-short" "${both[@]}" "${quiet_noise[@]}" --strategy bd3lm --max-steps "$SHORT_STEPS"
-distil "$run/tide-cross" "${both[@]}" --strategy tide-cross --max-steps "$DISTILL_STEPS" # with the published noise
+# With the published noise, of which the teacher's answers are others.
+STRATEGY=tide-cross teach "$run/tide-cross" "$run/cache-tide-cross" "$run/data" "${baseline[@]}" --max-steps "$DISTILL_STEPS"
 
 completing=()
 [[ $COMPLETIONS == 0 ]] || completing=(--completions "$COMPLETIONS" --completion-min-tokens 16 --completion-eos-in-order)

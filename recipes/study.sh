@@ -84,6 +84,7 @@ temperatures=(1 5) weights=(1 4)
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 ((${#sizes[@]} > 0)) || fail "SIZE=$SIZE: use cpu or gpu"
+switch H9 "1 adds the comparison of on-policy rounds, 0 does not"
 [[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
 (($# == 0)) || fail "unknown argument '$1': recipes/study.sh takes only --fresh (settings: top of the file)"
 check_numbers TEACHER_STEPS STUDENT_STEPS DISTILL_STEPS BATCH EVAL_SAMPLES

@@ -54,15 +54,19 @@ class ShardedFolder:
 
     def fingerprint(self) -> str:
         """sha256 hex of which model this is: configuration, shards' sizes and headers, and the start, middle and end of
-        every tensor, so that a folder of 32 GB takes seconds; then, of up to ``WHOLE`` bytes, "-" and theirs.
-        Compare with ``same_model``. ValueError names a broken file.
+        every tensor, so that a folder of 32 GB takes seconds; then, of up to ``WHOLE`` bytes, "-" and theirs. Where two
+        shards have a tensor, also which of them the index takes. Compare with ``same_model``. ValueError names a broken
+        file.
         """
         config = read_json(self.folder / "config.json")
         digest = hashlib.sha256(canonical({k: v for k, v in config.items() if k not in NOT_THE_MODEL}))
-        shards = [self.folder / name for name in sorted(set(self._file_of.values()))]
+        shards, unread = [self.folder / name for name in sorted(set(self._file_of.values()))], []
         for path in shards:
             with _readable(path, _BROKEN):
-                _add_shard(digest, path)
+                keys = _add_shard(digest, path)
+            unread += [[path.name, key] for key in sorted(keys) if self._file_of.get(key, path.name) != path.name]
+        if unread:
+            digest.update(canonical(unread))
         if sum(path.stat().st_size for path in shards) > WHOLE:
             return digest.hexdigest()
         whole = hashlib.sha256("".join(sha256_file(path) for path in shards).encode())
@@ -138,17 +142,19 @@ def _readable(path: Path, errors: tuple[type[Exception], ...] = (SafetensorError
         raise ValueError(f"{path}: cannot be read ({error}); copy or download it again") from None
 
 
-def _add_shard(digest: Any, path: Path) -> None:
+def _add_shard(digest: Any, path: Path) -> set[str]:
+    """Add a shard to a fingerprint; the names of its tensors."""
     with open_regular(path) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"its header of {length} bytes does not fit into {size}")
         header = file.read(length)
         digest.update(f"{path.name} {size} ".encode() + header)
-        spans = [entry["data_offsets"] for key, entry in json.loads(header).items() if key != "__metadata__"]
-        for start, end in sorted(spans):
+        entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+        for start, end in sorted(entry["data_offsets"] for entry in entries.values()):
             for place in (start, (start + end) // 2, max(start, end - _PIECE)):
                 digest.update(os.pread(file.fileno(), min(_PIECE, end - place), 8 + length + place))
+    return set(entries)
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:

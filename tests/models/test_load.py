@@ -17,6 +17,7 @@ from megatron_tide.models import fresh_model, load_model, parameter_count, resol
 from megatron_tide.models.shards import ShardedFolder, same_model
 from tests.support.models import (
     hub_tensors,
+    tiny_llama_config,
     tiny_opdlm_config,
     tiny_sdar_config,
     tiny_student_config,
@@ -44,7 +45,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
         assert torch.equal(tensor, other[key]), key
 
 
-OTHERS = {"wedlm": tiny_wedlm_config(), "sdar": tiny_sdar_config(), "opdlm": tiny_opdlm_config()}
+OTHERS = {
+    "wedlm": tiny_wedlm_config(),
+    "sdar": tiny_sdar_config(),
+    "opdlm": tiny_opdlm_config(),
+    "llama-student": tiny_llama_config(),
+    "llama": tiny_llama_config(model_type="llama"),
+    "qwen3": tiny_student_config(model_type="qwen3", tie_word_embeddings=False),
+}
 
 
 @pytest.mark.parametrize("config", [*BOTH, *OTHERS.values()], ids=[*NAMES, *OTHERS])
@@ -320,3 +328,18 @@ def test_a_folders_fingerprint_follows_configuration_and_weights(tmp_path: Path)
     shard.write_bytes(whole[:6] + b"\xff\xff" + whole[8:])
     with pytest.raises(ValueError, match=f"{shard.name}: cannot be read"):
         ShardedFolder(folder).fingerprint()
+
+
+def test_a_folders_fingerprint_says_which_of_two_tensors_of_one_name_is_read(tmp_path: Path) -> None:
+    folder = write_hub_folder(tmp_path, tiny_student_config(), shards=2)
+    index = folder / "model.safetensors.index.json"
+    file_of = json.loads(index.read_text())["weight_map"]
+    (key, name), (_, other) = list(file_of.items())[:2]
+    tensors = load_file(folder / other)
+    save_file(tensors | {key: load_file(folder / name)[key] * 2}, folder / other, metadata={"format": "pt"})
+    found = []
+    for place in (name, other):
+        index.write_text(json.dumps({"weight_map": file_of | {key: place}}))
+        found.append((ShardedFolder(folder).fingerprint(), load_model(folder).get_parameter(key)))
+    assert not torch.equal(found[0][1], found[1][1])
+    assert not same_model(found[0][0], found[1][0])

@@ -55,17 +55,32 @@ def test_large_recipes_chain_bridge_data_distil_convert_report(recipe):
 
 
 def test_the_teacher_answers_first_in_a_stage_of_its_own():
+    stages = commands(LARGE[0], "--max-steps", "9", CACHE="1", HOSTING="zero3_cpu", NAME="mine", RUNS="elsewhere")
+    assert list(stages) == ["sample", "bridge", "data", "cache", "train-tide-cross", "convert", "report"]
+    assert check_answered_first(stages, "cache", "train-tide-cross") == ("zero3_cpu", "elsewhere/mine/cache")
+
+
+def test_every_distillation_of_the_quickstart_may_read_answers():
+    stages = commands("quickstart.sh", CACHE="yes")
+    for strategy, folder in (("tide-bridge", "cache"), ("tide-cross", "cache-tide-cross")):
+        assert check_answered_first(stages, folder, f"train-{strategy}") == (None, f"runs/quickstart/{folder}")
+    distilling = [name for name, words in commands("quickstart.sh").items() if name in stages and words != stages[name]]
+    assert distilling == ["train-tide-bridge", "train-tide-cross"]
+
+
+def check_answered_first(stages, asking, training):
+    """(hosting, folder) of the stage that asks the teacher what a training needs, and no more than that."""
     from megatron_tide import cli, distill
     from megatron_tide.commands import cache
 
-    stages = commands(LARGE[0], "--max-steps", "9", CACHE="1", HOSTING="zero3_cpu", NAME="mine", RUNS="elsewhere")
-    assert list(stages) == ["sample", "bridge", "data", "cache", "train-tide-cross", "convert", "report"]
-    asking, training = stages["cache"], stages["train-tide-cross"]
+    assert list(stages).index(asking) == list(stages).index(training) - 1
+    asking, training = stages[asking], stages[training]
     asked = cli.parse(cache, asking[asking.index("cache") + 1 :]).run
     trained = cli.parse(distill, training[training.index("megatron_tide.distill") + 1 :]).run
-    assert (asked.teacher.teacher_hosting, trained.teacher.teacher_hosting) == ("zero3_cpu", "cached")
-    assert asked.paths.out == trained.teacher.teacher_cache == "elsewhere/mine/cache"
+    assert trained.teacher.teacher_hosting == "cached"
+    assert asked.paths.out == trained.teacher.teacher_cache
     assert asked.loss_flags() == trained.loss_flags()
+    return asked.teacher.teacher_hosting, asked.paths.out
 
 
 @pytest.mark.parametrize("recipe", [*LARGE, "quickstart.sh", "adapt_ar_to_bd3lm.sh", "on_policy.sh", "real_small.sh"])
@@ -224,12 +239,18 @@ def test_what_a_stage_asks_for_is_a_setting_of_the_chain(setting, value, flag, s
     assert set(stages) <= {name.removesuffix("-1") for name in given}
 
 
-def test_trust_refuses_another_word():
-    refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", TRUST_REMOTE_CODE="maybe")
+@pytest.mark.parametrize(
+    ("recipe", "name", "meaning"),
+    [
+        (LARGE[0], "TRUST_REMOTE_CODE", "1 runs Python code that comes with the hub folders, 0 does not"),
+        (LARGE[0], "CACHE", "1 asks the teacher before the training, in a stage of its own, 0 during it"),
+        ("study.sh", "H9", "1 adds the comparison of on-policy rounds, 0 does not"),
+    ],
+)
+def test_a_switch_refuses_another_word(recipe, name, meaning):
+    refused = run(recipe, DRY_RUN="1", **{name: "maybe"})
     assert refused.returncode == 2
-    assert refused.stderr.strip() == (
-        "error: TRUST_REMOTE_CODE=maybe: 1 runs Python code that comes with the hub folders, 0 does not"
-    )
+    assert refused.stderr.strip() == f"error: {name}=maybe: {meaning}"
 
 
 def test_an_exported_cdpath_changes_nothing(tmp_path):
