@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import cli, distill
-from megatron_tide.commands import plan
+from megatron_tide.choices import TEACHER_HOSTINGS
+from megatron_tide.commands import cache, plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = REPOSITORY / "megatron_tide" / "models" / "configs"
@@ -47,8 +48,14 @@ def rows_of(text):
 ROWS = rows_of((REPOSITORY / "README.md").read_text(encoding="utf-8"))
 
 
-def test_there_are_rows():
-    assert len(ROWS) >= 5
+def stage_of(lines, title):
+    """The words of the first stage with a title that begins so."""
+    return shlex.split(lines[next(n for n, line in enumerate(lines) if line.startswith(title)) + 1])
+
+
+def test_every_hosting_has_a_row():
+    kinds = {"cached" if "CACHE" in options else options["HOSTING"] for _, options, _ in ROWS}
+    assert kinds == set(TEACHER_HOSTINGS)
 
 
 @pytest.mark.parametrize(("machine", "options", "flags"), ROWS, ids=lambda value: " ".join(value))
@@ -68,10 +75,15 @@ def test_row_loads_dry_runs_and_fits(machine, options, flags, tmp_path, capsys):
     )
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
-    training = shlex.split(lines[next(n for n, line in enumerate(lines) if line.startswith("# train-")) + 1])
+    training = stage_of(lines, "# train-")
     given = training[training.index("megatron_tide.distill") + 1 :]
-    config = cli.parse(distill, given).run
-    assert config.teacher.teacher_hosting == options["HOSTING"]
+    hosting = cli.parse(distill, given).run.teacher.teacher_hosting
+    if "CACHE" in options:
+        assert hosting == "cached"
+        asking = stage_of(lines, "# cache")
+        given = asking[asking.index("cache") + 1 :]
+        hosting = cli.parse(cache, given).run.teacher.teacher_hosting
+    assert hosting == options["HOSTING"]
     assert cli.call(plan, [*machine, *given, "--json", str(tmp_path / "plan.json")], "plan") == 0
     planned = json.loads((tmp_path / "plan.json").read_text())["plans"]
     mine = next(item for item in planned if item["hosting"] == options["HOSTING"])
