@@ -88,15 +88,16 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new, empty file to fill, which takes the place of ``path`` at the end of the block: on the disk and complete,
-    or not at all. If the block fails it is removed, and an existing ``path`` is unchanged; an OSError names ``path``.
+def replacing(path: Path) -> Iterator[tuple[Path, int]]:
+    """A new, empty file to fill, by its name or its descriptor, which takes the place of ``path`` at the end of the
+    block: on the disk and complete, or not at all. If the block fails it is removed, and an existing ``path`` is
+    unchanged; an OSError names ``path``.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary, descriptor = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"), -1
     try:
-        os.close(create_new(temporary))
-        yield temporary
-        flush(temporary)
+        descriptor = create_new(temporary)
+        yield temporary, descriptor
+        os.fsync(descriptor)
         temporary.replace(path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -104,6 +105,9 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # the error of a failed write has no file name
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
     flush(path.parent)
 
 
@@ -112,8 +116,8 @@ def atomic_write(path: Path, content: bytes) -> None:
 
     Raises OSError (such as a full disk) after removing the temporary file; an existing ``path`` is unchanged.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(content)
+    with replacing(path) as (_, descriptor), os.fdopen(descriptor, "wb", closefd=False) as file:
+        file.write(content)  # not by its name, at which others may put a link meanwhile
 
 
 class AtomicFolder:

@@ -39,7 +39,7 @@ class RunLock:
 
     def __init__(self, folder: Path, name: str = NAME, *, wait: bool = False) -> None:
         self.path, self._wait = folder / name, wait
-        self._file = -1
+        self._file, self._mine = -1, dict[str, Any]()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._touch, daemon=True, name="lock")
 
@@ -66,13 +66,15 @@ class RunLock:
         self._stopped.set()
         self._thread.join()
         os.close(self._file)
-        if _read(self.path) == _myself():
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(ValueError):  # something else has been put in its place
+            if _read(self.path) == self._mine:
+                self.path.unlink(missing_ok=True)
 
     def _take(self) -> None:
+        self._mine = _myself()  # kept: a host may get another name meanwhile
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.write(self._file, json.dumps(_myself()).encode())
+            os.write(self._file, json.dumps(self._mine).encode())
         except OSError as error:  # a full disk
             os.close(self._file)
             self.path.unlink(missing_ok=True)
@@ -185,12 +187,17 @@ def _read(path: Path) -> dict[str, Any]:
     """The content of a lock; {} if it was removed, or is not written yet.
 
     Raises:
-        ValueError: for a link, a FIFO or anything else that is not a file.
+        ValueError: for a link, a FIFO or anything else that is not a file, or one that this user may not read.
     """
     try:
         found = json.loads(read_regular(path, 10_000))
     except FileNotFoundError:
         return {}
+    except PermissionError:
+        raise ValueError(
+            f"{path}: the lock of another user's run, which you may not read; wait for it, use another folder, or remove "
+            "the lock if that run has ended"
+        ) from None
     except OSError:
         raise ValueError(f"{path}: not a regular file, but a lock file is expected here; remove it") from None
     except (ValueError, RecursionError):  # not JSON
@@ -213,5 +220,5 @@ def _number(attempt: object) -> int:
 
 
 def _described(holder: dict[str, Any]) -> str:
-    job = f"job {holder['job']}" if holder.get("job") else "another run"
-    return f"{job} (process {holder.get('pid', '?')} on {holder.get('host', '?')})"
+    job, pid, host = (str(holder.get(name) or "?")[:80] for name in ("job", "pid", "host"))
+    return f"{f'job {job}' if holder.get('job') else 'another run'} (process {pid} on {host})"

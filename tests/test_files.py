@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tide import files
 from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_regular, remove_drafts
 
 
@@ -19,6 +20,21 @@ def test_a_link_at_the_temporary_name_is_replaced_and_not_followed(tmp_path):
     assert victim.read_bytes() == b"mine"
     assert (tmp_path / "report.json").read_bytes() == b"{}"
     assert not (tmp_path / "report.json").is_symlink()
+
+
+def test_a_link_put_at_the_temporary_name_meanwhile_is_not_followed(tmp_path, monkeypatch):
+    victim, create_new = tmp_path / "victim", files.create_new
+    victim.write_bytes(b"mine")
+
+    def overtaken(path):
+        descriptor = create_new(path)
+        path.unlink()
+        path.symlink_to(victim)
+        return descriptor
+
+    monkeypatch.setattr(files, "create_new", overtaken)
+    atomic_write(tmp_path / "report.json", b"{}")
+    assert victim.read_bytes() == b"mine"
 
 
 def test_a_link_at_a_folder_s_temporary_name_is_replaced_and_not_followed(tmp_path):

@@ -246,3 +246,27 @@ def test_held_or_not(tmp_path):
         assert lock.is_held(tmp_path / ".lock")
     (tmp_path / ".lock").write_text(json.dumps(here()))
     assert not lock.is_held(tmp_path / ".lock")
+
+
+def test_a_lock_that_may_not_be_read_is_said_to_be(tmp_path, monkeypatch):
+    left_by(tmp_path)
+
+    def refused(path, most):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(lock, "read_regular", refused)  # root may read anything
+    with pytest.raises(ValueError, match=r"\.lock: the lock of another user's run, which you may not read"):
+        RunLock(tmp_path).__enter__()
+
+
+def test_a_run_whose_host_is_renamed_leaves_no_lock(tmp_path, monkeypatch):
+    with RunLock(tmp_path):
+        monkeypatch.setattr("socket.gethostname", lambda: "renamed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_put_in_a_lock_s_place_is_no_error_at_the_end(tmp_path):
+    with RunLock(tmp_path):
+        (tmp_path / ".lock").unlink()
+        os.mkfifo(tmp_path / ".lock")
+    assert (tmp_path / ".lock").is_fifo()

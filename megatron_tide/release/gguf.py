@@ -83,7 +83,7 @@ def convert_to_gguf(release: str | Path, out: str | Path, kind: str, *, overwrit
     with lock_beside(out):
         for left in out.parent.glob(f"{TEMPORARY}*-{out.name}"):  # of a process that was killed
             remove(left)
-        with replacing(out) as draft:
+        with replacing(out) as (draft, _):
             kept = _write(draft, release, values, tokenizer, words, kind)
             _check_draft(draft, tokenizer)
     return kept
