@@ -67,6 +67,7 @@ def train(config: DistillConfig, world: Any) -> int:
         world.print_rank0(inputs.note)
     out = Path(config.paths.out)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
+        world.on_main(lambda: build.refuse_other_folder(out))
         context, loader = build.build(config, inputs, world)
         build.record_models(config, inputs, world)
         state = build.starting_point(config, inputs, context)

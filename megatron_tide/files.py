@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -178,6 +178,25 @@ class AtomicFolder:
                 self.commit()
         finally:
             self.discard()
+
+
+def refuse_foreign(folder: Path, names: Iterable[str], mark: str, what: str) -> None:
+    """ValueError where ``folder`` has a file that would be replaced, but not the file ``mark``, which every folder of
+    this kind, also an unfinished one, has: it is someone else's.
+    """
+    found = next((name for name in names if os.path.lexists(folder / name)), None)
+    if found is not None and not (folder / mark).exists():
+        raise ValueError(f"{folder}: has a {found} that is not of {what}; use another --out")
+
+
+def refuse_other(path: Path, key: str, what: str) -> None:
+    """ValueError where a JSON file that would be replaced lacks a ``key`` that ours have; a corrupt one may be ours."""
+    try:
+        found = read_json(path)
+    except ValueError:
+        return
+    if key not in found:
+        raise ValueError(f"{path}: not of {what}, so it is not replaced; use another --out")
 
 
 def remove_drafts(folder: Path, start: str = "") -> None:

@@ -195,8 +195,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     except PermissionError:
         raise ValueError(
-            f"{path}: the lock of another user's run, which you may not read; wait for it, use another folder, or remove "
-            "the lock if that run has ended"
+            f"{path}: the lock of another user's run, which you may not read; wait for it, use another folder, or "
+            "remove the lock if that run has ended"
         ) from None
     except OSError:
         raise ValueError(f"{path}: not a regular file, but a lock file is expected here; remove it") from None

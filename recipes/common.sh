@@ -98,6 +98,17 @@ setup_environment() {
   "$PYTHON" -m megatron_tide build-ops ${ops[@]+"${ops[@]}"}
 }
 
+# remove_run: for --fresh, remove the run's folder: one that a recipe wrote, and none uses now.
+remove_run() {
+  local run=$RUNS/$NAME
+  [[ $DRY_RUN != 1 && -e $run ]] || return 0
+  [[ -d $run/.stages || -z $(ls -A "$run") ]] ||
+    fail "$run: no recipe's folder (it has no .stages), so --fresh does not remove it; set another NAME"
+  "$PYTHON" -c 'import sys, pathlib, megatron_tide.lock as lock; sys.exit(lock.is_held(pathlib.Path(sys.argv[1])))' \
+    "$run/.stages/.lock" || fail "$run: in use by another run; stop it first"
+  rm -rf "$run"
+}
+
 # wanted STAGE: whether ONLY includes it. Matched words of ONLY are recorded, so that on_exit can report the others.
 ONLY_SEEN=
 wanted() {

@@ -26,11 +26,12 @@ HOSTING=zero3_nvme
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
-TEACHER_NVME=${DISK:-$run}/teacher-on-disk
+large=$run/fullsize # removed at the end, as is the teacher on the disk
+TEACHER_NVME=${DISK:-$large}/teacher-on-disk-$NAME
 setup_environment requirements.txt
 
-[[ $DRY_RUN == 1 ]] || mkdir -p "$TEACHER_NVME"
-[[ $DRY_RUN == 1 ]] || trap 'rm -rf "$TEACHER_NVME" "$run/student" "$run/teacher" "$run/trained"' EXIT
+[[ $DRY_RUN == 1 ]] || mkdir -p "$large" "$TEACHER_NVME"
+[[ $DRY_RUN == 1 ]] || trap 'rm -rf "$TEACHER_NVME" "$large"' EXIT
 
 stage corpus "$PYTHON" recipes/fullsize/corpus.py --out "$run/corpus.jsonl"
 # The teacher's vocabulary is so small that it needs about two tokens per student token: both lengths are filled.

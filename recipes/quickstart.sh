@@ -34,10 +34,12 @@ STRATEGY=tide-bridge
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
-[[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
+FRESH=0
+[[ ${1:-} == --fresh ]] && { FRESH=1; shift; }
 (($# == 0)) || fail "unknown argument '$1': recipes/quickstart.sh takes only --fresh (settings: top of the file)"
 check_numbers TEACHER_STEPS STUDENT_STEPS DISTILL_STEPS SHORT_STEPS
 setup_environment requirements.txt
+((FRESH == 0)) || remove_run
 
 # Seconds of each stage on 2 cores, for the time left; other machines are compared by the stages that they have finished.
 # shellcheck disable=SC2034 # read by common.sh

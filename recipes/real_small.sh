@@ -53,12 +53,14 @@ COMPLETIONS=${COMPLETIONS:-${sizes[5]:-}}
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 ((${#sizes[@]} > 0)) || fail "SIZE=$SIZE: use cpu or gpu"
-[[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
+FRESH=0
+[[ ${1:-} == --fresh ]] && { FRESH=1; shift; }
 (($# == 0)) || fail "unknown argument '$1': recipes/real_small.sh takes only --fresh (settings: top of the file)"
 check_numbers ADAPT_STEPS DISTILL_STEPS BATCH EVAL_SAMPLES MC_SAMPLES COMPLETIONS
 requirements=(requirements.txt)
 [[ $SOURCE != *.gguf ]] || requirements+=(requirements-real.txt)
 setup_environment "${requirements[@]}"
+((FRESH == 0)) || remove_run
 
 read -ra noise <<<"$NOISE"
 read -ra more <<<"$ADAPT_FLAGS"

@@ -85,13 +85,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 run=$RUNS/$NAME
 ((${#sizes[@]} > 0)) || fail "SIZE=$SIZE: use cpu or gpu"
 switch H9 "1 adds the comparison of on-policy rounds, 0 does not"
-[[ ${1:-} == --fresh ]] && { [[ $DRY_RUN == 1 ]] || rm -rf "$run"; shift; }
+FRESH=0
+[[ ${1:-} == --fresh ]] && { FRESH=1; shift; }
 (($# == 0)) || fail "unknown argument '$1': recipes/study.sh takes only --fresh (settings: top of the file)"
 check_numbers TEACHER_STEPS STUDENT_STEPS DISTILL_STEPS BATCH EVAL_SAMPLES
 STEPS_BD3LM=${STEPS_BD3LM:-$((DISTILL_STEPS / 4)) $((DISTILL_STEPS / 2)) $DISTILL_STEPS}
 read -ra seeds <<<"$SEEDS"
 ((${#seeds[@]} > 1)) || fail "SEEDS=\"$SEEDS\": intervals over seeds need two seeds or more"
 setup_environment requirements.txt
+((FRESH == 0)) || remove_run
 
 quiet_noise=(--masking synchronous --timesteps block --timestep-sampling stratified --mask-count exact)
 common=(--precision "$precision" --global-batch-size "$BATCH" --micro-batch-size "$BATCH" --beta2 0.98

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_tide.bridge.artifact import MANIFEST, Bridge
 from megatron_tide.bridge.tokenizer import TextTokenizer
+from megatron_tide.files import refuse_other
 
 
 def build_bridge(
@@ -26,6 +27,7 @@ def build_bridge(
     Raises:
         ValueError: ``out`` holds another bridge (unless ``fresh``), or chunks cover less than ``coverage_floor``.
     """
+    refuse_other(out / MANIFEST, "sha256", "a bridge")
     request = {"sample_sha256": _digest(texts), "sample_limit": sample_limit}
     found = not fresh and (out / MANIFEST).exists()
     bridge = (

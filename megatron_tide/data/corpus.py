@@ -29,7 +29,7 @@ from typing import Any
 from megatron_tide.bounds import short
 from megatron_tide.choices import CORPUS_SPLITS
 from megatron_tide.data import near_duplicates
-from megatron_tide.files import atomic_write, read_json, sha256_file, write_json
+from megatron_tide.files import atomic_write, read_json, read_whole, refuse_other, sha256_file, write_json
 
 SPLITS = ("train", "validation", "test")
 TENTH = "train_tenth"
@@ -140,6 +140,7 @@ def write_corpus(out: Path, library: Path, by: str = "function", fresh: bool = F
     manifest_path = out / MANIFEST
     if manifest_path.exists() and not fresh:
         return _existing(manifest_path, by)
+    refuse_other(manifest_path, "python", "a corpus")
     pairs, left_out = collect(library)
     if not pairs:
         raise ValueError(f"{library}: no function with a docstring found; this Python has no standard library sources")
@@ -149,8 +150,10 @@ def write_corpus(out: Path, library: Path, by: str = "function", fresh: bool = F
     out.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, members in splits.items():
-        path = out / f"{name}.jsonl"
-        atomic_write(path, "".join(pair.row() for pair in members).encode())
+        path, content = out / f"{name}.jsonl", "".join(pair.row() for pair in members).encode()
+        if path.exists() and not manifest_path.exists() and read_whole(path) != content:  # a killed run leaves the same
+            raise ValueError(f"{path}: exists and is not of a corpus; use another --out, or remove it")
+        atomic_write(path, content)
         files[path.name] = {
             "pairs": len(members),
             "source_files": len({pair.file for pair in members}),

@@ -17,12 +17,21 @@ from megatron_tide.bounds import short
 from megatron_tide.data.build import UNREADABLE, PrepareJob, build_missing, finished
 from megatron_tide.data.encode import ENCODING, NO_ASSISTANT, Encoder
 from megatron_tide.data.prepared import FORMAT, MANIFEST
-from megatron_tide.data.shard import SIDES, read_shard
+from megatron_tide.data.shard import SHARD_NAME, SIDES, read_shard
 from megatron_tide.data.sources import Mixture, check_unreadable
-from megatron_tide.files import atomic_write, fingerprint, read_json, remove_drafts, sha256_file, write_json
+from megatron_tide.files import (
+    atomic_write,
+    fingerprint,
+    read_json,
+    refuse_foreign,
+    refuse_other,
+    remove_drafts,
+    sha256_file,
+    write_json,
+)
 from megatron_tide.lock import RunLock
 
-SETTINGS = "settings.json"
+SETTINGS, CARD = "settings.json", "README.md"
 _LOCK = ".prepare.lock"
 _LISTED, _SHOWN = 100, 5  # unreadable rows in the manifest and on the terminal
 _CARD = """---
@@ -56,7 +65,8 @@ def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, f
         manifest = _manifest(job)
         _check_outcome(job, manifest, coverage_floor)
         path = job.out / MANIFEST
-        atomic_write(job.out / "README.md", _CARD.encode())
+        if not (job.out / CARD).exists():  # it may have notes of the user
+            atomic_write(job.out / CARD, _CARD.encode())
         if missing or not path.exists() or read_json(path, "").get("fingerprint") != manifest["fingerprint"]:
             write_json(path, manifest)
     return manifest
@@ -84,14 +94,15 @@ def _claim(job: PrepareJob, fresh: bool) -> dict[str, Any]:
     Returns the settings as recorded in the folder (file names in them may differ).
     """
     path = job.out / SETTINGS
+    shards = [old.name for old in job.out.glob("shard-*") if SHARD_NAME.fullmatch(old.name)]
+    refuse_foreign(job.out, [MANIFEST, CARD, *shards], SETTINGS, "prepared data")
     if not path.exists():
-        if (job.out / MANIFEST).exists():
-            raise ValueError(f"{job.out}: has a manifest.json that is not of prepared data; use another --out")
         write_json(path, job.settings)
         return job.settings
     if fresh:
-        for old in [job.out / MANIFEST, *job.out.glob("shard-*")]:
-            old.unlink(missing_ok=True)
+        refuse_other(path, "shard_rows", "prepared data")
+        for name in (MANIFEST, *shards):
+            (job.out / name).unlink(missing_ok=True)
         write_json(path, job.settings)
         return job.settings
     old_settings = read_json(path, "pass --fresh to start over, or use another --out")

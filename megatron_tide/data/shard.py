@@ -45,6 +45,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,9 @@ class Sample:
     teacher: TokenizedSample | None
     chunks: int
     response_bytes: int
+
+
+SHARD_NAME = re.compile(r"shard-[0-9]{5,}\.(arrow|safetensors)")  # the latter of format 1
 
 
 def shard_name(number: int) -> str:

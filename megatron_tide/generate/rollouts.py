@@ -21,7 +21,7 @@ from megatron_tide.bridge import TemplateLimit, TextTokenizer
 from megatron_tide.data.encode import split_response
 from megatron_tide.data.sampler import permutation
 from megatron_tide.data.sources import WRITTEN, Mixture
-from megatron_tide.files import atomic_write, fingerprint, write_json
+from megatron_tide.files import atomic_write, fingerprint, refuse_foreign, write_json
 from megatron_tide.generate.answer_file import AnswerFile
 from megatron_tide.generate.complete import Completion, answers, batches_by_length
 from megatron_tide.generate.prompts import Prompt, prompt_ids
@@ -106,6 +106,7 @@ class Rollouts:
 
     def answer(self, model: Any, world: Any, stopped: Callable[[], bool]) -> bool:
         """Answer what is missing, on all ranks of ``world``; False where one of them was asked to stop."""
+        world.on_main(lambda: refuse_foreign(self.folder, [OWN, CORPUS, MIXTURE, SUMMARY], ANSWERS, "a round"))
         missing = set(world.on_main(self._collect))
         every = batches_by_length([prompt.ids for prompt in self.round.prompts], self.batch_size)
         batches = [batch for batch in every if missing & set(batch)]

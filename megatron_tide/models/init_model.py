@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_tide.models.families import fresh_model
 from megatron_tide.models.load import write_folder
 
 VOCAB_MULTIPLE = 64
+_WRITTEN = ["*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_WRITTEN += ["additional_chat_templates", *(f"*{word}*.json" for word in ("config", "index", "token", "vocab"))]
 
 
 def complete_config(config: dict[str, Any], tokenizer: TextTokenizer) -> dict[str, Any]:
@@ -32,6 +35,9 @@ def check_out(out: Path, fresh: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / "config.json").exists():
             raise ValueError(f"{out}: exists and is not a model folder; use another --out")
+        others = [one.name for one in out.iterdir() if not any(fnmatch(one.name, own) for own in _WRITTEN)]
+        if others:
+            raise ValueError(f"{out}: has {min(others)}, which this command does not write; use another --out")
         if not fresh:
             raise ValueError(f"{out}: already contains a model; pass --fresh to replace it")
 

@@ -48,6 +48,8 @@ def student_from(source: str, out: Path, options: StudentOptions, fresh: bool) -
         ValueError: ``source`` is not such a model, an option does not fit it, or ``out`` holds something else.
     """
     check_out(out, fresh)
+    if Path(source).exists() and out.exists() and out.samefile(source):
+        raise ValueError(f"--out {out}: is the source itself; use another folder")
     with lock_beside(out), _folder_of(source, out) as folder, AtomicFolder(out) as draft:
         model = load_model(folder, _stored_dtype(folder), as_student=True)
         if options.keep_layers is not None:

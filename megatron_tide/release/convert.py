@@ -74,16 +74,24 @@ def convert(checkpoint: str | Path, out: str | Path, options: Options) -> dict[s
         raise ValueError(f"{out}: exists and is not a folder; choose another name")
     if out.exists() and any(out.iterdir()) and not options.overwrite:
         raise ValueError(f"{out}: already exists; choose another folder, or pass --overwrite to replace it")
-    if out.exists() and options.overwrite and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ValueError(f"{out}: not a model folder, so --overwrite does not remove it; choose another")
+    if out.exists() and options.overwrite and any(out.iterdir()) and not _is_release(out):
+        raise ValueError(f"{out}: not a model that convert wrote, so --overwrite does not remove it; choose another")
     if options.dtype not in DTYPES:
         raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     trained = open_checkpoint(checkpoint, options.base_model)
+    if out.exists() and any(out.samefile(read) for read in (trained.base_model, trained.folder)):
+        raise ValueError(f"{out}: is what the release is made from; choose another folder")
     with lock_beside(out), AtomicFolder(out) as draft:
         parity = _fill(draft, trained, options, name)
         if out.exists():
             _keep(out, draft)
         return parity
+
+
+def _is_release(folder: Path) -> bool:
+    """Whether a folder of a model is a release, or has no weights that would be gone for good."""
+    weights = any(path.suffix in (".safetensors", ".bin", ".gguf") for path in folder.iterdir())
+    return (folder / "config.json").is_file() and ((folder / "provenance.json").is_file() or not weights)
 
 
 def _keep(old: Path, draft: Path) -> None:
@@ -265,11 +273,11 @@ _SUFFIXES = (
     "jinja",
     "model",
     "tiktoken",
-    "txt",
     "py",
 )
 READ_BY_LOADERS = [f"*.{suffix}" for suffix in _SUFFIXES]
 READ_BY_LOADERS += [f"*{word}*.json" for word in ("config", "index", "token", "vocab", "template")]
+READ_BY_LOADERS += ["*merges*.txt", "*vocab*.txt"]
 READ_BY_LOADERS += ["params.json", "tekken.json", "*.model.v*"]  # another format, which engines prefer
 FOLDERS_READ = ("custom_generate", "additional_chat_templates")  # by transformers: code, and templates
 RELEASED = ("README.md", "parity.json", "provenance.json")

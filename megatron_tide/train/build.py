@@ -16,6 +16,7 @@ import torch
 from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, mask_of, predicts_next
+from megatron_tide.files import refuse_foreign, refuse_other
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.plan import check_plan
@@ -38,6 +39,7 @@ from megatron_tide.train.inputs import RunInputs
 from megatron_tide.train.microbatches import MicrobatchLoader
 from megatron_tide.train.step import TrainContext, to_device
 from megatron_tide.training_checkpoint import (
+    METRICS,
     TrainState,
     newest_complete,
     read_description,
@@ -278,6 +280,12 @@ def _resume_folder(config: DistillConfig, world: DistContext) -> Path | None:
     if found is None and step_folders(out):
         raise ValueError(f"{out}: none of its checkpoints is complete; remove them to start over, or use another --out")
     return found
+
+
+def refuse_other_folder(out: Path) -> None:
+    """ValueError for a folder in which a run would replace files that no run wrote."""
+    refuse_foreign(out, [METRICS], "run.json", "a run")
+    refuse_other(out / "run.json", "config", "a run")
 
 
 def refuse_other_run(folder: Path, run: dict[str, Any], on_its_data: bool = True) -> None:

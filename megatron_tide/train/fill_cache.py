@@ -22,7 +22,7 @@ from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.data import DistributedBatchSampler
 from megatron_tide.diffusion import DistillBatch
-from megatron_tide.files import fingerprint, read_json, remove_drafts, write_json
+from megatron_tide.files import fingerprint, read_json, refuse_foreign, remove_drafts, write_json
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
 from megatron_tide.hosting.cached import (
@@ -254,9 +254,8 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
     mine["teacher"] = ShardedFolder(resolve_folder(config.paths.teacher)).fingerprint()
     mine |= widths(inputs.strategy, *_vocabularies(config))
     per_shard = max(1, int(SHARD_BYTES // max(expected.step_bytes, 1)))
+    refuse_foreign(folder, [MANIFEST], SETTINGS, "a cache")
     if not path.exists():
-        if (folder / MANIFEST).exists():
-            raise ValueError(f"{folder}: has a {MANIFEST} that is not of a cache; use another --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"format": FORMAT, "steps_per_shard": per_shard, **mine})
     remove_drafts(folder)

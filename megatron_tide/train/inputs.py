@@ -23,7 +23,7 @@ from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.presets import PRESETS
 from megatron_tide.train.engine import engine_settings
 from megatron_tide.train.phases import Phases, build_phases
-from megatron_tide.training_checkpoint import CHECKSUMS, STATE, read_description, step_folder
+from megatron_tide.training_checkpoint import CHECKSUMS, MOST_STEPS, STATE, read_description, step_folder
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         data.stats, config.train.global_batch_size, config.train.micro_batch_size, world_size, config.train.seed
     )
     total = config.train.max_steps or math.ceil(config.train.epochs * sampler.steps_per_epoch)
+    if total > MOST_STEPS:
+        raise ValueError(f"--epochs {config.train.epochs:g}: {total} steps; the most are {MOST_STEPS}, use --max-steps")
     phases = build_phases(config.strategy, strategy, total, data.manifest["student"]["block"])
     _refuse_nothing_to_learn(config, data, phases)
     steps, begun = _part(config, total)

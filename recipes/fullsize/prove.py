@@ -39,21 +39,21 @@ from recipes.fullsize.shards import MadeShards
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things lie, below the run folder."""
+    """Where things lie, below the run folder; what is large is in one folder, which the recipe removes."""
 
     run: Path
 
     @property
     def student(self) -> Path:
-        return self.run / "student"
+        return self.run / "fullsize" / "student"
 
     @property
     def teacher(self) -> Path:
-        return self.run / "teacher"
+        return self.run / "fullsize" / "teacher"
 
     @property
     def trained(self) -> Path:
-        return self.run / "trained"
+        return self.run / "fullsize" / "trained"
 
 
 def check_disk(folders: Folders, disk: Path, teacher: dict[str, Any], student: dict[str, Any]) -> int:
@@ -73,7 +73,7 @@ def make_models(folders: Folders, shapes: dict[str, dict[str, Any]], seed: int) 
     """The student whole, with random weights; of the teacher all but its weights."""
     for side, folder in (("student", folders.student), ("teacher", folders.teacher)):
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
         load_tokenizer(folders.run / "tokenizers" / side).save(folder)
     write_json(folders.teacher / "config.json", shapes["teacher"])
     write_folder(fresh_model(shapes["student"], seed), folders.student, torch.bfloat16)

@@ -89,6 +89,9 @@ def test_a_differing_bridge_is_not_overwritten(
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() == before
     assert status("bridge", *others, "--fresh") == 0
     assert (tmp_path / "bridge" / "manifest.json").read_bytes() != before
+    (tmp_path / "bridge" / "manifest.json").write_text('{"shards": []}')  # of prepared data
+    assert status("bridge", *others, "--fresh") == 2
+    assert_refused(capsys, "manifest.json: not of a bridge, so it is not replaced")
 
 
 def test_a_corrupt_bridge_is_not_taken_for_done(capsys: Capture, build: list[object], tmp_path: Path) -> None:

@@ -214,6 +214,22 @@ def test_a_finished_corpus_is_kept_and_a_corrupt_one_refused(tmp_path: Path) -> 
         write_corpus(out, library)
 
 
+def test_files_of_the_user_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    library = _library(tmp_path / "lib")
+    for name, content in (("train.jsonl", "hours of work"), ("manifest.json", "{}")):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text(content)
+        with pytest.raises(ValueError, match="not of a corpus"):
+            write_corpus(out, library, fresh=True)
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, content)]
+    made = tmp_path / "made"
+    write_corpus(made, library)
+    (made / "manifest.json").unlink()  # as a killed run leaves it
+    write_corpus(made, library)
+
+
 def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no function with a docstring"):
         write_corpus(tmp_path / "out", tmp_path)

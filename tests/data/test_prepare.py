@@ -191,6 +191,27 @@ def test_a_folder_of_something_else_is_left_alone(pair: Pair, chats: Chats) -> N
     assert content_of(pair.bridge_path) == before
 
 
+@pytest.mark.parametrize("name", ["README.md", "shard-00000.arrow", "settings.json"])
+def test_files_of_the_user_are_not_replaced(pair: Pair, chats: Chats, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_text("{}")
+    with pytest.raises(ValueError, match="not of prepared data"):
+        main(flags_of(pair, chats(5), out, "--fresh"))
+    assert {file.name for file in out.iterdir()} == {name}
+    assert (out / name).read_text() == "{}"
+
+
+def test_notes_of_the_user_stay(pair: Pair, chats: Chats, tmp_path: Path) -> None:
+    out, path = tmp_path / "out", chats(10)
+    prepared(pair, path, out)
+    for name in ("README.md", "shard-notes.txt"):
+        (out / name).write_text("mine")
+    prepared(pair, path, out)
+    prepared(pair, chats(5), out, "--fresh")
+    assert [(out / name).read_text() for name in ("README.md", "shard-notes.txt")] == ["mine", "mine"]
+
+
 def test_coverage_below_the_floor_stops(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"covers 1.0000 of the response bytes, less than --coverage-floor 1.5"):
         main(flags_of(pair, chats(5), tmp_path / "out", "--coverage-floor", "1.5"))

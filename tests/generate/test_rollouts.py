@@ -116,6 +116,13 @@ def test_any_number_of_ranks_and_interruptions_write_the_same_files(chain: Chain
         rollouts(chain, stopped.folder, decides="another").answer(model, Ranks(0, 1), lambda: False)
 
 
+def test_files_of_the_user_are_not_replaced(chain: Chain, model: Any, tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match=r"has a corpus\.jsonl that is not of a round"):
+        rollouts(chain, tmp_path).answer(model, Ranks(0, 1), lambda: False)
+    assert files(tmp_path) == {"corpus.jsonl": b"mine"}
+
+
 def test_answers_are_those_of_the_decoder_up_to_the_length(chain: Chain, model: Any, tmp_path: Path) -> None:
     made = rollouts(chain, tmp_path / "run", batch_size=5)
     assert made.answer(model, Ranks(0, 1), lambda: False)

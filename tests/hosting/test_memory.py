@@ -73,7 +73,7 @@ def test_the_full_size_proof_was_predicted(tmp_path):
     measured = read_json(REPOSITORY / "benchmarks" / "results" / "fullsize_cpu.json")
     folders = prove.Folders(tmp_path)
     for folder, shape in ((folders.student, "qwen3_0.6b.json"), (folders.teacher, "llada2_mini.json")):
-        folder.mkdir()
+        folder.mkdir(parents=True)
         shutil.copy(SHAPES / shape, folder / "config.json")
     flags = ["--teacher-hosting", "zero3_nvme"]
     config = prove.trainer_config(folders, ACCUMULATION, flags)

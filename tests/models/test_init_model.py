@@ -67,6 +67,10 @@ def test_nothing_is_overwritten_unasked(given: list[str], tmp_path: Path, capsys
     init_model([*again, "--fresh"])
     assert (tmp_path / "m/model.safetensors").read_bytes() != before
 
+    (tmp_path / "m/notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"m: has notes\.txt, which this command does not write"):
+        init_model([*again, "--fresh"])
+
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("keep")
     with pytest.raises(ValueError, match="exists and is not a model folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,11 @@ def test_mistakes_are_one_line(source: Path, tmp_path: Path) -> None:
         ("--keep-layers", "--keep-layers", "3/3"),
     ):
         refuse(source, tmp_path / "out", message, *flags)
+    same = shutil.copytree(source, tmp_path / "same")
+    before = {path.name for path in same.iterdir()}
+    with pytest.raises(ValueError, match="is the source itself"):
+        make(same, same, "--fresh")
+    assert {path.name for path in same.iterdir()} == before
     refuse(tmp_path / "none", tmp_path / "out", "no such folder")
     refuse(source, tmp_path / "out", "--as-is is for .gguf files", "--as-is")
     refuse(source, tmp_path / "out", "--block-size changes the model", "--as-is", "--block-size", "4")

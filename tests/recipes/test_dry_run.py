@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 
 import pytest
 
+from megatron_tide.lock import RunLock
 from tests.recipes.test_recipes import run
 from tests.support.launch import REPOSITORY
 
@@ -39,3 +41,27 @@ def test_only_a_folder_of_its_own_is_started_over(name: str) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: NAME=")
     assert refused.stderr.count("\n") == 1
+
+
+def test_starting_over_removes_a_recipe_s_folder_that_nobody_uses(tmp_path):
+    def remove_run(**more):
+        settings = {"NAME": "run", "RUNS": str(tmp_path), "PYTHON": sys.executable, **more}
+        line = ["bash", "-c", "source recipes/common.sh; remove_run"]
+        done = subprocess.run(line, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, **settings})
+        return done.returncode, done.stderr
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    assert remove_run() == (
+        2,
+        f"error: {folder}: no recipe's folder (it has no .stages), so --fresh does not remove it; set another NAME\n",
+    )
+    (folder / ".stages").mkdir()
+    with RunLock(folder / ".stages"):
+        assert remove_run() == (2, f"error: {folder}: in use by another run; stop it first\n")
+    assert remove_run(DRY_RUN="1") == (0, "")
+    assert folder.exists()
+    assert remove_run() == (0, "")
+    assert not folder.exists()
+    assert remove_run() == (0, "")

@@ -197,6 +197,12 @@ def test_overwrite_does_not_remove_what_is_no_model(checkpoint: Path, tmp_path: 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     assert_refused(checkpoint, tmp_path / "out", "not a model", overwrite=True)
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "model.safetensors").write_text("weights that nothing makes again")
+    assert_refused(checkpoint, tmp_path / "out", "not a model", overwrite=True)
+    (tmp_path / "out" / "provenance.json").write_text("{}")
+    made_from = {"overwrite": True, "base_model": str(tmp_path / "out")}
+    assert_refused(checkpoint, tmp_path / "out", "is what the release is made from", **made_from)
 
 
 def test_overwrite_keeps_the_old_release_when_the_new_one_fails(

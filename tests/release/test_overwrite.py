@@ -29,6 +29,7 @@ def test_results_stay_and_old_weights_go(
     (out / "evaluation/cache.sqlite").write_bytes(b"hours of work")
     (out / "scores.json").write_text("{}")
     (out / "notes.md").write_text("mine")
+    (out / "LICENSE.txt").write_text("mine")
     (out / "link").symlink_to("/nowhere")
     os.mkfifo(out / "evaluation/pipe")
     for name in ("model-00001-of-00002.safetensors", "vocab.json", "old.py"):
@@ -39,7 +40,7 @@ def test_results_stay_and_old_weights_go(
     convert(checkpoint, out, Options(skip_parity=True, overwrite=True))
     assert (out / "evaluation/cache.sqlite").read_bytes() == b"hours of work"
     assert (out / "scores.json").read_text() == "{}"
-    assert (out / "notes.md").read_text() == "mine"
+    assert (out / "notes.md").read_text() == (out / "LICENSE.txt").read_text() == "mine"
     assert (out / "link").is_symlink()
     assert not any((out / name).exists() for name in ("model-00001-of-00002.safetensors", "vocab.json", "old.py"))
     assert not any((out / name).exists() for name in ("custom_generate", "additional_chat_templates"))

@@ -35,6 +35,7 @@ def out(tmp_path):
         ({"global_batch_size": 7}, "--global-batch-size 7 is not a multiple of --micro-batch-size 4 x 1 ranks = 4"),
         ({"global_batch_size": 4096, "micro_batch_size": 4}, "more than the 48 prepared samples"),
         ({"deepspeed": "nowhere.json"}, "--deepspeed nowhere.json: no such file"),
+        ({"epochs": 1e9, "max_steps": 0}, "steps; the most are 99999999"),
         ({"data": "nowhere"}, "nowhere: no such folder of prepared data"),
         ({"bridge": "nowhere"}, "nowhere: no bridge here"),
         ({"student": "/nowhere"}, "/nowhere"),

@@ -64,6 +64,16 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, mon
         build.refuse_other_run(saved, {**run, "affects_loss": {"lr": 1.0}})
 
 
+def test_files_of_the_user_are_not_replaced_by_a_run(tmp_path):
+    build.refuse_other_folder(tmp_path)
+    for name, content in (("metrics.jsonl", ""), ("run.json", '{"lr": 1}')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}.* not of a run"):
+            build.refuse_other_folder(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": {}}')
+    build.refuse_other_folder(tmp_path)
+
+
 def test_a_flag_that_a_checkpoint_does_not_know_had_its_default(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
     new = DistillConfig().loss_flags()
