@@ -339,7 +339,10 @@ def preset_and_file(given: Mapping[str, Any]) -> dict[str, Any]:
         options = "add --trust-remote-code if you trust the code of its models, else --no-trust-remote-code"
         raise ValueError(f"--config {given['config']}: has trust_remote_code; {options}")
     run = {"strategy": StrategyConfig().strategy, "bridge": "", **from_file, **given}
-    return {**PRESETS[given.get("preset", "paper")].flags(run["strategy"], run["bridge"]), **from_file}
+    preset = PRESETS[given.get("preset", "paper")].flags(run["strategy"], run["bridge"])
+    if run.get("global_batch_size", 0) % preset.get("micro_batch_size", 1):
+        del preset["micro_batch_size"]  # a cut of the preset's own batch, which does not fit this one
+    return {**preset, **from_file}
 
 
 def read_config_file(path: str) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def test_a_file_and_the_command_line_come_first(tmp_path: Path) -> None:
     assert cli.parse(distill, ["--config", str(file)]).run.strategy.tidal_midrange
 
 
+@pytest.mark.parametrize(("batch", "micro_batch"), [(64, 4), (160, 5), (8, 4)])
+def test_another_batch_is_not_cut_as_the_published_one(tmp_path: Path, batch: int, micro_batch: int) -> None:
+    """As in on_policy.sh with a teacher of the student's tokenizer."""
+    train = run_of(tmp_path, True, "--global-batch-size", str(batch)).train
+    assert (train.global_batch_size, train.micro_batch_size) == (batch, micro_batch)
+    assert run_of(tmp_path, True, "--global-batch-size", "64", "--micro-batch-size", "8").train.micro_batch_size == 8
+
+
 def test_ours_is_what_won_the_study_in_every_pipeline(tmp_path: Path) -> None:
     study = read_json(REPOSITORY / "benchmarks" / "results" / "study.json")
     verdicts = {one["name"]: (one["difference"]["value"] < 0, one["verdict"]) for one in study["hypotheses"]}
