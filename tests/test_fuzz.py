@@ -24,7 +24,7 @@ from tests.support.readable import World, make_world
 
 ROUNDS, SEED = (int(os.environ.get(*name)) for name in (("TIDE_FUZZ", "25"), ("TIDE_FUZZ_SEED", "20261126")))
 CASES = readers.CASES | run_readers.CASES
-FLAGS = {"run.json as --config"}  # its values are named by their flags
+MORE_PLACES = {"run.json as --config": ["--"], "mixture": ["corpus.jsonl"]}  # what their values name
 SECONDS, MEMORY = 30, 2 << 30  # of one read: far above what a valid file takes
 
 
@@ -59,7 +59,7 @@ def problem(case: str, world: World) -> str:
             read(world)
     except (ValueError, OSError) as error:
         said = " ".join(str(error).split())
-        places = (Path(file).name, str(world.root), file, *(["--"] if case in FLAGS else []))
+        places = (Path(file).name, str(world.root), file, *MORE_PLACES.get(case, ()))
         named = any(name in said for name in places)
         return "" if named and len(said) < 2000 else f"{type(error).__name__} without its place: {said[:300]}"
     except BaseException as error:

@@ -329,7 +329,8 @@ def generation_of(source: ConfigSource) -> Literal["block_diffusion", "autoregre
     if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return "autoregressive"
     raise ValueError(
-        f"{where}: model_type {model_type!r} is neither a block diffusion model nor a causal model of transformers"
+        f"{where}: model_type {short(repr(model_type))} is neither a block diffusion model nor a causal model of "
+        "transformers"
     )
 
 
