@@ -81,7 +81,7 @@ main() {
   done
   export_hf "$now" "$run/hf"
   stage report "$PYTHON" -m megatron_tide report "$run"
-  [[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/on_policy/report.py "$run" --rounds "$ROUNDS"
+  [[ $DRY_RUN == 1 ]] || ! wanted report || "$PYTHON" recipes/on_policy/report.py "$run" --rounds "$ROUNDS"
 }
 # On one line, because bash reads a script while it runs it, and this file may be edited before the chain has finished.
 main "$@"; exit

@@ -93,4 +93,4 @@ stage scores "$PYTHON" -m megatron_tide prepare --data "$run/corpus/$EVAL_SPLIT.
 stage inference-benchmark "$PYTHON" -m megatron_tide inference-benchmark --student "$run/hf" --teacher "$TEACHER" \
   --dtype float32 --new-tokens 96 --out "$run/inference_benchmark.json"
 stage report "$PYTHON" -m megatron_tide report "$run"
-[[ $DRY_RUN == 1 ]] || "$PYTHON" recipes/quickstart/report.py "$run" --seed "$SEED"
+[[ $DRY_RUN == 1 ]] || ! wanted report || "$PYTHON" recipes/quickstart/report.py "$run" --seed "$SEED"

@@ -170,6 +170,20 @@ def test_only_leaves_the_other_stages_out():
     assert len(shown) == 4 + 2 * 2
 
 
+@pytest.mark.parametrize(("recipe", "stage"), [("quickstart.sh", "corpus"), ("on_policy.sh", "answer-1")])
+def test_the_last_lines_of_a_recipe_belong_to_its_report(recipe, stage, tmp_path):
+    """Where ONLY leaves the report out, what it would read need not be there."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/told\n[ "$1" != recipes/ranks.py ] || echo 0 1\n')
+    python.chmod(0o755)
+    for only, reports in ((stage, False), (f"{stage} report", True)):
+        (tmp_path / "told").write_text("")
+        assert run(recipe, ONLY=only, PYTHON=str(python), RUNS=str(tmp_path)).returncode == 0
+        told = (tmp_path / "told").read_text()
+        assert f"/{stage}.json" in told
+        assert ("/report.py" in told) == reports
+
+
 def test_only_refuses_a_stage_that_is_not_there():
     refused = run("distill_16b_to_0.6b.sh", DRY_RUN="1", ONLY="sample trian")
     assert refused.returncode == 2
