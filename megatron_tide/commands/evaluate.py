@@ -46,6 +46,7 @@ from megatron_tide.machine import DEVICE_HELP, devices_of
 
 if TYPE_CHECKING:
     from megatron_tide.data import PreparedData
+    from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
     from megatron_tide.evaluate.comparison import LikelihoodSettings
 
 LIKELIHOOD = "likelihood"
@@ -192,17 +193,29 @@ def run(args: Args) -> None:
         raise ValueError(f"--baseline {unknown[0]}: no model has this name; choose of {', '.join(names)}")
     for _, path in models:
         check_model_path(path)
-    from megatron_tide.release import card_scores, has_card, write_scores
+    tasks = list(dict.fromkeys(args.tasks))
+    benchmarks = [task for task in tasks if task != LIKELIHOOD]
+    _refuse_unused(args, benchmarks, LIKELIHOOD in tasks)
+    if LIKELIHOOD in tasks and not args.likelihood.data:
+        raise ValueError("likelihood needs held-out data: add --data, or choose other --tasks")
+    presets = _presets(args, benchmarks) if benchmarks else {}
+    folders = [_results_folder(name, path, args.out) for name, path in models] if benchmarks else []
+    from megatron_tide.release import has_card
 
     cards = [path for _, path in models if args.card and has_card(path)]
     if args.card and not cards:
         raise ValueError("--card: none of these models is a release with a card; tools/convert_to_hf.py creates one")
-    tasks = list(dict.fromkeys(args.tasks))
-    benchmarks = [task for task in tasks if task != LIKELIHOOD]
-    _refuse_unused(args, benchmarks, LIKELIHOOD in tasks)
     content = _likelihood(args) if LIKELIHOOD in tasks else {}
+    if content and benchmarks:
+        _keep(args, content, cards)  # before hours of benchmarks
     if benchmarks:
-        content["benchmarks"] = _benchmarks(args, benchmarks, models)
+        content["benchmarks"] = _benchmarks(args, presets, models, folders)
+    _keep(args, content, cards)
+
+
+def _keep(args: Args, content: dict[str, Any], cards: list[str]) -> None:
+    from megatron_tide.release import card_scores, write_scores
+
     if args.json:
         atomic_write(args.json, (json.dumps(content, indent=1) + "\n").encode())
     for path in cards:
@@ -236,8 +249,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def _likelihood(args: Args) -> dict[str, Any]:
     """Print the table of likelihoods; returns its content, for --json."""
-    if not args.likelihood.data:
-        raise ValueError("likelihood needs held-out data: add --data, or choose other --tasks")
+    assert args.likelihood.data
     from megatron_tide.commands.held_out import held_out
     from megatron_tide.evaluate import comparison, score_table
 
@@ -280,15 +292,12 @@ def _likelihood_settings(args: Args, data: PreparedData) -> LikelihoodSettings:
     )
 
 
-def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Print the table of benchmarks; returns its content, for --json."""
+def _presets(args: Args, names: list[str]) -> dict[str, BenchmarkPreset]:
+    """The benchmarks with their settings, checked before anything is measured, and before heavy imports."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # minor bars of libraries, before they are imported
     from megatron_tide.evaluate.benchmark_presets import changed_preset
-    from megatron_tide.evaluate.benchmark_table import benchmark_table
-    from megatron_tide.evaluate.harness import EvalContext, check_benchmarks, run_benchmark
-    from megatron_tide.evaluate.parallelism import at_thresholds
+    from megatron_tide.evaluate.harness import check_benchmarks
     from megatron_tide.evaluate.task_functions import PROGRAMS
-    from megatron_tide.lock import RunLock
 
     given = args.benchmarks
     changes = {name: getattr(given, name) for name in ("steps", "few_shot", "temperature", "chat_template")}
@@ -296,11 +305,25 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
     presets = {name: changed_preset(name, given.preset, changes) for name in names}
     if not any(preset.task in PROGRAMS for preset in presets.values()):
         refuse_unused(given, "tasks with programs (humaneval, mbpp)", ["workers", "unsafe_programs"])
-    shared = {name: getattr(given, name) for name in ("samples_per_problem", "unsafe_programs", "include_path")}
-    check_benchmarks(presets, **shared)
-    from megatron_tide.evaluate.generators import open_generator  # imports lm-eval
+    check_benchmarks(presets, **_shared(given))
+    return presets
 
-    folders = [_results_folder(name, path, args.out) for name, path in models]
+
+def _shared(given: BenchmarkArgs) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in ("samples_per_problem", "unsafe_programs", "include_path")}
+
+
+def _benchmarks(
+    args: Args, presets: dict[str, BenchmarkPreset], models: list[tuple[str, str]], folders: list[Path]
+) -> list[dict[str, Any]]:
+    """Print the table of benchmarks; returns its content, for --json."""
+    from megatron_tide.evaluate.benchmark_table import benchmark_table
+    from megatron_tide.evaluate.generators import open_generator  # imports lm-eval
+    from megatron_tide.evaluate.harness import EvalContext, run_benchmark
+    from megatron_tide.evaluate.parallelism import at_thresholds
+    from megatron_tide.lock import RunLock
+
+    given = args.benchmarks
     results, where = [], Where.of(args)
     for (name, path), folder in zip(models, folders):
         context = EvalContext(
@@ -319,7 +342,7 @@ def _benchmarks(args: Args, names: list[str], models: list[tuple[str, str]]) -> 
             seed=args.seed,
             limit=given.limit,
             workers=given.workers,
-            **shared,
+            **_shared(given),
         )
         with RunLock(folder):
             for task, preset in presets.items():

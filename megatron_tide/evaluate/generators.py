@@ -31,7 +31,7 @@ from megatron_tide.files import fingerprint, read_json
 from megatron_tide.generate import complete
 from megatron_tide.generate.copies import shared
 from megatron_tide.generate.identity import code, identity
-from megatron_tide.models.autoregressive import end_tokens, load_autoregressive
+from megatron_tide.models.autoregressive import end_tokens, load_autoregressive, most_rows
 from megatron_tide.models.families import family_of
 from megatron_tide.models.sampling_a2d import BLOCKS_AT_ANSWER
 from megatron_tide.training_checkpoint import generation_of, open_model
@@ -203,7 +203,7 @@ class AutoregressiveGenerator(Generator, HFLM):
         for one in (model, *copies):  # in place of the checkpoint's own: its top-k, top-p and temperature would apply
             one.generation_config = GenerationConfig(eos_token_id=ends)
         self.text_tokenizer, self.folder, self.copies = tokenizer, folder, copies
-        super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=batch_size)
+        super().__init__(model, backend="causal", tokenizer=tokenizer.raw, batch_size=most_rows(model, batch_size))
 
     def settings(self, preset: BenchmarkPreset) -> dict[str, Any]:
         # What is drawn depends on the batch.

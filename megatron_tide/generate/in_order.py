@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.generate.complete import UNFINISHED, Completion, Moment, Writer, batches_by_length, check_prompts
-from megatron_tide.models.autoregressive import end_tokens
+from megatron_tide.models.autoregressive import end_tokens, most_rows
 from megatron_tide.models.sampling_a2d import DEFAULT_NEW_TOKENS
 
 _BLOCKS_ONLY = ("eos_in_order", "tokens_per_step", "steps", "threshold", "least_confident_first")
@@ -34,7 +34,7 @@ def answers(
     check_prompts(prompts, batch_size)
     most, least, heat = _checked(model, options)
     ends = end_tokens(model, tokenizer.eos_id)
-    size = batch_size if heat == 0 else 1  # what is drawn must not depend on the batch
+    size = 1 if heat else most_rows(model, batch_size)  # what is drawn must not depend on the batch
     for places in batches_by_length(prompts, size):
         rows = [[int(token) for token in prompts[place]] for place in places]
         width = max(map(len, rows))
@@ -61,16 +61,18 @@ def stream(
     most, least, heat = _checked(model, options)
     ends, drawn, shown = end_tokens(model, tokenizer.eos_id), torch.Generator().manual_seed(seed), ""
     feed = torch.as_tensor(np.asarray(prompt), dtype=torch.int64, device=model.device).unsqueeze(0)
-    cache, written = None, list[int]()
+    cache, written, whole = None, list[int](), feed
     while len(written) < most and not (written and written[-1] in ends):
         with torch.inference_mode():
             found = model(input_ids=feed, past_key_values=cache, use_cache=True)
-        cache, logits_V = found.past_key_values, found.logits[0, -1].float().cpu().clone()
+        cache, logits_V = getattr(found, "past_key_values", None), found.logits[0, -1].float().cpu().clone()
         if len(written) < least:
             logits_V[ends] = -torch.inf
         share = torch.softmax(logits_V / heat, 0) if heat else None
         written.append(int(logits_V.argmax() if share is None else torch.multinomial(share, 1, generator=drawn)))
-        feed = torch.tensor([[written[-1]]], device=model.device)
+        new = torch.tensor([[written[-1]]], device=model.device)
+        whole = torch.cat((whole, new), 1)
+        feed = whole if cache is None else new  # some have a state of another kind
         last = len(written) == most or written[-1] in ends
         text = tokenizer.decode(written)
         text = text if last else text.rstrip(UNFINISHED)

@@ -82,6 +82,11 @@ def _check(folder: Path) -> None:
             raise ValueError(f"{path}: {key[:40]} {str(value)[:60]!r} names code of the hub; remove that line")
 
 
+def most_rows(model: Any, batch_size: int) -> int:
+    """``batch_size``, but 1 for a model with a recurrent state, which the padding of shorter prompts would enter."""
+    return 1 if getattr(model, "_is_stateful", False) else batch_size
+
+
 def end_tokens(model: Any, eos_id: int) -> list[int]:
     """The ids that end an answer: those of the tokenizer, of config.json and of generation_config.json."""
     named = [model.config.eos_token_id, model.generation_config.eos_token_id, eos_id]

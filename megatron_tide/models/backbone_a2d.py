@@ -157,6 +157,12 @@ def _refuse_others(arguments: dict[str, Any]) -> None:
             raise ValueError(f"forward: {name} is not supported; leave it out")
 
 
+def _refuse_cache(cache: Any, mask: Mask | None) -> None:
+    """ValueError for what is no cache, and for one of fixed size whose empty places attention would take for text."""
+    if not hasattr(cache, "get_seq_length") or (mask is None and getattr(cache, "is_compileable", False)):
+        raise ValueError(f"forward: past_key_values is a {type(cache).__name__}; pass a DynamicCache()")
+
+
 class WithHead:
     """A base class of all models here."""
 
@@ -254,6 +260,8 @@ class BlockDiffusionBackbone(WithHead):
         past_key_values = cache if past_key_values is None else past_key_values
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
+        if past_key_values is not None:
+            _refuse_cache(past_key_values, attention_mask)
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.backbone(input_ids, attention_mask, position_ids, past_key_values, states)
         output = BlockDiffusionOutput(

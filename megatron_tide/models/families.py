@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from megatron_tide.bounds import check_config, plain, short
 from megatron_tide.files import read_json
@@ -317,7 +317,8 @@ def _describing(where: str) -> Iterator[None]:
 
 
 def generation_of(source: ConfigSource) -> Literal["block_diffusion", "autoregressive"]:
-    """How the model of a config generates; one of no family is autoregressive if transformers knows it as causal.
+    """How the model of a config generates; one of no family is autoregressive if transformers knows it as causal, but
+    no encoder, which has a causal class only to be trained as one.
 
     Raises:
         ValueError: neither.
@@ -326,7 +327,8 @@ def generation_of(source: ConfigSource) -> Literal["block_diffusion", "autoregre
     model_type = str(values.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type].generation
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    encoder = model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and values.get("is_decoder") is not True
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder:
         return "autoregressive"
     raise ValueError(
         f"{where}: model_type {short(repr(model_type))} is neither a block diffusion model nor a causal model of "

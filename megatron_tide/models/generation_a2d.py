@@ -107,7 +107,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
 
 def _prompt_ids(given: Any) -> torch.Tensor:
-    if not isinstance(given, torch.Tensor) or given.dim() != 2:
+    if not isinstance(given, torch.Tensor) or given.dim() != 2 or not len(given):
         raise ValueError(
             "generate: pass input_ids as a [batch, length] tensor, and what a tokenizer returns as generate(**inputs)"
         )

