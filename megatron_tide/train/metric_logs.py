@@ -36,7 +36,8 @@ class TensorBoard:
 
 
 class WeightsAndBiases(TensorBoard):
-    """The same in TensorBoard, and a run of Weights & Biases with the flags ``about``, without local paths.
+    """The same in TensorBoard, and a run of Weights & Biases with the flags ``about``, without local paths, and with
+    its metrics of the system, without its description of the machine and the command line.
 
     Its environment variables hold (WANDB_PROJECT, WANDB_NAME, WANDB_MODE=offline, ...). A resumed training goes on with
     the run whose id is in ``folder``; Weights & Biases keeps the first value of a step that is repeated.
@@ -62,6 +63,7 @@ class WeightsAndBiases(TensorBoard):
                 resume="allow",
                 config=published(about),
                 job_type="distill",
+                settings={"x_disable_meta": True},  # this machine, and the command line with its local paths
             )
         except Exception as error:  # of many kinds: no key, no network, a broken service process
             why = one_line(str(error))

@@ -74,6 +74,7 @@ def test_local_paths_and_secrets_stay_here(tmp_path, stand_in, monkeypatch):
         "train": {"lr": 0.5, "deepspeed": "zero1.json"},
     }
     assert os.environ["WANDB_NAME"] == "~/run"
+    assert stand_in[0][1]["settings"] == {"x_disable_meta": True}
 
     def refuse(**_):
         raise RuntimeError("first\nsecond hf_abcdefghijklmnopqrstuvwxyz0123456789")
@@ -109,4 +110,7 @@ def test_the_package_itself_offline(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "tests")
     log_two_steps(tmp_path, 0)
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert written.stat().st_size > 0
+    content = written.read_bytes()
+    assert b"loss/total" in content
+    for local in (str(tmp_path), sys.executable):
+        assert local.encode() not in content, local
