@@ -306,6 +306,11 @@ def _presets(args: Args, names: list[str]) -> dict[str, BenchmarkPreset]:
     if not any(preset.task in PROGRAMS for preset in presets.values()):
         refuse_unused(given, "tasks with programs (humaneval, mbpp)", ["workers", "unsafe_programs"])
     check_benchmarks(presets, **_shared(given))
+    from megatron_tide.training_checkpoint import generation_of
+
+    if all(generation_of(_named(text)[1]) == "autoregressive" for text in (*args.model, *args.student, *args.teacher)):
+        refuse_unused(given, "models that decode in blocks", ["steps", "thresholds"])
+        refuse_unused(args, "models that decode in blocks", ["block_layout"])
     return presets
 
 

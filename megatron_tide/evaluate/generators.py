@@ -7,6 +7,7 @@ request itself (prompt and generation settings) and in the model's fingerprint: 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from megatron_tide.bounds import shown
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.chat import Rendered
+from megatron_tide.cli import say
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
 from megatron_tide.files import fingerprint, read_json
@@ -344,4 +346,7 @@ def open_generator(
         generator.block_layout = block_layout or _own_layout(opened.model, opened.folder)
     if thinking is not None:
         generator.thinking = thinking
+        asked = [{"role": "user", "content": "x"}]
+        if len({tokenizer.render(asked, enable_thinking=one) for one in (True, False)}) == 1:
+            say(f"note: {path}: --thinking changes nothing, its template knows no enable_thinking", file=sys.stderr)
     return generator

@@ -130,4 +130,6 @@ def test_one_command_measures_it_and_goes_on_from_what_is_there(
     assert len(asked) == 6  # nothing is generated twice
     with pytest.raises(ValueError, match="--thresholds applies to benchmarks"):
         command("evaluate")([str(lab.student), "--data", str(lab.data), "--thresholds", "0.9"])
+    with pytest.raises(ValueError, match="--thresholds applies to models that decode in blocks"):
+        command("evaluate")([*flags[1:], "--thresholds", "0.9"])
     assert torch.is_grad_enabled()

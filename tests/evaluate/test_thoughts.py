@@ -52,7 +52,9 @@ def test_marks_of_other_models_in_an_answer_are_text() -> None:
         assert cut(f"Write {end} at the end.", []) == f"Write {end} at the end."
 
 
-def test_models_think_where_they_are_told_to(lab: Lab, baseline: Path, tmp_path: Path) -> None:
+def test_models_think_where_they_are_told_to(
+    lab: Lab, baseline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Baselines do not think unless asked to; a student is prompted as it was trained."""
     for kind, start in (("ar", baseline), ("student", lab.student)):
         folder = shutil.copytree(start, tmp_path / kind)
@@ -61,6 +63,9 @@ def test_models_think_where_they_are_told_to(lab: Lab, baseline: Path, tmp_path:
             generator = open_generator(str(folder), torch.float32, "cpu", 1, thinking)
             prompt = generator.apply_chat_template([{"role": "user", "content": "x"}])
             assert prompt == "[user] x\n[assistant] " + "<think>\n\n</think>\n\n" * expected
+    assert "--thinking changes nothing" not in capsys.readouterr().err
+    open_generator(str(lab.student), torch.float32, "cpu", 1, True)
+    assert "--thinking changes nothing" in capsys.readouterr().err
 
 
 class Writes(torch.nn.Module):
