@@ -22,6 +22,7 @@ from megatron_tide.files import fingerprint, open_regular, read_json, read_whole
 
 _SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of the library's, those of rows of text
+_CHOICE = ".huggingface.yaml"  # which files are read, beside README.md
 _ROWS_IN = (".arrow", ".jsonl", ".parquet")
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _ARCHIVES = (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c")
@@ -120,8 +121,8 @@ def _differ(format: str, files: list[Path]) -> bool:
 
 def _check_formats(folder: Path, builder: Any) -> None:
     """ValueError for rows in another format, which the library would pass over without a word."""
-    if "default" not in builder.config.name or (folder / "README.md").exists():  # which may say what is read
-        return
+    if "default" not in builder.config.name or any((folder / one).exists() for one in ("README.md", _CHOICE)):
+        return  # they may say what is read
     read = {file.suffix for file in _files(builder)}
     for path in sorted(folder.rglob("*")):
         if path.suffix in _ROWS_IN and path.suffix not in read and not path.name.startswith("."):
@@ -232,7 +233,7 @@ def _check_own(folder: Path) -> None:
             return super().compose_node(*place)
 
     named: list[tuple[Path, str]] = []
-    for path in (folder / "README.md", folder / ".huggingface.yaml"):
+    for path in (folder / "README.md", folder / _CHOICE):
         text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
         if text.startswith("\ufeff"):  # the library would overlook the front matter behind it
             raise ValueError(f"{path}: begins with a byte-order mark; save it without one")
@@ -250,9 +251,9 @@ def _check_own(folder: Path) -> None:
     for path in (*folder.rglob(_FILES_OF), *folder.rglob(_SPLITS)):
         about = read_json(path)
         named += [(path, name) for name in _named_in([about.get("_data_files"), about.get("splits")])]
-    outside = (one for one in named if ".." in Path(one[1]).parts or Path(one[1]).is_absolute() or ":" in one[1])
-    for path, name in outside:
-        raise ValueError(f"{path}: names {name[:80]!r}, which is not in its folder; remove that")
+    for path, name in named:
+        if Path(name).is_absolute() or ":" in name or any(part.startswith(".") for part in Path(name).parts):
+            raise ValueError(f"{path}: names {name[:80]!r}, which is hidden or not in its folder; remove that")
     own = _places(folder)
     for path in folder.rglob("*"):
         try:
@@ -270,5 +271,6 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _digest(folder: Path, name: str | None, split: str) -> str:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    own = (path for path in folder.rglob("*") if not path.name.startswith(".") or path == folder / _CHOICE)
+    files = sorted(path for path in own if path.is_file())
     return fingerprint([name, split, [(path.relative_to(folder).as_posix(), sha256_file(path)) for path in files]])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from array import array
 from bisect import bisect_right
@@ -194,12 +195,17 @@ def _is_lines(path: Path) -> bool:
     return number == 0
 
 
+def _state(about: os.stat_result) -> tuple[int, int]:
+    return about.st_size, about.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class JsonLinesTable:
     """A JSON Lines file by row number.
 
     ``content``: a digest of the rows, for manifests. ``starts`` int64 [n]: the first byte of each row;
-    ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows that can be read.
+    ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows that can be read. ``state``: of the
+    file, which must not change while its rows are read.
     """
 
     path: Path
@@ -207,10 +213,12 @@ class JsonLinesTable:
     starts: NDArray[np.int64]
     lines: NDArray[np.int64]
     columns: list[str]
+    state: tuple[int, int]
 
     @classmethod
     def open(cls, path: Path) -> JsonLinesTable:
         """Index a file. ValueError when none of its rows can be read."""
+        state = _state(path.stat())
         starts, lines = array("q"), array("q")
         columns: dict[str, None] = {}
         first_error: ValueError | None = None
@@ -226,16 +234,24 @@ class JsonLinesTable:
             lines.append(number)
         if first_error and not columns:
             raise first_error
-        return cls(path, sha256_file(path), np.array(starts, np.int64), np.array(lines, np.int64), list(columns))
+        content = sha256_file(path)
+        table = cls(path, content, np.array(starts, np.int64), np.array(lines, np.int64), list(columns), state)
+        table._check_state(path.stat())
+        return table
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def get(self, row: int) -> dict[str, Any]:
-        """The row as column -> value; ValueError when it cannot be read."""
+        """The row as column -> value; ValueError when it cannot be read, OSError when the file has changed."""
         with open_regular(self.path) as file:
+            self._check_state(os.fstat(file.fileno()))
             file.seek(int(self.starts[row]))
             return _parse(file.readline(ROW_BYTES + 1), self.where(row))
+
+    def _check_state(self, now: os.stat_result) -> None:
+        if _state(now) != self.state:
+            raise OSError(f"{self.path}: changed while it was read; start again")
 
     def where(self, row: int) -> str:
         """Where the row is, for error messages."""

@@ -112,6 +112,22 @@ def test_of_a_folder_s_files_bad_rows_are_left_out_and_odd_ones_end_nothing(tmp_
         opened(tmp_path)
 
 
+def test_what_says_which_files_are_read_is_part_of_the_content(tmp_path: Path) -> None:
+    found = []
+    for number, name in enumerate(("a.csv", "b.csv")):
+        (tmp_path / name).write_text(f"x\n{number}\n")
+    for name in ("a.csv", "b.csv", ".b.csv"):
+        about = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {name}\n"
+        (tmp_path / ".huggingface.yaml").write_text(about)
+        if name == ".b.csv":
+            with pytest.raises(ValueError, match=r"names '\.b\.csv', which is hidden or not in its folder"):
+                opened(tmp_path)
+        else:
+            found.append((opened(tmp_path).get(0), opened(tmp_path).content))
+    assert [row for row, _ in found] == [{"x": 0}, {"x": 1}]
+    assert found[0][1] != found[1][1]
+
+
 def test_parquet_files_of_other_columns_are_one_data_set(tmp_path: Path) -> None:
     rows = [ROW, {"messages": "text"}, {"text": "x"}, {**ROW, "kind": "a"}]
     for number, row in enumerate(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,17 @@ def test_a_row_that_is_too_long_is_left_out_and_the_rest_is_read(
     assert JsonLinesTable.open(path).get(2) == {"a": 2}
 
 
+def test_a_file_that_changes_while_its_rows_are_read_ends_the_reading(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    table = pickle.loads(pickle.dumps(JsonLinesTable.open(path)))  # as a worker has it
+    assert table.get(1) == {"a": 2}
+    (tmp_path / "new").write_text('{"a": 3}\n{"a": 44}\n')
+    (tmp_path / "new").rename(path)
+    with pytest.raises(OSError, match=r"rows\.jsonl: changed while it was read; start again"):
+        table.get(1)
+
+
 def test_few_bad_rows_are_told_and_many_end_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     def read(row: dict[str, object], where: str) -> object:
         if row["a"] == 3:
@@ -218,7 +230,7 @@ def test_a_data_folder_names_no_file_outside_it(tmp_path: Path, files: str, befo
     (tmp_path / "secret.jsonl").write_text('{"messages": []}\n')
     about = f"\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {files}\n---\n"
     (folder / "README.md").write_text((before if "---" in before else f"{before}---") + about, newline="")
-    with pytest.raises(ValueError, match="not in its folder"):
+    with pytest.raises(ValueError, match="hidden or not in its folder"):
         open_table(str(folder), tmp_path, name=None, split="train", revision=None)
     (folder / "README.md").unlink()
     (folder / "other.json").symlink_to(tmp_path / "secret.jsonl")

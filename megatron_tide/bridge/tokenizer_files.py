@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.bounds import TOKEN_BYTES, check_id
-from megatron_tide.files import read_json
+from megatron_tide.files import check_regular, read_json
 
 LARGEST = 1 << 27
 """Bytes of a file: the largest public one has 2^25."""
@@ -21,6 +21,7 @@ CONFIG = "tokenizer_config.json"
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _CLASS = re.compile(r"\w*(Tokenizer|Backend)\w*", flags=re.A)
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
+_TEMPLATES, _VERSIONS = "additional_chat_templates", "fast_tokenizer_files"
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LONG = {"precompiled_charsmap": LARGEST, "Regex": 1 << 16}  # characters of texts of a step; of others as a token's
 _WRITTEN = 1 << 18  # characters of all texts of the steps, but regular expressions and tables
@@ -29,7 +30,13 @@ GROWTH = 1 << 8
 
 
 def check_files(folder: Path) -> None:
-    """ValueError, one line that names the file, for what no tokenizer has. Missing files are none of its business."""
+    """ValueError, one line that names the file, for what no tokenizer has, and for files that transformers would read
+    in place of those that a release takes along. Missing files are none of its business.
+    """
+    if (folder / _TEMPLATES).is_dir():
+        check_regular(folder / _TEMPLATES)
+    if (folder / _TEMPLATES / "default.jinja").exists():
+        raise ValueError(f"{folder / _TEMPLATES / 'default.jinja'}: move it to {folder / 'chat_template.jinja'}")
     checks = {
         TOKENIZER: _check_tokenizer,
         "vocab.json": _check_ids,
@@ -138,6 +145,10 @@ def _check_class(path: Path, content: dict[str, Any]) -> None:
 
 def _check_config(path: Path, content: dict[str, Any]) -> None:
     _check_class(path, content)
+    if content.get(_VERSIONS) not in (None, [], [TOKENIZER]):
+        raise ValueError(
+            f"{path}: {_VERSIONS} names others than {TOKENIZER}; rename the right one, and remove that key"
+        )
     added, template = content.get("added_tokens_decoder"), content.get("chat_template")
     if added is not None and not isinstance(added, dict):
         raise _wrong(path, "added_tokens_decoder", "an object", added)

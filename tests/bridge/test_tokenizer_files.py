@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ def cases(kind: str) -> Iterator[tuple[str, str, Any]]:
     )
     yield from ((file, "additional_special_tokens", value) for file in (config, roles) for value in LISTS)
     yield from ((config, "chat_template", value) for value in TEMPLATES)
+    yield from ((config, "fast_tokenizer_files", value) for value in (1, ["tokenizer.4.0.0.json"], [None]))
     yield from (("added_tokens.json", "a", value) for value in IDS)
     yield from ((config, "tokenizer_class", value) for value in CLASSES)
     yield from ((file, "", text) for file in (config, roles, "added_tokens.json") for text in WHOLE)
@@ -77,6 +79,24 @@ def test_odd_content_is_one_line_that_names_the_file(folders: Mapping[str, Path]
         assert len(str(error.value)) < 400
         path.unlink() if before is None else path.write_bytes(before)
     load_tokenizer(folder)
+
+
+@pytest.mark.timeout(60)
+def test_templates_in_a_folder_of_their_own_are_not_the_default_and_not_waited_for(
+    folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folders["student"], tmp_path / "more"))
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("{{ messages }}")
+    assert load_tokenizer(folder).template_fingerprint == load_tokenizer(folders["student"]).template_fingerprint
+    (more / "default.jinja").write_text("{{ messages }}")  # a release would not have it
+    with pytest.raises(ValueError, match=r"default\.jinja: move it to .*chat_template\.jinja"):
+        load_tokenizer(folder)
+    (more / "default.jinja").unlink()
+    os.mkfifo(more / "tools.jinja")
+    with pytest.raises(ValueError, match=r"tools\.jinja: not a regular file"):
+        load_tokenizer(folder)
 
 
 def test_files_larger_than_any_tokenizer_are_not_read(
