@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, own_settings, published_row
 from megatron_tide.evaluate.bootstrap import Estimate, mean, ratio
-from megatron_tide.evaluate.task_functions import PROGRAMS
+from megatron_tide.evaluate.task_functions import PROGRAMS, tested_names
 from megatron_tide.evaluate.task_index import task_errors, task_manager
 from megatron_tide.files import atomic_write, check_form, create_new, fingerprint, read_regular, sha256_file
 from megatron_tide.sandbox import LIMITS, WORKER, require_sandbox, run_programs
@@ -286,15 +286,18 @@ def _row(draws: Sequence[Sample]) -> Sample:
 
 def _judge(task: str, rows: Sequence[Sample], cache: Any, context: EvalContext) -> None:
     """Run the programs of all answers; adds ``verdicts`` and pass@k to each row. Verdicts are cached like answers."""
-    programs = [[PROGRAMS[task](row["doc"], answer) for answer in row["filtered"]] for row in rows]
+    programs = [
+        [(PROGRAMS[task](row["doc"], answer), tested_names(row["doc"])) for answer in row["filtered"]] for row in rows
+    ]
     strict, count = not context.unsafe_programs, context.samples_per_problem
     installed = _installed()
-    keys = [[fingerprint([parts, vars(LIMITS), strict, installed]) for parts in many] for many in programs]
-    todo = {key: parts for many in zip(keys, programs) for key, parts in zip(*many) if key not in cache.dbdict}
+    keys = [[fingerprint([*program, vars(LIMITS), strict, installed]) for program in many] for many in programs]
+    todo = {key: one for many in zip(keys, programs) for key, one in zip(*many) if key not in cache.dbdict}
     items = list(todo.items())
     for first in tqdm(range(0, len(items), PROGRAMS_AT_ONCE), desc="Running programs", disable=False):
         part = items[first : first + PROGRAMS_AT_ONCE]
-        outcomes = run_programs([parts for _, parts in part], LIMITS, workers=context.workers, strict=strict)
+        parts, tested = zip(*(program for _, program in part))
+        outcomes = run_programs(parts, LIMITS, workers=context.workers, strict=strict, tested=tested)
         cache.dbdict.update({key: vars(outcome) for (key, _), outcome in zip(part, outcomes)})
     for row, many in zip(rows, keys):
         row["verdicts"] = [cache.dbdict[key] for key in many]

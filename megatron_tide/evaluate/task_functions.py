@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import importlib.util
 import json
@@ -39,6 +40,17 @@ def humaneval_program(doc: Doc, answer: str) -> list[str]:
 def mbpp_program(doc: Doc, code: str) -> list[str]:
     """The code, what the tests need, the tests."""
     return [code, doc.get("test_setup_code") or "", *doc["test_list"]]
+
+
+def tested_names(doc: Doc) -> list[str]:
+    """What the tests of a problem call: what its own solution defines, also under the name of a builtin (``sum``)."""
+    if "entry_point" in doc:
+        return [doc["entry_point"]]
+    try:
+        solution = ast.parse(doc.get("code") or "")
+    except (SyntaxError, ValueError):
+        return []
+    return [node.name for node in solution.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
 # Task -> (doc, filtered answer) -> source parts that run one after the other.

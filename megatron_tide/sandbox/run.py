@@ -59,14 +59,18 @@ class Outcome:
     seconds: float
 
 
-def run_program(parts: Sequence[str], limits: Limits = LIMITS, *, strict: bool = True) -> Outcome:
-    """Run ``parts`` of source one after the other in one namespace; the program passes if the last one ran to its end.
+def run_program(
+    parts: Sequence[str], limits: Limits = LIMITS, *, strict: bool = True, tested: Sequence[str] = ()
+) -> Outcome:
+    """Run ``parts`` of source one after the other: the program, and checks of it, which have builtins of their own. It
+    passes if the last one ran to its end.
 
+    ``tested``: names that the checks take from the program even where they are those of builtins (``sum``).
     ``strict``: refuse to run where a protection is missing; the reason then begins with "sandbox:".
     """
     token = secrets.token_hex(16)
     order: dict[str, object] = {"parts": list(parts), "token": token, "packages": _packages(), "limits": asdict(limits)}
-    order |= {"strict": strict, "parent": os.getpid()}
+    order |= {"strict": strict, "parent": os.getpid(), "tested": list(tested)}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="program-") as folder, tempfile.TemporaryFile() as sent:
         sent.write(json.dumps(order).encode())
@@ -87,10 +91,12 @@ def run_programs(
     *,
     workers: int = 0,
     strict: bool = True,
+    tested: Sequence[Sequence[str]] = (),
 ) -> list[Outcome]:
-    """``run_program`` of each, ``workers`` at a time (0: one per core)."""
+    """``run_program`` of each, ``workers`` at a time (0: one per core); ``tested``: of each, or of none."""
+    each = zip(programs, tested or [()] * len(programs), strict=True)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        running = [pool.submit(run_program, parts, limits, strict=strict) for parts in programs]
+        running = [pool.submit(run_program, one, limits, strict=strict, tested=names) for one, names in each]
         return [future.result() for future in running]
 
 

@@ -69,7 +69,8 @@ def test_prompts_are_in_the_chat_template_with_the_presets_examples(lab: Lab, tm
 
 
 def test_an_answer_that_is_begun_stays_open(lab: Lab, tmp_path: Path) -> None:
-    rows = write_task(tmp_path / "tasks", "mbpp")
+    rows = json.loads(json.dumps(write_task(tmp_path / "tasks", "mbpp")).replace("plus_0", "sum"))  # a builtin's name
+    (tmp_path / "tasks" / "mbpp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     generator = knows(lab, "mbpp", rows)
     scored(generator, "mbpp", tmp_path / "out", tmp_path / "tasks", limit=1)
     assert generator.asked[0].endswith("\n```python")

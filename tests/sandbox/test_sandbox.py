@@ -138,7 +138,9 @@ CHEATS = {
         "running_now = running()\ndef caught():\n    try: 1 / 0\n    except ZeroDivisionError as error: return error\n"
         "for way in (sys._getframe, lambda: next(running_now), lambda: caught().__traceback__.tb_frame,\n"
         "            lambda: __import__('inspect').currentframe()):\n"
-        "    try: found.append(way())\n    except ValueError: pass\nassert not found, found\n"
+        "    try: frame = way()\n    except ValueError: continue\n"
+        "    while frame:\n        found += [one for one in (frame.f_locals, frame.f_globals) if one is not globals()]\n"
+        "        frame = frame.f_back\nassert not found, found\n"
         "assert 'token' not in str(sys.stdin.buffer.peek()) and sys.stdin.buffer.seek(0) == 0\n"
         "assert sys.stdin.buffer.read() == b''\ndef f(x): return 0"
     ),
@@ -190,12 +192,15 @@ def test_checks_see_what_the_program_defines_and_not_the_other_way_round() -> No
         ["import math\nclass A: pass\ndef f(): return A()", "a = A()", "assert type(f()) is A and a and math"]
     ).passed
     assert run_program(["def f(): return check", "def check(): pass", "f()"]).reason.startswith("NameError")
+    named = ["def sum(a, b): return a + b\nmax = min", "assert sum(10, 15) == 25 and max(1, 2) == 2"]  # as in mbpp
+    assert [one.passed for one in run_programs([named] * 2, tested=[["sum"], []])] == [True, False]
 
 
 def test_libraries_do_without_frames() -> None:
     program = (
-        "import collections, enum, logging, typing, warnings\ndef f(x):\n"
-        "    Pair = collections.namedtuple('Pair', 'a b')\n    Kind = enum.Enum('Kind', 'A B')\n"
+        "import collections, enum, inspect, logging, pickle, typing, warnings\n"
+        "Pair = collections.namedtuple('Pair', 'a b')\nassert pickle.loads(pickle.dumps(Pair(1, 2))) == (1, 2)\n"
+        "assert inspect.currentframe().f_back.f_locals['Pair'] is Pair\ndef f(x):\n    Kind = enum.Enum('Kind', 'A B')\n"
         "    T = typing.TypeVar('T')\n    logging.warning('x')\n    warnings.warn('x')\n    return Pair(x, 1).a + 1"
     )
     outcome = run_program([program, *CHECK])
