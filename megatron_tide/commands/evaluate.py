@@ -244,7 +244,10 @@ def _refuse_unused(args: Args, benchmarks: list[str], likelihood: bool) -> None:
 def _named(text: str) -> tuple[str, str]:
     """``NAME=PATH`` or ``PATH`` -> (name, path). A text with "=" is a path if it exists, or if a "/" comes first."""
     name, equals, path = text.partition("=")
-    return (name, path) if equals and name and "/" not in name and not Path(text).exists() else (Path(text).name, text)
+    if equals and name and "/" not in name and not Path(text).exists():
+        return name, path
+    name = Path(text).name
+    return (Path(text).resolve().name if name in ("", "..") else name), text
 
 
 def _likelihood(args: Args) -> dict[str, Any]:

@@ -201,6 +201,8 @@ def test_names_and_paths_with_an_equals_sign(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "lr=3e-4" / "hf").mkdir(parents=True)
     assert _named("lr=3e-4/hf") == ("hf", "lr=3e-4/hf")
     assert _named("best=lr=3e-4/hf") == ("best", "lr=3e-4/hf")
+    monkeypatch.chdir(tmp_path / "lr=3e-4" / "hf")
+    assert (_named("."), _named("..")) == (("hf", "."), ("lr=3e-4", ".."))
 
 
 def test_a_layout_from_outside_the_package_is_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ CHEATS = {
         "for way in (sys._getframe, lambda: next(running_now), lambda: caught().__traceback__.tb_frame,\n"
         "            lambda: __import__('inspect').currentframe()):\n"
         "    try: frame = way()\n    except ValueError: continue\n"
-        "    while frame:\n        found += [one for one in (frame.f_locals, frame.f_globals) if one is not globals()]\n"
+        "    while frame:\n        found += [it for it in (frame.f_locals, frame.f_globals) if it is not globals()]\n"
         "        frame = frame.f_back\nassert not found, found\n"
         "assert 'token' not in str(sys.stdin.buffer.peek()) and sys.stdin.buffer.seek(0) == 0\n"
         "assert sys.stdin.buffer.read() == b''\ndef f(x): return 0"
