@@ -200,7 +200,8 @@ def test_libraries_do_without_frames() -> None:
     program = (
         "import collections, enum, inspect, logging, pickle, typing, warnings\n"
         "Pair = collections.namedtuple('Pair', 'a b')\nassert pickle.loads(pickle.dumps(Pair(1, 2))) == (1, 2)\n"
-        "assert inspect.currentframe().f_back.f_locals['Pair'] is Pair\ndef f(x):\n    Kind = enum.Enum('Kind', 'A B')\n"
+        "assert inspect.currentframe().f_back.f_locals['Pair'] is Pair\n"
+        "def f(x):\n    Kind = enum.Enum('Kind', 'A B')\n"
         "    T = typing.TypeVar('T')\n    logging.warning('x')\n    warnings.warn('x')\n    return Pair(x, 1).a + 1"
     )
     outcome = run_program([program, *CHECK])
