@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_tide.files import open_regular
 BROKEN = (pa.ArrowException, ValueError, LookupError, TypeError, OSError, StopIteration, struct.error, RecursionError)
 """What reading a corrupt file can raise, besides ArrowInvalid (a ValueError)."""
 _AT_ONCE = 1 << 30  # bytes of values that are decoded at once
+_SCAN = 1000  # rows decoded at a time while a filter reads columns
 
 
 def next_message(messages: pa.ipc.MessageReader, *kinds: str) -> pa.ipc.Message:
@@ -130,3 +132,53 @@ def kept_by(content: str) -> str:
     import datasets
 
     return str(Path(datasets.config.HF_DATASETS_CACHE) / "by-content" / content[:32])
+
+
+@dataclass(frozen=True)
+class ArrowTable:
+    """A table of the ``datasets`` library, like ``JsonLinesTable``: memory-mapped, and small to send to a worker."""
+
+    table: Any
+    label: str
+    content: str
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.table.column_names)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def get(self, row: int) -> dict[str, Any]:
+        try:
+            return {column: _dense(value) for column, value in self.table[row].items()}
+        except (ValueError, ArithmeticError) as error:  # no UTF-8; a time outside of what Python's can hold
+            raise ValueError(f"{self.where(row)}: cannot be read ({error})") from None
+
+    def where(self, row: int) -> str:
+        return f"{self.label} row {row}"
+
+    def has(self, column: str) -> bool:
+        return column in self.columns
+
+    def only(self, columns: Container[str]) -> ArrowTable:
+        """The table with those of its columns that are in ``columns``."""
+        kept = [name for name in self.columns if name in columns] or self.columns[:1]  # a table of none has no rows
+        return replace(self, table=self.table.select_columns(kept))
+
+    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
+        own = [name for name in columns if self.has(name)]
+        if not own:
+            yield from [(None,) * len(columns)] * len(self)
+            return
+        table = self.table.select_columns(own)
+        for start in range(0, len(table), _SCAN):
+            for row in values(table, own, start, min(start + _SCAN, len(table))):
+                yield row if row is None or len(own) == len(columns) else tuple(map(dict(zip(own, row)).get, columns))
+
+
+def _dense(value: Any) -> Any:
+    """``value`` without the keys that hold nothing: Arrow gives every object of a column the keys of all of them."""
+    if isinstance(value, dict):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    return [_dense(item) for item in value] if isinstance(value, list) else value

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tide.arrow import values
+from megatron_tide.arrow import ArrowTable
 from megatron_tide.files import open_regular, sha256_file
 from megatron_tide.folders import open_folder, open_hub, open_parquet
 from megatron_tide.hub import hub_errors, may_be_hub_name, one_line
@@ -51,7 +51,6 @@ ROW_BYTES = 1 << 24
 """Bytes of one row; a longer one is a bad row, of which no more is read."""
 LONGEST_TEXT = 1 << 20
 """Characters of one text, and of the messages of a row: tokenizers take minutes for longer ones, or fail."""
-_SCAN = 1000  # rows decoded at a time while a filter reads columns
 _HEAD = 100  # first rows, which define the columns of a JSON Lines file
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
 
@@ -270,56 +269,6 @@ class JsonLinesTable:
                 yield None
             else:
                 yield tuple(row.get(column) for column in columns)
-
-
-@dataclass(frozen=True)
-class ArrowTable:
-    """A table of the ``datasets`` library, as a ``JsonLinesTable``: memory-mapped, and small to send to a worker."""
-
-    table: Any
-    label: str
-    content: str
-
-    @property
-    def columns(self) -> list[str]:
-        return list(self.table.column_names)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def get(self, row: int) -> dict[str, Any]:
-        try:
-            return {column: _dense(value) for column, value in self.table[row].items()}
-        except (ValueError, ArithmeticError) as error:  # no UTF-8; a time outside of what Python's can hold
-            raise ValueError(f"{self.where(row)}: cannot be read ({error})") from None
-
-    def where(self, row: int) -> str:
-        return f"{self.label} row {row}"
-
-    def has(self, column: str) -> bool:
-        return column in self.columns
-
-    def only(self, columns: Container[str]) -> ArrowTable:
-        """The table with those of its columns that are in ``columns``."""
-        kept = [name for name in self.columns if name in columns] or self.columns[:1]  # a table of none has no rows
-        return replace(self, table=self.table.select_columns(kept))
-
-    def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
-        own = [name for name in columns if self.has(name)]
-        if not own:
-            yield from [(None,) * len(columns)] * len(self)
-            return
-        table = self.table.select_columns(own)
-        for start in range(0, len(table), _SCAN):
-            for row in values(table, own, start, min(start + _SCAN, len(table))):
-                yield row if row is None or len(own) == len(columns) else tuple(map(dict(zip(own, row)).get, columns))
-
-
-def _dense(value: Any) -> Any:
-    """``value`` without the keys that hold nothing: Arrow gives every object of a column the keys of all of them."""
-    if isinstance(value, dict):
-        return {key: _dense(item) for key, item in value.items() if item is not None}
-    return [_dense(item) for item in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

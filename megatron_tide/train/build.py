@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.bounds import shown
 from megatron_tide.clock import Clock
 from megatron_tide.config import DistillConfig
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayout, mask_of, predicts_next
@@ -303,6 +304,12 @@ def refuse_other_run(folder: Path, run: dict[str, Any], on_its_data: bool = True
                 f"{folder} was trained with {flag} = {flags.get(flag)!r}, this run has {mine!r}: "
                 f"use that value or another --out, or remove the folder"
             )
+    sums = run.get("sums")
+    if (before := theirs.get("sums", sums)) != sums:  # earlier versions did not record them
+        raise ValueError(
+            f"{folder} was trained with {shown(before)} in its --deepspeed JSON, this run has {sums}: use those, or "
+            "another --out"
+        )
     names = ["bridge_fingerprint", "teacher_fingerprint", "student_fingerprint", "total_steps"]
     for what in ["data_fingerprint", *names] if on_its_data else names:
         if not same_model(theirs.get(what, run[what]), run[what]):  # earlier versions did not record the models

@@ -16,6 +16,7 @@ from megatron_tide.choices import METRIC_LOGS, OPTIMIZERS
 from megatron_tide.config import CACHED, DistillConfig
 from megatron_tide.data import DistributedBatchSampler, PreparedData
 from megatron_tide.diffusion import ATTENTION_LAYOUTS, mask_of
+from megatron_tide.ds_config import SUMS
 from megatron_tide.files import fingerprint, read_json
 from megatron_tide.hosting.build import hosting_of
 from megatron_tide.hosting.cached import OutputCache, cache_settings
@@ -88,7 +89,7 @@ def read_run_inputs(config: DistillConfig, world_size: int) -> RunInputs:
         run={},
         note=_unused(config, strategy),
     )
-    found = replace(found, run=_record(config, found, bridge) | {"continued": begun})
+    found = replace(found, run=_record(config, found, bridge, world_size) | {"continued": begun})
     cached = config.teacher.teacher_hosting == CACHED and strategy.needs_teacher
     return replace(found, cache=_cache(config, found)) if cached else found
 
@@ -140,7 +141,7 @@ def _refuse_nothing_to_learn(config: DistillConfig, data: PreparedData, phases: 
         )
 
 
-def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None) -> dict[str, Any]:
+def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None, world_size: int) -> dict[str, Any]:
     """What run.json and every checkpoint say of the run."""
     student, paths = config.paths.student, config.paths
     named = [paths.student, paths.teacher, paths.data, paths.validation]
@@ -148,6 +149,7 @@ def _record(config: DistillConfig, inputs: RunInputs, bridge: Bridge | None) -> 
         "version": __version__,
         "config": config.to_dict(),
         "fingerprint": config.fingerprint,
+        "sums": {key: value for key, value in engine_settings(config, world_size).items() if key in SUMS},
         "affects_loss": config.loss_flags(),
         "strategy": inputs.strategy.describe(),
         "phases": inputs.phases.describe(),

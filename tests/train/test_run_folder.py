@@ -83,3 +83,8 @@ def test_a_flag_that_a_checkpoint_does_not_know_had_its_default(tmp_path, monkey
     build.refuse_other_run(saved, {**run, "affects_loss": new})
     with pytest.raises(ValueError, match="was trained with lr_schedule = 'cosine', this run has 'linear'"):
         build.refuse_other_run(saved, {**run, "affects_loss": {**new, "lr_schedule": "linear"}})
+    sums = {"communication_data_type": "bf16"}
+    build.refuse_other_run(saved, {**run, "affects_loss": new, "sums": sums})  # not recorded by earlier versions
+    saved = checkpoint.save(tmp_path, None, TrainState(step=2, total_steps=2), {**old, "sums": {}}, WORLD, keep=1)
+    with pytest.raises(ValueError, match=r"was trained with {} in its --deepspeed JSON, this run has .*bf16"):
+        build.refuse_other_run(saved, {**run, "affects_loss": new, "sums": sums})
