@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Forecast:
         each = self.step_bytes / max(self.tokens, 1.0)
         rows = f" and {self.pairs:,.0f} distributions" if self.pairs else ""
         size = f"{self.bytes / 1e9:,.1f} GB" if self.bytes > 1e9 else f"{self.bytes / 1e6:,.1f} MB"
-        hours = clock_text(self.steps * self.seconds)
+        hours = timedelta(seconds=round(self.steps * self.seconds))
         return (
             f"{self.steps} steps of {self.tokens:,.0f} scored tokens{rows}: {size} ({each:,.0f} bytes per token), "
             f"{hours} (h:min:s) by the plan"

@@ -285,7 +285,8 @@ def test_the_forecast_is_what_it_takes(chain, folder, tmp_path, capsys, monkeypa
     line = capsys.readouterr().out
     assert "8 steps of" in line
     assert "MB (" in line
-    assert "(h:min:s) by the plan" in line
+    assert ", 0:00:00 (h:min:s) by the plan" in line
+    assert ", 2 days, 2:00:00 (h:min:s) by the plan" in str(filling.Forecast(1.0, 0.0, 4.0, 1000, 180.0))
     assert not (tmp_path / "answers").exists()
     taken = sum(path.stat().st_size for path in folder.glob("*.arrow"))
     assert 8 * step_bytes(chain, tmp_path) == pytest.approx(taken, rel=0.1)
