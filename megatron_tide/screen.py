@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 LAYOUT = "\n\t\u3000\xa0\u200c\u200d"  # and what writing needs: wide and fixed spaces, joiners
 LONGEST_WORDS = 10_000  # characters of an error, and of a part of a traceback
+_LONG_WORD = re.compile(r"\S{1001,}")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _UP = re.compile(r"(\x1b\[A)+")  # how tqdm goes from one bar to the one above
 
@@ -21,12 +22,13 @@ def printable(text: object, keep: str = LAYOUT) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says, shortened; its kind where it says nothing, or fails to."""
+    """What an error says, shortened, each of its words too; its kind where it says nothing, or fails to."""
     try:
         text = str(error)
     except Exception:
         text = ""
-    return shortened(text) if text.strip() else type(error).__name__
+    text = _LONG_WORD.sub(lambda word: f"{word[0][:500]}...", shortened(text))
+    return text if text.strip() else type(error).__name__
 
 
 def traceback_of(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_tide.screen import words_of
 from tests.support import readers, run_readers
 from tests.support.damage import damage, restore
 from tests.support.readable import World, make_world
@@ -58,7 +59,7 @@ def problem(case: str, world: World) -> str:
         with bounded():
             read(world)
     except (ValueError, OSError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(words_of(error).split())
         places = (Path(file).name, str(world.root), file, *MORE_PLACES.get(case, ()))
         named = any(name in said for name in places)
         return "" if named and len(said) < 2000 else f"{type(error).__name__} without its place: {said[:300]}"

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tide import cli
 from megatron_tide.ranks import again, stated
-from megatron_tide.screen import LONGEST_WORDS
+from megatron_tide.screen import LONGEST_WORDS, words_of
 
 
 class Wordless(ValueError):
@@ -71,8 +71,9 @@ def test_of_ten_megabytes_the_start_is_told(capsys: pytest.CaptureFixture[str], 
     cli.tell(error)
     printed = capsys.readouterr().err
     assert printed.startswith("error: xxx" if kind is ValueError else "RuntimeError: xxx")
-    assert "x ... (10,000,0" in printed
+    assert "... (10,000,0" in printed
     assert len(printed) < LONGEST_WORDS + 100 > len(stated(error)[1])
+    assert words_of(ValueError(f"a.json: {'x' * 5000} is no number; mend it")).endswith("x... is no number; mend it")
 
 
 class Full(io.StringIO):

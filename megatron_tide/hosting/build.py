@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.bounds import shown
 from megatron_tide.choices import TEACHER_HOSTINGS
 from megatron_tide.config import CACHED, TeacherConfig
 from megatron_tide.ds_config import offload_of, read_ds_config, section
@@ -101,7 +102,7 @@ def _described(settings: dict[str, Any], where: str) -> str:
             raise ValueError(f"{where}: a pipeline cannot use ZeRO stage 2 or 3; remove zero_optimization")
         return f"pipeline_{stages}"
     if stage != 3:
-        raise ValueError(f"{where}: zero_optimization.stage is {stage}; a sharded teacher needs 3")
+        raise ValueError(f"{where}: zero_optimization.stage is {shown(stage)}; a sharded teacher needs 3")
     device = section(settings["zero_optimization"], "offload_param", where).get("device", "none")
     if device not in OFFLOADS:
         raise ValueError(f"{where}: offload_param.device is {device!r}; use one of {', '.join(OFFLOADS)}")

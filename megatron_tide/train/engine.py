@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_tide.bounds import shown
 from megatron_tide.choices import OPTIMIZERS
 from megatron_tide.config import DistillConfig
 from megatron_tide.ds_config import read_ds_config, section
@@ -31,7 +32,7 @@ def student_ds_config(path: str) -> dict[str, Any]:
     settings = read_ds_config(path, "--deepspeed")
     stage = section(settings, "zero_optimization", f"--deepspeed {path}").get("stage", 0)
     if stage not in (1, 2):
-        raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {stage}; use 1 or 2 for the student")
+        raise ValueError(f"--deepspeed {path}: zero_optimization.stage is {shown(stage)}; use 1 or 2 for the student")
     return settings
 
 
