@@ -35,15 +35,21 @@ await() {
   wait "$1"
 }
 
+# given NAME: whether this variable was exported, also if it is empty.
+given() { [[ $(declare -p "$1" 2>/dev/null) == "declare -x"* ]]; }
+
 # settings_of FILE...: the exported variables that these scripts read as settings, as words in front of a command. Not
-# those of the shell or of the machine.
+# those of the shell or of the machine. Of ${NAME-default}, an empty one is a setting too.
 settings_of() {
-  local name settings=''
-  for name in $(grep -ohE '\$\{[A-Z][A-Z0-9_]*:-' "$@" | tr -cd 'A-Z0-9_\n' | sort -u); do
+  local name form settings=''
+  for form in $(grep -ohE '\$\{[A-Z][A-Z0-9_]*:?-' "$@" | tr -cd 'A-Z0-9_:\n' | sort -u); do
+    name=${form%:}
     case $name in
       DRY_RUN | ONLY | LAUNCHER | NNODES | SLURM_* | *_DIR | MPLCONFIGDIR | OMP_NUM_THREADS | PYTHON?* | PYTORCH_* | TORCH_* | TIDE_*) continue ;;
     esac
-    [[ -z ${!name:-} || $(declare -p "$name") != "declare -x"* ]] || settings+="$name=$(printf '%q' "${!name}") "
+    if [[ (-n ${!name:-} || $form != *:) && " $settings" != *" $name="* ]] && given "$name"; then
+      settings+="$name=$(printf '%q' "${!name}") "
+    fi
   done
   printf '%s' "$settings"
 }

@@ -52,6 +52,9 @@ again() {
   local one rest=()
   for one in ${RECIPE_ARGUMENTS[@]+"${RECIPE_ARGUMENTS[@]}"}; do [[ $one == --fresh ]] || rest+=("$one"); done
   settings_of "$RECIPE" recipes/common.sh
+  for one in LAUNCHER NNODES NODE_RANK MASTER_ADDR MASTER_PORT CUDA_VISIBLE_DEVICES; do # in a job: the allocation's
+    ! given "$one" || printf '%s=%q ' "$one" "${!one}"
+  done
   [[ -z $ONLY ]] || printf 'ONLY=%q ' "$ONLY"
   printf 'bash %q' "$(realpath --relative-to=. "$RECIPE")"
   ((${#rest[@]} == 0)) || printf ' %q' "${rest[@]}"

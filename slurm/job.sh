@@ -182,10 +182,12 @@ conclude() {
 options() {
   local pair name value own days hours minutes
   for pair in nodes=SLURM_JOB_NUM_NODES ntasks-per-node=SLURM_NTASKS_PER_NODE gpus-per-node=SLURM_GPUS_PER_NODE \
-    cpus-per-task=SLURM_CPUS_PER_TASK account=SLURM_JOB_ACCOUNT partition=SLURM_JOB_PARTITION qos=SLURM_JOB_QOS; do
+    cpus-per-task=SLURM_CPUS_PER_TASK mem=SLURM_MEM_PER_NODE account=SLURM_JOB_ACCOUNT partition=SLURM_JOB_PARTITION qos=SLURM_JOB_QOS \
+    reservation=SLURM_JOB_RESERVATION; do
     name=${pair%%=*} value=${pair#*=}
     value=${!value:-}
     own=$(sed -nE "s/^#SBATCH --$name=([^ ]*).*/\1/p" "$1")
+    [[ $name != mem || $own != *G ]] || own=$((10#${own%G} * 1024)) # Slurm says MiB
     [[ -n $value && $value != "$own" && $value != "(null)" ]] || continue
     case $name in
       partition) ! scontrol show partition "$value" 2>/dev/null | grep -q 'Default=YES' || continue ;;
@@ -206,7 +208,7 @@ job() {
   local status=0
   RECIPE=$1
   shift
-  COMMAND="$(settings_of "$RECIPE" recipes/common.sh slurm/job.sh)|sbatch$(options "slurm/$(basename "$RECIPE")")"
+  COMMAND="$(settings_of "$RECIPE" recipes/common.sh slurm/job.sh slurm/srun.sh)|sbatch$(options "slurm/$(basename "$RECIPE")")"
   COMMAND+=" slurm/$(basename "$RECIPE")$( (($# == 0)) || printf ' %q' "$@")"
   RERUN=${COMMAND/|/${ONLY:+ONLY=$(printf '%q' "$ONLY") }} COMMAND=${COMMAND/|/}
   export TIDE_AGAIN=$RERUN

@@ -64,7 +64,7 @@ def test_recipe_saves_and_stops(chain, tmp_path, ranks, number, to_all):
         "DATA": chain.root / "corpus.jsonl",
     }
     options |= {"PYTHON": sys.executable, "RUNS": tmp_path, "NAME": "run", "ONLY": "train convert", "NPROC": ranks}
-    environment = {**os.environ, **{name: str(value) for name, value in options.items()}}
+    environment = {**os.environ, **{name: str(value) for name, value in options.items()}, "CUDA_VISIBLE_DEVICES": ""}
     recipe = subprocess.Popen(
         ["bash", str(REPOSITORY / "recipes" / "distill_16b_to_0.6b.sh"), *FLAGS],
         env=environment,
@@ -86,6 +86,7 @@ def test_recipe_saves_and_stops(chain, tmp_path, ranks, number, to_all):
     assert said == "stage train-tide-cross: stopped on request"
     assert shlex.split(again) == [
         *(f"{name}={options[name]}" for name in ("DATA", "NAME", "NPROC", "PYTHON", "RUNS", "STUDENT", "TEACHER")),
+        "CUDA_VISIBLE_DEVICES=",
         "ONLY=train convert",
         *("bash", "recipes/distill_16b_to_0.6b.sh", *FLAGS),
     ]

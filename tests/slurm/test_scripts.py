@@ -100,14 +100,22 @@ def test_without_slurm_it_names_both_ways():
 def test_the_command_that_goes_on_is_whole():
     """What of the environment and of sbatch's options makes this run, quoted; and not what the script says itself."""
     settings = {"NAME": "my run", "TEACHER": "/a b", "ONLY": "train convert", "DRY_RUN": "0", "OMP_NUM_THREADS": "1"}
+    settings["SRUN_FLAGS"] = "--container-image=/a.sqsh"
     given = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_PER_NODE": "8"}
+    given |= {"SLURM_MEM_PER_NODE": "8192", "SLURM_JOB_RESERVATION": "ours"}
     given |= {"SLURM_JOB_PARTITION": "big", "SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "4600"}
     refused = run("bash", JOBS[0], "--lr", "1e-4", "--name", "a b", **settings, **given)
     again = refused.stdout.partition("; next: ")[2].partition(", or without Slurm")[0]
     assert shlex.split(again) == [
-        *("NAME=my run", "TEACHER=/a b", "ONLY=train convert", "sbatch", "--nodes=2", "--ntasks-per-node=4"),
-        *("--partition=big", "--time=60", JOBS[0], "--lr", "1e-4", "--name", "a b"),
+        *("NAME=my run", "SRUN_FLAGS=--container-image=/a.sqsh", "TEACHER=/a b", "ONLY=train convert", "sbatch"),
+        *("--nodes=2", "--ntasks-per-node=4", "--mem=8192", "--partition=big", "--reservation=ours", "--time=60"),
+        *(JOBS[0], "--lr", "1e-4", "--name", "a b"),
     ]
+    # Of a setting whose default is no empty word, an empty one is another run; the script's own memory is none.
+    script = next(job for job in JOBS if "adapt" in str(job))
+    refused = run("bash", script, PRETRAINING="", NOISE="--mask-count exact", SLURM_MEM_PER_NODE=str(200 * 1024))
+    again = refused.stdout.partition("; next: ")[2].partition(", or without Slurm")[0]
+    assert shlex.split(again) == ["NOISE=--mask-count exact", "PRETRAINING=", "sbatch", str(script)]
 
 
 @pytest.mark.parametrize(
