@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 TEMPORARY = ".tide-tmp-"
 LARGEST_TEXT = 1 << 30  # bytes of a file that is read as a whole
+CHOICE = ".huggingface.yaml"  # of a data folder: which of its files are read, beside README.md
 STAGES = "stages"  # beside the stamps of a recipe's stages: which of them its last run has
 
 

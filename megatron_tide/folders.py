@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.arrow import check_stream, decoded_bytes, kept_by, read_saved
-from megatron_tide.files import fingerprint, open_regular, read_json, read_whole, sha256_file
+from megatron_tide.files import CHOICE, fingerprint, open_regular, read_json, read_whole, sha256_file
 
 _SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of the library's, those of rows of text
-_CHOICE = ".huggingface.yaml"  # which files are read, beside README.md
 _ROWS_IN = (".arrow", ".jsonl", ".parquet")
 _COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _ARCHIVES = (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c")
@@ -121,7 +120,7 @@ def _differ(format: str, files: list[Path]) -> bool:
 
 def _check_formats(folder: Path, builder: Any) -> None:
     """ValueError for rows in another format, which the library would pass over without a word."""
-    if "default" not in builder.config.name or any((folder / one).exists() for one in ("README.md", _CHOICE)):
+    if "default" not in builder.config.name or any((folder / one).exists() for one in ("README.md", CHOICE)):
         return  # they may say what is read
     read = {file.suffix for file in _files(builder)}
     for path in sorted(folder.rglob("*")):
@@ -233,7 +232,7 @@ def _check_own(folder: Path) -> None:
             return super().compose_node(*place)
 
     named: list[tuple[Path, str]] = []
-    for path in (folder / "README.md", folder / _CHOICE):
+    for path in (folder / "README.md", folder / CHOICE):
         text = read_whole(path).decode("utf-8", "replace") if path.exists() else ""
         if text.startswith("\ufeff"):  # the library would overlook the front matter behind it
             raise ValueError(f"{path}: begins with a byte-order mark; save it without one")
@@ -271,6 +270,6 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _digest(folder: Path, name: str | None, split: str) -> str:
-    own = (path for path in folder.rglob("*") if not path.name.startswith(".") or path == folder / _CHOICE)
+    own = (path for path in folder.rglob("*") if not path.name.startswith(".") or path == folder / CHOICE)
     files = sorted(path for path in own if path.is_file())
     return fingerprint([name, split, [(path.relative_to(folder).as_posix(), sha256_file(path)) for path in files]])

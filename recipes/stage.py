@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from megatron_tide import cli, scheduler
 from megatron_tide.cli import Parser, run, say
-from megatron_tide.files import STAGES, atomic_write, fingerprint, read_json, sha256_file
+from megatron_tide.files import CHOICE, STAGES, atomic_write, fingerprint, read_json, sha256_file
 from megatron_tide.lock import RunLock
 
 STOPPED = 130
@@ -94,8 +95,25 @@ def _named_in(path: Path) -> Iterator[Path]:
             yield from [one for one in candidates if _exists(one)][:1]
 
 
+def _chosen_by(folder: Path) -> list[str]:
+    """What a data folder's own descriptions say of the files that are read; not the scores of a README.md."""
+    if (folder / "manifest.json").exists():  # prepared here: nothing is chosen
+        return []
+    texts = [_text_of(folder / name) for name in ("README.md", CHOICE)]
+    return [*re.findall(r"^configs:.*?(?=^[^\s-]|\Z)", texts[0], re.M | re.S), *filter(None, texts[1:])]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace") if path.is_file() else ""
+    except OSError:  # unreadable: the command will say so
+        return ""
+
+
 def fingerprint_of(path: Path) -> str:
-    """sha256 hex of a file, or of a folder's files by name; hidden files and a folder's README.md do not count."""
+    """sha256 hex of a file, or of a folder's files by name; hidden files and a folder's README.md do not count, but for
+    what they say of a data folder's files.
+    """
     files = [path] if not path.is_dir() else [Path(top, name) for top, _, names in os.walk(path) for name in names]
     entries, left = [], HASHED
     for file in sorted(files):
@@ -109,7 +127,7 @@ def fingerprint_of(path: Path) -> str:
             continue
         left -= about.st_size if about.st_size <= left else 0
         entries.append([name, about.st_size, content])
-    return fingerprint(entries)
+    return fingerprint([*entries, *(_chosen_by(path) if path.is_dir() else ())])
 
 
 @dataclass

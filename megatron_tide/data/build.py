@@ -105,9 +105,7 @@ def _conversation(job: PrepareJob, position: int) -> list[Message] | str:
         spec, messages = job.mixture.conversation(position)
     except ValueError:  # one bad row does not stop a mixture of millions; prepare reports it
         return UNREADABLE
-    if spec.max_chars is not None and sum(len(message["content"]) for message in messages) > spec.max_chars:
-        return TOO_LONG
-    return messages
+    return TOO_LONG if spec.is_too_long(messages) else messages
 
 
 def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None:

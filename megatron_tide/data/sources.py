@@ -99,6 +99,10 @@ class SourceSpec:
                 raise ValueError(f'{where}: filter of {column!r} must be a value, a list, or {{"contains": "text"}}')
         return spec
 
+    def is_too_long(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation has more than ``max_chars`` characters."""
+        return self.max_chars is not None and sum(len(one["content"]) for one in messages) > self.max_chars
+
     @property
     def columns(self) -> list[str]:
         """The columns a conversation is made of."""

@@ -52,17 +52,21 @@ def draw_round(
     Rows that ``prepare`` would drop, and those with a prompt of more than ``longest`` tokens, are passed over.
 
     Raises:
-        ValueError: there are fewer rows than ``samples``.
+        ValueError: there are fewer rows than ``samples``, or rows that a student wrote: kept, they would be learnt by
+            heart.
     """
+    written = next((source.spec.path for source in mixture.sources if source.spec.own), None)
+    if written is not None:
+        raise ValueError(f"{written}: the student wrote its responses; draw a round from the corpus itself")
     own = round(share * samples)
     drawn = Round([], [], [], [])
     for position in permutation(len(mixture), seed, number, _STREAM).tolist():
         if len(drawn.asked) + len(drawn.kept) == samples:
             break
         try:
-            _, messages = mixture.conversation(position)
+            spec, messages = mixture.conversation(position)
             split = split_response(messages)
-            if isinstance(split, str):
+            if isinstance(split, str) or spec.is_too_long(messages):
                 continue
             ids = prompt_ids(tokenizer, split[0])
         except TemplateLimit:  # of the template, not of the row

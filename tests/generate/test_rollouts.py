@@ -53,6 +53,20 @@ def test_rows_and_shares_are_exact_and_drawn_by_seed_and_round(chain: Chain) -> 
         drawn(chain, longest=2)
 
 
+def test_rows_of_a_mixture_are_those_that_prepare_takes(chain: Chain, tmp_path: Path) -> None:
+    def of(**source: Any) -> Round:
+        source |= {"path": str(chain.root / "corpus.jsonl")}
+        (tmp_path / "mixture.json").write_text(json.dumps({"sources": [source]}))
+        mixture, tokenizer = open_mixture([str(tmp_path / "mixture.json")]), load_tokenizer(chain.root / "student")
+        return draw_round(mixture, tokenizer, number=1, seed=3, samples=48, share=1.0, longest=LENGTH - 8)
+
+    assert len(of().asked) == 48
+    with pytest.raises(ValueError, match="the data have 0 rows"):
+        of(max_chars=1)
+    with pytest.raises(ValueError, match=r"the student wrote its responses; draw a round from the corpus itself"):
+        of(own=True)
+
+
 class Ranks:
     """Several ranks, one after the other in one process, each with what the ranks before it have written."""
 

@@ -97,6 +97,10 @@ def test_an_edited_file_of_a_folder_or_of_a_mixture_runs_it_again(tmp_path):
         (tmp_path / edited).write_text("b")
         (tmp_path / "folder" / "README.md").write_text("a card of scores is no input")
         assert "changed)" in stage(tmp_path / "one.json", *command).stdout
+    chosen = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: {}\nsize: 1\n---\n{}"
+    for edited, runs in ((("a.csv", ""), True), (("a.csv", "scores"), False), (("b.csv", "scores"), True)):
+        (tmp_path / "folder" / "README.md").write_text(chosen.format(*edited))
+        assert ("changed)" in stage(tmp_path / "one.json", *command).stdout) == runs
 
 
 def test_a_failed_stage_says_so_and_is_not_done(tmp_path):
