@@ -7,6 +7,7 @@ together become one list of positions (source, row), the same on every machine, 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_tide.bounds import LONGEST_NAME, MOST_IDS, shown
 from megatron_tide.files import atomic_write, check_form, fingerprint, read_json, read_whole
+from megatron_tide.hub import one_line
 from megatron_tide.tables import (
     AS_WRITTEN,
     BESIDE,
@@ -30,6 +32,8 @@ from megatron_tide.tables import (
 from megatron_tide.tables import conversation as read_conversation
 
 _CONTAINS = "contains"
+_ASIDE = ("system", "system_prompt", "instruction", "input", "context", "documents", "functions")
+"""Columns in which other formats have a part of a conversation."""
 WRITTEN = {"ids": [range(MOST_IDS)], "order": [range(1, 1 << 31)]}
 """Form of a response as the student wrote it: its tokens, and the pass that decided each."""
 MOST_COPIES, MOST_POSITIONS = 1000, 1 << 27  # of a row, and of a source that is taken more than once
@@ -135,6 +139,10 @@ class DataSource:
                 f"{spec.path}: no column {missing[0]!r}; it has {', '.join(rows.columns)}: name the right ones in a "
                 "mixture file (messages_column, or prompt_column and response_column)"
             )
+        aside = [name for name in rows.columns if name in _ASIDE and name not in needed]
+        if aside:
+            place = f"what it says belongs in {' or '.join(spec.columns)}"
+            print(one_line(f"note: {spec.path}: column {aside[0]!r} is not read; {place}"), file=sys.stderr)
         if not isinstance(rows, JsonLinesTable):  # another column may hold what cannot be read
             rows = rows.only({*needed, *BESIDE})
         return cls(spec, rows, _select(spec, rows))
