@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from megatron_tide.cli import flag, say
 from megatron_tide.commands import BLOCK, COVERAGE_FLOOR, STUDENT_LENGTH, TEACHER_LENGTH, mask_flag, refuse_unused
 
+_LOOKED_AT = 100  # rows, for text that a tokenizer changes
 # On a cluster a job may use fewer cores than the machine has.
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -87,6 +89,8 @@ def run(args: Args, *, to_score: bool = False) -> None:
         ("teacher", args.teacher, args.teacher_length),
     ):
         _warn_of_positions(name, model, length)
+    if encoder.bridge is None:  # which would say how much of the text is the same
+        _tell_changes(encoder.student.tokenizer, mixture)
     job = PrepareJob(
         mixture=mixture.limited(args.limit),
         encoder=encoder,
@@ -117,6 +121,26 @@ def _encoder(args: Args, to_score: bool) -> Any:
     bridge = Bridge.load(args.bridge)
     bridge.check(student, teacher)
     return Encoder(student=side, teacher=other, bridge=bridge)
+
+
+def _tell_changes(tokenizer: Any, mixture: Any) -> None:
+    """Tell of responses, among the first rows, that the tokenizer changes: those are what the model learns to write."""
+    import sys
+
+    from megatron_tide.bridge.changes import first_change
+    from megatron_tide.tables import ASSISTANT
+
+    found: list[str] = []
+    for position in range(min(_LOOKED_AT, len(mixture))):
+        with contextlib.suppress(ValueError):  # rows that are left out
+            _, messages = mixture.conversation(position)
+            found.append(first_change(tokenizer, (one["content"] for one in messages if one["role"] == ASSISTANT)))
+    changed = [*filter(None, found)]
+    if changed:
+        many = f"{len(changed)} of the first {len(found)} rows"
+        say(
+            f"note: the tokenizer changes the text of {many}, as the model will write it: {changed[0]}", file=sys.stderr
+        )
 
 
 def _warn_of_positions(name: str, model: str | None, length: int) -> None:

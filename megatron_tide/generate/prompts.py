@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.bridge.changes import changes, first_change
 from megatron_tide.cli import say
 from megatron_tide.data import PreparedData
 from megatron_tide.generate.complete import Completion, prompt_ids
@@ -29,7 +30,7 @@ class Prompt:
 
     ``begun``: number of trailing ids that belong to the answer already, including masks to fill, ``holes`` of them;
     ``parts``: their texts and numbers of ids, part by part, a hole's text being empty. ``changed``: where the ids stand
-    for another text than the user's, see ``changes``.
+    for another text than the user's, see ``bridge.changes``.
     """
 
     ids: np.ndarray
@@ -52,23 +53,6 @@ class Prompt:
         return said.decode("utf-8", errors="replace")
 
 
-def changes(text: str, spelled: bytes) -> str:
-    """In words, the first place where a tokenizer's tokens, ``spelled``, are not the user's ``text`` (lower case, no
-    accents, fewer spaces, a letter unknown); "" where all are. A space that it writes before a text counts as nothing.
-    """
-    found = spelled.decode("utf-8", errors="replace")
-    found = found if text.startswith(" ") else found.removeprefix(" ")
-    if found == text:
-        return ""
-    place = next((n for n, pair in enumerate(zip(text, found)) if pair[0] != pair[1]), min(len(text), len(found)))
-    return f"{text[place : place + 20]!r} is read as {found[place : place + 20]!r}"
-
-
-def _changed(tokenizer: TextTokenizer, texts: Iterable[str]) -> str:
-    found = (changes(text, tokenizer.encode_with_bytes(text).data) for text in texts)
-    return next(filter(None, found), "")
-
-
 def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> Prompt:
     """A conversation up to its last assistant turn (the reference), or all of it if it does not end with one."""
     reference = None
@@ -76,7 +60,7 @@ def from_messages(tokenizer: TextTokenizer, messages: list[dict[str, str]]) -> P
         messages, reference = messages[:-1], messages[-1]["content"]
     if not messages:
         raise ValueError("a conversation needs a message before the answer")
-    changed = _changed(tokenizer, (message["content"] for message in messages))
+    changed = first_change(tokenizer, (message["content"] for message in messages))
     return Prompt(prompt_ids(tokenizer, messages), messages[-1]["content"], reference, changed=changed)
 
 

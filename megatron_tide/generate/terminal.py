@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from megatron_tide.bridge import TextTokenizer
+from megatron_tide.bridge.changes import first_change
 from megatron_tide.choices import BLOCK_LAYOUTS
 from megatron_tide.generate.complete import BLOCKS, Moment, prompt_ids
-from megatron_tide.generate.prompts import changes
 from megatron_tide.screen import plain, printable
 
 MASKED = "░"
@@ -94,7 +94,7 @@ def chat(
                 raise
             out.write(f"{printable(str(error))}\n(not sent; /new forgets what was said before)\n")
             continue
-        changed = "" if told else changes(message, tokenizer.encode_with_bytes(message).data)
+        changed = "" if told else first_change(tokenizer, [message])
         if changed:
             told = f"(the tokenizer changes text before the model reads it: {changed})\n"
             out.write(printable(told))
