@@ -16,7 +16,8 @@ ADDED_TOKENS = 1 << 14
 TEMPLATE = 1 << 20
 """Characters of a chat template."""
 MERGED_BYTES = 1 << 28
-"""Bytes of all pairs of tokens that join to a token of a tiktoken file (of the largest public one, 2^23)."""
+"""Bytes of all pairs of tokens that join to a token of a tiktoken file (of the largest public one, 2^23), or, of a GGUF
+file, of all pairs that tokens can be cut into."""
 CONFIG = {
     "vocab_size": MOST_IDS,
     "num_hidden_layers": 1 << 10,

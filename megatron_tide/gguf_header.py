@@ -6,18 +6,22 @@ in ``megatron_tide.models.gguf_release`` is a file that it can be given. Tensors
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.bounds import MERGED_BYTES
 from megatron_tide.files import open_regular
 
 MOST_KEYS, MOST_TENSORS, LONGEST_KEY = 1 << 12, 1 << 16, 1 << 10
 LONGEST_VALUE = 1 << 28  # bytes: a file with holes has no need of the disk to be as long as it says
+MOST_ITEMS = 1 << 22  # of all lists together (of the largest public vocabulary, 2^20)
 KEPT = 1 << 10  # of a longer list only the length is kept
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, LIST = 8, 9
@@ -62,9 +66,23 @@ def read_header(path: Path) -> GgufHeader:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file")
+    with _opened(path) as reader:
+        return _read(path, reader)
+
+
+def check_lists(path: Path) -> None:
+    """The errors of ``read_header`` for a file of others whose lists would take all memory in libraries: of too many
+    items, or of tokens of which too many begin with others.
+    """
+    with _opened(path) as reader:
+        _keys(reader)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Reader]:
     with open_regular(path) as file:
         try:
-            return _read(path, _Reader(file))
+            yield _Reader(file)
         except (_DamagedError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a GGUF file that can be used ({error}); write it again") from None
 
@@ -76,6 +94,7 @@ class _DamagedError(Exception):
 class _Reader:
     def __init__(self, file: BufferedReader) -> None:
         self._file, self.size, self.place = file, os.fstat(file.fileno()).st_size, 0
+        self._items = 0
 
     def take(self, count: int) -> bytes:
         if count > LONGEST_VALUE:
@@ -109,9 +128,15 @@ class _Reader:
 
     def items(self) -> Any:
         kind, count = self.number("I"), self.count("items of a list", self.size)
+        self._items += count
+        if self._items > MOST_ITEMS:
+            raise _DamagedError(f"{self._items} items in its lists, which have at most {MOST_ITEMS}")
         if kind == STRING:
+            halves = 0  # bytes of all ways to cut each text in two
             for _ in range(count):
-                self.take(self.count("bytes of a text", self.size))
+                halves += len(self.take(self.count("bytes of a text", self.size))) ** 2
+                if halves > MERGED_BYTES:
+                    raise _DamagedError("a list with longer texts than those of tokens")
             return count
         if kind not in SCALARS:
             raise _DamagedError(f"a list of type {kind}")
@@ -120,15 +145,7 @@ class _Reader:
 
 
 def _read(path: Path, reader: _Reader) -> GgufHeader:
-    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
-        raise _DamagedError("it does not begin as one of version 2 or 3")
-    tensors, keys = reader.count("tensors", MOST_TENSORS), reader.count("keys", MOST_KEYS)
-    values: dict[str, Any] = {}
-    for _ in range(keys):
-        key = reader.text(LONGEST_KEY)
-        if key in values:
-            raise _DamagedError(f"{key!r} twice")
-        values[key] = reader.value()
+    tensors, values = _keys(reader)
     align = values.get("general.alignment", 32)
     if type(align) is not int or align not in {1 << power for power in range(3, 13)}:
         raise _DamagedError(f"an alignment of {str(align)[:20]}")
@@ -143,6 +160,20 @@ def _read(path: Path, reader: _Reader) -> GgufHeader:
         if offset % align or begin + offset + stored.size > reader.size:
             raise _DamagedError(f"tensor {name!r} lies outside the file's {reader.size} bytes")
     return GgufHeader(path, values, {name: stored for name, (stored, _) in found.items()})
+
+
+def _keys(reader: _Reader) -> tuple[int, dict[str, Any]]:
+    """The number of tensors, and the values."""
+    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
+        raise _DamagedError("it does not begin as one of version 2 or 3")
+    tensors, keys = reader.count("tensors", MOST_TENSORS), reader.count("keys", MOST_KEYS)
+    values: dict[str, Any] = {}
+    for _ in range(keys):
+        key = reader.text(LONGEST_KEY)
+        if key in values:
+            raise _DamagedError(f"{key!r} twice")
+        values[key] = reader.value()
+    return tensors, values
 
 
 def _tensor(name: str, reader: _Reader) -> tuple[Stored, int]:

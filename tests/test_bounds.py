@@ -71,7 +71,7 @@ def test_a_file_with_holes_is_not_read_as_long_as_it_says(tmp_path: Path) -> Non
         file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + value)
         os.truncate(file, 2 * long)
         with pytest.raises(
-            ValueError, match=r"a\.gguf: not a GGUF file that can be used \(a value of 68719476736 bytes"
+            ValueError, match=r"a\.gguf: not a GGUF file that can be used \((a value of )?68719476736 (bytes|items)"
         ):
             read_header(file)
     shard = tmp_path / "part.safetensors"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_tide.gguf_header import check_lists
 from megatron_tide.models.families import parameter_count
 
 PARAMETERS_PER_BYTE = 8  # the smallest quantization takes more than one bit for each
@@ -27,6 +28,10 @@ def gguf_to_folder(file: Path, folder: Path) -> None:
         raise ValueError(f"{file}: no such file")
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         raise ValueError(f"{file}: needs {' and '.join(missing)}; pip install -r requirements-real.txt")
+    try:
+        check_lists(file)
+    except ValueError as error:
+        raise _unreadable(file, ValueError(str(error).removeprefix(f"{file}: "))) from None
     with tempfile.TemporaryDirectory(prefix="tide-gguf-") as alone:  # transformers reads what lies beside it, too
         Path(alone, "model.gguf").symlink_to(file.resolve())
         _write(file, alone, folder)

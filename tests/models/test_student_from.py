@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,14 @@ def test_a_gguf_file_is_the_same_model(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "a").fingerprint == new.fingerprint
 
 
+def list_of(file: Path, texts: list[str], count: int) -> Path:
+    """A header with one list, said to be of ``count`` texts, in a file of 5 MB."""
+    items = b"".join(struct.pack("<Q", len(text)) + text.encode() for text in texts)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 8, count) + items)
+    os.truncate(file, 5 << 20)
+    return file
+
+
 def test_a_broken_gguf_file_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="NOT TESTED: gguf is not installed (requirements-real.txt)")
     source = ar_folder(tmp_path / "source", "llama")
@@ -226,6 +236,9 @@ def test_a_broken_gguf_file_is_refused(tmp_path: Path) -> None:
     refuse(
         write_gguf(tmp_path / "less.gguf", source, drop="ffn_up"), tmp_path / "out", "is missing or has another shape"
     )
+    many = ["a" * size for size in range(1000)]
+    for texts, count, said in ((many, 1000, "longer texts"), ([], 1 << 22 | 1, "items in its lists")):
+        refuse(list_of(tmp_path / "list.gguf", texts, count), tmp_path / "out", said)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 900}))
     lies = write_gguf(tmp_path / "lies.gguf", source, drop="blk")
