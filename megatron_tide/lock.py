@@ -2,8 +2,9 @@
 
 The holder touches the file every BEAT seconds. A lock that was not touched for STALE seconds has expired: its job was
 killed, or its node is down. It expires at once if the process is known to have ended: it no longer exists on this
-machine (same boot, same process namespace), or it is an earlier attempt of this job. Containers that share a host name
-but not a process namespace cannot see each other's processes, so between them only the touches count.
+machine (same boot, same process namespace), or it is an earlier attempt of this job; and not at all while that process
+is there, if only stopped. Containers that share a host name but not a process namespace cannot see each other's
+processes, so between them only the touches count.
 """
 
 from __future__ import annotations
@@ -128,7 +129,10 @@ def locked(folder: Path, world: Any) -> Iterator[None]:
 
 
 def _is_live(path: Path, holder: dict[str, Any]) -> bool:
-    return not _ended(holder) and abs(_age(path)) < STALE  # a date in the future: not touched since
+    if _ended(holder):
+        return False
+    # A process that is stopped (Ctrl-Z) does not touch it. A date in the future: not touched since.
+    return _is_of_here(holder) and _started(holder["pid"]) != "" or abs(_age(path)) < STALE
 
 
 def _age(path: Path) -> float:
@@ -207,12 +211,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _ended(holder: dict[str, Any]) -> bool:
     """Whether the holder is known to have ended."""
-    mine, pid = _myself(), holder.get("pid")
+    mine = _myself()
     same_job = bool(holder.get("job")) and all(holder.get(name, "") == mine[name] for name in ("job", "cluster"))
     if same_job and _number(holder.get("attempt")) < _number(mine["attempt"]):
         return True
+    return _is_of_here(holder) and holder.get("started") != _started(holder["pid"])
+
+
+def _is_of_here(holder: dict[str, Any]) -> bool:
+    """Whether the holder's process id is one of those that this process sees."""
+    mine = _myself()
     here = bool(mine["boot"]) and all(holder.get(name) == mine[name] for name in ("host", "boot", "processes"))
-    return here and isinstance(pid, int) and holder.get("started") != _started(pid)
+    return here and isinstance(holder.get("pid"), int)
 
 
 def _number(attempt: object) -> int:

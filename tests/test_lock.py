@@ -240,6 +240,14 @@ def test_one_that_waits_gets_it_when_the_holder_has_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stopped_process_keeps_its_lock(tmp_path):
+    with RunLock(tmp_path):
+        os.utime(tmp_path / ".lock", (1, 1))  # as long after Ctrl-Z
+        assert lock.is_held(tmp_path / ".lock")
+        with pytest.raises(ValueError, match="in use by"):
+            RunLock(tmp_path).__enter__()
+
+
 def test_held_or_not(tmp_path):
     assert not lock.is_held(tmp_path / ".lock")
     with RunLock(tmp_path):

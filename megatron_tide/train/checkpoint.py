@@ -6,8 +6,8 @@ leaves the earlier checkpoints intact. Any ZeRO stage, offload and world size re
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -165,5 +165,8 @@ def _prune(run_folder: Path, newest: Path, keep: int) -> None:
     """
     steps = [folder for folder in step_folders(run_folder) if folder.name <= newest.name]
     for old in [folder for folder in steps if (folder / CHECKSUMS).is_file()][:-keep]:
-        shutil.rmtree(old)
+        for path in (old / CHECKSUMS, old / STATE, *old.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has files of the user
+            old.rmdir()
     remove_drafts(run_folder, PREFIX)

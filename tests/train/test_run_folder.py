@@ -36,10 +36,20 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
     monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
     for step in (1, 2):
         if step == 2:
-            monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+            monkeypatch.setattr(checkpoint, "remove_drafts", refuse)
         saved = checkpoint.save(tmp_path, None, TrainState(step=step, total_steps=2), {}, WORLD, keep=1)
         assert (saved / "checksums.json").exists()
     assert "warning: an old checkpoint cannot be removed ([Errno 5] Input/output error)" in capsys.readouterr().out
+
+
+def test_notes_beside_an_old_checkpoint_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
+    first = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=3), {}, WORLD, keep=1)
+    (first / "notes.md").touch()
+    for step in (2, 3):
+        checkpoint.save(tmp_path, None, TrainState(step=step, total_steps=3), {}, WORLD, keep=1)
+    assert [path.name for path in first.iterdir()] == ["notes.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 SIDE = dict.fromkeys(("vocab_size", "mask_id", "eos_id", "pad_id", "length", "block"), 8) | {
