@@ -34,6 +34,7 @@ from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.files import is_replaceable
 from megatron_tide.hub import check_hub_name
 from megatron_tide.screen import clean_output, printable, traceback_of, words_of
 
@@ -395,5 +396,5 @@ def _check_path(about: Mapping[str, Any], name: str, path: Path) -> None:
     if about.get("writes") == "file":
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"{name} {path}: {'is a folder' if path.is_dir() else f'no such folder {path.parent}'}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{name} {path}: cannot be written")
+        if not (is_replaceable(path) and os.access(path.parent, os.W_OK)):  # it is made beside what it replaces
+            raise ValueError(f"{name} {path}: cannot be written; use another file")

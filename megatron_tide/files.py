@@ -88,12 +88,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_replaceable(path: Path) -> bool:
+    """Whether a file can take the place of ``path``: nothing or a file is there, and it is none of the system's paths,
+    which may stand for a file now, as /dev/stdout.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    return (path.is_file() or not path.exists()) and folder != Path("/dev") and not folder.is_relative_to("/proc")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[tuple[Path, int]]:
     """A new, empty file to fill, by its name or its descriptor, which takes the place of ``path`` at the end of the
     block: on the disk and complete, or not at all. If the block fails it is removed, and an existing ``path`` is
-    unchanged; an OSError names ``path``.
+    unchanged; an OSError names ``path``. What is no file, such as /dev/null, is refused: it would be one afterwards.
     """
+    if not is_replaceable(path):
+        raise OSError(f"{path}: not a regular file, and is not replaced; give the name of one")
     temporary, descriptor = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"), -1
     try:
         descriptor = create_new(temporary)

@@ -132,7 +132,7 @@ def _is_live(path: Path, holder: dict[str, Any]) -> bool:
     if _ended(holder):
         return False
     # A process that is stopped (Ctrl-Z) does not touch it. A date in the future: not touched since.
-    return _is_of_here(holder) and _started(holder["pid"]) != "" or abs(_age(path)) < STALE
+    return (_is_of_here(holder) and _started(holder["pid"]) != "") or abs(_age(path)) < STALE
 
 
 def _age(path: Path) -> float:

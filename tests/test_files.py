@@ -116,3 +116,20 @@ def test_only_regular_files_are_read(tmp_path):
     for name in ("link", "fifo", "."):
         with pytest.raises(OSError, match=r"regular|symbolic"):
             read_regular(tmp_path / name, 3)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    path = tmp_path / "scores.json"
+    make(path)
+    before = path.lstat()
+    with pytest.raises(OSError, match=r"scores\.json: not a regular file, and is not replaced"):
+        atomic_write(path, b"{}")
+    assert path.lstat() == before
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "/dev/none-of-it"])
+def test_nothing_of_the_system_is_replaced(monkeypatch, path):
+    monkeypatch.setattr(files, "create_new", lambda path: pytest.fail("it would be"))
+    with pytest.raises(OSError, match="not a regular file"):
+        atomic_write(Path(path), b"{}")

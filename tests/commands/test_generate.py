@@ -62,6 +62,7 @@ def test_chat(lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         (["--chat", "--json", "a.jsonl"], "--json"),
         (["--prompt", "x", "--json", "nowhere/a.jsonl"], "no such folder nowhere"),
         (["--prompt", "x", "--json", "."], "is a folder"),
+        (["--prompt", "x", "--json", "/dev/null"], "--json /dev/null: cannot be written"),
         (["--prompt", "x", "--infill", "no hole"], "<mask:N>"),
         (["--prompt", "x", "--infill", ""], "<mask:N>"),
         (["--prompt", "x", "--infill", "<mask:1>", "--steps", "4"], "--steps applies to answers that are written"),
