@@ -14,11 +14,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
   { printf 'error: PYTHON=%s is not Python %s; give one that is\n' "$PYTHON" "$PYTHON_VERSION" >&2; exit 2; }
 
 pinned() { grep -h "^$1==" requirements.txt requirements-real.txt tests/requirements.txt; }
-if [[ -e $out && -n $(find "$out" -mindepth 1 ! -name '*.whl' ! -name names -print -quit) ]]; then
-  printf 'error: %q holds other files than wheels, and is emptied first; give another folder\n' "$out" >&2
+if [[ -e $out ]] && { [[ ! -f $out/names ]] || [[ -n $(find "$out" -mindepth 1 ! -name '*.whl' ! -name names -print -quit) ]]; }; then
+  printf 'error: %q is not a folder of this script, which is emptied first; give another one, or remove it\n' "$out" >&2
   exit 2
 fi
-rm -rf "$out" && mkdir -p "$out"
+rm -rf "$out" && mkdir -p "$out" && : >"$out/names"
 # Its compiled parts are left out: they are made on first use, by the machine's own compiler.
 DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$out" "$(pinned deepspeed)"
 "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir "$out" hjson
