@@ -21,7 +21,7 @@ from lm_eval.api.model import LM, hash_args
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from megatron_tide.bounds import shown
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
@@ -33,7 +33,7 @@ from megatron_tide.files import fingerprint, read_json
 from megatron_tide.generate import complete
 from megatron_tide.generate.copies import shared
 from megatron_tide.generate.identity import code, identity
-from megatron_tide.models.autoregressive import end_tokens, load_autoregressive, most_rows
+from megatron_tide.models.autoregressive import end_tokens, load_autoregressive, most_rows, only_numbers
 from megatron_tide.models.families import family_of
 from megatron_tide.models.sampling_a2d import BLOCKS_AT_ANSWER
 from megatron_tide.training_checkpoint import generation_of, open_model
@@ -262,6 +262,7 @@ class AutoregressiveGenerator(Generator, HFLM):
                 **padded,
                 max_new_tokens=tokens,
                 stopping_criteria=StoppingCriteriaList([ends]),
+                logits_processor=LogitsProcessorList([only_numbers]),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
                 **drawn,

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.generate.complete import UNFINISHED, Completion, Moment, Writer, batches_by_length, check_prompts
-from megatron_tide.models.autoregressive import end_tokens, most_rows
+from megatron_tide.models.autoregressive import end_tokens, most_rows, only_numbers
 from megatron_tide.models.sampling_a2d import DEFAULT_NEW_TOKENS
 
 _BLOCKS_ONLY = ("eos_in_order", "tokens_per_step", "steps", "threshold", "least_confident_first")
@@ -46,7 +46,9 @@ def answers(
         rule = GenerationConfig(pad_token_id=tokenizer.pad_id, **limits, **drawn)  # in place of the checkpoint's own
         with torch.random.fork_rng():
             torch.manual_seed(seed + places[0] if isinstance(seed, int) else seed[places[0]])
-            found = model.generate(ids, attention_mask=seen, generation_config=rule)
+            found = model.generate(
+                ids, attention_mask=seen, generation_config=rule, logits_processor=LogitsProcessorList([only_numbers])
+            )
         yield {
             place: _completion(tokenizer, row.tolist(), ends, prompt)
             for place, row, prompt in zip(places, found[:, width:], rows)
@@ -65,7 +67,10 @@ def stream(
     while len(written) < most and not (written and written[-1] in ends):
         with torch.inference_mode():
             found = model(input_ids=feed, past_key_values=cache, use_cache=True)
-        cache, logits_V = getattr(found, "past_key_values", None), found.logits[0, -1].float().cpu().clone()
+        cache, logits_V = (
+            getattr(found, "past_key_values", None),
+            only_numbers(feed, found.logits[0, -1].float().cpu().clone()),
+        )
         if len(written) < least:
             logits_V[ends] = -torch.inf
         share = torch.softmax(logits_V / heat, 0) if heat else None

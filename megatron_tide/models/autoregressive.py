@@ -91,3 +91,11 @@ def end_tokens(model: Any, eos_id: int) -> list[int]:
     """The ids that end an answer: those of the tokenizer, of config.json and of generation_config.json."""
     named = [model.config.eos_token_id, model.generation_config.eos_token_id, eos_id]
     return sorted({index for ids in named if ids is not None for index in (ids if isinstance(ids, list) else [ids])})
+
+
+def only_numbers(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A logits processor of transformers: ``scores``, ValueError where some are not numbers, of which it would take the
+    first token."""
+    if bool(scores.isnan().any()):
+        raise ValueError("generate: the model's outputs are not numbers; its weights or precision are broken")
+    return scores

@@ -141,8 +141,7 @@ def _warn_if_longer(model: Any, length: int) -> None:
 
 def _place(model: Any) -> tuple[torch.device, bool]:
     """The device that passes begin and end on, and whether accelerate moves weights or hidden states between devices:
-    then the head's weight may be on none.
-    """
+    then the head's weight may be on none."""
     moved = getattr(getattr(model, "lm_head", None), "_hf_hook", None)
     if (device := getattr(moved, "execution_device", None)) is not None:
         return torch.device(device), True
@@ -228,10 +227,7 @@ class BlockDecoder:
 
     @torch.no_grad()
     def run(self) -> Iterator[bool]:
-        """Decode block after block; after every pass, yields whether it has finished its block.
-
-        After that ``tokens_BL`` and ``undecided_BL`` change again.
-        """
+        """Decode block after block; after every pass, yields whether its block is finished; then all changes again."""
         rule = self.rule
         # Otherwise the number of passes is known: each decides ``tokens_per_step`` tokens of a row that has so many.
         asks = not self.static or rule.threshold is not None or (rule.eos_in_order and rule.tokens_per_step > 1)
@@ -240,12 +236,16 @@ class BlockDecoder:
             start = max(0, end - rule.block_size)
             self.turn.zero_()
             left = -(-int(self._open(start, end).sum(-1).max()) // rule.tokens_per_step)
-            while left:
+            last = self.passes + rule.block_size
+            while left and self.passes < last:
                 self._pass(end)
                 left = int(self._open(start, end).any()) if asks else left - 1
                 yield not left
-            ended_A = self._ends(start, end).any(-1)
-            self._continue((self.live_A & (self.blocks_dev_B[self.rows_A] > number + 1) & ~ended_A).tolist())
+            alive_A = self.live_A & (self.blocks_dev_B[self.rows_A] > number + 1) & ~self._ends(start, end).any(-1)
+            *alive, stuck = torch.cat((alive_A, self._open(start, end).any().view(1))).tolist()
+            if stuck:
+                raise ValueError("generate: the model's outputs are not numbers; its weights or precision are broken")
+            self._continue(alive)
             if not len(self.rows_A):
                 return
 

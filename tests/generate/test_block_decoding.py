@@ -338,6 +338,20 @@ def test_without_a_graph_each_pass_is_launched(model: Any, monkeypatch: pytest.M
     assert torch.equal(fixed.completions()[0], plainly.completions()[0])
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("threshold", [None, 0.9])
+def test_outputs_that_are_no_numbers_end_it_in_one_line(
+    model: Any, monkeypatch: pytest.MonkeyPatch, static: bool, threshold: float | None
+) -> None:
+    head = model.head
+    monkeypatch.setattr(model, "head", lambda hidden: head(hidden) * torch.nan, raising=False)
+    ids = {"mask_token_id": MASK, "eos_token_ids": ENDS, "pad_token_id": PAD}
+    rule = DecodingRule(block_size=BLOCK, max_new_tokens=9, threshold=threshold, **ids)
+    with pytest.raises(ValueError, match="the model's outputs are not numbers"):
+        list(BlockDecoder(model, [torch.tensor(prompts_of((6,), 8)[0])], rule, [0], static).run())
+
+
 def test_rows_that_ended_leave_the_batch(model: Any) -> None:
     """A row whose answer has ended costs no more: the last passes see fewer rows."""
     rule = DecodingRule(block_size=BLOCK, mask_token_id=MASK, eos_token_ids=ENDS, pad_token_id=PAD, max_new_tokens=24)

@@ -50,6 +50,19 @@ def test_likeliest_tokens(made: tuple[Any, TextTokenizer], batch_size: int) -> N
         assert "".join(moment.new_text for moment in moments) == found[place].text
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs_that_are_no_numbers_end_it_in_one_line(
+    made: tuple[Any, TextTokenizer], monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    model, tokenizer = made
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: hidden.new_full((*hidden.shape[:-1], 64), torch.nan))
+    prompt = from_text(tokenizer, "hi").ids
+    for asked in (stream(model, tokenizer, prompt, temperature=temperature, seed=0),
+                  answers(model, tokenizer, [prompt], temperature=temperature, max_new_tokens=2, seed=0)):  # fmt: skip
+        with pytest.raises(ValueError, match="the model's outputs are not numbers"):
+            list(asked)
+
+
 def test_draws_do_not_depend_on_the_batch(made: tuple[Any, TextTokenizer]) -> None:
     model, tokenizer = made
     prompts = [from_text(tokenizer, text).ids for text in ("one", "two and more", "three")]
