@@ -342,6 +342,12 @@ def preset_and_file(given: Mapping[str, Any]) -> dict[str, Any]:
     preset = PRESETS[given.get("preset", "paper")].flags(run["strategy"], run["bridge"])
     if run.get("global_batch_size", 0) % preset.get("micro_batch_size", 1):
         del preset["micro_batch_size"]  # a cut of the preset's own batch, which does not fit this one
+    unlike = [name for name in preset if from_file.get(name) != preset[name]]
+    if "preset" in given and unlike and preset.keys() <= from_file.keys():
+        raise ValueError(
+            f"--preset {given['preset']} changes nothing: --config {given['config']} states all of its flags, such as "
+            f"{unlike[0]} = {from_file[unlike[0]]!r}; leave one of the two out"
+        )
     return {**preset, **from_file}
 
 

@@ -66,6 +66,13 @@ def test_a_file_and_the_command_line_come_first(tmp_path: Path) -> None:
     run = cli.parse(distill, ["--config", str(file), "--no-tidal-midrange"]).run
     assert (run.train.global_batch_size, run.strategy.tidal_midrange) == (32, False)
     assert cli.parse(distill, ["--config", str(file)]).run.strategy.tidal_midrange
+    assert cli.parse(distill, ["--config", str(file), "--preset", "ours"]).run.strategy.tidal == "off"
+    file.write_text(json.dumps({"config": DistillConfig().to_dict()}))  # states everything
+    with pytest.raises(
+        ValueError, match=r"--preset ours changes nothing: --config .*run\.json states all of its flags"
+    ):
+        cli.parse(distill, ["--config", str(file), "--preset", "ours"])
+    cli.parse(distill, ["--config", str(file), "--preset", "paper"])
 
 
 @pytest.mark.parametrize(("batch", "micro_batch"), [(64, 4), (160, 5), (8, 4)])
