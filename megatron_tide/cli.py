@@ -20,7 +20,6 @@ walk also reads the JSON of ``--config``.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -34,14 +33,13 @@ from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tide.errors import is_of_users, shows_traceback, tell
 from megatron_tide.files import is_replaceable
 from megatron_tide.hub import check_hub_name
-from megatron_tide.screen import clean_output, printable, traceback_of, words_of
+from megatron_tide.screen import clean_output, printable
 
 PROGRAM = "python -m megatron_tide"
-EXIT_USER_ERROR = 2
 COMMAND_LINE = "command line"
-EXIT_INTERRUPTED = 130
 _INF = float("inf")
 MOST = 2**63 - 1
 """Of any number of the command line."""
@@ -176,6 +174,8 @@ def check_paths(args: Any) -> None:
 
 def check_model_path(path: str, *, gguf: bool = False) -> None:
     """ValueError unless ``path`` is a folder, or could be a name on the hub; or, with ``gguf``, a GGUF file."""
+    if not path:
+        raise ValueError("the name of a model is empty; give a folder, or a name on the hub")
     if path.endswith(".gguf") and not Path(path).is_dir():
         if not Path(path).exists():
             raise ValueError(f"{path}: no such file")
@@ -201,49 +201,19 @@ def call(command: Any, argv: Sequence[str], prog: str) -> int:
 
 
 def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Call ``main(argv)`` and exit with its status; ValueError and OSError become one line and status 2.
+    """Call ``main(argv)`` and exit with its status; an error that its user can mend becomes one line and status 2.
 
-    A ValueError means that the user can fix the problem; anything else is a bug and keeps its traceback.
-    ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those two as well.
+    Such are ValueError, OSError and too little memory; anything else is a bug and keeps its traceback.
+    ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those as well.
     """
     clean_output()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
-    except (KeyboardInterrupt, ValueError, OSError) as error:
-        if isinstance(error, (ValueError, OSError)) and os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
+    except (KeyboardInterrupt, Exception) as error:
+        if not isinstance(error, KeyboardInterrupt) and (shows_traceback() or not is_of_users(error)):
             raise
         status = tell(error)
     sys.exit(status or 0)
-
-
-def tell(error: BaseException) -> int:
-    """Print an error as :func:`run` does, once; its exit status."""
-    known = vars(error)
-    if _TOLD not in known:
-        status, text = _told(error)
-        known[_TOLD] = status
-        if text:
-            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: the status is left to say it
-                print(text, file=sys.stderr, flush=True)
-    status = known[_TOLD]
-    assert isinstance(status, int)
-    return status
-
-
-_TOLD = "told by megatron_tide"  # no name that an error of a library has
-
-
-def _told(error: BaseException) -> tuple[int, str]:
-    """The status that an error ends a process with, and the words for its user."""
-    if isinstance(error, SystemExit):
-        if isinstance(error.code, int):
-            return error.code & 255 or int(error.code != 0), ""
-        return int(error.code is not None), "" if error.code is None else words_of(error)
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED, "interrupted"
-    if not isinstance(error, (ValueError, OSError)) or os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1":
-        return 1, traceback_of(error).removesuffix("\n")
-    return EXIT_USER_ERROR, f"error: {printable(' '.join(words_of(error).split()), keep='')}"
 
 
 def say(text: object, **more: Any) -> None:
@@ -263,6 +233,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         message = message.removeprefix("argument ")
         raise ValueError(f"{message if len(message) < 300 else message[:150] + ' ...'} (see {self.prog} --help)")
+
+
+def _path(text: str) -> Path:
+    """A path of the command line; an empty one, as of an unset variable, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 def number(kind: type[int] | type[float], low: float = -MOST, high: float = MOST) -> Callable[[str], float]:
@@ -307,7 +284,7 @@ def _add(group: Any, info: Field[Any], hint: Any) -> None:
             off = {"dest": info.name, "action": "store_false", "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
             group.add_argument(f"--no-{flag_name(info)[2:]}", **off)
         return
-    options |= {"type": kind, "choices": about["choices"], "metavar": about["metavar"]}
+    options |= {"type": _path if kind is Path else kind, "choices": about["choices"], "metavar": about["metavar"]}
     if not (about["choices"] or about["metavar"]):
         options["metavar"] = info.name.upper() if about["kind"] == "positional" else kind.__name__.upper()
     if about["kind"] == "repeated":

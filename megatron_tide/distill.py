@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_tide import cli
 from megatron_tide.config import DistillArgs, DistillConfig, preset_and_file
+from megatron_tide.errors import EXIT_INTERRUPTED
 from megatron_tide.files import write_json
 
 Args, defaults = DistillArgs, preset_and_file
@@ -41,11 +42,13 @@ def run(args: DistillArgs) -> int:
 def dry_run(config: DistillConfig) -> int:
     """Everything that can be checked without loading weights; prints the run."""
     from megatron_tide.gpus import refuse_idle_gpu
+    from megatron_tide.train.build import check_models
     from megatron_tide.train.distributed import launched_ranks
     from megatron_tide.train.inputs import read_run_inputs
 
     refuse_idle_gpu()
     inputs = read_run_inputs(config, launched_ranks())
+    check_models(config, inputs)
     cli.say(inputs.note, end="\n" * bool(inputs.note), file=sys.stderr)
     print(json.dumps({**inputs.run, "data": inputs.data.fingerprint}, indent=1))
     steps = f"{len(inputs.steps)} steps of {config.train.global_batch_size} samples"
@@ -79,7 +82,7 @@ def train(config: DistillConfig, world: Any) -> int:
     finished = state.step == inputs.steps.stop
     how = "finished" if finished else "stopped on request, checkpoint saved; run the same command again to continue"
     world.print_rank0(f"step {state.step}/{inputs.steps.stop}: {how} ({out})")
-    return 0 if finished else cli.EXIT_INTERRUPTED
+    return 0 if finished else EXIT_INTERRUPTED
 
 
 def main(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 TEMPORARY = ".tide-tmp-"
 LARGEST_TEXT = 1 << 30  # bytes of a file that is read as a whole
+LARGEST_JSON = 1 << 27  # bytes of a JSON file: its objects take up to 20 times as much memory
 CHOICE = ".huggingface.yaml"  # of a data folder: which of its files are read, beside README.md
 STAGES = "stages"  # beside the stamps of a recipe's stages: which of them its last run has
 
@@ -62,12 +63,13 @@ def open_to_append(path: Path) -> TextIO:
     return os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
 
 
-def read_whole(path: Path) -> bytes:
+def read_whole(path: Path, most: int = LARGEST_TEXT) -> bytes:
     """All bytes of a file that is read as a whole. OSError where it is no regular file, or too large for one."""
     with open_regular(path) as file:
-        content = file.read(LARGEST_TEXT + 1)
-    if len(content) > LARGEST_TEXT:
-        raise OSError(f"{path}: more than {LARGEST_TEXT} bytes, which no such file has; restore it")
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else b""
+    if max(size, len(content)) > most:
+        raise OSError(f"{path}: more than {most} bytes, which no such file has; restore it")
     return content
 
 
@@ -245,7 +247,7 @@ def read_json(path: Path, hint: str = "", form: Any = None) -> dict[str, Any]:
     """
     tail = f"; {hint}" if hint else ""
     try:
-        value = json.loads(read_whole(path).decode("utf-8-sig"))
+        value = json.loads(read_whole(path, LARGEST_JSON).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file{tail}") from None
     except OSError as error:

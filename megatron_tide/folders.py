@@ -67,6 +67,9 @@ def open_folder(
 
 def open_parquet(path: Path) -> tuple[Any, str]:
     """``open_folder`` for one Parquet file."""
+    with open_regular(path) as file:
+        if file.read(4) != b"PAR1":
+            raise ValueError("not a Parquet file")
     content = sha256_file(path)
     builder = _builder("parquet", kept_by(content), data_files=str(path), inside=[path.resolve()])
     return _rows(builder, "train"), content

@@ -46,6 +46,11 @@ _TEXTS = ("text", "input_text", "output_text")  # types of a part of a content t
 
 UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the data or in the column settings
 
+_HOPELESS = 1 << 17
+"""Rows at the head of a file: where none of them can be read, it is no file of rows, and is not read further."""
+_LONGEST = 1 << 32  # bytes of a row: there, too, a file is not read further
+_KEPT = 1000  # messages that are kept of bad rows; the others are only counted
+
 _BOM = b"\xef\xbb\xbf"
 ROW_BYTES = 1 << 24
 """Bytes of one row; a longer one is a bad row, of which no more is read."""
@@ -61,16 +66,22 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
     Raises:
         ValueError: a row is not an object; with ``bad``, the row is skipped and the message is appended to ``bad``.
     """
+    none_yet = True
     for number, _, line in _lines(path):
         where = f"{path}:{number}"
         try:
             row = _parse(line, where)
         except ValueError as error:
-            if bad is None:
+            if bad is None or (none_yet and number > _HOPELESS):
                 raise
-            bad.append(str(error))
+            _leave_out(bad, str(error))
             continue
+        none_yet = False
         yield where, row
+
+
+def _leave_out(bad: list[str], reason: str) -> None:
+    bad.append(reason if len(bad) < _KEPT else "")
 
 
 def good_rows(
@@ -81,7 +92,7 @@ def good_rows(
         try:
             made = read(row, where)
         except ValueError as error:
-            bad.append(str(error) if str(error).startswith(where) else f"{where}: {error}")
+            _leave_out(bad, str(error) if str(error).startswith(where) else f"{where}: {error}")
             continue
         yield made
 
@@ -163,9 +174,11 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             number += 1
             if line.removeprefix(_BOM).strip():
                 yield number, position, line
-            position += len(line)
+            begin, position = position, position + len(line)
             while line[-1:] != b"\n" and (line := file.readline(ROW_BYTES)):  # the rest of a row that is too long
                 position += len(line)
+                if position - begin > _LONGEST:
+                    raise ValueError(f"{path}:{number}: a row of more than {_LONGEST:,} bytes; this is no file of rows")
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
@@ -229,6 +242,8 @@ class JsonLinesTable:
                     readable += 1
                 except ValueError as error:
                     first_error = first_error or error
+                    if not columns and number > _HOPELESS:
+                        break
             starts.append(start)
             lines.append(number)
         if first_error and not columns:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import files
-from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_regular, remove_drafts
+from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_json, read_regular, remove_drafts
 
 
 def test_a_link_at_the_temporary_name_is_replaced_and_not_followed(tmp_path):
@@ -133,3 +133,10 @@ def test_nothing_of_the_system_is_replaced(monkeypatch, path):
     monkeypatch.setattr(files, "create_new", lambda path: pytest.fail("it would be"))
     with pytest.raises(OSError, match="not a regular file"):
         atomic_write(Path(path), b"{}")
+
+
+def test_a_json_file_too_large_for_one_is_not_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(50 << 30)
+    with pytest.raises(ValueError, match=r"config.json: cannot be read .*more than 134217728 bytes"):
+        read_json(tmp_path / "config.json")

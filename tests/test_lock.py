@@ -151,7 +151,7 @@ def test_all_ranks_are_refused_alike_where_rank_0_cannot_write(tmp_path):
 
 @pytest.mark.ranks
 def test_a_second_training_run_is_refused(chain, tmp_path):
-    from megatron_tide import cli
+    from megatron_tide import errors
 
     process = holder(tmp_path / "run")
     try:
@@ -161,7 +161,7 @@ def test_a_second_training_run_is_refused(chain, tmp_path):
             text=True,
             timeout=120,
         )
-        assert finished.returncode == cli.EXIT_USER_ERROR
+        assert finished.returncode == errors.EXIT_USER_ERROR
         assert "in use by another run" in finished.stderr.splitlines()[-1]
         assert "; stop that run or wait for it" in finished.stderr.splitlines()[-1]
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_tide import cli
+from megatron_tide import errors
 from megatron_tide.ranks import again, stated
 from megatron_tide.screen import LONGEST_WORDS, words_of
 
@@ -44,7 +44,8 @@ ERRORS = [
     (OSError(), 2, "error: OSError\n", "OSError"),
     (Told("here"), 1, "Told: here\n", "Told: here"),
     (Panic("at the disk"), 1, "Panic: at the disk\n", "Panic: at the disk"),
-    (MemoryError(), 1, "MemoryError\n", "MemoryError"),
+    (MemoryError(), 2, "error: out of memory (MemoryError)\n", "MemoryError"),
+    (RuntimeError("can't allocate memory"), 2, "(can't allocate memory)\n", "RuntimeError: can't allocate memory"),
     (SystemExit("no disk"), 1, "no disk\n", "SystemExit: no disk"),
     (SystemExit(256), 1, "", "SystemExit: 256"),
     (SystemExit(2**40 + 7), 7, "", f"SystemExit: {2**40 + 7}"),
@@ -57,7 +58,7 @@ ERRORS = [
 def test_every_error_is_told_once_and_stated_to_other_ranks(
     capsys: pytest.CaptureFixture[str], error: BaseException, status: int, end: str, text: str
 ) -> None:
-    assert (cli.tell(error), cli.tell(error)) == (status, status)
+    assert (errors.tell(error), errors.tell(error)) == (status, status)
     printed = capsys.readouterr().err
     assert printed.endswith(end)
     assert printed.count(end.strip() or "none") == bool(end)
@@ -68,7 +69,7 @@ def test_every_error_is_told_once_and_stated_to_other_ranks(
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_of_ten_megabytes_the_start_is_told(capsys: pytest.CaptureFixture[str], kind: type[Exception]) -> None:
     error = kind("x" * 10**7)
-    cli.tell(error)
+    errors.tell(error)
     printed = capsys.readouterr().err
     assert printed.startswith("error: xxx" if kind is ValueError else "RuntimeError: xxx")
     assert "... (10,000,0" in printed
@@ -86,5 +87,5 @@ def test_where_nothing_can_be_printed_the_status_remains(monkeypatch: pytest.Mon
     closed.close()
     for stream in (Full(), closed):
         monkeypatch.setattr(sys, "stderr", stream)
-        assert cli.tell(ValueError("no space left")) == cli.EXIT_USER_ERROR
+        assert errors.tell(ValueError("no space left")) == errors.EXIT_USER_ERROR
     monkeypatch.undo()

@@ -20,6 +20,7 @@ ORDER = [
     "folders",
     "tables",
     "screen",
+    "errors",
     "ranks",
     "scheduler",
     "lock",

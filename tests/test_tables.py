@@ -257,3 +257,27 @@ def test_a_row_of_ten_million_spaces_is_left_out_by_every_reader(chain, tmp_path
     path.write_text(spaces)
     with pytest.raises(ValueError, match=r"rows\.txt: a text of more than"):
         read_samples([path.rename(tmp_path / "rows.txt")])
+
+
+def test_what_is_no_file_of_rows_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "_HOPELESS", 10)
+    monkeypatch.setattr(tables, "_LONGEST", 4 * tables.ROW_BYTES)
+    monkeypatch.setattr(tables, "_KEPT", 3)
+    lines, hole = tmp_path / "lines.jsonl", tmp_path / "hole.jsonl"
+    lines.write_text("x\n" * 50)
+    bad: list[str] = []
+    with pytest.raises(ValueError, match=r"lines.jsonl:11: not valid JSON"):
+        list(read_rows(lines, bad))
+    with pytest.raises(ValueError, match=r"lines.jsonl:1: not valid JSON"):
+        JsonLinesTable.open(lines)
+    assert [bool(reason) for reason in bad] == [True] * 3 + [False] * 7
+    lines.write_text("{}\n" + "x\n" * 50)
+    assert len(list(read_rows(lines, bad))) == 1
+    assert len(bad) == 60
+    with hole.open("wb") as file:
+        file.write(b"{}\n")
+        file.truncate(50 << 30)
+    with pytest.raises(ValueError, match=r"hole.jsonl:2: a row of more than"):
+        list(read_rows(hole, bad))
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        open_table(str(hole.rename(tmp_path / "hole.parquet")), tmp_path)

@@ -62,6 +62,8 @@ def load_tokenizer(
     digits, which may be outside the vocabulary (as in some models). Code from the tokenizer's folder runs only with
     ``trust_remote_code``. ValueError if no tokenizer is found.
     """
+    if not str(path):
+        raise ValueError("the name of a tokenizer is empty; give a folder, a file, or a name on the hub")
     place, request = _locate(path, trust_remote_code), _LoadRequest(str(path), mask_token, trust_remote_code)
     if place.is_dir():
         return _load_folder(place, request)

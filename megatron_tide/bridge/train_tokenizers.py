@@ -185,8 +185,10 @@ def train_tokenizers(
     Raises:
         ValueError: invalid data, an impossible vocabulary size, or a folder with other content.
     """
-    digest = sha256_file(data)
+    if student_out.resolve() == teacher_out.resolve():
+        raise ValueError(f"{student_out}: the folder of both tokenizers; give each its own")
     texts = read_messages(data)
+    digest = sha256_file(data)
     for training in (
         TokenizerTraining(student_out, student_vocab, train_byte_bpe, "tokenizers"),
         TokenizerTraining(teacher_out, teacher_vocab, train_sentencepiece, "sentencepiece"),

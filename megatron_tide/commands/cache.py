@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import EXIT_INTERRUPTED, SEEDS, flag, say
+from megatron_tide.cli import SEEDS, flag, say
 from megatron_tide.config import CACHED, DistillArgs, DistillConfig, preset_and_file
+from megatron_tide.errors import EXIT_INTERRUPTED
 from megatron_tide.hosting.speed import Rates
 
 defaults = preset_and_file

@@ -50,6 +50,8 @@ class Args:
 
 
 def run(args: Args) -> None:
+    if args.push_to_hub == "":
+        raise ValueError("--push-to-hub: the name is empty; give one such as me/my-student, or leave the flag out")
     if args.private and not args.push_to_hub:
         raise ValueError("--private needs --push-to-hub NAME; give both or neither")
     if args.skip_parity and args.push_to_hub:

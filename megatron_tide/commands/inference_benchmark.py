@@ -33,7 +33,7 @@ class Args:
     dtype: str = flag("bfloat16", "Precision of the weights", choices=PRECISIONS)
     device: str = flag("auto", DEVICE_HELP)
     prompt: str = flag(PROMPT, "Prompt for both models", metavar="TEXT")
-    new_tokens: int = flag(256, "Number of tokens per answer", low=1)
+    new_tokens: int = flag(256, "Number of tokens per answer", low=1, high=1 << 24)
     repeats: int = flag(3, "Number of timed answers", low=1)
 
 

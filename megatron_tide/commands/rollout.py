@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.cli import EXIT_INTERRUPTED, SEEDS, flag, say
+from megatron_tide.cli import SEEDS, flag, say
 from megatron_tide.commands import dtype_flag, mask_flag
 from megatron_tide.commands.generate import RuleArgs
+from megatron_tide.errors import EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tide.cli import flag, say
+
+_SIZES: dict[str, Any] = {"low": 1, "high": 1 << 20}  # SentencePiece runs without end for the largest numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,8 @@ class Args:
     data: Path = flag(..., 'Training text: JSONL, one {"messages": [...]} per line', metavar="FILE", reads="file")
     student_out: Path = flag(..., "Folder to write the student's tokenizer to", metavar="DIR")
     teacher_out: Path = flag(..., "Folder to write the teacher's tokenizer to", metavar="DIR")
-    student_vocab: int = flag(2048, "Vocabulary size of the student's tokenizer, special tokens included", low=1)
-    teacher_vocab: int = flag(4096, "Vocabulary size of the teacher's tokenizer, special tokens included", low=1)
+    student_vocab: int = flag(2048, "Vocabulary size of the student's tokenizer, special tokens included", **_SIZES)
+    teacher_vocab: int = flag(4096, "Vocabulary size of the teacher's tokenizer, special tokens included", **_SIZES)
     fresh: bool = flag(False, "Train again, and replace tokenizers that this command made")
 
 

@@ -163,6 +163,15 @@ class PreparedData:
                     f"{_short(value)}; prepare again into another folder, or use the {what} of the data"
                 )
 
+    def check_size(self, side: str, model: str, vocab_size: int) -> None:
+        """ValueError where the tokenizer of ``side`` has tokens that a model of ``vocab_size`` tokens does not have."""
+        tokens = (self.manifest[side] or {"vocab_size": 0})["vocab_size"]
+        if tokens > vocab_size:
+            raise ValueError(
+                f"{model}: config.json has vocab_size {vocab_size}, the tokenizer of {self.folder} {tokens} tokens; "
+                "use the tokenizer made for this model"
+            )
+
     def check_template(self, side: str, template: str | None) -> None:
         """ValueError unless the prompts of ``side`` were rendered by the chat template of this fingerprint."""
         found = self.manifest[side].get("template_fingerprint")

@@ -86,6 +86,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     scoring = scoring_inputs(how.data, role, context, at_answer=at_answer)
     if role not in fitting:
         raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
+    how.data.check_size(role, path, opened.model.config.vocab_size)
     started = time.perf_counter()
     copies = [open_model(path, how.dtype, device).model for device in how.copies]
     report = evaluate_likelihood(

@@ -323,6 +323,9 @@ def evaluate_likelihood(
         copies=copies,
     )
     nats_n = sums.bound()
+    if not np.isfinite(nats_n).all():
+        who = label or f"the {scoring.name}"
+        raise ValueError(f"{who}: log-probabilities are no numbers; its weights are damaged, or too large for --dtype")
     return LikelihoodReport(
         side=scoring.name,
         samples=len(indices),

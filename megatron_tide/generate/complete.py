@@ -81,7 +81,7 @@ def answers(
     **options: Any,
 ) -> Iterator[dict[int, Completion]]:
     """As ``complete``, batch by batch: {place of the prompt: its answer}, prompts of similar length together."""
-    check_prompts(prompts, batch_size)
+    check_prompts(model, prompts, batch_size)
     batch_size = min(batch_size, getattr(model, "rows_at_once", batch_size))
     rule = _rule(model, tokenizer, options)
     seeds = [seed + place for place in range(len(prompts))] if isinstance(seed, int) else seed
@@ -109,13 +109,21 @@ def batches_by_length(prompts: Sequence[np.ndarray | Sequence[int]], size: int) 
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
-def check_prompts(prompts: Sequence[np.ndarray | Sequence[int]], batch_size: int) -> None:
-    """ValueError for an empty prompt, or an impossible batch size."""
+def check_prompts(model: Any, prompts: Sequence[np.ndarray | Sequence[int]], batch_size: int = 1) -> None:
+    """ValueError for an empty prompt, a token that ``model`` does not have, or an impossible batch size."""
     if batch_size < 1:
         raise ValueError(f"generate: batch size {batch_size}; give 1 or more")
     for place, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"generate: prompt {place} is empty")
+        check_tokens(model, f"prompt {place}", prompt)
+
+
+def check_tokens(model: Any, what: str, ids: np.ndarray | Sequence[int]) -> None:
+    """ValueError for a token that ``model`` does not have."""
+    size = getattr(model.config, "vocab_size", None)
+    if size is not None and max(ids) >= size:
+        raise ValueError(f"generate: {what} has token {max(ids)}, the model {size} tokens; use its own tokenizer")
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,7 @@ def stream(
     Raises:
         ValueError: an empty prompt or a wrong option.
     """
-    if len(prompt) == 0:
-        raise ValueError("generate: the prompt is empty")
+    check_prompts(model, [prompt])
     ids = torch.as_tensor(np.asarray(prompt), dtype=torch.int64)
     decoder = BlockDecoder(model, [ids], _rule(model, tokenizer, options), [seed])
     shown = ""
@@ -168,6 +175,7 @@ def _rule(model: Any, tokenizer: TextTokenizer, options: dict[str, Any]) -> Deco
             "generate with transformers instead"
         )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    check_tokens(model, "the tokenizer", list(ids.values()))
     return decoding_rule(model, None, ids | options)
 
 

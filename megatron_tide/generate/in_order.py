@@ -31,7 +31,7 @@ def answers(
     Raises:
         ValueError: an empty prompt, or an option of block decoding.
     """
-    check_prompts(prompts, batch_size)
+    check_prompts(model, prompts, batch_size)
     most, least, heat = _checked(model, options)
     ends = end_tokens(model, tokenizer.eos_id)
     size = 1 if heat else most_rows(model, batch_size)  # what is drawn must not depend on the batch
@@ -59,7 +59,7 @@ def stream(
     model: Any, tokenizer: TextTokenizer, prompt: np.ndarray | Sequence[int], *, seed: int = 0, **options: Any
 ) -> Iterator[Moment]:
     """As ``complete.stream``: one token per pass, each decided at once."""
-    check_prompts([prompt], 1)
+    check_prompts(model, [prompt])
     most, least, heat = _checked(model, options)
     ends, drawn, shown = end_tokens(model, tokenizer.eos_id), torch.Generator().manual_seed(seed), ""
     feed = torch.as_tensor(np.asarray(prompt), dtype=torch.int64, device=model.device).unsqueeze(0)

@@ -20,7 +20,7 @@ from megatron_tide.diffusion import ATTENTION_LAYOUTS, DistillBatch, TeacherLayo
 from megatron_tide.files import refuse_foreign, refuse_other
 from megatron_tide.hosting.backend import TeacherBackend
 from megatron_tide.hosting.build import build_teacher, hosting_of
-from megatron_tide.hosting.plan import check_plan
+from megatron_tide.hosting.plan import check_plan, model_config
 from megatron_tide.hub import stated_block_size
 from megatron_tide.models import (
     compile_layers,
@@ -59,6 +59,7 @@ def build(
         ValueError: for example if the run does not fit on this machine, before anything is loaded.
     """
     strategy = inputs.strategy
+    world.on_all(lambda: check_models(config, inputs))
     if backend is None:
         check_plan(config, inputs.strategy, inputs.data.stats, world)
     if strategy.needs_teacher and backend is None:
@@ -78,6 +79,15 @@ def build(
     backend = backend or build_teacher(config.paths.teacher, config.teacher, strategy, world)
     context = TrainContext(engine=engine, backend=backend, strategy=strategy, world=world, clock=Clock(world.device))
     return context, make_loader(config, inputs, world)
+
+
+def check_models(config: DistillConfig, inputs: RunInputs) -> None:
+    """ValueError for a folder whose config.json describes no model, or one of fewer tokens than the data have."""
+    named = {"student": config.paths.student, "teacher": config.paths.teacher if inputs.strategy.needs_teacher else ""}
+    for side, path in named.items():
+        if path:
+            described = read_config(model_config(path), as_student=side == "student")[1]
+            inputs.data.check_size(side, path, described.vocab_size)
 
 
 def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) -> MicrobatchLoader:

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_tide.cli import say, tell
+from megatron_tide.cli import say
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.errors import tell
 from megatron_tide.gpus import refuse_idle_gpu
 from megatron_tide.ranks import again, on_main, stated
 from megatron_tide.screen import words_of

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_tide.cli import say, tell
+from megatron_tide.cli import say
+from megatron_tide.errors import tell
 from megatron_tide.ranks import stated
 from megatron_tide.screen import words_of
 from megatron_tide.train.distributed import DistContext

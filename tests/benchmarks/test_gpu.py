@@ -19,7 +19,7 @@ from benchmarks.gpu import Stage, chosen, run_stages
 from benchmarks.gpu_stages import bench as bench_module
 from benchmarks.gpu_stages import generation, hostings, limits, parts, real, switches, training, waits
 from benchmarks.gpu_stages.bench import Bench, stated_tflops, work
-from megatron_tide import cli
+from megatron_tide import cli, errors
 from megatron_tide.__main__ import main
 from tests.support import launch
 from tests.support.chain import Chain
@@ -74,7 +74,7 @@ def test_none_of_its_processes_outlives_it(tmp_path: Path) -> None:
         child = "".join(path.read_text() for path in tmp_path.glob("gpu-*/child"))
     process.terminate()
     assert process.communicate()[1] == "interrupted\n"
-    assert process.returncode == cli.EXIT_INTERRUPTED
+    assert process.returncode == errors.EXIT_INTERRUPTED
     deadline, command = time.monotonic() + 20, Path(f"/proc/{child}/cmdline")
     while command.exists() and command.read_bytes():  # a zombie has none
         assert time.monotonic() < deadline

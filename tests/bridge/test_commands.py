@@ -263,6 +263,13 @@ def test_training_is_deterministic_skips_and_refuses(capsys: Capture, train: lis
     assert contents(tmp_path / "s") == before[0]
 
 
+def test_training_needs_two_folders_and_sizes_that_are_possible(capsys: Capture, train: list[object]) -> None:
+    assert status("train-tokenizers", *train, "--teacher-out", train[train.index("--student-out") + 1]) == 2
+    assert_refused(capsys, "the folder of both tokenizers")
+    assert status("train-tokenizers", *train, "--teacher-vocab", 2**31 - 1) == 2
+    assert_refused(capsys, "--teacher-vocab 2147483647: must be between 1 and")
+
+
 def test_training_never_deletes_what_it_did_not_make(capsys: Capture, train: list[object], tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").write_text("years of work", encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tide import cli
+from megatron_tide import cli, errors
 from megatron_tide.__main__ import COMMANDS, command, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as stop:
         cli.run(main, list(argv))
     output = capsys.readouterr()
-    assert stop.value.code == cli.EXIT_USER_ERROR
+    assert stop.value.code == errors.EXIT_USER_ERROR
     assert output.out == ""
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
@@ -115,6 +115,8 @@ def test_mistakes_are_one_line(name: str, capsys: pytest.CaptureFixture[str]) ->
             assert f"{flag}: invalid {kind.__name__} value: 'x'" in refusal(capsys, name, flag, "x")
         if kind is not bool:
             assert f"{flag}: expected" in refusal(capsys, name, flag)
+        if kind is Path:
+            assert f"{flag}: the path is empty" in refusal(capsys, name, flag, "")
         if info.metadata["choices"]:
             assert f"{flag}: invalid choice: 'x'" in refusal(capsys, name, flag, "x")
 
@@ -196,7 +198,7 @@ cli.run(main)
 def test_a_terminal_acts_on_nothing_that_anyone_prints(error: str) -> None:
     """Libraries, warnings, logs, progress bars, threads, and errors that nobody catches."""
     done = shown("-c", HOSTILE, error)
-    status = {"KeyError": 1, "ValueError": cli.EXIT_USER_ERROR, "SystemExit": 1}[error]
+    status = {"KeyError": 1, "ValueError": errors.EXIT_USER_ERROR, "SystemExit": 1}[error]
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     own = done.stdout.replace("\x1b[K", "", 1)
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(own + done.stderr)

@@ -157,6 +157,10 @@ def test_fingerprints_of_another_run_are_refused(tmp_path: Path) -> None:
             data.check(**(right | {name: "x" * 64}))
     with pytest.raises(ValueError, match="this run has none"):
         data.check(student=right["student"])
+    tokens = data.manifest["student"]["vocab_size"]
+    data.check_size("student", "model", tokens)
+    with pytest.raises(ValueError, match=f"model: config.json has vocab_size {tokens - 1}, .* {tokens} tokens"):
+        data.check_size("student", "model", tokens - 1)
 
 
 def _flip(path: Path, position: int) -> None:

@@ -326,6 +326,13 @@ def test_samples_are_spread_over_the_data() -> None:
     assert spread(3, 0).tolist() == spread(3, 99).tolist() == [0, 1, 2]
 
 
+def test_numbers_that_are_none_are_not_reported(lab: Lab, data: PreparedData) -> None:
+    damaged = load_model(lab.student)
+    damaged.head_weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="mine: log-probabilities are no numbers"):
+        evaluate_likelihood(damaged, data, scoring_inputs(data, "student"), samples=2, label="mine")
+
+
 def test_wrong_settings_are_named(models: dict[str, Any], data: PreparedData) -> None:
     with pytest.raises(ValueError, match="mc_samples"):
         evaluate_likelihood(models["student"], data, scoring_inputs(data, "student"), mc_samples=0)

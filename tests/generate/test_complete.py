@@ -50,6 +50,16 @@ def test_answers_are_the_models_own_in_order(model: Any, tokenizer: TextTokenize
     assert [answer.ids for answer in drawn[0]] == [answer.ids for answer in drawn[1]]
 
 
+def test_a_token_that_the_model_does_not_have_is_one_line(lab: Lab, tokenizer: TextTokenizer) -> None:
+    small, prompt = load_model(lab.student), from_text(tokenizer, "hi").ids
+    for call in (complete, lambda *args: list(stream(args[0], args[1], args[2][0]))):
+        with pytest.raises(ValueError, match=r"prompt 0 has token 99999, the model \d+ tokens; use its own"):
+            call(small, tokenizer, [np.array([3, 99999])])
+    small.config.vocab_size = int(max(prompt)) + 1
+    with pytest.raises(ValueError, match="the tokenizer has token"):
+        complete(small, tokenizer, [prompt])
+
+
 def test_the_teacher_answers_too(lab: Lab) -> None:
     teacher, tokenizer = load_model(lab.teacher), load_tokenizer(lab.teacher)
     prompts = [from_text(tokenizer, text).ids for text in ("hi", "a longer question, and why?")]
@@ -230,7 +240,7 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: TextTokenizer, content: 
 def test_what_cannot_be_answered_is_said(lab: Lab, model: Any, tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         complete(model, tokenizer, [[1, 2], []])
-    with pytest.raises(ValueError, match="prompt is empty"):
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
         next(stream(model, tokenizer, []))
     with pytest.raises(ValueError, match="block decoding has no num_beams"):
         complete(model, tokenizer, [[1, 2]], num_beams=3)

@@ -128,6 +128,18 @@ def test_a_strategy_that_needs_a_teacher_in_parts(chain, out, capsys):
 BATCH = ["--global-batch-size", "8", "--micro-batch-size", "4"]
 
 
+def test_a_config_of_no_model_or_of_one_with_fewer_tokens(chain, out, capsys, tmp_path):
+    folder = shutil.copytree(chain.root / "teacher", tmp_path / "teacher")
+    config = json.loads((folder / "config.json").read_text())
+    for change, said in (
+        ({"model_type": "../x"}, "config.json: model_type '../x' is not one of"),
+        ({"hidden_size": 10**9}, "config.json: hidden_size is 1000000000, not a whole number"),
+        ({"vocab_size": 300}, "config.json has vocab_size 300, the tokenizer of"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        assert said in refusal(capsys, *chain.flags(out, teacher=folder), "--dry-run")
+
+
 def test_dry_run_checks_and_prints_without_writing(chain, out, capsys):
     assert distill.main([*chain.flags(out), "--dry-run"]) == 0
     printed = capsys.readouterr().out

@@ -1,0 +1,57 @@
+"""How an error ends a process: its status, and the words for its user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+
+from megatron_tide.screen import printable, traceback_of, words_of
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+_TOLD = "told by megatron_tide"  # no name that an error of a library has
+_NO_MEMORY = ("can't allocate memory", "out of memory")  # of torch's errors, which are RuntimeErrors
+
+
+def is_of_users(error: BaseException) -> bool:
+    """Whether a user can mend what an error says: a wrong input, a file, too little memory."""
+    return isinstance(error, (ValueError, OSError)) or _lacks_memory(error)
+
+
+def shows_traceback() -> bool:
+    """Whether tracebacks of such errors are wanted too."""
+    return os.environ.get("MEGATRON_TIDE_TRACEBACK") == "1"
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    words = words_of(error).lower() if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(text in words for text in _NO_MEMORY)
+
+
+def tell(error: BaseException) -> int:
+    """Print an error as ``cli.run`` does, once; its exit status."""
+    known = vars(error)
+    if _TOLD not in known:
+        status, text = _told(error)
+        known[_TOLD] = status
+        if text:
+            with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: the status is left to say it
+                print(text, file=sys.stderr, flush=True)
+    status = known[_TOLD]
+    assert isinstance(status, int)
+    return status
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    """The status that an error ends a process with, and the words for its user."""
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, int):
+            return error.code & 255 or int(error.code != 0), ""
+        return int(error.code is not None), "" if error.code is None else words_of(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    if shows_traceback() or not is_of_users(error):
+        return 1, traceback_of(error).removesuffix("\n")
+    words = printable(" ".join(words_of(error).split()), keep="")
+    return EXIT_USER_ERROR, f"error: {f'out of memory ({words})' if _lacks_memory(error) else words}"
