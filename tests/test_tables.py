@@ -280,4 +280,4 @@ def test_what_is_no_file_of_rows_is_not_read_to_its_end(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"hole.jsonl:2: a row of more than"):
         list(read_rows(hole, bad))
     with pytest.raises(ValueError, match="not a Parquet file"):
-        open_table(str(hole.rename(tmp_path / "hole.parquet")), tmp_path)
+        open_table(str(hole.rename(tmp_path / "hole.parquet")), tmp_path, name=None, split="train", revision=None)
