@@ -63,6 +63,15 @@ def test_on_policy() -> None:
     assert interval(h9["difference"]) in (REPOSITORY / "README.md").read_text()
 
 
+def test_own_masks() -> None:
+    found = read_json(REPOSITORY / "benchmarks" / "results" / "study_own_masks.json")
+    said = " ".join((REPOSITORY / "recipes" / "README.md").read_text().split())
+    assert found["hypotheses"][0]["verdict"] == "not decided"
+    ends = [f"`{name}` {{}} {found['models'][name]['bits_per_byte']:.4f}" for name in ("order", "random")]
+    assert f"{ends[0].format('ends at')} bits per byte and {ends[1].format('at')}, a difference of" in said
+    assert interval(found["hypotheses"][0]["difference"]) in said
+
+
 def test_noise() -> None:
     found = read_json(REPOSITORY / "benchmarks" / "results" / "noise.json")
     table = rows("recipes/README.md", "Noise per block, measured")
