@@ -256,10 +256,10 @@ def _likelihood(args: Args) -> dict[str, Any]:
     from megatron_tide.commands.held_out import held_out
     from megatron_tide.evaluate import comparison, score_table
 
-    for text in args.model:
-        comparison.check_has_bound(_named(text)[1])
     roles = (("", args.model), ("student", args.student), ("teacher", args.teacher))
     models = [(*_named(text), role or None) for role, texts in roles for text in texts]
+    for _, path, role in models:
+        comparison.check_has_bound(path, role)
     with held_out(args.likelihood.data, [(path, role) for _, path, role in models]) as data:
         how = _likelihood_settings(args, data)
         rows = [comparison.measure_model(name, path, role, how) for name, path, role in models]

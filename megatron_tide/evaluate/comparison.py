@@ -15,12 +15,18 @@ from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_N
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
+from megatron_tide.models import read_config, resolve_folder
 from megatron_tide.training_checkpoint import generation_of, open_model
 
 
-def check_has_bound(path: str | Path) -> None:
-    """Raises: ValueError for an autoregressive model: its likelihood is no diffusion bound."""
-    if generation_of(path) == "autoregressive":
+def check_has_bound(path: str | Path, role: str | None) -> None:
+    """Raises: ValueError for an autoregressive model without a role, whose likelihood is no diffusion bound, and for one
+    of no family of ours.
+    """
+    if generation_of(path) != "autoregressive":
+        return
+    read_config(resolve_folder(path))
+    if role is None:
         raise ValueError(
             f"{path}: an autoregressive model has no diffusion bound; name it with --teacher and add --teacher-context "
             "causal for its own likelihood, or with --student if its weights are a diffusion model's"

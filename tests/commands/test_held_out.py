@@ -73,6 +73,12 @@ def test_an_autoregressive_model_alone(rows: Path, tmp_path: Path, monkeypatch: 
     named = ["--data", str(rows), "--teacher-context", "causal"]
     with pytest.raises(ValueError, match="no diffusion bound; name it with --teacher and add --teacher-context causal"):
         evaluate([str(path), *named])
+    other = tmp_path / "gpt2"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    for model in ([str(other)], ["--teacher", str(other)]):
+        with pytest.raises(ValueError, match="model_type 'gpt2' is not one of "):
+            evaluate([*model, *named])
     monkeypatch.setattr(held_out, "TemporaryDirectory", lambda prefix: nullcontext(str(tmp_path / "made")))
     out = tmp_path / "found.json"
     evaluate(["--teacher", str(path), *named, "--per-sample", "--mc-samples", "64", "--json", str(out)])
