@@ -14,7 +14,7 @@ source recipes/await.sh
 unset CDPATH # CDPATH makes cd search other folders and print the result
 set -eu # not pipefail: a reader of a log stops at the line it looks for, and the writer before it then "fails"
 MAX_ATTEMPTS=${MAX_ATTEMPTS:-20}
-RECIPE='' STOP_SIGNAL='' CHILD='' LOG='' COMMAND='' RERUN='' REPORTED=''
+RECIPE='' STOP_SIGNAL='' CHILD='' LOG='' NEXT='' RERUN='' REPORTED=''
 
 fail() {
   REPORTED=1
@@ -152,15 +152,18 @@ saved() {
 
 # conclude STATUS: print the last line of the log, exactly one, and exit with the job's status.
 conclude() {
-  local status=$1 run=$RUNS/$NAME lost
+  local status=$1 run=$RUNS/$NAME lost rest="convert report"
   REPORTED=1
   if ((status == 0)); then
     case " ${ONLY:-convert} " in
       *" convert "*)
         printf 'finished: %s; next: %s -m megatron_tide generate %s --prompt "..."\n' "$run/hf" "${PYTHON:-.venv/bin/python}" "$run/hf"
         ;;
-      *" train"*) printf 'finished: %s in %s; next: ONLY="convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$COMMAND" ;;
-      *) printf 'finished: %s in %s; next: ONLY="train convert report" %s, if it is not queued yet\n' "$ONLY" "$run" "$COMMAND" ;;
+      *" train "*)
+        [[ -z ${EVAL_DATA:-} ]] || ! grep -q EVAL_DATA "$RECIPE" || rest="convert evaluate report"
+        printf 'finished: %s in %s; next: ONLY="%s" %s, if it is not queued yet\n' "$ONLY" "$run" "$rest" "$NEXT"
+        ;;
+      *) printf 'finished: %s in %s; next, for the other stages: %s, if it is not queued yet\n' "$ONLY" "$run" "$NEXT" ;;
     esac
     exit 0
   fi
@@ -178,13 +181,15 @@ conclude() {
   exit "$status"
 }
 
-# options SCRIPT: the options of sbatch in which this job differs from SCRIPT's own, so that RERUN submits the same job.
+# options SCRIPT [NAME]: the options of sbatch in which this job differs from SCRIPT's own, so that RERUN submits the same
+# job; or this one of them. NEXT, for other stages, has not those of this job's nodes.
 options() {
   local pair name value own days hours minutes
   for pair in nodes=SLURM_JOB_NUM_NODES ntasks-per-node=SLURM_NTASKS_PER_NODE gpus-per-node=SLURM_GPUS_PER_NODE \
     cpus-per-task=SLURM_CPUS_PER_TASK mem=SLURM_MEM_PER_NODE account=SLURM_JOB_ACCOUNT partition=SLURM_JOB_PARTITION qos=SLURM_JOB_QOS \
     reservation=SLURM_JOB_RESERVATION; do
     name=${pair%%=*} value=${pair#*=}
+    [[ -z ${2:-} || $name == "$2" ]] || continue
     value=${!value:-}
     own=$(sed -nE "s/^#SBATCH --$name=([^ ]*).*/\1/p" "$1")
     [[ $name != mem || $own != *G ]] || own=$((10#${own%G} * 1024)) # Slurm says MiB
@@ -195,7 +200,7 @@ options() {
     esac
     printf ' --%s=%q' "$name" "$value"
   done
-  if [[ -n ${SLURM_JOB_START_TIME:-} && -n ${SLURM_JOB_END_TIME:-} ]]; then
+  if [[ -z ${2:-} && -n ${SLURM_JOB_START_TIME:-} && -n ${SLURM_JOB_END_TIME:-} ]]; then
     value=$(((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME + 30) / 60))
     own=$(sed -nE 's/^#SBATCH --time=(([0-9]+)-)?([0-9]+):([0-9]+):[0-9]+.*/\2 \3 \4/p' "$1")
     read -r days hours minutes <<<"${own/# /0 }"
@@ -205,12 +210,12 @@ options() {
 
 # job RECIPE FLAGS...
 job() {
-  local status=0
-  RECIPE=$1
+  local status=0 settings script
+  RECIPE=$1 script=slurm/$(basename "$1")
   shift
-  COMMAND="$(settings_of "$RECIPE" recipes/common.sh slurm/job.sh slurm/srun.sh)|sbatch$(options "slurm/$(basename "$RECIPE")")"
-  COMMAND+=" slurm/$(basename "$RECIPE")$( (($# == 0)) || printf ' %q' "$@")"
-  RERUN=${COMMAND/|/${ONLY:+ONLY=$(printf '%q' "$ONLY") }} COMMAND=${COMMAND/|/}
+  settings=$(settings_of "$RECIPE" recipes/common.sh slurm/job.sh slurm/srun.sh)
+  NEXT="${settings}sbatch$(options "$script" account) $script$( (($# == 0)) || printf ' %q' "$@")"
+  RERUN="${settings}${ONLY:+ONLY=$(printf '%q' "$ONLY") }sbatch$(options "$script") $script$( (($# == 0)) || printf ' %q' "$@")"
   export TIDE_AGAIN=$RERUN
   check_names
   [[ -n ${SLURM_JOB_ID:-} ]] || fail "not in a Slurm job; next: $RERUN, or without Slurm: bash $RECIPE"

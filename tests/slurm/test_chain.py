@@ -74,6 +74,10 @@ def test_three_jobs_with_two_ranks_on_one_node(desk, no_process_left):
         no_process_left(job)
         assert job.wait(150) == "COMPLETED"
     assert [job.last_line.split(":")[0] for job in jobs] == ["finished"] * 3
+    # Without the options of a job that needs no GPU, and with all stages that are left.
+    assert " sbatch slurm/distill_16b_to_0.6b.sh " in jobs[0].last_line
+    assert "ONLY" not in jobs[0].last_line
+    assert 'next: ONLY="convert evaluate report" ' in jobs[1].last_line
     assert "== train" not in jobs[0].text()
     assert "== data" not in jobs[1].text()
     assert "rank 1 of 2 on 127.0.0.11" in jobs[1].text(rank=1)
