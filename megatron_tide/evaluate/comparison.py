@@ -20,8 +20,8 @@ from megatron_tide.training_checkpoint import generation_of, open_model
 
 
 def check_has_bound(path: str | Path, role: str | None) -> None:
-    """Raises: ValueError for an autoregressive model without a role, whose likelihood is no diffusion bound, and for one
-    of no family of ours.
+    """Raises: ValueError for an autoregressive model without a role, whose likelihood is no diffusion bound, or of no
+    family of ours.
     """
     if generation_of(path) != "autoregressive":
         return
