@@ -276,16 +276,18 @@ prepare_pair() {
 }
 
 # teach OUT CACHE DATA FLAGS...: one distillation, as distil; with CACHE=1 the teacher answers it first, into the folder
-# CACHE, as a stage of that name, and the training loads no teacher.
+# CACHE, as a stage of that name, and the training needs no file of the teacher's.
 teach() {
-  local out=$1 answers=$2 prepared=$3 hosted=(${hosting[@]+"${hosting[@]}"})
+  local out=$1 answers=$2 prepared=$3 named=("${pair[@]}") hosted=(${hosting[@]+"${hosting[@]}"})
   shift 3
-  local training=("${pair[@]}" ${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$prepared" --strategy "$STRATEGY")
+  local training=(${trust[@]+"${trust[@]}"} --bridge "$run/bridge" --data "$prepared" --strategy "$STRATEGY")
   if [[ $CACHE == 1 ]]; then
-    on_ranks "$(basename "$answers")" "megatron_tide cache" --out "$answers" "${training[@]}" ${hosted[@]+"${hosted[@]}"} "$@"
+    on_ranks "$(basename "$answers")" "megatron_tide cache" --out "$answers" "${named[@]}" "${training[@]}" \
+      ${hosted[@]+"${hosted[@]}"} "$@"
+    named=(--student "$STUDENT")
     hosted=(--teacher-hosting cached --teacher-cache "$answers")
   fi
-  distil "$out" "${training[@]}" ${hosted[@]+"${hosted[@]}"} "$@"
+  distil "$out" "${named[@]}" "${training[@]}" ${hosted[@]+"${hosted[@]}"} "$@"
 }
 
 # export_hf TRAINED OUT: its newest checkpoint as a Hugging Face folder.

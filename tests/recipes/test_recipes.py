@@ -77,7 +77,7 @@ def check_answered_first(stages, asking, training):
     asking, training = stages[asking], stages[training]
     asked = cli.parse(cache, asking[asking.index("cache") + 1 :]).run
     trained = cli.parse(distill, training[training.index("megatron_tide.distill") + 1 :]).run
-    assert trained.teacher.teacher_hosting == "cached"
+    assert (trained.teacher.teacher_hosting, trained.paths.teacher) == ("cached", "")
     assert asked.paths.out == trained.teacher.teacher_cache
     assert asked.loss_flags() == trained.loss_flags()
     return asked.teacher.teacher_hosting, asked.paths.out
