@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tide.bounds import LONGEST_NAME
-from megatron_tide.files import canonical, open_regular, read_json, remove, sha256_file, write_json
+from megatron_tide.files import canonical, create_new, open_regular, read_json, sha256_file, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -197,10 +198,18 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_
     return total
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A new safetensors file that others may read as they may any new file; the library makes it the owner's alone."""
+    descriptor = create_new(path)  # a link in its place would be followed
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def _save(shard: dict[str, Tensor], path: Path) -> None:
     try:
-        remove(path)  # a link in its place would be followed
-        save_file(shard, path, metadata={"format": "pt"})
+        save_tensors(shard, path)
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
     except (SafetensorError, OSError) as error:

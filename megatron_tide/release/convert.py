@@ -216,8 +216,6 @@ def export(
         )
     for name in files.code:
         shutil.copyfile(MODELS / name, out / name)
-    for file in out.glob("*.safetensors"):  # safetensors creates them readable by the owner only
-        file.chmod((out / "config.json").stat().st_mode)
 
 
 def _tensors(model: Any, trained: TrainingCheckpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:

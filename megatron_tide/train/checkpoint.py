@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from megatron_tide.files import AtomicFolder, remove_drafts, sha256_file
+from megatron_tide.models.shards import save_tensors
 from megatron_tide.ranks import on_main
 from megatron_tide.screen import words_of
 from megatron_tide.train.distributed import DistContext
@@ -51,7 +51,7 @@ def save(run_folder: Path, engine: Any, state: TrainState, run: dict[str, Any], 
         error = _attempt(folder.open)
     for file, tensors in _gathered(engine, world):
         if world.is_main and error is None:
-            error = _attempt(lambda f=file, t=tensors: save_file(t, folder.draft / f, metadata={"format": "pt"}))
+            error = _attempt(lambda f=file, t=tensors: save_tensors(t, folder.draft / f))
         del tensors
     if world.is_main and error is None:
         described = {"state": asdict(state), "run": run}

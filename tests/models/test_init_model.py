@@ -44,6 +44,8 @@ def test_the_folder_loads_as_a_model_and_as_a_tokenizer(given: list[str], tmp_pa
     assert 0 <= config.vocab_size - tokenizer.vocab_size < VOCAB_MULTIPLE
     assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
     assert [path.name for path in out.parent.iterdir()] == ["model"]
+    (out / "new").touch()
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # weights may be read like all the rest
 
 
 def test_the_seed_decides_the_bytes(given: list[str], tmp_path: Path) -> None:

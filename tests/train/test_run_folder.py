@@ -43,9 +43,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeyp
 
 
 def test_notes_beside_an_old_checkpoint_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
+    monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: [("model.safetensors", {"w": torch.ones(2)})])
     first = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=3), {}, WORLD, keep=1)
     (first / "notes.md").touch()
+    assert len({path.stat().st_mode for path in first.iterdir()}) == 1
     for step in (2, 3):
         checkpoint.save(tmp_path, None, TrainState(step=step, total_steps=3), {}, WORLD, keep=1)
     assert [path.name for path in first.iterdir()] == ["notes.md"]

@@ -93,7 +93,7 @@ def test_logs_hold_what_a_reader_needs(chain, tmp_path):
 
 def disk_full_at_second_save(settings):
     """Train on this rank with a disk that fills up while the second checkpoint is written; what was raised."""
-    whole, calls = checkpoint.save_file, []
+    whole, calls = checkpoint.save_tensors, []
 
     def full(tensors, path, **options):
         calls.append(path)
@@ -101,7 +101,7 @@ def disk_full_at_second_save(settings):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         whole(tensors, path, **options)
 
-    checkpoint.save_file = full
+    checkpoint.save_tensors = full
     try:
         train_and_tell(settings)
     except OSError as error:
