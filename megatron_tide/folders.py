@@ -117,7 +117,8 @@ def _differ(format: str, files: list[Path]) -> bool:
 
     if format != "parquet" or len(files) < 2:
         return False
-    first, *others = (parquet.read_schema(file).remove_metadata() for file in files)
+    with bounded(sum(file.stat().st_size for file in files)):
+        first, *others = (parquet.read_schema(file).remove_metadata() for file in files)
     return any(not one.equals(first) for one in others)
 
 

@@ -113,6 +113,9 @@ def read_prompts(path: str | Path, tokenizer: TextTokenizer, limit: int = 0) -> 
 
 
 def _from_row(tokenizer: TextTokenizer, row: dict[str, Any], where: str) -> Prompt:
+    if row.get("system") or (row.get("prompt") and row.get("messages")):
+        unread = "system" if row.get("system") else "messages beside prompt"
+        raise ValueError(f"{where}: {unread} would be left out; put all of it in messages alone")
     if isinstance(row.get("prompt"), str):
         row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
     if "messages" not in row:

@@ -225,6 +225,11 @@ def test_jsonl(tmp_path: Path, tokenizer: TextTokenizer) -> None:
         ('{"text": "x"}\n', ":1: needs"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', ":1: a conversation needs"),
         ('{"messages": "x"}\n', ":1: messages must be"),
+        (
+            '{"prompt": "x", "messages": [{"role": "user", "content": "y"}]}\n',
+            ":1: messages beside prompt would be left",
+        ),
+        ('{"prompt": "x", "system": "y"}\n', ":1: system would be left out; put all of it in messages"),
         ("\n", "holds no prompt"),
         (b"\xff\xfe", "UTF-8"),
     ],
