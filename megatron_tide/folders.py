@@ -11,6 +11,7 @@ import gzip
 import lzma
 import os
 import resource
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ def open_folder(
         ValueError: it names files outside it, is corrupt or has no such split; the library's errors are any.
     """
     _check_own(folder)
+    place, before = folder, _states(folder)
     content = _digest(folder, name, split)
     if os.path.lexists(folder / _SPLITS):
         splits = read_json(folder / _SPLITS, "restore the file", {"splits": [str]})["splits"]
@@ -62,7 +64,9 @@ def open_folder(
     _check_formats(folder, builder)
     files = [Path(str(file)) for key, found in builder.config.data_files.items() if key == split for file in found]
     lines = builder.name == "json" and files and all(map(is_lines, files))
-    return files if lines or _differ(builder.name, files) else _rows(builder, split), content
+    rows = files if lines or _differ(builder.name, files) else _rows(builder, split)
+    _check_unchanged(place, before, content)
+    return rows, content
 
 
 def open_parquet(path: Path) -> tuple[Any, str]:
@@ -70,9 +74,25 @@ def open_parquet(path: Path) -> tuple[Any, str]:
     with open_regular(path) as file:
         if file.read(4) != b"PAR1":
             raise ValueError("not a Parquet file")
-    content = sha256_file(path)
+    before, content = _states(path), sha256_file(path)
     builder = _builder("parquet", kept_by(content), data_files=str(path), inside=[path.resolve()])
-    return _rows(builder, "train"), content
+    rows = _rows(builder, "train")
+    _check_unchanged(path, before, content)
+    return rows, content
+
+
+def _states(place: Path) -> list[tuple[Path, int, int]]:
+    """Size and time of a file, or of those of a folder."""
+    found = sorted(place.rglob("*")) if place.is_dir() else [place]
+    states = ((path, path.stat()) for path in found if path.is_file())
+    return [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+
+
+def _check_unchanged(place: Path, before: list[tuple[Path, int, int]], content: str) -> None:
+    """ValueError where files changed after their digest was taken; what was made of them is not kept by it."""
+    if _states(place) != before:
+        shutil.rmtree(kept_by(content), ignore_errors=True)
+        raise ValueError(f"{place}: changed while it was read; start again")
 
 
 def open_hub(path: str, name: str | None, split: str, revision: str | None) -> Any:

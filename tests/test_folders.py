@@ -128,6 +128,27 @@ def test_what_says_which_files_are_read_is_part_of_the_content(tmp_path: Path) -
     assert found[0][1] != found[1][1]
 
 
+@pytest.mark.parametrize("place", ["data", "data/rows.parquet"])
+def test_what_changes_while_it_is_read_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    rows, old, new = folders._rows, [{"text": "old"}], [{"text": "another"}]
+    for number in range(2):  # of the first content there is nothing kept when it is there again
+        parquet.write_table(pa.Table.from_pylist(old), tmp_path / "data/rows.parquet")
+
+        def late(*asked, number=number):
+            if number == 0:
+                parquet.write_table(pa.Table.from_pylist(new), tmp_path / "data/rows.parquet")
+            return rows(*asked)
+
+        monkeypatch.setattr(folders, "_rows", late)
+        if number == 0:
+            with pytest.raises(ValueError, match="changed while it was read; start again"):
+                opened(tmp_path / place)
+        else:
+            assert opened(tmp_path / place).get(0) == old[0]
+
+
 def test_parquet_files_of_other_columns_are_one_data_set(tmp_path: Path) -> None:
     rows = [ROW, {"messages": "text"}, {"text": "x"}, {**ROW, "kind": "a"}]
     for number, row in enumerate(rows):
