@@ -43,7 +43,9 @@ class RuleArgs:
         None, "Probability above which tokens are decided immediately, e.g. 0.9: fewer passes", low=0, high=1
     )
     least_confident_first: bool = flag(False, "Decide the least probable tokens first")
-    block_layout: str = flag("sequence", f"Where blocks begin. {BLOCK_LAYOUTS}", choices=BLOCK_LAYOUTS)
+    block_layout: str | None = flag(
+        None, f"Where blocks begin. {BLOCK_LAYOUTS}", choices=BLOCK_LAYOUTS, shown="as the model states, or sequence"
+    )
     temperature: float = flag(0.0, "Sampling temperature; 0 takes the most probable token", low=0, high=1000)
 
 
@@ -102,6 +104,7 @@ def run(args: Args) -> None:
 
     writer, model, tokenizer = open_writer(args.model, DTYPES[args.dtype], args.device)
     decoding = dataclasses.asdict(args.decoding) | ({"max_new_tokens": 0} if args.infill is not None else {})
+    decoding["block_layout"] = args.decoding.block_layout or getattr(model.config, "block_layout", None) or "sequence"
     if args.chat:
         tokens, seconds = chat(writer.stream, model, tokenizer, system=args.system, **decoding)
     else:

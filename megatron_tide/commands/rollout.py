@@ -78,6 +78,7 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
     from megatron_tide.generate.rollouts import Rollouts, draw_round
     from megatron_tide.lock import locked
     from megatron_tide.models import DTYPES
+    from megatron_tide.models.load import stated_layout
     from megatron_tide.train.loop import StopRequest
     from megatron_tide.training_checkpoint import open_model
 
@@ -96,7 +97,8 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
         share=args.share,
         longest=args.student_length - block,
     )
-    options = {**dataclasses.asdict(args.rule), "block_size": block}
+    layout = args.rule.block_layout or stated_layout(opened.folder) or "sequence"
+    options = {**dataclasses.asdict(args.rule), "block_layout": layout, "block_size": block}
     decides = [identity(opened.model, opened.folder, tokenizer), code(), dtype, options, args.student_length]
     rollouts = Rollouts(
         args.out, tokenizer, drawn, args.student_length, args.batch_size, decides, options, args.as_written

@@ -23,19 +23,18 @@ from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from megatron_tide.bounds import shown
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.cli import say
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
 from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
-from megatron_tide.files import fingerprint, read_json
+from megatron_tide.files import fingerprint
 from megatron_tide.generate import complete
 from megatron_tide.generate.copies import shared
 from megatron_tide.generate.identity import code, identity
 from megatron_tide.models.autoregressive import end_tokens, load_autoregressive, most_rows, only_numbers
 from megatron_tide.models.families import family_of
-from megatron_tide.models.sampling_a2d import BLOCKS_AT_ANSWER
+from megatron_tide.models.load import stated_layout
 from megatron_tide.training_checkpoint import generation_of, open_model
 
 _CODE = ("evaluate/generators.py", "evaluate/thoughts.py")
@@ -300,17 +299,6 @@ def _seed(*request: Any) -> int:
     return int(hash_args("seed", request)[:8], 16)
 
 
-def _own_layout(model: Any, folder: Path) -> str | None:
-    """Where blocks begin by a folder's generation_config.json or config.json, or in its family's own generation."""
-    for file in (folder / "generation_config.json", folder / "config.json"):
-        stated = read_json(file).get("block_layout") if file.is_file() else None
-        if stated is not None and stated not in tuple(BLOCKS_AT_ANSWER):
-            raise ValueError(f"{file}: block_layout is {shown(stated)}; use {' or '.join(BLOCKS_AT_ANSWER)}")
-        if stated is not None:
-            return stated
-    return family_of(model).block_layout or None
-
-
 def open_generator(
     path: str,
     dtype: torch.dtype,
@@ -344,7 +332,8 @@ def open_generator(
         more = [open_model(path, dtype, other).model for other in copies]
         tokenizer = load_tokenizer(opened.folder)
         generator = BlockDiffusionGenerator(opened.model, tokenizer, opened.folder, batch_size, more)
-        generator.block_layout = block_layout or _own_layout(opened.model, opened.folder)
+        generator.block_layout = block_layout or stated_layout(opened.folder)
+        generator.block_layout = generator.block_layout or family_of(opened.model).block_layout or None
     if thinking is not None:
         generator.thinking = thinking
         asked = [{"role": "user", "content": "x"}]

@@ -14,6 +14,7 @@ from megatron_tide.generate.in_order import IN_ORDER
 from megatron_tide.machine import device_of
 from megatron_tide.models.autoregressive import load_autoregressive
 from megatron_tide.models.gguf_model import GgufModel
+from megatron_tide.models.load import stated_layout
 from megatron_tide.training_checkpoint import generation_of, open_model
 
 
@@ -32,6 +33,7 @@ def open_writer(path: str, dtype: torch.dtype, device: str) -> tuple[Writer, Any
         model, folder = load_autoregressive(path, dtype, device)
         return IN_ORDER, model, load_tokenizer(folder)
     opened = open_model(path, dtype, device)
+    opened.model.config.block_layout = stated_layout(opened.folder)
     return BLOCKS, opened.model, load_tokenizer(opened.folder)
 
 

@@ -88,6 +88,7 @@ def read_release(path: Path) -> tuple[Any, GgufHeader]:
         _check_tensors(header, {**values, "model_type": MODEL_TYPE, "tie_word_embeddings": tied})
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('config: ')}") from None
+    config.block_layout = header.value(LAYOUT, str)
     return config, header
 
 

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_tide.bounds import shown
 from megatron_tide.cli import ONLY_TO_GENERATE
-from megatron_tide.files import sha256_file, write_json
+from megatron_tide.files import read_json, sha256_file, write_json
 from megatron_tide.hub import check_hub_name, download
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import config_dict, family_of, meta_model
+from megatron_tide.models.sampling_a2d import BLOCKS_AT_ANSWER
 from megatron_tide.models.shards import MAX_SHARD_BYTES, ShardedFolder, write_shards
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # by the names of flags
@@ -38,6 +40,17 @@ def resolve_folder(path: str | Path) -> Path:
         raise ValueError(f"{path}: {ONLY_TO_GENERATE}")
     check_hub_name(name)
     return download(name, _FROM_HUB, f"{name}: no such folder, and not found on the hub")
+
+
+def stated_layout(folder: Path) -> str | None:
+    """Where blocks begin by a folder's generation_config.json or config.json; None where they do not say."""
+    for file in (folder / "generation_config.json", folder / "config.json"):
+        stated = read_json(file).get("block_layout") if file.is_file() else None
+        if stated is not None and stated not in tuple(BLOCKS_AT_ANSWER):
+            raise ValueError(f"{file}: block_layout is {shown(stated)}; use {' or '.join(BLOCKS_AT_ANSWER)}")
+        if stated is not None:
+            return str(stated)
+    return None
 
 
 def load_model(

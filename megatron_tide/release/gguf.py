@@ -24,7 +24,6 @@ from megatron_tide.hub import one_line
 from megatron_tide.lock import lock_beside
 from megatron_tide.models import read_config
 from megatron_tide.models.checkpoint_keys import module_tensors
-from megatron_tide.models.decoding_a2d import BLOCKS_AT_ANSWER
 from megatron_tide.models.families import meta_model
 from megatron_tide.models.gguf_release import (
     ARCHITECTURE,
@@ -35,7 +34,7 @@ from megatron_tide.models.gguf_release import (
     read_release,
     tensor_name,
 )
-from megatron_tide.models.load import checked_table
+from megatron_tide.models.load import checked_table, stated_layout
 from megatron_tide.models.shards import ShardedFolder
 
 # --type -> (of matrices, of the embeddings, llama.cpp's number of the mixture). The output embedding decides the
@@ -105,11 +104,7 @@ def _settings(release: Path) -> dict[str, Any]:
     for name in KEYS:
         if values[name] is None or isinstance(values[name], list):
             raise ValueError(f"{release}/config.json: needs one {name}; convert the checkpoint again")
-    values["block_layout"] = str(values.get("block_layout") or "sequence")
-    if values["block_layout"] not in BLOCKS_AT_ANSWER:
-        raise ValueError(
-            f"{release}/config.json: block_layout is none of {', '.join(BLOCKS_AT_ANSWER)}; convert it again"
-        )
+    values["block_layout"] = stated_layout(release) or "sequence"
     others = {"attention_bias": values["attention_bias"], "rope_type": rope.get("rope_type", "default") != "default"}
     others["hidden_act"] = values["hidden_act"] != "silu"
     if wrong := [name for name, other in others.items() if other]:

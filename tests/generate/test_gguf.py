@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_the_tokens_are_those_of_the_release(
     theirs = complete(load_model(release), tokenizer, prompts, min_new_tokens=11, batch_size=1, **settings)
     assert [answer.ids for answer in ours] == [answer.ids for answer in theirs]
     assert [answer.passes for answer in ours] == [answer.passes for answer in theirs]
+
+
+def test_blocks_begin_where_the_release_states_it(release: Path, tmp_path: Path, monkeypatch) -> None:
+    """As model.generate does, whichever file of the folder says so; a flag comes before it."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake_llama_cpp())
+    folder, found = shutil.copytree(release, tmp_path / "stating"), []
+    (folder / "generation_config.json").write_text('{"block_layout": "answer"}')
+    command("convert-gguf")([str(folder), str(tmp_path / "stating.gguf"), "--type", "f32"])
+    for model in (folder, tmp_path / "stating.gguf", release):
+        for flag in ([], ["--block-layout", "answer"], ["--block-layout", "sequence"]):
+            out = tmp_path / f"{len(found)}.jsonl"
+            command("generate")([str(model), "--prompt", "abc", "--max-new-tokens", "9", "--json", str(out), *flag])
+            found.append(json.loads(out.read_text())["answer"])
+    answer, sequence = found[1], found[2]
+    assert found == [answer, answer, sequence] * 2 + [sequence, answer, sequence]
+    assert answer != sequence
 
 
 def test_holes_are_filled_and_a_stream_is_the_same_text(

@@ -180,7 +180,7 @@ def pieces(folder: Path) -> None:
         *(
             (
                 lambda folder, odd=odd: changed(gguf_release(folder), "config.json", block_layout=odd),
-                "block_layout is none",
+                "use sequence or answer",
             )
             for odd in ("/home/someone", ["answer"], 3)
         ),
