@@ -66,10 +66,15 @@ def predict(config: DistillConfig, args: Args, ranks: int) -> Any:
         raise ValueError(f"--strategy {config.strategy.strategy} asks no teacher; name one that distils")
     alone = DistContext(rank=0, size=ranks, device=torch.device("cpu"), host_group=None)
     loader = make_loader(config, inputs, alone)
-    expected = forecast(config, inputs, loader, len(args.seeds) or 1, args.rates)
+    expected = forecast(config, inputs, loader, len(_seeds(config, args)), args.rates)
     say(f"{config.paths.out}: {expected}", flush=True)
     refuse_small_disk(Path(config.paths.out), expected)
     return expected
+
+
+def _seeds(config: DistillConfig, args: Args) -> tuple[int, ...]:
+    """Each once, however often it is named."""
+    return tuple(dict.fromkeys(args.seeds or (config.train.seed,)))
 
 
 def ask(config: DistillConfig, args: Args, world: Any) -> int:
@@ -85,7 +90,7 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
     expected = world.on_main(lambda: predict(config, args, world.size))
     inputs, out = read_run_inputs(config, world.size), Path(config.paths.out)
     loader = make_loader(config, inputs, world)
-    seeds = args.seeds or (config.train.seed,)
+    seeds = _seeds(config, args)
     with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
         manifest = fill_cache(
             config, inputs, loader, world, expected, seeds=seeds, steps_per_forward=args.steps_per_forward, stop=stop
