@@ -198,13 +198,13 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 def _is_lines(path: Path) -> bool:
     """Whether a file is JSON Lines, neither compressed nor one list of all rows; some of its rows may be broken."""
-    number = 0
-    for number, _, line in islice(_lines(path), _HEAD):
-        if number == 1 and line.removeprefix(_BOM).lstrip().startswith(b"["):
+    for place, (_, _, line) in enumerate(islice(_lines(path), _HEAD)):
+        if not place and line.removeprefix(_BOM).lstrip().startswith(b"["):
             return False
         with contextlib.suppress(ValueError):
-            return bool(_parse(line, ""))
-    return number == 0
+            _parse(line, "")
+            return True
+    return path.stat().st_size == 0
 
 
 def _state(about: os.stat_result) -> tuple[int, int]:

@@ -107,6 +107,9 @@ def test_of_a_folder_s_files_bad_rows_are_left_out_and_odd_ones_end_nothing(tmp_
     assert [table.get(n) for n in (0, 2, 3, 4, 5)] == [ROW, dated, {"messages": "text"}, {"other": 1}, ROW]
     assert table.where(5) == f"{tmp_path / 'part-3.jsonl'}:1"
     assert len(list(table.scan(["messages"]))) == len(table) == 6
+    (tmp_path / "part-2.json").write_text(f"\n[\n{json.dumps(ROW)}\n]\n")  # read by the library: no JSON Lines
+    (tmp_path / "part-1.jsonl").write_bytes(LINE)
+    assert [opened(tmp_path).get(number) for number in range(3)] == [ROW] * 3
     parquet.write_table(pa.Table.from_pylist([ROW]), tmp_path / "more.parquet")
     with pytest.raises(ValueError, match=r"it has rows in .*json.* and in more\.parquet: keep files of one format"):
         opened(tmp_path)
