@@ -76,7 +76,10 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
             settings["max_new_tokens"] = _new_tokens(call["max_length"], ids_BP.shape[1])
         rule = decoding_rule(self, None, settings)
         keep_BP = _kept(ids_BP, rule) if attention_mask is None else _mask_of(ids_BP, attention_mask)
-        if (times := call["num_return_sequences"] or 1) > 1:
+        times = 1 if call["num_return_sequences"] is None else call["num_return_sequences"]
+        if not hasattr(times, "__index__") or times < 1:
+            raise ValueError(f"generate: num_return_sequences is {times!r}; use a whole number, 1 or more")
+        if times > 1:
             if not rule.temperature:
                 raise ValueError(f"generate: {times} greedy answers are all the same; add do_sample=True")
             ids_BP, keep_BP = (one.repeat_interleave(times, 0) for one in (ids_BP, keep_BP))
@@ -107,7 +110,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
 
 def _prompt_ids(given: Any) -> torch.Tensor:
-    if not isinstance(given, torch.Tensor) or given.dim() != 2 or not len(given):
+    if not isinstance(given, torch.Tensor) or given.dim() != 2 or not len(given) or given.is_floating_point():
         raise ValueError(
             "generate: pass input_ids as a [batch, length] tensor, and what a tokenizer returns as generate(**inputs)"
         )
@@ -208,6 +211,8 @@ def _seeds(
 def _stops(strings: str | Sequence[str] | None, tokenizer: Any) -> Callable[[torch.Tensor], bool] | None:
     """Whether an answer (ids [n]) ends here; None where no string can end it."""
     strings = [strings] if isinstance(strings, str) else list(strings or ())
+    if not all(isinstance(one, str) and one for one in strings):
+        raise ValueError(f"generate: stop_strings are {strings!r}; use texts that are not empty")
     if strings and tokenizer is None:
         raise ValueError("generate: stop_strings need tokenizer=...")
     return (lambda answer: any(one in tokenizer.decode(answer.tolist()) for one in strings)) if strings else None

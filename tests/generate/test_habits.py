@@ -76,12 +76,16 @@ def test_what_block_decoding_does_not_have_is_refused_in_either_form(model: Any,
         ([[5, 6]], "pass input_ids"),
         ({"input_ids": PROMPT}, r"generate\(\*\*"),
         (PROMPT[:0], "pass input_ids"),
+        (PROMPT.float(), "pass input_ids"),
     ):
         with pytest.raises(ValueError, match=words):
             model.generate(given)
     for mask in (torch.ones(1, 9), torch.ones(1, 1, LENGTH, LENGTH)):
         with pytest.raises(ValueError, match=r"attention_mask has shape .*, input_ids have \[1, 6\]"):
             model.generate(PROMPT, attention_mask=mask)
+    for asked in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"num_return_sequences is {asked}; use a whole number, 1 or more"):
+            answer(model, num_return_sequences=asked, do_sample=True)
     with pytest.raises(ValueError, match=r"max_new_tokens is 4\.5; use a whole number"):
         answer(model, max_new_tokens=4.5)
     with pytest.raises(ValueError, match="generation_config is of type dict; use a GenerationConfig"):
@@ -203,6 +207,9 @@ def test_an_answer_stops_where_the_caller_says_so(model: Any, streamed: bool) ->
     assert both[0, LENGTH:].tolist() == found + [PAD] * (both.shape[1] - LENGTH - len(found))
     alone = model.generate(two[1:], **rule, stop_strings=text[place : place + 2], tokenizer=Letters())
     assert both[1, : alone.shape[1]].tolist() == alone[0].tolist()
+    for odd in ("", ["x", ""], [3]):
+        with pytest.raises(ValueError, match="stop_strings are .*; use texts that are not empty"):
+            answer(model, stop_strings=odd, tokenizer=Letters())
     with pytest.raises(ValueError, match="stop_strings need tokenizer"):
         answer(model, stop_strings="x")
 
