@@ -78,6 +78,7 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
     from megatron_tide.generate.rollouts import Rollouts, draw_round
     from megatron_tide.lock import locked
     from megatron_tide.models import DTYPES
+    from megatron_tide.models.families import family_of
     from megatron_tide.models.load import stated_layout
     from megatron_tide.train.loop import StopRequest
     from megatron_tide.training_checkpoint import open_model
@@ -86,6 +87,8 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
     stop.install()
     dtype = args.dtype or ("bfloat16" if world.device.type == "cuda" else "float32")
     opened = world.on_all(lambda: open_model(args.model, DTYPES[dtype], world.device))
+    if family_of(opened.model).generation != "block_diffusion":
+        raise ValueError(f"{args.model}: an autoregressive model; make a student of it with init-model --from")
     tokenizer = load_tokenizer(opened.folder, mask_token=args.student_mask, trust_remote_code=args.trust_remote_code)
     block = args.block_size or opened.model.config.block_size
     drawn = draw_round(

@@ -172,7 +172,7 @@ def _rule(model: Any, tokenizer: TextTokenizer, options: dict[str, Any]) -> Deco
     if family_of(model).generation != "block_diffusion":
         raise ValueError(
             f"generate: a {model.config.model_type} model is autoregressive and does not decode in blocks; "
-            "generate with transformers instead"
+            "the generate command writes with it"
         )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     check_tokens(model, "the tokenizer", list(ids.values()))

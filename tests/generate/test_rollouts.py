@@ -15,6 +15,7 @@ from megatron_tide.generate import complete
 from megatron_tide.generate.rollouts import Rollouts, Round, draw_round
 from megatron_tide.models import load_model
 from megatron_tide.ranks import on_main
+from tests.support.answering import write_autoregressive
 from tests.support.chain import Chain
 from tests.support.commands import command
 
@@ -189,4 +190,7 @@ def test_the_command_counts_first_and_refuses_in_one_line(chain: Chain, tmp_path
     assert "dry run: 9 of 48 rows, 4 of them to be answered: OK" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--samples 50: the data have 48 rows"):
         command("rollout")([*flags, "--samples", "50"])
+    baseline = str(write_autoregressive(tmp_path / "ar", chain.root / "student"))
+    with pytest.raises(ValueError, match="ar: an autoregressive model; make a student of it with init-model"):
+        command("rollout")([baseline, *flags[1:-1], "--samples", "9"])
     assert not (tmp_path / "out").exists()
