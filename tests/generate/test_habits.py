@@ -208,7 +208,7 @@ def test_an_answer_stops_where_the_caller_says_so(model: Any, streamed: bool) ->
     alone = model.generate(two[1:], **rule, stop_strings=text[place : place + 2], tokenizer=Letters())
     assert both[1, : alone.shape[1]].tolist() == alone[0].tolist()
     for odd in ("", ["x", ""], [3]):
-        with pytest.raises(ValueError, match="stop_strings are .*; use texts that are not empty"):
+        with pytest.raises(ValueError, match=r"stop_strings are .*; use texts that are not empty"):
             answer(model, stop_strings=odd, tokenizer=Letters())
     with pytest.raises(ValueError, match="stop_strings need tokenizer"):
         answer(model, stop_strings="x")
