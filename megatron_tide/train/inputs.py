@@ -105,6 +105,8 @@ def _unused(config: DistillConfig, strategy: Strategy) -> str:
     ]
     if not hasattr(OPTIMIZERS[config.train.optimizer], "momentum"):
         idle += [(config.train, defaults.train, name) for name in ("muon_lr", "muon_momentum")]
+    if config.train.max_steps:
+        idle.append((config.train, defaults.train, "epochs"))
     if not config.save.eval_every:
         idle += [(config.paths, defaults.paths, "validation"), (config.save, defaults.save, "eval_samples")]
     changed = [

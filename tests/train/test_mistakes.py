@@ -155,7 +155,8 @@ def test_dry_run_checks_and_prints_without_writing(chain, out, capsys):
         ({"tidal": "mix", "tidal_peak": 0.5, "optimizer": "muon", "muon_lr": 0.1}, ""),
         ({"strategy": "bd3lm", "temperature": 1.0, "compdemo_ratio": 0.4}, "--temperature, --compdemo-ratio"),
         ({"strategy": "bd3lm", "preset": "ours", "validation": "DATA"}, "--validation"),
-        ({"strategy": "bd3lm", "preset": "ours"}, ""),
+        ({"strategy": "bd3lm", "preset": "ours", "epochs": 2.0, "max_steps": 3}, "--epochs"),
+        ({"strategy": "bd3lm", "preset": "ours", "max_steps": 3}, ""),
     ],
 )
 def test_flags_that_change_nothing_are_told(chain, out, capsys, settings, said):
