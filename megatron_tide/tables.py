@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.arrow import ArrowTable
-from megatron_tide.files import open_regular, sha256_file
+from megatron_tide.files import fingerprint, open_regular, sha256_file
 from megatron_tide.folders import open_folder, open_hub, open_parquet
 from megatron_tide.hub import hub_errors, may_be_hub_name, one_line
 
@@ -349,8 +349,11 @@ def open_table(path: str, folder: Path, *, name: str | None, split: str, revisio
     what = f"{found or path}: cannot be read as a data set, split {split!r}"
     with hub_errors(what, Exception):  # whatever the library makes of a folder
         if found is None:
-            table = open_hub(path, name, split, revision)
-            return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
+            table = open_hub(path, name, split, revision, _is_lines)
+            if not isinstance(table, list):
+                return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
+            parts = tuple(map(JsonLinesTable.open, table))
+            return JoinedTable(parts, fingerprint([part.content for part in parts]))
         if found.is_file():
             return _parquet(found)
         table, content = open_folder(found, name, split, _is_lines)

@@ -215,6 +215,23 @@ def test_a_data_set_of_the_hub_names_no_file_outside_it(tmp_path: Path, monkeypa
             opened(own, file)
 
 
+def test_a_bad_row_of_a_data_set_of_the_hub_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(Builder):
+        def download_and_prepare(self) -> None:
+            raise datasets.exceptions.DatasetGenerationError("a bad row")
+
+    builder = Fails("hf://datasets/some/data@main/train.jsonl")
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    monkeypatch.setattr(datasets.DownloadManager, "download", lambda _, files: [str(tmp_path / "blob") for _ in files])
+    (tmp_path / "blob").write_text('{"a": 1}\n{broken\n{"a": 2}\n')
+    builder.name = "json"
+    table = open_table("some/data", tmp_path, name=None, split="train", revision=None)
+    assert (table.get(0), table.get(2), len(table)) == ({"a": 1}, {"a": 2}, 3)
+    builder.name = "csv"
+    with pytest.raises(ValueError, match=r"some/data: cannot be read as a data set, split 'train' \(a bad row\)"):
+        open_table("some/data", tmp_path, name=None, split="train", revision=None)
+
+
 @pytest.mark.parametrize("name", ["train.unknown", "{folder}.py", "train.csv"])
 def test_a_folder_that_the_library_cannot_read_is_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / name.format(folder=tmp_path.name)).write_bytes(b"" if "csv" not in name else b"\xff\x00\n\x01,\x02\n")
