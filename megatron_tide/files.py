@@ -78,6 +78,8 @@ def remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except (IsADirectoryError, PermissionError):  # the latter on some systems
+        if not path.is_dir():
+            raise
         shutil.rmtree(path)
 
 

@@ -89,13 +89,14 @@ def engine_settings(
 def own_folder(disk: Path, name: str) -> Path:
     """A private folder of this run on the teacher's disk, removed when the run ends.
 
-    Each rank of the run holds a lock in it. Two runs on a node do not share one, and what a killed run has left (no
-    lock in it is held) is removed.
+    Each rank of the run holds a lock in it. Two runs on a node do not share one, and what a killed run has left (locks
+    that nobody holds) is removed.
     """
     for old in disk.glob(f"{_OWN}*"):
         with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or not one of ours
             is_young = time.time() - old.stat().st_mtime < _YOUNG_SECONDS  # about to take its lock
-            if not is_young and not any(is_held(lock) for lock in old.glob(f"{LOCK}*")):
+            locks = list(old.glob(f"{LOCK}-*"))  # without any it is no run's: a copy of this repository, for example
+            if not is_young and locks and not any(map(is_held, locks)):
                 shutil.rmtree(old)
     own = disk / f"{_OWN}{name}"
     held = RunLock(own, f"{LOCK}-{uuid4().hex[:12]}").__enter__()
@@ -104,5 +105,10 @@ def own_folder(disk: Path, name: str) -> Path:
 
 
 def _leave(own: Path, held: RunLock) -> None:
-    shutil.rmtree(own, ignore_errors=True)
-    held.__exit__()
+    for path in [path for path in own.glob("*") if not path.name.startswith(LOCK)]:
+        shutil.rmtree(path, ignore_errors=True)  # the other ranks of this run do it too
+        with contextlib.suppress(OSError):
+            path.unlink()  # a file
+    held.__exit__()  # the last one: what is killed before is found by its lock
+    with contextlib.suppress(OSError):
+        own.rmdir()

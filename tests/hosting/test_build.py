@@ -217,8 +217,10 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     young = tmp_path / "megatron_tide-young"
     (young / ".lock").parent.mkdir()
     (young / ".lock").touch()
-    (tmp_path / "mine").mkdir()
-    for folder in (live, tmp_path / "mine"):
+    mine = (tmp_path / "mine", tmp_path / "megatron_tide-main")
+    for folder in mine:
+        folder.mkdir()
+    for folder in (live, *mine):
         age(folder)
     own_folder(tmp_path, "second")
     assert (live / "share").exists(), "its run goes on"
@@ -228,7 +230,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path):
     own = own_folder(tmp_path, "third")
     assert not live.exists()
     assert young.exists(), "its run may be about to take its lock"
-    assert (tmp_path / "mine").exists()
+    assert all(folder.exists() for folder in mine)
     assert own.is_dir()
 
 
