@@ -9,11 +9,12 @@ from typing import Any
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.data.sources import WRITTEN
-from megatron_tide.files import atomic_write, check_form, fingerprint, open_to_append
+from megatron_tide.files import atomic_write, check_form, fingerprint, open_to_append, read_whole
 from megatron_tide.generate.complete import Completion
 from megatron_tide.generate.prompts import Prompt
 from megatron_tide.tables import read_rows
 
+_START = '{"prompt": '
 _ROW = {"answer": str, "tokens": range(1 << 31), "finished": bool, "key": str}
 
 
@@ -25,7 +26,8 @@ class AnswerFile:
     :meth:`close` puts them into the order of the prompts.
 
     Raises:
-        ValueError: the file has a row that belongs to no prompt: of another model, other settings, or another file.
+        ValueError: the file has a row that belongs to no prompt: of another model, other settings, or another file; or
+            lines that are no rows, but for one that a killed run left half.
     """
 
     def __init__(
@@ -58,6 +60,9 @@ class AnswerFile:
                 )
             check_form(row, self._form, f"{where}:", "; remove that line")
             self._rows[key] = row
+        last = read_whole(path).decode("utf-8", "replace").rstrip("\n").rpartition("\n")[2] if bad else ""
+        if len(bad) > 1 or not (last.startswith(_START) or _START.startswith(last)):
+            raise ValueError(f"{path}: not a file of answers; use another one ({bad[0]})")
         return bool(bad)
 
     def take(self, parts: Sequence[Path]) -> None:

@@ -132,6 +132,10 @@ def test_equal_prompts_keep_their_own_references_and_texts(
     assert rows(["one", "three"], False) == [("name one", "one"), ("name three", "three")]
     holes = [with_holes(tokenizer, Prompt(ids, ""), text) for text in ("A<mask:1>", "a<mask:1>")]
     assert holes[0].ids.tolist() == holes[1].ids.tolist()
+    file.write_text("my only copy\n")
+    with pytest.raises(ValueError, match=r"answers\.jsonl: not a file of answers; use another one"):
+        rows(["one"], True)
+    assert file.read_text() == "my only copy\n"
     both = AnswerFile(tmp_path / "holes.jsonl", tokenizer, holes, [0, 0], "model")
     both.add({place: Completion([], "", True, 1, holes[place].ids.tolist()) for place in (0, 1)})
     assert [row["answer"] for row in both.close()] == ["A", "a"]
