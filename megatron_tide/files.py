@@ -107,7 +107,7 @@ def replacing(path: Path) -> Iterator[tuple[Path, int]]:
     unchanged; an OSError names ``path``. What is no file, such as /dev/null, is refused: it would be one afterwards.
     """
     if not is_replaceable(path):
-        raise OSError(f"{path}: not a regular file, and is not replaced; give the name of one")
+        raise OSError(f"{path}: not a regular file, and is not replaced; remove it, or use another name")
     temporary, descriptor = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"), -1
     try:
         descriptor = create_new(temporary)
