@@ -83,8 +83,25 @@ def _check(folder: Path) -> None:
 
 
 def most_rows(model: Any, batch_size: int) -> int:
-    """``batch_size``, but 1 for a model with a recurrent state, which the padding of shorter prompts would enter."""
-    return 1 if getattr(model, "_is_stateful", False) else batch_size
+    """``batch_size``, but 1 for a model with a recurrent state that the padding of shorter prompts enters: some hide it
+    there, others (RWKV) do not read their attention mask.
+    """
+    from transformers import GenerationConfig
+
+    if batch_size == 1 or not getattr(model, "_is_stateful", False):
+        return batch_size
+    ids, before, rows = (
+        torch.arange(1, 5, device=model.device),
+        torch.ones(8, dtype=torch.int64, device=model.device),
+        [],
+    )
+    how = {"max_new_tokens": 1, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for pads in (before[:0], before):
+        mask = torch.cat((0 * pads, torch.ones_like(ids)))[None]
+        rule = GenerationConfig(pad_token_id=1, **how)
+        found = model.generate(torch.cat((pads, ids))[None], attention_mask=mask, generation_config=rule)
+        rows.append(found.logits[0][0].float())
+    return batch_size if (rows[0] - rows[1]).abs().max() < 0.1 * rows[0].std() else 1
 
 
 def end_tokens(model: Any, eos_id: int) -> list[int]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import RwkvConfig, RwkvForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.generate import from_text
 from megatron_tide.generate.in_order import answers, stream
-from megatron_tide.models.autoregressive import load_autoregressive
+from megatron_tide.models.autoregressive import load_autoregressive, most_rows
 from tests.support.answering import write_autoregressive
 from tests.support.lab import Lab
 
@@ -92,11 +92,14 @@ def test_the_least_number_of_tokens(made: tuple[Any, TextTokenizer]) -> None:
     assert list(stream(model, tokenizer, prompt, **options))[-1].ids == found[0].ids
 
 
-def test_a_recurrent_model_in_a_batch_and_streamed(made: tuple[Any, TextTokenizer]) -> None:
-    """Padding would enter its state, and what it returns has no keys and values."""
+@pytest.mark.parametrize(("kind", "rows"), [(RwkvForCausalLM, 1), (MambaForCausalLM, 2)])
+def test_a_recurrent_model_in_a_batch_and_streamed(made: tuple[Any, TextTokenizer], kind: Any, rows: int) -> None:
+    """Padding may enter its state, and what it returns has no keys and values."""
     tokenizer, ends = made[1], {"bos_token_id": None, "eos_token_id": made[1].eos_id}
     torch.manual_seed(0)
-    model = RwkvForCausalLM(RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, **ends)).eval()
+    config = {RwkvForCausalLM: RwkvConfig, MambaForCausalLM: MambaConfig}[kind]
+    model = kind(config(vocab_size=320, hidden_size=32, num_hidden_layers=2, **ends)).eval()
+    assert most_rows(model, 2) == rows
     prompts = [from_text(tokenizer, text).ids for text in ("a long question " * 2, "hi")]
     options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0.0, "seed": 0}
     found = {}
