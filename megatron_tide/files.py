@@ -63,6 +63,16 @@ def open_to_append(path: Path) -> TextIO:
     return os.fdopen(descriptor, "a", buffering=1, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def appending(path: Path) -> Iterator[TextIO]:
+    """``open_to_append`` for the block; an OSError of a write, such as a full disk, names ``path``."""
+    try:
+        with open_to_append(path) as file:
+            yield file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) if error.errno and not error.filename else error from None
+
+
 def read_whole(path: Path, most: int = LARGEST_TEXT) -> bytes:
     """All bytes of a file that is read as a whole. OSError where it is no regular file, or too large for one."""
     with open_regular(path) as file:

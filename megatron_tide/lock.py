@@ -10,6 +10,7 @@ processes, so between them only the touches count.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -75,7 +76,9 @@ class RunLock:
         self._mine = _myself()  # kept: a host may get another name meanwhile
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.write(self._file, json.dumps(self._mine).encode())
+            content = json.dumps(self._mine).encode()
+            if os.write(self._file, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:  # a full disk
             os.close(self._file)
             self.path.unlink(missing_ok=True)

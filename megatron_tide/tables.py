@@ -48,7 +48,7 @@ UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the dat
 
 _HOPELESS = 1 << 17
 """Rows at the head of a file: where none of them can be read, it is no file of rows, and is not read further."""
-_LONGEST = 1 << 32  # bytes of a row: there, too, a file is not read further
+_LONGEST = 1 << 30  # bytes of a row: there, too, a file is not read further
 _KEPT = 1000  # messages that are kept of bad rows; the others are only counted
 
 _BOM = b"\xef\xbb\xbf"

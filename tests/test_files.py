@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_tide import files
-from megatron_tide.files import TEMPORARY, AtomicFolder, atomic_write, read_json, read_regular, remove_drafts
+from megatron_tide.files import TEMPORARY, AtomicFolder, appending, atomic_write, read_json, read_regular, remove_drafts
 
 
 def test_a_link_at_the_temporary_name_is_replaced_and_not_followed(tmp_path):
@@ -140,3 +140,11 @@ def test_a_json_file_too_large_for_one_is_not_read(tmp_path):
         file.truncate(50 << 30)
     with pytest.raises(ValueError, match=r"config.json: cannot be read .*more than 134217728 bytes"):
         read_json(tmp_path / "config.json")
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*answers\.jsonl'"),
+        appending(tmp_path / "answers.jsonl"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.data.sources import WRITTEN
-from megatron_tide.files import atomic_write, check_form, fingerprint, open_to_append, read_whole
+from megatron_tide.files import appending, atomic_write, check_form, fingerprint, read_whole
 from megatron_tide.generate.complete import Completion
 from megatron_tide.generate.prompts import Prompt
 from megatron_tide.tables import read_rows
@@ -81,7 +81,7 @@ class AnswerFile:
 
     def add(self, answers: Mapping[int, Completion]) -> None:
         """Append the answers of a batch, by the places of their prompts."""
-        with open_to_append(self._path) as file:
+        with appending(self._path) as file:
             for place, answer in sorted(answers.items()):
                 prompt = self._prompts[place]
                 row = {

@@ -149,10 +149,12 @@ def checked_table(source: ShardedFolder, model: nn.Module) -> dict[str, Slot]:
     if problems:
         found = " and ".join(problems)
         raise ValueError(f"{source.folder}: the checkpoint {found}: it does not match its config.json")
-    for key, shape in source.shapes(table):
+    for key, (shape, dtype) in source.headers(table):
         expected = list(table[key].of(tensors).shape)
         if shape != expected:
             raise ValueError(f"{source.folder}: {key} has shape {shape}, config.json gives {expected}")
+        if not dtype.startswith(("F", "BF")):
+            raise ValueError(f"{source.folder}: {key} holds {dtype}, not floating-point numbers; use other weights")
     return table
 
 

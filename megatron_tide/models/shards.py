@@ -49,9 +49,14 @@ class ShardedFolder:
         """(key, tensor on CPU) for each of ``keys``, shard by shard. ValueError names a shard that is broken."""
         return self._each(keys, lambda shard, key: shard.get_tensor(key))
 
-    def shapes(self, keys: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
-        """(key, shape) for each of ``keys``: only headers are read. ValueError names a shard that is broken."""
-        return self._each(keys, lambda shard, key: shard.get_slice(key).get_shape())
+    def headers(self, keys: Iterable[str]) -> Iterator[tuple[str, tuple[list[int], str]]]:
+        """(key, (shape, data type)) for each of ``keys``. ValueError names a shard that is broken."""
+
+        def read(shard: Any, key: str) -> tuple[list[int], str]:
+            part = shard.get_slice(key)
+            return part.get_shape(), part.get_dtype()
+
+        return self._each(keys, read)
 
     def fingerprint(self) -> str:
         """sha256 hex of which model this is: configuration, shards' sizes and headers, and the start, middle and end of

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_tide.files import open_to_append
+from megatron_tide.files import appending
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metrics import MetricAccumulator
 from megatron_tide.train.microbatches import MicrobatchLoader
@@ -44,7 +44,7 @@ class NonFiniteGuard:
         if not self._world.is_main:
             return
         record = {"step": state.step + 1, "ranks": {str(rank): odd for rank, odd in enumerate(found) if odd}}
-        with open_to_append(self._folder / SKIPPED) as file:
+        with appending(self._folder / SKIPPED) as file:
             file.write(json.dumps(record) + "\n")
         losses = [f"rank {rank}, samples {_listed(odd)}" for rank, odd in enumerate(found) if odd]
         why = f"loss not finite on {'; '.join(losses)}" if losses else "gradient not finite, all losses finite"

@@ -178,6 +178,10 @@ BAD = {
         r"has unexpected 1 tensor\(s\) \(extra\)",
     ),
     "wrong shape": (edit_tensors(lambda t: t.update({EXPERT: torch.zeros(3, 5)})), rf"{EXPERT} has shape \[3, 5\]"),
+    "whole numbers": (
+        edit_tensors(lambda t: t.update({EXPERT: t[EXPERT].to(torch.int32)})),
+        f"{EXPERT} holds I32, not floating-point numbers",
+    ),
     "more layers": (
         edit_config(num_hidden_layers=4),
         rf"lacks {IN_A_LAYER} tensor\(s\) \(model\.layers\.3.*, \.\.\.\)",
