@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 
 from megatron_tide.screen import printable, traceback_of, words_of
@@ -11,12 +12,14 @@ from megatron_tide.screen import printable, traceback_of, words_of
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 _TOLD = "told by megatron_tide"  # no name that an error of a library has
+_OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # what libraries in Rust write in place of an OSError
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # of torch's errors, which are RuntimeErrors
 
 
 def is_of_users(error: BaseException) -> bool:
-    """Whether a user can mend what an error says: a wrong input, a file, too little memory."""
-    return isinstance(error, (ValueError, OSError)) or _lacks_memory(error)
+    """Whether a user can mend what an error says: a wrong input, a file, a full disk, too little memory."""
+    of_rust = isinstance(error, Exception) and _OF_THE_SYSTEM.search(words_of(error)) is not None
+    return of_rust or isinstance(error, (ValueError, OSError)) or _lacks_memory(error)
 
 
 def shows_traceback() -> bool:

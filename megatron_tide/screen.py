@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import traceback
@@ -77,6 +78,8 @@ def clean_output() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, CleanStream):
+            if isinstance(stream, io.TextIOWrapper):  # where the locale has no such character
+                stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, CleanStream(stream, bars=name == "stderr"))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_tide import errors
 from megatron_tide.ranks import again, stated
-from megatron_tide.screen import LONGEST_WORDS, words_of
+from megatron_tide.screen import LONGEST_WORDS, clean_output, words_of
 
 
 class Wordless(ValueError):
@@ -45,6 +45,7 @@ ERRORS = [
     (Told("here"), 1, "Told: here\n", "Told: here"),
     (Panic("at the disk"), 1, "Panic: at the disk\n", "Panic: at the disk"),
     (MemoryError(), 2, "error: out of memory (MemoryError)\n", "MemoryError"),
+    (Exception("no space (os error 28)"), 2, "error: no space (os error 28)\n", "Exception: no space (os error 28)"),
     (RuntimeError("can't allocate memory"), 2, "(can't allocate memory)\n", "RuntimeError: can't allocate memory"),
     (SystemExit("no disk"), 1, "no disk\n", "SystemExit: no disk"),
     (SystemExit(256), 1, "", "SystemExit: 256"),
@@ -89,3 +90,12 @@ def test_where_nothing_can_be_printed_the_status_remains(monkeypatch: pytest.Mon
         monkeypatch.setattr(sys, "stderr", stream)
         assert errors.tell(ValueError("no space left")) == errors.EXIT_USER_ERROR
     monkeypatch.undo()
+
+
+def test_what_a_terminal_has_no_letters_for_is_shown_as_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    clean_output()
+    print("\u4e16 \xe9", flush=True)
+    assert shown.getvalue() == b"\\u4e16 \\xe9\n"

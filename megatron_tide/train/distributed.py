@@ -141,7 +141,10 @@ def init_distributed() -> DistContext:
     Raises:
         ValueError: as :func:`launched_ranks`.
     """
-    own_port = launched_ranks() == 1 and "MASTER_PORT" not in os.environ
+    ranks = launched_ranks()
+    if ranks > 1 and "RANK" not in os.environ:  # the others would be waited for
+        raise ValueError(f"WORLD_SIZE={ranks} in the environment without RANK: no launcher set it; unset it")
+    own_port = ranks == 1 and "MASTER_PORT" not in os.environ
     for name, alone in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, alone)
     refuse_idle_gpu()

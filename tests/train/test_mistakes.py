@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from megatron_tide import cli, distill
+from megatron_tide.train.distributed import init_distributed
 
 
 def refusal(capsys, *argv):
@@ -163,3 +164,10 @@ def test_flags_that_change_nothing_are_told(chain, out, capsys, settings, said):
     settings = {name: chain.root / "data" if value == "DATA" else value for name, value in settings.items()}
     assert distill.main([*chain.flags(out, **settings), "--dry-run"]) == 0
     assert capsys.readouterr().err == (f"note: {said}: nothing in this run uses that\n" if said else "")
+
+
+def test_a_world_that_no_launcher_made_is_not_waited_for(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 in the environment without RANK"):
+        init_distributed()
