@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,8 @@ def test_a_template_that_a_release_would_lose_stops_it(
 ) -> None:
     """Where transformers finds one in a folder of its own, it is refused before; this is for what nobody thought of."""
     checkpoint = write_checkpoint(lab, tmp_path / "run", start=lab.student, data=lab.data)
-    monkeypatch.setattr(
-        "megatron_tide.release.convert.clean_tokenizer_files", lambda out, *_: (out / "chat_template.jinja").unlink()
-    )
+    module = sys.modules["megatron_tide.release.convert"]  # the package has a function of that name
+    monkeypatch.setattr(module, "clean_tokenizer_files", lambda out, *_: (out / "chat_template.jinja").unlink())
     assert_refused(checkpoint, tmp_path / "out", "save_pretrained", skip_parity=True)
 
 
