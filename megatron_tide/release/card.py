@@ -15,7 +15,7 @@ from typing import Any
 import megatron_tide
 from megatron_tide.choices import STRATEGIES
 from megatron_tide.evaluate.parallelism import threshold_of
-from megatron_tide.files import atomic_write, read_whole
+from megatron_tide.files import atomic_write, fingerprint, read_whole
 from megatron_tide.hub import HUB_NAME, one_line, public_name, published
 from megatron_tide.models.families import Family
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, TrainState
@@ -261,6 +261,12 @@ def has_card(folder: str | Path) -> bool:
 
 def _text(card: Path) -> str:
     return read_whole(card).decode("utf-8", "replace")
+
+
+def card_identity(folder: Path) -> str:
+    """The sha256 in hex of a release's card without its scores; "" where it has none."""
+    card = folder / "README.md"
+    return fingerprint(_INDEX.sub("", _SECTION.sub("", _text(card)))) if card.is_file() else ""
 
 
 def write_scores(folder: str | Path, scores: Sequence[Score]) -> None:

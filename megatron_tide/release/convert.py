@@ -29,7 +29,15 @@ from megatron_tide.models import DTYPES, meta_model
 from megatron_tide.models.checkpoint_keys import Slot, checkpoint_table, module_tensors, tied_aliases
 from megatron_tide.models.families import FAMILIES, config_dict, family_of
 from megatron_tide.models.shards import NOT_THE_MODEL, ShardedFolder, write_shards
-from megatron_tide.release.card import check_card_text, has_scores, keep_scores, model_card, public_run, public_state
+from megatron_tide.release.card import (
+    card_identity,
+    check_card_text,
+    has_scores,
+    keep_scores,
+    model_card,
+    public_run,
+    public_state,
+)
 from megatron_tide.release.parity import check_parity
 from megatron_tide.release.tokenizer_config import clean_tokenizer_files
 from megatron_tide.training_checkpoint import GenerationIds, TrainingCheckpoint, open_checkpoint
@@ -111,11 +119,24 @@ def _keep(old: Path, draft: Path) -> None:
             os.link(path, draft / path.name, follow_symlinks=False)
     if gone:
         say(f"{old}: {', '.join(gone)} of the release before are removed")
+    edited = card_identity(old)
+    if edited and _written_card(old) not in ("", edited):
+        with contextlib.suppress(FileExistsError):
+            os.link(old / "README.md", draft / f"README.{edited[:8]}.md", follow_symlinks=False)
+        say(f"{old}: its README.md was edited, and is kept as README.{edited[:8]}.md")
     if has_scores(old) and _same_model(old, draft):
         keep_scores(old, draft)
     elif has_scores(old):
         why = "were of other weights or settings, and are left out; evaluate --card measures again"
         say(f"{old}: the card's scores {why}")
+
+
+def _written_card(folder: Path) -> str:
+    """The identity of the card that convert wrote; "" where that is not known."""
+    try:
+        return str(read_json(folder / "provenance.json").get("card", ""))
+    except ValueError:
+        return ""
 
 
 def released_files(folder: Path) -> list[str]:
@@ -156,7 +177,6 @@ def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str)
     if not options.skip_parity:
         parity = check_parity(draft, trained, tokenizer, family.release, ids, dtype)
         write_json(draft / "parity.json", parity)
-    write_json(draft / "provenance.json", {"run": public_run(trained.run), "state": public_state(trained)})
     card = model_card(
         trained,
         family,
@@ -168,6 +188,8 @@ def _fill(draft: Path, trained: TrainingCheckpoint, options: Options, name: str)
         languages=options.languages,
     )
     (draft / "README.md").write_text(card, encoding="utf-8")
+    about = {"run": public_run(trained.run), "state": public_state(trained), "card": card_identity(draft)}
+    write_json(draft / "provenance.json", about)
     return parity
 
 

@@ -57,6 +57,13 @@ def test_results_stay_and_old_weights_go(
     assert "| gsm8k | accuracy, % | 1 " in (out / "README.md").read_text()
     assert capsys.readouterr().out == ""
 
+    with (out / "README.md").open("a") as card:
+        card.write("Licensed to my employer.\n")
+    convert(checkpoint, out, Options(skip_parity=True, overwrite=True))
+    assert "its README.md was edited, and is kept as README." in capsys.readouterr().out
+    (kept,) = out.glob("README.*.md")
+    assert kept.read_text().endswith("Licensed to my employer.\n")
+
 
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "tokenizer_config.json"])
 def test_scores_of_another_configuration_or_template_do_not_stay(checkpoint: Path, tmp_path: Path, name: str) -> None:
