@@ -149,6 +149,9 @@ class TokenizerTraining:
         with lock_beside(self.folder), AtomicFolder(self.folder) as draft:
             self.train(draft, texts, self.vocab_size)
             (draft / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+            before, new = ({path.name for path in folder.glob("*")} for folder in (self.folder, draft))
+            if before - new:
+                raise ValueError(f"{self.folder}: has {min(before - new)}, which this tool does not write; move it")
         return f"{self.folder}: trained"
 
     def _receipt(self) -> object:

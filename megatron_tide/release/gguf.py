@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,9 @@ def convert_to_gguf(release: str | Path, out: str | Path, kind: str, *, overwrit
         check_own(file)
     words = _vocabulary(release, tokenizer, values["vocab_size"])
     with lock_beside(out):
-        for left in out.parent.glob(f"{TEMPORARY}*-{out.name}"):  # of a process that was killed
+        own = re.compile(rf"{re.escape(TEMPORARY)}\d+-{re.escape(out.name)}")
+        # Of a process that was killed; another one may be writing other-NAME.
+        for left in [path for path in out.parent.iterdir() if own.fullmatch(path.name)]:
             remove(left)
         with replacing(out) as (draft, _):
             kept = _write(draft, release, values, tokenizer, words, kind)

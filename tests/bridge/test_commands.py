@@ -257,6 +257,10 @@ def test_training_is_deterministic_skips_and_refuses(capsys: Capture, train: lis
     assert capsys.readouterr().out.count("done, skipped") == 2
     assert status("train-tokenizers", *train, "--fresh") == 0
     assert (contents(tmp_path / "s"), contents(tmp_path / "t")) == before
+    (tmp_path / "s" / "notes.md").touch()
+    assert status("train-tokenizers", *train, "--fresh") == 2
+    assert_refused(capsys, "has notes.md, which this tool does not write; move it")
+    (tmp_path / "s" / "notes.md").unlink()
     capsys.readouterr()
     assert status("train-tokenizers", *train, "--student-vocab", 310) == 2
     assert_refused(capsys, "contains a tokenizer of other settings; pass --fresh")

@@ -123,9 +123,11 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(release: Path, 
             convert([str(release), str(out), "--overwrite"])
     assert out.read_text() == "mine"
     (tmp_path / ".tide-tmp-1-model.gguf").write_text("left by a process that was killed")
+    other = tmp_path / ".tide-tmp-2-small-model.gguf"  # which another process writes
+    other.touch()
     convert([str(release), str(out), "--overwrite"])
     assert read_header(out).values["general.architecture"] == "qwen3"
-    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == ["model.gguf"]
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")} == {"model.gguf", other.name}
 
 
 def changed(folder: Path, name: str, **values: Any) -> Path:
