@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 TEMPORARY = ".tide-tmp-"
 LARGEST_TEXT = 1 << 30  # bytes of a file that is read as a whole
-LARGEST_JSON = 1 << 27  # bytes of a JSON file: its objects take up to 20 times as much memory
+LARGEST_JSON = 1 << 27  # bytes of a JSON file: its objects take up to 30 times as much memory
+LARGEST_CONFIG = 1 << 24  # of one whose name ends in config.json
 CHOICE = ".huggingface.yaml"  # of a data folder: which of its files are read, beside README.md
 STAGES = "stages"  # beside the stamps of a recipe's stages: which of them its last run has
 
@@ -259,7 +260,8 @@ def read_json(path: Path, hint: str = "", form: Any = None) -> dict[str, Any]:
     """
     tail = f"; {hint}" if hint else ""
     try:
-        value = json.loads(read_whole(path, LARGEST_JSON).decode("utf-8-sig"))
+        most = LARGEST_CONFIG if path.name.endswith("config.json") else LARGEST_JSON
+        value = json.loads(read_whole(path, most).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file{tail}") from None
     except OSError as error:

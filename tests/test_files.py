@@ -138,7 +138,7 @@ def test_nothing_of_the_system_is_replaced(monkeypatch, path):
 def test_a_json_file_too_large_for_one_is_not_read(tmp_path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(50 << 30)
-    with pytest.raises(ValueError, match=r"config.json: cannot be read .*more than 134217728 bytes"):
+    with pytest.raises(ValueError, match=r"config.json: cannot be read .*more than 16777216 bytes"):
         read_json(tmp_path / "config.json")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.bounds import TOKEN_BYTES, check_id
+from megatron_tide.bounds import TEMPLATE, TOKEN_BYTES, check_id
 from megatron_tide.files import check_regular, read_json
 
 LARGEST = 1 << 27
@@ -52,6 +52,12 @@ def check_files(folder: Path) -> None:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, more than {LARGEST}; restore the file")
         check(path, read_json(path, "restore the file"))
+    texts = [
+        (path, 4 * TEMPLATE) for place in (".", "additional_chat_templates") for path in folder.glob(f"{place}/*.jinja")
+    ]
+    for path, most in [*texts, (folder / "merges.txt", LARGEST)]:
+        if path.is_file() and path.stat().st_size > most:
+            raise ValueError(f"{path}: has {path.stat().st_size} bytes, more than {most}; restore the file")
 
 
 def check_own(file: Path) -> None:

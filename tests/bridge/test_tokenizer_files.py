@@ -146,3 +146,12 @@ def test_sizes_that_add_up_are_one_line(folders: Mapping[str, Path], tmp_path: P
     (folder / "tokenizer.model").write_bytes(b"")
     with pytest.raises(ValueError, match=r"tokenizer\.model: empty; restore the file"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja", "merges.txt"])
+def test_texts_too_large_for_what_they_are_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(50 << 30)
+    with pytest.raises(ValueError, match=f"{name}: has 53687091200 bytes, more than"):
+        tokenizer_files.check_files(tmp_path)
