@@ -27,6 +27,9 @@ class Alone:
     def broadcast_object(self, value):
         return value
 
+    def on_all(self, work):
+        return work()
+
 
 class Second(Alone):
     """A rank that hears what the first one found."""
