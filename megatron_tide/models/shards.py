@@ -108,6 +108,8 @@ class ShardedFolder:
         path = self.folder / name
         if not path.is_file():
             raise ValueError(f"{path}: not a regular file; copy or download it again")
+        if not os.access(path, os.R_OK):  # the library would say that there is none
+            raise ValueError(f"{path}: you may not read it; change its permissions")
         return path
 
     def _from_index(self, index: Path) -> dict[str, str]:

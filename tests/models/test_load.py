@@ -228,6 +228,13 @@ def test_bad_indices_are_refused(tmp_path: Path) -> None:
             load_model(folder)
 
 
+def test_weights_that_may_not_be_read_are_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_hub_folder(tmp_path / "in", tiny_teacher_config())
+    monkeypatch.setattr("megatron_tide.models.shards.os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"model\.safetensors: you may not read it"):
+        load_model(folder)
+
+
 def test_a_key_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
     folder = write_hub_folder(tmp_path / "in", tiny_student_config(), shards=2)
     name = "model-00002-of-00002.safetensors"
