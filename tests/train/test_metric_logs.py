@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -110,7 +111,9 @@ def test_the_package_itself_offline(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "tests")
     log_two_steps(tmp_path, 0)
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = written.read_bytes()
-    assert b"loss/total" in content
+    deadline = time.monotonic() + 60  # its own process writes the end of the file, at its leisure
+    while b"loss/total" not in (content := written.read_bytes()):
+        assert time.monotonic() < deadline, content
+        time.sleep(0.05)
     for local in (str(tmp_path), sys.executable):
         assert local.encode() not in content, local
