@@ -251,7 +251,8 @@ def number(kind: type[int] | type[float], low: float = -MOST, high: float = MOST
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            wanted = f"{'whole ' if kind is int else ''}number from {low:g} to {high:g}"
+            least, most = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
+            wanted = f"{'whole ' if kind is int else ''}number from {least} to {most}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {wanted}")
         return value
 
@@ -358,7 +359,8 @@ def _check(info: Field[Any], value: Any) -> None:
     if isinstance(value, (int, float)) and abs(value) > MOST:
         raise ValueError(f"{flag_name(info)} {str(value)[:20]}: no number that large is possible")
     if isinstance(value, (int, float)) and not low <= value <= high:
-        bound = f"at least {low:g}" if high == _INF else f"between {low:g} and {high:g}"
+        least, most = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
+        bound = f"at least {least}" if high == _INF else f"between {least} and {most}"
         raise ValueError(f"{flag_name(info)} {value}: must be {bound}")
 
 

@@ -150,7 +150,7 @@ def test_the_peak_of_a_process_starts_again():
     [
         (["--student", "./nowhere"], "./nowhere: no such folder"),
         (["--repeats", "0"], "error: --repeats 0: must be at least 1"),
-        (["--new-tokens", "0"], "error: --new-tokens 0: must be at least 1"),
+        (["--new-tokens", "0"], "error: --new-tokens 0: must be between 1 and 16777216"),
         (["--out", "nowhere/found.json"], "--out nowhere/found.json: no such folder nowhere"),
     ],
 )
