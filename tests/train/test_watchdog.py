@@ -58,7 +58,7 @@ def test_a_rank_that_stands_still(chain, tmp_path):
     with ranks(stands_still, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         ended_within(processes[0], 40)
-        ended_within(processes[1], 30)  # the store that ranks tell each other through went with rank 0
+        ended_within(processes[1], 120)  # the store that ranks tell each other through went with rank 0
         assert [process.exitcode for process in processes] == [EXIT_LOST] * 2
     (line,) = [line for line in (tmp_path / "rank0").read_text().splitlines() if line.startswith("error: ")]
     assert re.match(r"error: rank 1 \(step 3, last collective [a-z_]+\) has made no progress for \d+ s", line)
