@@ -15,6 +15,8 @@ ADDED_TOKENS = 1 << 14
 """Added tokens in a tiktoken file's settings (of public ones, some thousand)."""
 TEMPLATE = 1 << 20
 """Characters of a chat template."""
+MOST_STEPS = 10**8 - 1
+"""Of a training: the names of its checkpoints have eight digits, and sort."""
 MERGED_BYTES = 1 << 28
 """Bytes of all pairs of tokens that join to a token of a tiktoken file (of the largest public one, 2^23), or, of a GGUF
 file, of all pairs that tokens can be cut into."""

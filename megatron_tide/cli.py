@@ -242,6 +242,11 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _limit(value: float) -> str:
+    """A limit in a message, whole numbers with all their digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 def number(kind: type[int] | type[float], low: float = -MOST, high: float = MOST) -> Callable[[str], float]:
     """The ``type`` of an argument of a :class:`Parser`: a finite number in [``low``, ``high``]."""
 
@@ -251,8 +256,7 @@ def number(kind: type[int] | type[float], low: float = -MOST, high: float = MOST
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            least, most = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
-            wanted = f"{'whole ' if kind is int else ''}number from {least} to {most}"
+            wanted = f"{'whole ' if kind is int else ''}number from {_limit(low)} to {_limit(high)}"
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {wanted}")
         return value
 
@@ -359,8 +363,7 @@ def _check(info: Field[Any], value: Any) -> None:
     if isinstance(value, (int, float)) and abs(value) > MOST:
         raise ValueError(f"{flag_name(info)} {str(value)[:20]}: no number that large is possible")
     if isinstance(value, (int, float)) and not low <= value <= high:
-        least, most = (str(end) if isinstance(end, int) else f"{end:g}" for end in (low, high))
-        bound = f"at least {least}" if high == _INF else f"between {least} and {most}"
+        bound = f"at least {_limit(low)}" if high == _INF else f"between {_limit(low)} and {_limit(high)}"
         raise ValueError(f"{flag_name(info)} {value}: must be {bound}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide import cli
+from megatron_tide.bounds import MOST_STEPS
 from megatron_tide.choices import (
     ATTENTION_LAYOUTS,
     CHUNK_OBJECTIVES,
@@ -184,7 +185,7 @@ class TrainConfig:
     """Optimization."""
 
     epochs: float = flag(10.0, "Number of passes over the data, if --max-steps is 0", low=1e-6, high=1e9)
-    max_steps: int = flag(0, "Number of optimizer steps; 0: as many as --epochs takes", low=0, high=10**8 - 1)
+    max_steps: int = flag(0, "Number of optimizer steps; 0: as many as --epochs takes", low=0, high=MOST_STEPS)
     global_batch_size: int = flag(64, "Number of samples per optimizer step, over all ranks", low=1, high=1 << 30)
     micro_batch_size: int = free_flag(
         4,

@@ -62,7 +62,7 @@ def open_folder(
         check_stream(path)
     builder = _builder(str(folder), kept_by(content), name=name, inside=_places(folder))
     _check_formats(folder, builder)
-    files = [Path(str(file)) for key, found in builder.config.data_files.items() if key == split for file in found]
+    files = _files(builder, split)
     lines = builder.name == "json" and files and all(map(is_lines, files))
     rows = files if lines or _differ(builder.name, files) else _rows(builder, split)
     _check_unchanged(place, before, content)
@@ -108,10 +108,7 @@ def open_hub(
         with bounded(0):
             builder.download_and_prepare()
     except datasets.exceptions.DatasetGenerationError:
-        named = [
-            str(file) for key, found in (builder.config.data_files or {}).items() if key == split for file in found
-        ]
-        files = datasets.DownloadManager().download(named) if builder.name == "json" else []
+        files = datasets.DownloadManager().download(_named(builder, split)) if builder.name == "json" else []
         if not files or not all(is_lines(Path(file)) for file in files):
             raise
         return [Path(file) for file in files]
@@ -129,8 +126,14 @@ def _builder(path: str, kept: str, *, inside: list[Path], **how: Any) -> Any:
     return builder
 
 
-def _files(builder: Any) -> list[Path]:
-    return [Path(str(file)) for found in (builder.config.data_files or {}).values() for file in found]
+def _named(builder: Any, split: str | None = None) -> list[str]:
+    """The paths, or addresses on the hub, of a split's files, or of all."""
+    named = (builder.config.data_files or {}).items()
+    return [str(file) for key, found in named if split is None or key == split for file in found]
+
+
+def _files(builder: Any, split: str | None = None) -> list[Path]:
+    return list(map(Path, _named(builder, split)))
 
 
 def _rows(builder: Any, split: str) -> Any:

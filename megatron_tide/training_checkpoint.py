@@ -30,7 +30,6 @@ from megatron_tide.tables import read_rows
 
 WEIGHTS, STATE, CHECKSUMS = "model.safetensors", "trainer.json", "checksums.json"
 PREFIX = "step-"
-MOST_STEPS = 10**8 - 1  # whose names _STEP_FOLDER has, and sort
 _STEP_FOLDER = re.compile(rf"{PREFIX}[0-9]{{8}}")
 METRICS = "metrics.jsonl"
 

@@ -49,15 +49,18 @@ def check_files(folder: Path) -> None:
         path = folder / name
         if not path.exists():
             continue
-        if path.stat().st_size > LARGEST:
-            raise ValueError(f"{path}: has {path.stat().st_size} bytes, more than {LARGEST}; restore the file")
+        _check_size(path, LARGEST)
         check(path, read_json(path, "restore the file"))
-    texts = [
-        (path, 4 * TEMPLATE) for place in (".", "additional_chat_templates") for path in folder.glob(f"{place}/*.jinja")
-    ]
+    texts = [(path, 4 * TEMPLATE) for place in (".", _TEMPLATES) for path in folder.glob(f"{place}/*.jinja")]
     for path, most in [*texts, (folder / "merges.txt", LARGEST)]:
-        if path.is_file() and path.stat().st_size > most:
-            raise ValueError(f"{path}: has {path.stat().st_size} bytes, more than {most}; restore the file")
+        if path.is_file():
+            _check_size(path, most)
+
+
+def _check_size(path: Path, most: int) -> None:
+    size = path.stat().st_size
+    if size > most:
+        raise ValueError(f"{path}: has {size} bytes, more than {most}; restore the file")
 
 
 def check_own(file: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide import __version__
+from megatron_tide.bounds import MOST_STEPS
 from megatron_tide.bridge import Bridge, TextTokenizer, load_tokenizer
 from megatron_tide.choices import METRIC_LOGS, OPTIMIZERS
 from megatron_tide.config import CACHED, DistillConfig
@@ -24,7 +25,7 @@ from megatron_tide.objectives import Strategy, build_strategy
 from megatron_tide.presets import PRESETS
 from megatron_tide.train.engine import engine_settings
 from megatron_tide.train.phases import Phases, build_phases
-from megatron_tide.training_checkpoint import CHECKSUMS, MOST_STEPS, STATE, read_description, step_folder
+from megatron_tide.training_checkpoint import CHECKSUMS, STATE, read_description, step_folder
 
 
 @dataclass(frozen=True)

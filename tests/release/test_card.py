@@ -112,7 +112,7 @@ def test_public_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "/root": "~",
         "~alice": "~",
         str(Path.home()): "~",
-        "/data/root/model": "model",
+        str(Path("/data", "root", "model")): "model",
         "alice@host:models": "models",
         "alice@host:/data/model": "model",
         "https://alice:word@host": "host",
