@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,8 @@ from typing import Any, TextIO
 TEMPORARY = ".tide-tmp-"
 LARGEST_TEXT = 1 << 30  # bytes of a file that is read as a whole
 LARGEST_JSON = 1 << 27  # bytes of a JSON file: its objects take up to 30 times as much memory
-LARGEST_CONFIG = 1 << 24  # of one whose name ends in config.json
+_LARGEST = {"config.json": 1 << 24, "index.json": 1 << 25}  # by the end of its name; the latter of 300,000 tensors
+_READERS = 8  # files that are hashed at a time
 CHOICE = ".huggingface.yaml"  # of a data folder: which of its files are read, beside README.md
 STAGES = "stages"  # beside the stamps of a recipe's stages: which of them its last run has
 
@@ -237,6 +239,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_files(paths: Iterable[Path]) -> list[str]:
+    """``sha256_file`` of each, several at a time."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(sha256_file, paths))
+
+
 def canonical(value: Any) -> bytes:
     """The canonical JSON form of ``value``, for fingerprints."""
     return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode()
@@ -260,7 +268,7 @@ def read_json(path: Path, hint: str = "", form: Any = None) -> dict[str, Any]:
     """
     tail = f"; {hint}" if hint else ""
     try:
-        most = LARGEST_CONFIG if path.name.endswith("config.json") else LARGEST_JSON
+        most = next((size for end, size in _LARGEST.items() if path.name.endswith(end)), LARGEST_JSON)
         value = json.loads(read_whole(path, most).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file{tail}") from None

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_tide.bounds import LONGEST_NAME
-from megatron_tide.files import canonical, create_new, open_regular, read_json, sha256_file, write_json
+from megatron_tide.files import canonical, create_new, open_regular, read_json, sha256_files, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -58,11 +58,11 @@ class ShardedFolder:
 
         return self._each(keys, read)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, every_byte: bool = False) -> str:
         """sha256 hex of which model this is: configuration, shards' sizes and headers, and the start, middle and end of
-        every tensor, so that a folder of 32 GB takes seconds; then, of up to ``WHOLE`` bytes, "-" and theirs. Where two
-        shards have a tensor, also which of them the index takes. Compare with ``same_model``. ValueError names a broken
-        file.
+        every tensor, so that a folder of 32 GB takes seconds; then, with ``every_byte`` or of up to ``WHOLE``, "-" and
+        that of all bytes. Where two shards have a tensor, also which of them the index takes. Compare with
+        ``same_model``. ValueError names a broken file.
         """
         config = read_json(self.folder / "config.json")
         digest = hashlib.sha256(canonical({k: v for k, v in config.items() if k not in NOT_THE_MODEL}))
@@ -73,9 +73,9 @@ class ShardedFolder:
             unread += [[path.name, key] for key in sorted(keys) if self._file_of.get(key, path.name) != path.name]
         if unread:
             digest.update(canonical(unread))
-        if sum(path.stat().st_size for path in shards) > WHOLE:
+        if not every_byte and sum(path.stat().st_size for path in shards) > WHOLE:
             return digest.hexdigest()
-        whole = hashlib.sha256("".join(sha256_file(path) for path in shards).encode())
+        whole = hashlib.sha256("".join(sha256_files(shards)).encode())
         return f"{digest.hexdigest()}-{whole.hexdigest()}"
 
     def _each(self, keys: Iterable[str], read: Callable[[Any, str], T]) -> Iterator[tuple[str, T]]:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from megatron_tide.files import AtomicFolder, remove_drafts, sha256_file
+from megatron_tide.files import AtomicFolder, remove_drafts, sha256_files
 from megatron_tide.models.shards import save_tensors
 from megatron_tide.ranks import on_main
 from megatron_tide.screen import words_of
@@ -154,7 +154,8 @@ def _attempt(write: Any) -> OSError | None:
 
 def _seal(folder: AtomicFolder, description: dict[str, Any]) -> None:
     (folder.draft / STATE).write_text(json.dumps(description, indent=1, sort_keys=True))
-    checksums = {path.name: sha256_file(path) for path in sorted(folder.draft.iterdir())}
+    paths = sorted(folder.draft.iterdir())
+    checksums = {path.name: found for path, found in zip(paths, sha256_files(paths))}
     (folder.draft / CHECKSUMS).write_text(json.dumps(checksums, indent=1))
     folder.commit()
 

@@ -252,7 +252,7 @@ def _claim(config: DistillConfig, inputs: RunInputs, folder: Path, expected: For
     mine = cache_settings(
         config, inputs.strategy, run["data_fingerprint"], run["bridge_fingerprint"], inputs.total_steps
     )
-    mine["teacher"] = ShardedFolder(resolve_folder(config.paths.teacher)).fingerprint()
+    mine["teacher"] = ShardedFolder(resolve_folder(config.paths.teacher)).fingerprint(every_byte=True)
     mine |= widths(inputs.strategy, *_vocabularies(config))
     per_shard = max(1, int(SHARD_BYTES // max(expected.step_bytes, 1)))
     refuse_foreign(folder, [MANIFEST], SETTINGS, "a cache")

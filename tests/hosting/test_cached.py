@@ -19,6 +19,7 @@ from megatron_tide.hosting.cached import CachedTeacher, OutputCache
 from megatron_tide.hosting.memory import Machine
 from megatron_tide.hosting.replicated import ReplicatedTeacher
 from megatron_tide.models import load_model
+from megatron_tide.models.shards import ShardedFolder
 from megatron_tide.objectives import Counts
 from megatron_tide.train import fill_cache as filling
 from megatron_tide.train.build import make_loader, record_models
@@ -219,6 +220,22 @@ def test_another_text_or_teacher_is_refused(chain, folder, tmp_path):
         assert live.run[name] == inputs.run[name]
     with pytest.raises(ValueError, match=r"the outputs of another teacher than .*student; use that one"):
         record_models(replace(config, paths=replace(config.paths, teacher=config.paths.student)), inputs, WORLD)
+
+
+def test_a_cache_holds_every_byte_of_a_large_teacher(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_tide.models.shards.WHOLE", 100)
+    monkeypatch.setattr("megatron_tide.models.shards._PIECE", 4)
+    teacher = shutil.copytree(chain.root / "teacher", tmp_path / "teacher")
+    how = {"teacher": str(teacher), "max_steps": 1}
+    filled(chain, tmp_path / "answers", **how)
+    before = ShardedFolder(teacher).fingerprint()
+    (shard, *_) = teacher.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    assert ShardedFolder(teacher).fingerprint() == before, "the start of a training reads places of each tensor"
+    with pytest.raises(ValueError, match="begun with teacher = "):
+        filled(chain, tmp_path / "answers", **how)
 
 
 def test_a_killed_cache_command_goes_on(chain, folder, tmp_path, monkeypatch):
