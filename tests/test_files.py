@@ -135,11 +135,14 @@ def test_nothing_of_the_system_is_replaced(monkeypatch, path):
         atomic_write(Path(path), b"{}")
 
 
-def test_a_json_file_too_large_for_one_is_not_read(tmp_path):
-    with (tmp_path / "config.json").open("wb") as file:
+@pytest.mark.parametrize(
+    ("name", "most"), [("config.json", 1 << 24), ("model.safetensors.index.json", 1 << 25), ("run.json", 1 << 27)]
+)
+def test_a_json_file_too_large_for_one_is_not_read(tmp_path, name, most):
+    with (tmp_path / name).open("wb") as file:
         file.truncate(50 << 30)
-    with pytest.raises(ValueError, match=r"config.json: cannot be read .*more than 16777216 bytes"):
-        read_json(tmp_path / "config.json")
+    with pytest.raises(ValueError, match=f"{name}: cannot be read .*more than {most} bytes"):
+        read_json(tmp_path / name)
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from megatron_tide.files import sha256_file
 from megatron_tide.models.a2d_qwen3 import A2DQwen3LMHeadModel
 from megatron_tide.models.causal import Qwen3ForCausalLM
 from megatron_tide.models.llada2 import LLaDA2MoeModelLM
@@ -62,9 +63,8 @@ def test_a_run_that_began_from_a_causal_model_is_a_block_diffusion_model(lab: La
     ids=["no files", "another folder's"],
 )
 def test_checksums_cover_the_checkpoint_and_nothing_else(tmp_path: Path, sums: dict[str, str], said: str) -> None:
-    files = dict.fromkeys((WEIGHTS, STATE), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
-    for name in files:
-        (tmp_path / name).touch()
+    tmp_path = _empty_step(tmp_path, "step-00000001")
+    files = json.loads((tmp_path / CHECKSUMS).read_text())
     (tmp_path / CHECKSUMS).write_text(json.dumps(files))
     verify(tmp_path)
     (tmp_path / CHECKSUMS).write_text(json.dumps(files | sums if sums else sums))
@@ -72,13 +72,27 @@ def test_checksums_cover_the_checkpoint_and_nothing_else(tmp_path: Path, sums: d
         verify(tmp_path)
 
 
+def test_a_file_that_is_cut_is_found_before_any_is_read_to_its_end(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = write_checkpoint(lab, tmp_path, start=lab.student, data=lab.data)
+    whole = (step / "exp_avg.safetensors").read_bytes()
+    (step / "exp_avg.safetensors").write_bytes(whole[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"exp_avg.safetensors: corrupt \(its checksum differs"):
+        verify(step)
+    (step / "exp_avg.safetensors").write_bytes(whole[:-1])
+    monkeypatch.setattr("megatron_tide.training_checkpoint.sha256_files", lambda paths: pytest.fail("was read"))
+    with pytest.raises(ValueError, match=r"exp_avg.safetensors: corrupt \("):
+        verify(step)
+
+
 def _empty_step(run: Path, name: str) -> Path:
     """A folder that passes as a checkpoint as far as its files and checksums go."""
     folder = run / name
     folder.mkdir(parents=True)
-    for file in (WEIGHTS, STATE):
-        (folder / file).write_bytes(b"{}")
-    sums = {file: hashlib.sha256(b"{}").hexdigest() for file in (WEIGHTS, STATE)}
+    (folder / STATE).write_bytes(b"{}")
+    save_file({}, folder / WEIGHTS)
+    sums = {file: sha256_file(folder / file) for file in (WEIGHTS, STATE)}
     (folder / CHECKSUMS).write_text(json.dumps(sums))
     return folder
 

@@ -103,7 +103,8 @@ class FastCodec:
         self._text = _text_only(spec, self.special)
         self._prefix_once = '"prepend_scheme": "first"' in json.dumps(spec["pre_tokenizer"])
         forms = {*self.special, *map(self._normal, self.special)}
-        self._control, self._edges = _any_of(forms), Edges(forms)
+        # By their first letters: some vocabularies have 100,000 numbered special tokens.
+        self._control, self._edges = _any_of({form[:4] for form in forms}), Edges(forms)
         read = ["normalizer", "pre_tokenizer", "model"]
         if "ByteLevel" in {*_kinds(spec.get("decoder"))} - {*_kinds(spec.get("pre_tokenizer"))}:
             read.append("decoder")  # it alone says which bytes a token has

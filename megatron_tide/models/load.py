@@ -10,6 +10,7 @@ run, and nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def checked_table(source: ShardedFolder, model: nn.Module) -> dict[str, Slot]:
         ("has unexpected", source.keys - table.keys() - tied_aliases(model).keys()),
     ):
         if keys:
-            some = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            some = ", ".join(heapq.nsmallest(3, keys)) + (", ..." if len(keys) > 3 else "")
             problems.append(f"{word} {len(keys)} tensor(s) ({some})")
     if problems:
         found = " and ".join(problems)

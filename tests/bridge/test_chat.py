@@ -90,6 +90,18 @@ def test_a_normaliser_makes_no_control_token_of_a_message(tmp_path: Path, folder
         assert len(controls(tokenizer, ids)) == 3
 
 
+def test_thousands_of_numbered_control_tokens_are_told_from_text(tmp_path: Path, folders: Mapping[str, Path]) -> None:
+    numbered = [f"<|speech_{number}|>" for number in range(3000)]
+    tokenizer = variant(
+        tmp_path, folders["student"], lambda raw: raw.add_special_tokens({"extra_special_tokens": numbered})
+    )
+    assert len(tokenizer._codec._control.pattern) < 100  # type: ignore[attr-defined]  # not one part for each of them
+    assert tokenizer.encode_prompt(numbered[-1]).tolist() == [tokenizer.vocab_size - 1]
+    assert tokenizer.vocab_size - 1 not in tokenizer.encode_prompt(tokenizer.render(user(f"a{numbered[-1]}b")))
+    assert tokenizer.reads_like_control(numbered[-1])
+    assert not tokenizer.reads_like_control("<|speech|> <|spe")
+
+
 def test_a_template_that_changes_such_text_is_refused(tmp_path: Path, folders: Mapping[str, Path]) -> None:
     shutil.copytree(folders["student"], tmp_path / "upper")
     template = "{% for m in messages %}{{ m.content | replace('<|im_end|>', '<|mask|>') }}{% endfor %}"
