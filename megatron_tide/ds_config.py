@@ -14,10 +14,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # The run's own flags set these; setting them in two places would allow contradictions.
 _OWNED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler",
           "gradient_clipping", "bf16", "fp16")  # fmt: skip
-# What DeepSpeed would train otherwise, without a flag of the run and so without a trace in its records.
-_CHANGING = ("amp", "torch_autocast", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients",
-             "curriculum_learning", "data_efficiency", "progressive_layer_drop", "compression_training",
-             "quantize_training", "eigenvalue")  # fmt: skip
+# What decides memory, communication and logs alone, or is recorded (SUMS). Others may change what is trained, without a
+# flag of the run and so without a trace in its records.
+_ALLOWED = ("zero_optimization", "communication_data_type", "data_types", "aio", "pipeline", "activation_checkpointing",
+            "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "comms_logger",
+            "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level")  # fmt: skip
+_CHANGING = ("zenflow", "load_from_fp32_weights", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+             "zero_quantized_gradients")  # fmt: skip
 SUMS = ("communication_data_type", "data_types")
 """Keys that decide the precision of sums of gradients."""
 
@@ -38,9 +41,12 @@ def read_ds_config(path: str, flag: str) -> dict[str, Any]:
     owned = [key for key in _OWNED if key in settings]
     if owned:
         raise ValueError(f"{flag} {path}: remove {owned[0]!r}; the run's own flag sets it (see --help)")
-    changing = [key for key in _CHANGING if key in settings]
+    zero = section(settings, "zero_optimization", f"{flag} {path}")
+    changing = [key for key in settings if key not in _ALLOWED] + [key for key in _CHANGING if key in zero]
     if changing:
-        raise ValueError(f"{flag} {path}: remove {changing[0]!r}; it changes what is trained, and no flag records it")
+        raise ValueError(
+            f"{flag} {path}: remove {changing[0][:80]!r}; it may change what is trained, and no flag records it"
+        )
     return settings
 
 

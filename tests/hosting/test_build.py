@@ -57,6 +57,11 @@ CPU = {"stage": 3, "offload_param": {"device": "cpu"}}
             "None is not a writable folder; set --teacher-nvme",
         ),
         ("zero3_cpu", {"zero_optimization": CPU, "optimizer": {}}, "remove 'optimizer'"),
+        (
+            None,
+            {"zero_optimization": {**CPU, "zero_quantized_weights": True}},
+            "remove 'zero_quantized_weights'; it may",
+        ),
         (None, {"pipeline": {}}, "pipeline.stages is None; it must be the number of ranks"),
         (None, {"pipeline": {"stages": 0}}, "pipeline.stages is 0; it must be the number of ranks"),
         ("pipeline_2", {"pipeline": {"stages": "2"}}, "pipeline.stages is '2'; it must be the number of ranks"),

@@ -64,7 +64,12 @@ def test_missing_folders_are_named_together(capsys):
         ("[]", "contains a JSON list, not an object"),
         ('{"zero_optimization": {"stage": 3}}', "stage is 3; use 1 or 2 for the student"),
         ('{"zero_optimization": {"stage": 1}, "train_batch_size": 4}', "remove 'train_batch_size'"),
-        ('{"zero_optimization": {"stage": 1}, "sparse_gradients": true}', "remove 'sparse_gradients'; it changes what"),
+        ('{"zero_optimization": {"stage": 1}, "sparse_gradients": true}', "remove 'sparse_gradients'; it may change"),
+        (
+            '{"zero_optimization": {"stage": 1}, "gradient_allreduce_op": "sum"}',
+            "remove 'gradient_allreduce_op'; it may",
+        ),
+        ('{"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}', "remove 'zenflow'; it may change"),
     ],
 )
 def test_deepspeed_json(chain, out, capsys, tmp_path, content, said):
