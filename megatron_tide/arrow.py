@@ -136,7 +136,7 @@ def kept_by(content: str) -> str:
 
 @dataclass(frozen=True)
 class ArrowTable:
-    """A table of the ``datasets`` library, like ``JsonLinesTable``: memory-mapped, and small to send to a worker."""
+    """A table of the ``datasets`` library, like ``TextTable``: memory-mapped, and small to send to a worker."""
 
     table: Any
     label: str

@@ -5,42 +5,34 @@ The library follows what a data set says of itself (other files, pictures to ope
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
-import lzma
 import os
 import resource
 import shutil
-import tarfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.arrow import check_stream, decoded_bytes, kept_by, read_saved
+from megatron_tide.arrow import check_stream, kept_by, read_saved
 from megatron_tide.files import CHOICE, fingerprint, open_regular, read_json, read_whole, sha256_file
+from megatron_tide.row_formats import Csv, RowFile, json_format
+from megatron_tide.unpack import check_size, unpacked
 
 _SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of the library's, those of rows of text
 _ROWS_IN = (".arrow", ".jsonl", ".parquet")
-_COMPRESSED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_ARCHIVES = (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c")
-_MORE = {b"\x28\xb5\x2f\xfd": "zstandard", b"\x04\x22\x4d\x18": "lz4.frame"}  # compressed, by packages beside ours
-_EXPANDS, _ROOM = 64, 1 << 30  # times the size of a file, and bytes beside that, which it may be unpacked
 _CARD = 1 << 20  # characters of a description, of which the library reads a megabyte in some seconds
 _MEMORY = 4 << 30  # bytes to read a data set in, beside a multiple of its own
-ROWS = 64
-"""Of a Parquet file at a time: a page may hold one long value, and any number of references to it."""
+_CHOSEN = ("name", "version", "data_dir", "data_files", "description", "sep", "delimiter")
+"""Fields of a configuration beside those that only the library knows how to read by."""
 
 
-def open_folder(
-    folder: Path, name: str | None, split: str, is_lines: Callable[[Path], bool]
-) -> tuple[Any | list[Path], str]:
+def open_folder(folder: Path, name: str | None, split: str) -> tuple[Any | list[RowFile] | list[Path], str]:
     """The rows of a folder as ``datasets`` has them, and a digest of its files.
 
-    The split's files in place of the rows, where they are JSON Lines (``is_lines``; one bad row would end the library's
-    reading) or Parquet files of other columns each (which the library does not join).
+    The split's files in place of the rows, where they are JSON or CSV (one bad row would end the library's reading, and
+    it would guess types), also compressed, or Parquet files of other columns each (which the library does not join).
 
     Raises:
         ValueError: it names files outside it, is corrupt or has no such split; the library's errors are any.
@@ -63,8 +55,9 @@ def open_folder(
     builder = _builder(str(folder), kept_by(content), name=name, inside=_places(folder))
     _check_formats(folder, builder)
     files = _files(builder, split)
-    lines = builder.name == "json" and files and all(map(is_lines, files))
-    rows = files if lines or _differ(builder.name, files) else _rows(builder, split)
+    rows: Any = _row_files(builder, [(file, str(file)) for file in files], Path(kept_by(content)) / "unpacked")
+    if rows is None:
+        rows = files if _differ(builder.name, files) else _rows(builder, split)
     _check_unchanged(place, before, content)
     return rows, content
 
@@ -95,24 +88,45 @@ def _check_unchanged(place: Path, before: list[tuple[Path, int, int]], content: 
         raise ValueError(f"{place}: changed while it was read; start again")
 
 
-def open_hub(
-    path: str, name: str | None, split: str, revision: str | None, is_lines: Callable[[Path], bool]
-) -> Any | list[Path]:
-    """``open_folder`` for a data set of the hub, without a digest; its files where the library cannot read them."""
+def open_hub(path: str, name: str | None, split: str, revision: str | None) -> Any | list[RowFile]:
+    """``open_folder`` for a data set of the hub, without a digest."""
     import datasets
 
     builder = datasets.load_dataset_builder(path, name, revision=revision)
     _check_format(builder)
     _check_names(path, builder.config.data_files)
-    try:
-        with bounded(0):
-            builder.download_and_prepare()
-    except datasets.exceptions.DatasetGenerationError:
-        files = datasets.DownloadManager().download(_named(builder, split)) if builder.name == "json" else []
-        if not files or not all(is_lines(Path(file)) for file in files):
-            raise
-        return [Path(file) for file in files]
+    named = _named(builder, split)
+    if _is_text(builder) and named and not any("::" in one for one in named):
+        files = list(map(Path, datasets.DownloadManager().download(named)))
+        names = [f"{path}/{one.partition('@')[2].partition('/')[2]}" for one in named]
+        kept = Path(kept_by(fingerprint(list(map(sha256_file, files))))) / "unpacked"
+        rows = _row_files(builder, list(zip(files, names, strict=True)), kept)
+        if rows is not None:
+            return rows
+    with bounded(0):
+        builder.download_and_prepare()
     return _as_stored(builder.as_dataset(split=split))
+
+
+def _is_text(builder: Any) -> bool:
+    """Whether a data set is JSON or CSV as everyone writes it: its own description says nothing else."""
+    config = builder.config
+    if builder.name not in ("csv", "json") or len(getattr(config, "sep", ",")) != 1:
+        return False
+    return all(getattr(config, one.name) == one.default for one in fields(config) if one.name not in _CHOSEN)
+
+
+def _row_files(builder: Any, files: Sequence[tuple[Path, str]], kept: Path) -> list[RowFile] | None:
+    """Files, and their names in messages, to be read row by row; None where only the library knows how."""
+    found = []
+    for number, (file, name) in enumerate(files if _is_text(builder) else ()):
+        for plain, inner in unpacked(file, name, kept / str(number)):
+            csv = builder.name == "csv"
+            format = Csv.of(plain, inner, builder.config.sep) if csv else json_format(plain, inner)
+            if format is None:
+                return None
+            found.append(RowFile(plain, inner, format))
+    return found or None
 
 
 def _builder(path: str, kept: str, *, inside: list[Path], **how: Any) -> Any:
@@ -199,42 +213,6 @@ def bounded(given: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def check_size(path: Path) -> None:
-    """ValueError for an archive, a compressed file or a Parquet file that grows beyond measure when it is read."""
-    with open_regular(path) as file:
-        head = file.read(8)
-    if head.startswith(_ARCHIVES) or tarfile.is_tarfile(path):
-        raise ValueError(f"{path}: an archive; unpack it")
-    most = _ROOM + _EXPANDS * path.stat().st_size
-    for size in _sizes(path, head):
-        most -= size
-        if most < 0:
-            raise ValueError(f"{path}: expands to more than {_EXPANDS} times its size; unpack it, or remove it")
-
-
-def _sizes(path: Path, head: bytes) -> Iterator[int]:
-    """The sizes of the parts that a file is read as, unpacked."""
-    if head.startswith(b"PAR1"):
-        from pyarrow import parquet
-
-        with open_regular(path) as raw, parquet.ParquetFile(raw) as table:
-            yield from (sum(map(decoded_bytes, batch)) for batch in table.iter_batches(batch_size=ROWS))
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield from (member.file_size for member in archive.infolist())
-    else:
-        opened = next((opened for start, opened in _COMPRESSED.items() if head.startswith(start)), None)
-        package = next((package for start, package in _MORE.items() if head.startswith(start)), None)
-        if package is not None:
-            import importlib
-
-            opened = importlib.import_module(package).open  # the library says the same where there is none
-        if opened is not None:
-            with opened(path, "rb") as file:
-                while part := file.read(1 << 20):
-                    yield len(part)
 
 
 def _check_names(name: str, files: dict[str, list[str]] | None) -> None:

@@ -1,9 +1,7 @@
-"""Tables of conversations, read in order or at random: JSON Lines here, Parquet, folders and the hub by ``datasets``.
+"""Tables of conversations, read in order or at random: text files here, Parquet and saved data sets by ``datasets``.
 
-This is the project's only reader of JSON Lines. A row is one JSON object per line; lines end at a line feed (a carriage
-return before it is ignored, U+2028 inside a string is text), blank lines are skipped, and so is a byte-order mark.
 Unreadable input raises a one-line ValueError that names file and line; ``data.prepare`` counts such rows.
-``datasets`` does not read these files for us: it stops at the first bad line, and requires one type per column.
+``datasets`` does not read text files for us: it stops at the first bad row, and requires one type per column.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +26,7 @@ from megatron_tide.arrow import ArrowTable
 from megatron_tide.files import fingerprint, open_regular, sha256_file
 from megatron_tide.folders import open_folder, open_hub, open_parquet
 from megatron_tide.hub import hub_errors, may_be_hub_name, one_line
+from megatron_tide.row_formats import HOPELESS, JsonLines, RowFile
 
 T = TypeVar("T")
 Message = dict[str, Any]
@@ -46,17 +45,11 @@ _TEXTS = ("text", "input_text", "output_text")  # types of a part of a content t
 
 UNREADABLE_SHARE = 0.01  # of the rows; a larger share means an error in the data or in the column settings
 
-_HOPELESS = 1 << 17
-"""Rows at the head of a file: where none of them can be read, it is no file of rows, and is not read further."""
-_LONGEST = 1 << 30  # bytes of a row: there, too, a file is not read further
 _KEPT = 1000  # messages that are kept of bad rows; the others are only counted
 
-_BOM = b"\xef\xbb\xbf"
-ROW_BYTES = 1 << 24
-"""Bytes of one row; a longer one is a bad row, of which no more is read."""
 LONGEST_TEXT = 1 << 20
 """Characters of one text, and of the messages of a row: tokenizers take minutes for longer ones, or fail."""
-_HEAD = 100  # first rows, which define the columns of a JSON Lines file
+_HEAD = 100  # first rows, which define the columns of a text file
 _KINDS = "a .jsonl or .parquet file, a folder, a hub name (owner/name) or a mixture .json"
 
 
@@ -67,17 +60,17 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
         ValueError: a row is not an object; with ``bad``, the row is skipped and the message is appended to ``bad``.
     """
     none_yet = True
-    for number, _, line in _lines(path):
-        where = f"{path}:{number}"
+    file = RowFile(path, str(path), JsonLines())
+    for number, _, line in file.split():
         try:
-            row = _parse(line, where)
+            row = file.parse(number, line)
         except ValueError as error:
-            if bad is None or (none_yet and number > _HOPELESS):
+            if bad is None or (none_yet and number > HOPELESS):
                 raise
             _leave_out(bad, str(error))
             continue
         none_yet = False
-        yield where, row
+        yield f"{path}:{number}", row
 
 
 def _leave_out(bad: list[str], reason: str) -> None:
@@ -166,91 +159,48 @@ def _text(content: Any) -> str | None:
     return content if isinstance(content, str) else "" if content is None else None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, first byte, line) of the lines that are not blank; of one that is too long, its start."""
-    number = position = 0
-    with open_regular(path) as file:
-        while line := file.readline(ROW_BYTES + 1):
-            number += 1
-            if line.removeprefix(_BOM).strip():
-                yield number, position, line
-            begin, position = position, position + len(line)
-            while line[-1:] != b"\n" and (line := file.readline(ROW_BYTES)):  # the rest of a row that is too long
-                position += len(line)
-                if position - begin > _LONGEST:
-                    raise ValueError(f"{path}:{number}: a row of more than {_LONGEST:,} bytes; this is no file of rows")
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    if len(line) > ROW_BYTES:
-        raise ValueError(f"{where}: a row of more than {ROW_BYTES:,} bytes; cut or remove it")
-    try:
-        # Half surrogate pairs pass here; the tokenizer accepts or rejects them.
-        row = json.loads(line.removeprefix(_BOM).decode("utf-8", "surrogatepass"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 (at byte {error.start}); fix or remove the line") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}); fix or remove the line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a {type(row).__name__}, not an object; fix or remove the line")
-    return row
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether a file is JSON Lines, neither compressed nor one list of all rows; some of its rows may be broken."""
-    for place, (_, _, line) in enumerate(islice(_lines(path), _HEAD)):
-        if not place and line.removeprefix(_BOM).lstrip().startswith(b"["):
-            return False
-        with contextlib.suppress(ValueError):
-            _parse(line, "")
-            return True
-    return path.stat().st_size == 0
-
-
 def _state(about: os.stat_result) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
 @dataclass(frozen=True)
-class JsonLinesTable:
-    """A JSON Lines file by row number.
+class TextTable:
+    """A text file by row number.
 
-    ``content``: a digest of the rows, for manifests. ``starts`` int64 [n]: the first byte of each row;
-    ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows that can be read. ``state``: of the
-    file, which must not change while its rows are read.
+    ``content``: a digest of the rows, for manifests. ``starts``, ``sizes`` int64 [n]: the first byte and the number of
+    bytes of each row; ``lines`` int64 [n]: its line from 1. ``columns``: the names in the first rows that can be read.
+    ``state``: of the file, which must not change while its rows are read.
     """
 
-    path: Path
+    file: RowFile
     content: str
     starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     lines: NDArray[np.int64]
     columns: list[str]
     state: tuple[int, int]
 
     @classmethod
-    def open(cls, path: Path) -> JsonLinesTable:
-        """Index a file. ValueError when none of its rows can be read."""
-        state = _state(path.stat())
-        starts, lines = array("q"), array("q")
+    def open(cls, file: RowFile) -> TextTable:
+        """Index a file. ValueError when it is none of rows."""
+        state = _state(file.path.stat())
+        starts, sizes, lines = array("q"), array("q"), array("q")
         columns: dict[str, None] = {}
-        first_error: ValueError | None = None
         readable = 0
-        for number, start, line in _lines(path):
+        for number, start, raw in file.split():
             if readable < _HEAD:
                 try:
-                    columns |= dict.fromkeys(_parse(line, f"{path}:{number}"))
+                    columns |= dict.fromkeys(file.parse(number, raw))
                     readable += 1
-                except ValueError as error:
-                    first_error = first_error or error
-                    if not columns and number > _HOPELESS:
-                        break
+                except ValueError:
+                    if not columns and number > HOPELESS:
+                        raise
             starts.append(start)
+            sizes.append(len(raw))
             lines.append(number)
-        if first_error and not columns:
-            raise first_error
-        content = sha256_file(path)
-        table = cls(path, content, np.array(starts, np.int64), np.array(lines, np.int64), list(columns), state)
-        table._check_state(path.stat())
+        first, size, line = (np.array(values, np.int64) for values in (starts, sizes, lines))
+        table = cls(file, sha256_file(file.path), first, size, line, list(columns), state)
+        table._check_state(file.path.stat())
         return table
 
     def __len__(self) -> int:
@@ -258,18 +208,18 @@ class JsonLinesTable:
 
     def get(self, row: int) -> dict[str, Any]:
         """The row as column -> value; ValueError when it cannot be read, OSError when the file has changed."""
-        with open_regular(self.path) as file:
-            self._check_state(os.fstat(file.fileno()))
-            file.seek(int(self.starts[row]))
-            return _parse(file.readline(ROW_BYTES + 1), self.where(row))
+        with open_regular(self.file.path) as opened:
+            self._check_state(os.fstat(opened.fileno()))
+            opened.seek(int(self.starts[row]))
+            return self.file.parse(int(self.lines[row]), opened.read(int(self.sizes[row])))
 
     def _check_state(self, now: os.stat_result) -> None:
         if _state(now) != self.state:
-            raise OSError(f"{self.path}: changed while it was read; start again")
+            raise OSError(f"{self.file.name}: changed while it was read; start again")
 
     def where(self, row: int) -> str:
         """Where the row is, for error messages."""
-        return f"{self.path}:{self.lines[row]}"
+        return f"{self.file.name}:{self.lines[row]}"
 
     def has(self, column: str) -> bool:
         """Whether a row, also a later one, has the column."""
@@ -277,9 +227,9 @@ class JsonLinesTable:
 
     def scan(self, columns: Sequence[str]) -> Iterator[tuple[Any, ...] | None]:
         """The values of these columns, row after row; None for a row that cannot be read."""
-        for _, _, line in _lines(self.path):
+        for number, _, raw in self.file.split():
             try:
-                row = _parse(line, "")
+                row = self.file.parse(number, raw)
             except ValueError:
                 yield None
             else:
@@ -290,7 +240,7 @@ class JsonLinesTable:
 class JoinedTable:
     """Files of one data set, one after the other, as one table; each may have columns that others lack."""
 
-    parts: tuple[JsonLinesTable | ArrowTable, ...]
+    parts: tuple[TextTable | ArrowTable, ...]
     content: str
 
     @property
@@ -319,7 +269,7 @@ class JoinedTable:
         for part in self.parts:
             yield from part.scan(columns)
 
-    def _place(self, row: int) -> tuple[JsonLinesTable | ArrowTable, int]:
+    def _place(self, row: int) -> tuple[TextTable | ArrowTable, int]:
         number = bisect_right(self._ends, row)
         return self.parts[number], row - (self._ends[number] - len(self.parts[number]))
 
@@ -328,40 +278,49 @@ class JoinedTable:
         return list(accumulate(map(len, self.parts)))
 
 
-Table = JsonLinesTable | ArrowTable | JoinedTable
+Table = TextTable | ArrowTable | JoinedTable
 
 
 def open_table(path: str, folder: Path, *, name: str | None, split: str, revision: str | None) -> Table:
     """Open a file, a folder or a hub name; ValueError in one line for what cannot be read as a table.
 
-    For a folder with a file SPLIT.jsonl, that file is read; ``datasets`` finds the files of all other folders, and
-    reads those that are no JSON Lines.
+    For a folder with a file SPLIT.jsonl, that file is read; ``datasets`` finds the files of all other folders.
     """
     found = next((p for p in (folder / path, Path(path)) if p.exists()), None)
     if found is not None and (found / f"{split}.jsonl").is_file():
-        return JsonLinesTable.open(found / f"{split}.jsonl")
+        return _json_lines(found / f"{split}.jsonl")
     if found is None and not may_be_hub_name(path, owner=False):
         raise ValueError(f"{path}: no such file or folder; use {_KINDS}")
     if found is not None and found.is_file() and found.suffix == ".jsonl":
-        return JsonLinesTable.open(found)
+        return _json_lines(found)
     if found is not None and found.is_file() and found.suffix != ".parquet":
         raise ValueError(f"{found}: unknown file type; use {_KINDS}")
     what = f"{found or path}: cannot be read as a data set, split {split!r}"
     with hub_errors(what, Exception):  # whatever the library makes of a folder
         if found is None:
-            table = open_hub(path, name, split, revision, _is_lines)
+            table = open_hub(path, name, split, revision)
             if not isinstance(table, list):
                 return ArrowTable(table, f"{path} {name or ''} {split}", table._fingerprint)
-            parts = tuple(map(JsonLinesTable.open, table))
-            return JoinedTable(parts, fingerprint([part.content for part in parts]))
+            texts = tuple(map(TextTable.open, table))
+            return _readable(JoinedTable(texts, fingerprint([text.content for text in texts])))
         if found.is_file():
             return _parquet(found)
-        table, content = open_folder(found, name, split, _is_lines)
+        table, content = open_folder(found, name, split)
     if not isinstance(table, list):
         return ArrowTable(table, str(found), content)
-    return JoinedTable(
-        tuple(JsonLinesTable.open(file) if _is_lines(file) else _parquet(file) for file in table), content
-    )
+    parts = tuple(TextTable.open(one) if isinstance(one, RowFile) else _parquet(one) for one in table)
+    return _readable(JoinedTable(parts, content))
+
+
+def _json_lines(path: Path) -> Table:
+    return _readable(TextTable.open(RowFile(path, str(path), JsonLines())))
+
+
+def _readable(table: Table) -> Table:
+    """``table``; ValueError where it has rows, none of which can be read."""
+    if not table.columns and len(table):
+        table.get(0)
+    return table
 
 
 def _parquet(path: Path) -> ArrowTable:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_tide import arrow, folders
+from megatron_tide import arrow, folders, unpack
 from megatron_tide.bridge.samples import read_samples
 from megatron_tide.data.sources import DataSource, SourceSpec
 from megatron_tide.tables import ArrowTable, Table, open_table
@@ -43,7 +43,7 @@ def zipped(content: bytes) -> bytes:
 def test_a_compressed_file_is_read_unless_it_grows_beyond_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, packed
 ) -> None:
-    monkeypatch.setattr(folders, "_ROOM", 1 << 16)
+    monkeypatch.setattr(unpack, "_ROOM", 1 << 16)
     path = tmp_path / "data" / f"rows.jsonl{suffix}"
     path.parent.mkdir()
     path.write_bytes(packed(LINE * 3))
@@ -67,7 +67,7 @@ def test_archives_and_what_is_no_text_are_refused(tmp_path: Path) -> None:
 
 def test_a_page_that_stands_for_more_than_it_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One long value, and a row after the other that refers to it; a sample of it takes no more memory either."""
-    monkeypatch.setattr(folders, "_ROOM", 1 << 20)
+    monkeypatch.setattr(unpack, "_ROOM", 1 << 20)
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), pa.array(["x" * 100_000]))
     parquet.write_table(pa.table({"text": column}), tmp_path / "rows.parquet", compression="zstd")
     assert (tmp_path / "rows.parquet").stat().st_size < 10_000
@@ -107,7 +107,7 @@ def test_of_a_folder_s_files_bad_rows_are_left_out_and_odd_ones_end_nothing(tmp_
     assert [table.get(n) for n in (0, 2, 3, 4, 5)] == [ROW, dated, {"messages": "text"}, {"other": 1}, ROW]
     assert table.where(5) == f"{tmp_path / 'part-3.jsonl'}:1"
     assert len(list(table.scan(["messages"]))) == len(table) == 6
-    (tmp_path / "part-2.json").write_text(f"\n[\n{json.dumps(ROW)}\n]\n")  # read by the library: no JSON Lines
+    (tmp_path / "part-2.json").write_text(f"\n[\n{json.dumps(ROW)}\n]\n")
     (tmp_path / "part-1.jsonl").write_bytes(LINE)
     assert [opened(tmp_path).get(number) for number in range(3)] == [ROW] * 3
     parquet.write_table(pa.Table.from_pylist([ROW]), tmp_path / "more.parquet")
@@ -127,7 +127,7 @@ def test_what_says_which_files_are_read_is_part_of_the_content(tmp_path: Path) -
                 opened(tmp_path)
         else:
             found.append((opened(tmp_path).get(0), opened(tmp_path).content))
-    assert [row for row, _ in found] == [{"x": 0}, {"x": 1}]
+    assert [row for row, _ in found] == [{"x": "0"}, {"x": "1"}]
     assert found[0][1] != found[1][1]
 
 

@@ -17,6 +17,8 @@ ORDER = [
     "gguf_header",
     "hub",
     "arrow",
+    "unpack",
+    "row_formats",
     "folders",
     "tables",
     "screen",

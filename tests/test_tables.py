@@ -7,20 +7,22 @@ import pickle
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets.packaged_modules.csv import csv as csv_module
+from datasets.packaged_modules.json import json as json_module
 
-from megatron_tide import tables
+from megatron_tide import row_formats, tables
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.bridge.samples import read_samples
 from megatron_tide.bridge.train_tokenizers import read_messages
 from megatron_tide.data.sources import open_mixture
 from megatron_tide.generate.prompts import read_prompts
 from megatron_tide.tables import (
-    JsonLinesTable,
     Table,
     check_bad,
     conversation,
@@ -33,10 +35,14 @@ from megatron_tide.tables import (
 TURN = {"role": "user", "content": "x"}
 
 
+def opened(path: Path) -> Table:
+    return open_table(str(path), path.parent, name=None, split="train", revision=None)
+
+
 def _both(path: Path) -> list[dict[str, object]]:
     """The rows of a file, read in order and by number: the same."""
     rows = [row for _, row in read_rows(path)]
-    table = JsonLinesTable.open(path)
+    table = opened(path)
     assert [table.get(number) for number in range(len(table))] == rows
     assert [where for where, _ in read_rows(path)] == [table.where(number) for number in range(len(table))]
     return rows
@@ -72,7 +78,7 @@ def test_lines_as_people_have_them(tmp_path: Path, content: bytes, rows: list[di
 def test_a_bad_row_is_named_and_the_others_are_read(tmp_path: Path, line: bytes, words: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"b": 2}\n')
-    table = JsonLinesTable.open(path)
+    table = opened(path)
     assert table.columns == ["a", "b"]
     assert (table.get(0), table.get(2)) == ({"a": 1}, {"b": 2})
     assert list(table.scan(["a", "b"])) == [(1, None), None, (None, 2)]
@@ -91,7 +97,7 @@ def test_a_file_without_a_row_that_can_be_read_is_refused(tmp_path: Path) -> Non
     path = tmp_path / "rows.jsonl"
     path.write_text("PK\x03\x04\n" * 3)
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: not valid JSON"):
-        JsonLinesTable.open(path)
+        opened(path)
 
 
 def test_content_may_be_parts_of_text() -> None:
@@ -133,7 +139,7 @@ def test_keys_that_arrow_adds_to_objects_are_not_read(tmp_path: Path) -> None:
     rows = [{"messages": [{**TURN, "tool_calls": one}], "empty": None} for one in calls]
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    table = open_table(str(path), tmp_path, name=None, split="train", revision=None)
+    table = opened(path)
     assert [table.get(number)["messages"][0]["tool_calls"] for number in range(2)] == calls
     assert "empty" in table.get(0)
 
@@ -141,20 +147,20 @@ def test_keys_that_arrow_adds_to_objects_are_not_read(tmp_path: Path) -> None:
 def test_a_row_that_is_too_long_is_left_out_and_the_rest_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "ROW_BYTES", 30)
+    monkeypatch.setattr(row_formats, "ROW_BYTES", 30)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": 1}) + "\n" + json.dumps({"a": " " * 200}) + "\n" + json.dumps({"a": 2}) + "\n")
     bad: list[str] = []
     assert [row for _, row in read_rows(path, bad)] == [{"a": 1}, {"a": 2}]
     assert len(bad) == 1
     assert "rows.jsonl:2: a row of more than 30 bytes" in bad[0]
-    assert JsonLinesTable.open(path).get(2) == {"a": 2}
+    assert opened(path).get(2) == {"a": 2}
 
 
 def test_a_file_that_changes_while_its_rows_are_read_ends_the_reading(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n')
-    table = pickle.loads(pickle.dumps(JsonLinesTable.open(path)))  # as a worker has it
+    table = pickle.loads(pickle.dumps(opened(path)))  # as a worker has it
     assert table.get(1) == {"a": 2}
     (tmp_path / "new").write_text('{"a": 3}\n{"a": 44}\n')
     (tmp_path / "new").rename(path)
@@ -193,8 +199,8 @@ class Builder:
     """A data set of the hub, as ``datasets`` has found its files."""
 
     def __init__(self, *files: str) -> None:
-        self.name = "csv"
-        self.config = SimpleNamespace(data_files={"train": list(files)} if files else None)
+        self.name = "parquet"
+        self.config: Any = SimpleNamespace(data_files={"train": list(files)} if files else None)
 
     def download_and_prepare(self) -> None: ...
 
@@ -215,21 +221,25 @@ def test_a_data_set_of_the_hub_names_no_file_outside_it(tmp_path: Path, monkeypa
             opened(own, file)
 
 
-def test_a_bad_row_of_a_data_set_of_the_hub_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fails(Builder):
-        def download_and_prepare(self) -> None:
-            raise datasets.exceptions.DatasetGenerationError("a bad row")
-
-    builder = Fails("hf://datasets/some/data@main/train.jsonl")
+@pytest.mark.parametrize(
+    ("kind", "lines", "row"),
+    [(json_module.JsonConfig, '{"a": "1"}\n{broken\n{"a": "2"}\n', 2), (csv_module.CsvConfig, "a\n1\n2,3\n2\n", 3)],
+)
+def test_a_bad_row_of_a_data_set_of_the_hub_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, lines: str, row: int
+) -> None:
+    builder = Builder("hf://datasets/some/data@main/data/train.x")
+    named, builder.config, builder.name = builder.config.data_files, kind(), kind.__name__[:-6].lower()
+    builder.config.data_files = named
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     monkeypatch.setattr(datasets.DownloadManager, "download", lambda _, files: [str(tmp_path / "blob") for _ in files])
-    (tmp_path / "blob").write_text('{"a": 1}\n{broken\n{"a": 2}\n')
-    builder.name = "json"
+    (tmp_path / "blob").write_text(lines)
     table = open_table("some/data", tmp_path, name=None, split="train", revision=None)
-    assert (table.get(0), table.get(2), len(table)) == ({"a": 1}, {"a": 2}, 3)
-    builder.name = "csv"
-    with pytest.raises(ValueError, match=r"some/data: cannot be read as a data set, split 'train' \(a bad row\)"):
-        open_table("some/data", tmp_path, name=None, split="train", revision=None)
+    assert (table.get(0), table.get(2), len(table)) == ({"a": "1"}, {"a": "2"}, 3)
+    with pytest.raises(ValueError, match=rf"^some/data/data/train\.x:{row}: "):
+        table.get(1)
+    builder.config.features = datasets.Features({"a": datasets.Value("string")})  # what only the library knows
+    assert open_table("some/data", tmp_path, name=None, split="train", revision=None).get(0) == {"split": "train"}
 
 
 @pytest.mark.parametrize("name", ["train.unknown", "{folder}.py", "train.csv"])
@@ -277,16 +287,16 @@ def test_a_row_of_ten_million_spaces_is_left_out_by_every_reader(chain, tmp_path
 
 
 def test_what_is_no_file_of_rows_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "_HOPELESS", 10)
-    monkeypatch.setattr(tables, "_LONGEST", 4 * tables.ROW_BYTES)
+    monkeypatch.setattr(tables, "HOPELESS", 10)
+    monkeypatch.setattr(row_formats, "_LONGEST", 4 * row_formats.ROW_BYTES)
     monkeypatch.setattr(tables, "_KEPT", 3)
     lines, hole = tmp_path / "lines.jsonl", tmp_path / "hole.jsonl"
     lines.write_text("x\n" * 50)
     bad: list[str] = []
     with pytest.raises(ValueError, match=r"lines.jsonl:11: not valid JSON"):
         list(read_rows(lines, bad))
-    with pytest.raises(ValueError, match=r"lines.jsonl:1: not valid JSON"):
-        JsonLinesTable.open(lines)
+    with pytest.raises(ValueError, match=r"lines.jsonl:11: not valid JSON"):
+        opened(lines)
     assert [bool(reason) for reason in bad] == [True] * 3 + [False] * 7
     lines.write_text("{}\n" + "x\n" * 50)
     assert len(list(read_rows(lines, bad))) == 1

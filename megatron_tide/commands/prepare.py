@@ -3,7 +3,8 @@
 After an interruption, run the same command again: finished shards are kept, and the result is byte for byte the same.
 Without --teacher and --bridge the data are for training a student without a teacher. Rows that cannot be read, or whose
 messages have more than 1,048,576 characters, are left out and counted; more than 1 % of such rows end the command. A
-compressed file may unpack to 64 times its size plus 1 GiB.
+folder may hold JSON Lines, JSON lists, CSV (whose values are all text) or Parquet; the text files also compressed, to
+be unpacked to at most 64 times their size plus 1 GiB.
 
 Examples:
   python -m megatron_tide prepare --data recipes/mixtures/paper.json --student DIR --teacher DIR --bridge DIR --out DIR

@@ -24,9 +24,9 @@ from megatron_tide.tables import (
     BESIDE,
     LONGEST_TEXT,
     UNREADABLE_SHARE,
-    JsonLinesTable,
     Message,
     Table,
+    TextTable,
     open_table,
 )
 from megatron_tide.tables import conversation as read_conversation
@@ -143,7 +143,7 @@ class DataSource:
         if aside:
             place = f"what it says belongs in {' or '.join(spec.columns)}"
             print(one_line(f"note: {spec.path}: column {aside[0]!r} is not read; {place}"), file=sys.stderr)
-        if not isinstance(rows, JsonLinesTable):  # another column may hold what cannot be read
+        if not isinstance(rows, TextTable):  # another column may hold what cannot be read
             rows = rows.only({*needed, *BESIDE})
         return cls(spec, rows, _select(spec, rows))
 
@@ -319,7 +319,12 @@ def _select(spec: SourceSpec, rows: Table) -> NDArray[np.int64]:
         for number, values in enumerate(rows.scan(columns))
         if values is None or all(_passes(value, rule) for value, rule in zip(values, rules))
     )  # unreadable rows pass here; they are counted when they are read
-    return np.fromiter(passing, np.int64)
+    selected = np.fromiter(passing, np.int64)
+    if not len(selected) and len(rows):
+        first = next(iter(rows.scan(columns))) or ()
+        has = ", ".join(f"{column!r} {shown(value)}" for column, value in zip(columns, first))
+        raise ValueError(f"{spec.path}: no row passes the filter; the first one has {has}")
+    return selected
 
 
 def _passes(value: Any, rule: Any) -> bool:

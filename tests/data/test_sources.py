@@ -212,7 +212,7 @@ BAD_SOURCES = [
     ({"path": "rows.jsonl", "filter": {"lang": {"like": "py"}}}, r"filter of 'lang' must be"),
     ({"path": "rows.jsonl", "filter": {"language": "py"}}, r"no column 'language'; it has messages, lang, level"),
     ({"path": "rows.jsonl", "messages_column": "chat"}, r"no column 'chat'; it has messages, lang, level"),
-    ({"path": "rows.jsonl", "filter": {"lang": "cobol"}}, r"no row to read"),
+    ({"path": "rows.jsonl", "filter": {"lang": "cobol"}}, r"no row passes the filter; the first one has 'lang' '"),
     ({"path": "gone.jsonl"}, r"gone\.jsonl: no such file or folder"),
     ({"path": "./gone"}, r"gone: no such file or folder"),
     ({"path": "rows.csv"}, r"rows\.csv: unknown file type"),
