@@ -33,7 +33,10 @@ def read_samples(paths: Sequence[Path], limit: int | None = None) -> list[str]:
 
 def _texts(path: Path, limit: int | None) -> list[str]:
     if path.suffix not in _READERS:
-        return checked_texts([read_whole(path).decode("utf-8", errors="replace")], str(path))
+        try:
+            return checked_texts([read_whole(path).decode("utf-8-sig")], str(path))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 (at byte {error.start}); give text, .jsonl or .parquet") from None
     bad: list[str] = []
     rows = good_rows(_READERS[path.suffix](path, bad), bad, _of_row)
     texts = list(islice((text for row in rows for text in row), limit))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -52,3 +53,12 @@ def test_mistakes_are_refused(tmp_path: Path, flags: list[str], words: str) -> N
     write_jsonl(tmp_path / "rows.jsonl", [{"messages": conversation(1)}])
     with pytest.raises(ValueError, match=words):
         main(["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.jsonl"), *flags])
+
+
+def test_a_sample_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "x"}\n'))
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: not UTF-8 \(at byte 1\); give text, \.jsonl or \.parquet"):
+        read_samples([path])
+    path.write_bytes(b"\xef\xbb\xbfone text")
+    assert read_samples([path]) == ["one text"]
