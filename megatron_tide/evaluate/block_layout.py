@@ -19,12 +19,12 @@ def lead_of(tokens: Tokens, block: int) -> torch.Tensor:
     return -tokens.prompt % block
 
 
-def moved(tokens: Tokens, block: int, pad_id: int) -> Tokens:
+def moved(tokens: Tokens, block: int, eos_id: int) -> Tokens:
     """``tokens`` behind the slots of ``lead_of``."""
     samples, width = tokens.ids.shape
     lead_B = lead_of(tokens, block)
     last_B1 = (tokens.length - 1).unsqueeze(1)
-    ends_B = tokens.ids.gather(1, last_B1).squeeze(1) == pad_id  # a truncated response is not filled
+    ends_B = tokens.ids.gather(1, last_B1).squeeze(1) == eos_id  # a truncated response is not filled
     length_B = torch.where(ends_B, -(-(lead_B + tokens.length) // block) * block, lead_B + tokens.length)
     place_BS = torch.arange(width + 2 * block).expand(samples, -1)
     source_BS = (place_BS - lead_B.unsqueeze(1)).clamp(min=0).minimum(last_B1)

@@ -48,7 +48,7 @@ class ScoringInputs:
     layout: AttentionLayout
     block: int
     mask_id: int
-    pad_id: int
+    eos_id: int
     lengths: NDArray[np.int32]
     needs_chunks: bool
     at_answer: bool
@@ -62,7 +62,7 @@ class ScoringInputs:
         if not self.at_answer:
             return batch, None
         tokens = self.tokens(batch)
-        sides: dict[str, Any] = {self.name: moved(tokens, self.block, self.pad_id)}
+        sides: dict[str, Any] = {self.name: moved(tokens, self.block, self.eos_id)}
         return replace(batch, **sides), lead_of(tokens, self.block)
 
     def masked(self, drawn: Noise) -> torch.Tensor:
@@ -89,7 +89,7 @@ def scoring_inputs(
         layout=ATTENTION_LAYOUTS[layout],
         block=data.manifest[name]["block"],
         mask_id=mask_of(data, name, ATTENTION_LAYOUTS[layout]),
-        pad_id=data.manifest[name]["pad_id"],
+        eos_id=data.manifest[name]["eos_id"],
         lengths=getattr(data.stats, f"{name}_length"),
         needs_chunks=not data.student_only,
         at_answer=at_answer,

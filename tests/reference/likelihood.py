@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megatron_tide.data import PreparedData
-from megatron_tide.data.batch import read_batch
+from megatron_tide.data.batch import Tokens, read_batch
 from megatron_tide.diffusion import MASKINGS, noise, staircase_mask
 from tests.reference.noise import draws, sampled
 
@@ -26,16 +27,13 @@ def likelihood(
     for index in range(len(data)):
         batch = read_batch(data, [index])
         size += data.sample(index).response_bytes
+        lead = -int(getattr(batch, side).prompt[0]) % manifest["block"] if from_answer else 0
+        tokens = filled(getattr(batch, side), manifest, lead) if from_answer else getattr(batch, side)
+        batch = replace(batch, **{side: tokens})
         for k, t in enumerate(grid(int(batch.keys[0]))):
             drawn = noise(batch, seed=seed, epoch=k, masking=MASKINGS["synchronous"], t=torch.tensor([t]))
-            tokens = batch.student if side == "student" else batch.teacher
-            hidden = drawn.student_masked if side == "student" else drawn.teacher_masked
             length = int(tokens.length[0])
-            ids, hidden = tokens.ids[:, :length], hidden[:, :length]
-            lead = -int(tokens.prompt[0]) % manifest["block"] if from_answer else 0
-            if from_answer and int(ids[0, -1]) == manifest["pad_id"]:
-                fill = -(lead + length) % manifest["block"]
-                ids, hidden = (torch.cat((one, one[:, -1:].expand(-1, fill)), 1) for one in (ids, hidden))
+            ids, hidden = tokens.ids[:, :length], getattr(drawn, f"{side}_masked")[:, :length]
             logits = two_copies(model, ids, hidden, manifest["block"], manifest["mask_id"], lead)
             for position in range(int(tokens.prompt[0]), int(tokens.content_end[0]) + 1):
                 unaligned = tokens.chunk[0, position] < 0 and not data.student_only
@@ -46,6 +44,17 @@ def likelihood(
                 right += float(int(logits[position].argmax()) == gold)
                 masked += 1
     return {"bits_per_byte": nats / math.log(2.0) / size, "accuracy": right / masked}
+
+
+def filled(tokens: Tokens, manifest: dict[str, Any], lead: int) -> Tokens:
+    """One sample, its last block filled with end of text: each is masked as the one before it is, by chunk or alone."""
+    length = int(tokens.length[0])
+    if int(tokens.ids[0, length - 1]) != manifest["eos_id"]:  # a cut response
+        return tokens
+    fill = -(lead + length) % manifest["block"]
+    sides = ((one[:, :length], one[:, length - 1 : length].expand(-1, fill)) for one in (tokens.ids, tokens.chunk))
+    ids, chunk = (torch.cat(parts, 1) for parts in sides)
+    return replace(tokens, ids=ids, chunk=chunk, length=tokens.length + fill)
 
 
 @torch.no_grad()
