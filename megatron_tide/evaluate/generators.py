@@ -27,7 +27,7 @@ from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.cli import say
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
-from megatron_tide.evaluate.thoughts import MARKS, Answer, closed, cut, text_of, without_thoughts
+from megatron_tide.evaluate.thoughts import Answer, closed, cut, text_of, without_thoughts
 from megatron_tide.files import fingerprint
 from megatron_tide.generate import complete
 from megatron_tide.generate.copies import shared
@@ -94,7 +94,8 @@ class Generator:
             for batch, answers in zip(batches, self._completed(batches, ids, requests)):
                 for n, (found, passes) in zip(batch, answers):
                     prompt, settings = requests[n].args
-                    text = cut(text_of(self.text_tokenizer, found), settings["until"], prompt)
+                    stops = settings["until"]
+                    text = cut(text_of(self.text_tokenizer, found, stops), stops, prompt)
                     lost = (LOST,) if len(ids[n]) > self.room(settings) else ()
                     texts[n] = Answer(text, (*text.notes, *lost), len(found), passes)
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
@@ -283,10 +284,9 @@ class _Answered(StoppingCriteria):
         return torch.tensor(self._done, device=input_ids.device)
 
     def _has_stop(self, row: int, token: int) -> bool:
-        string = self._tokenizer.id_to_token(token)
-        piece = self._tokenizer.id_to_bytes(token) or (string.encode() if string in MARKS else b"")
-        self._written[row] += piece
         prompt, stops = self._asked[row]
+        piece = self._tokenizer.id_to_bytes(token) or text_of(self._tokenizer, [token], stops).encode()
+        self._written[row] += piece
         near = self._written[row][-len(piece) - max(map(len, map(str.encode, stops)), default=0) :]
         if not any(stop and stop.encode() in near for stop in stops):
             return False

@@ -58,8 +58,10 @@ def cut(text: str, stops: Sequence[str], prompt: str = "") -> Answer:
     return Answer(answer[:end], answer.notes)
 
 
-def text_of(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray) -> str:
-    """Text of ``ids`` without special tokens, but with the marks of thoughts, which some vocabularies have as such."""
-    special = tokenizer.special_ids
-    kept = [int(one) for one in ids if int(one) not in special or tokenizer.id_to_token(int(one)) in MARKS]
+def text_of(tokenizer: TextTokenizer, ids: Sequence[int] | np.ndarray, stops: Sequence[str] = ()) -> str:
+    """Text of ``ids`` without special tokens, but with the marks of thoughts and ``stops`` that are tokens, such as
+    ``<|im_end|>`` of a base model that ends its texts with another.
+    """
+    special, shown = tokenizer.special_ids, {*MARKS, *stops}
+    kept = [int(one) for one in ids if int(one) not in special or tokenizer.id_to_token(int(one)) in shown]
     return tokenizer.decode(kept, skip_special=False)

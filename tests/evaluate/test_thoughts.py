@@ -164,3 +164,15 @@ def test_marks_of_thoughts_count_where_they_are_special_tokens(lab: Lab, tmp_pat
     ids = tokenizer.encode_prompt("<think>no STOP</think>\n\n5 STOP<|im_end|>")
     assert "<think>" not in tokenizer.decode(ids)
     assert cut(text_of(tokenizer, ids), [" STOP"]) == "5"
+
+
+def test_a_stop_that_is_a_control_token_ends_an_answer(baseline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``<|im_end|>`` of many tasks does, where a base model has another end of text."""
+    generator = opened(baseline, 1)
+    tokenizer = generator.text_tokenizer
+    ids = tokenizer.encode_prompt("It is 5.<|im_start|> It is 6.")
+    says = Writes([*ids.tolist(), tokenizer.eos_id], generator.model.config.vocab_size)
+    monkeypatch.setattr(generator.model, "forward", says.__call__)
+    assert answers(generator, ["x"], replace(LONG, chat_template=False), until=["Q:", "<|im_start|>"]) == ["It is 5."]
+    assert says.passes == len(tokenizer.encode("It is 5.")) + 1
+    assert cut(text_of(tokenizer, ids), ["Q:"]) == "It is 5. It is 6."
