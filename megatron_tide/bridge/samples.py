@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.files import open_regular, read_whole
-from megatron_tide.folders import bounded
 from megatron_tide.tables import ASSISTANT, LONGEST_TEXT, check_bad, good_rows, parse_messages, read_rows
-from megatron_tide.unpack import ROWS
+from megatron_tide.tables.folders import bounded
+from megatron_tide.tables.unpack import ROWS
 
 
 def read_samples(paths: Sequence[Path], limit: int | None = None) -> list[str]:

@@ -55,8 +55,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from megatron_tide.arrow import BROKEN, next_message
 from megatron_tide.files import atomic_write, canonical
+from megatron_tide.tables.arrow import BROKEN, next_message
 
 PROMPT = -1
 UNALIGNED = -2

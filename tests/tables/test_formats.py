@@ -17,10 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tide import row_formats
 from megatron_tide.data.sources import DataSource, SourceSpec, open_mixture
-from megatron_tide.row_formats import JsonLines, JsonList, json_format
-from megatron_tide.tables import Table, open_table
+from megatron_tide.tables import Table, formats, open_table
+from megatron_tide.tables.formats import JsonLines, JsonList, json_format
 
 TALK = {"messages": [{"role": "user", "content": "Hé"}, {"role": "assistant", "content": "x"}]}
 COLUMNS = ["prompt", "response"]
@@ -107,8 +106,8 @@ def test_bad_rows_of_csv_are_left_out_and_named(tmp_path: Path) -> None:
 def test_a_quote_that_is_never_closed_costs_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where nothing behind it closes it, and where that is further away than a row may be long."""
     path = tmp_path / "train.csv"
-    for limit, count in ((row_formats.ROW_BYTES, 10), (200, 100)):
-        monkeypatch.setattr(row_formats, "ROW_BYTES", limit)
+    for limit, count in ((formats.ROW_BYTES, 10), (200, 100)):
+        monkeypatch.setattr(formats, "ROW_BYTES", limit)
         path.write_text('prompt,response\n"open,x\n' + "question,answer\n" * count)
         bad, *good = rows_of(opened(tmp_path))
         assert bad.startswith(f"{path}:2: not valid CSV")
@@ -116,7 +115,7 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path: Path, monkeypatch:
 
 
 def test_a_row_of_csv_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_formats, "ROW_BYTES", 100)
+    monkeypatch.setattr(formats, "ROW_BYTES", 100)
     (tmp_path / "train.csv").write_text(f"prompt,response\na,{'x' * 300}\nb,y\n")
     bad, good = rows_of(opened(tmp_path))
     assert "train.csv:2: a row of more than 100 bytes" in bad
@@ -175,7 +174,7 @@ def test_a_json_list_is_its_items(tmp_path_factory: pytest.TempPathFactory, rows
 
 
 def test_an_odd_item_of_a_json_list_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_formats, "ROW_BYTES", 200_000)
+    monkeypatch.setattr(formats, "ROW_BYTES", 200_000)
     deep = b'{"a": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
     odd = [
         b"3",

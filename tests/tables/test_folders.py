@@ -17,10 +17,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_tide import arrow, folders, unpack
 from megatron_tide.bridge.samples import read_samples
 from megatron_tide.data.sources import DataSource, SourceSpec
-from megatron_tide.tables import ArrowTable, Table, open_table
+from megatron_tide.tables import ArrowTable, Table, arrow, folders, open_table, unpack
 
 ROW = {"messages": [{"role": "user", "content": "x"}]}
 LINE = (json.dumps(ROW) + "\n").encode()

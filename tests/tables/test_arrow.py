@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from megatron_tide.arrow import check_stream, read_saved
+from megatron_tide.tables.arrow import check_stream, read_saved
 
 TABLE = pa.table({"text": ["one", "two", None], "kind": pa.array(["a", "b", "a"]).dictionary_encode()})
 

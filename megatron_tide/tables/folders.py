@@ -14,10 +14,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.arrow import check_stream, kept_by, read_saved
 from megatron_tide.files import CHOICE, fingerprint, open_regular, read_json, read_whole, sha256_file
-from megatron_tide.row_formats import Csv, RowFile, json_format
-from megatron_tide.unpack import check_size, unpacked
+from megatron_tide.tables.arrow import check_stream, kept_by, read_saved
+from megatron_tide.tables.formats import Csv, RowFile, json_format
+from megatron_tide.tables.unpack import check_size, unpacked
 
 _SPLITS, _FILES_OF = "dataset_dict.json", "state.json"  # of a data set that was saved to a folder
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")  # of the library's, those of rows of text

@@ -16,16 +16,17 @@ import pytest
 from datasets.packaged_modules.csv import csv as csv_module
 from datasets.packaged_modules.json import json as json_module
 
-from megatron_tide import row_formats, tables
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.bridge.samples import read_samples
 from megatron_tide.bridge.train_tokenizers import read_messages
 from megatron_tide.data.sources import open_mixture
 from megatron_tide.generate.prompts import read_prompts
 from megatron_tide.tables import (
+    LONGEST_TEXT,
     Table,
     check_bad,
     conversation,
+    formats,
     good_rows,
     open_table,
     parse_messages,
@@ -147,7 +148,7 @@ def test_keys_that_arrow_adds_to_objects_are_not_read(tmp_path: Path) -> None:
 def test_a_row_that_is_too_long_is_left_out_and_the_rest_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(row_formats, "ROW_BYTES", 30)
+    monkeypatch.setattr(formats, "ROW_BYTES", 30)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"a": 1}) + "\n" + json.dumps({"a": " " * 200}) + "\n" + json.dumps({"a": 2}) + "\n")
     bad: list[str] = []
@@ -275,7 +276,7 @@ def test_a_row_of_ten_million_spaces_is_left_out_by_every_reader(chain, tmp_path
         path.write_text("".join(json.dumps(one) + "\n" for one in [*(talks * 200)[:150], row]))
         mixture = open_mixture([str(path)])
         assert [mixture.error(number) for number in range(150)] == [""] * 150
-        assert f"rows.jsonl:151: messages of more than {tables.LONGEST_TEXT:,} characters" in mixture.error(150)
+        assert f"rows.jsonl:151: messages of more than {LONGEST_TEXT:,} characters" in mixture.error(150)
         tokenizer = load_tokenizer(chain.root / "student")
         if "tools" not in row:
             assert len(read_messages(path)) > 0
@@ -287,9 +288,9 @@ def test_a_row_of_ten_million_spaces_is_left_out_by_every_reader(chain, tmp_path
 
 
 def test_what_is_no_file_of_rows_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "HOPELESS", 10)
-    monkeypatch.setattr(row_formats, "_LONGEST", 4 * row_formats.ROW_BYTES)
-    monkeypatch.setattr(tables, "_KEPT", 3)
+    monkeypatch.setattr("megatron_tide.tables.table.HOPELESS", 10)
+    monkeypatch.setattr(formats, "_LONGEST", 4 * formats.ROW_BYTES)
+    monkeypatch.setattr("megatron_tide.tables.table._KEPT", 3)
     lines, hole = tmp_path / "lines.jsonl", tmp_path / "hole.jsonl"
     lines.write_text("x\n" * 50)
     bad: list[str] = []
