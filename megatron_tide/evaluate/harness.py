@@ -336,7 +336,7 @@ def _not_installed(rows: Sequence[Sample]) -> list[str]:
 def _installed() -> str:
     """What decides a verdict besides the program: Python, the installed packages, the sandbox."""
     packages = sorted({f"{one.name} {one.version}" for one in importlib.metadata.distributions()})
-    own = [sha256_file(path) for path in sorted(WORKER.parent.glob("*.py"))]
+    own = [sha256_file(path) for path in sorted(WORKER.parent.rglob("*.py"))]
     return fingerprint([sys.version, packages, own])
 
 

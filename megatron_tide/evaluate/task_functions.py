@@ -7,11 +7,11 @@ import gzip
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-CODE_BLOCK = re.compile(r"```(?:\w*\n)?(.*?)\n?```", re.DOTALL)  # the language is alone on the first line
+CODE_BLOCK = re.compile(r"(?:\s*```[^\n`]*\n|\w*\n)?(.*?)\n?(?:```|\Z)", re.DOTALL)  # a language is alone on its line
 
 Doc = dict[str, Any]
 
@@ -33,24 +33,36 @@ def humaneval_problems(**_: Any) -> dict[str, Any]:
 
 
 def humaneval_program(doc: Doc, answer: str) -> list[str]:
-    """The function, its tests, the call. The tests come after the answer, so that an answer cannot replace them."""
-    return [f"{doc['prompt']}{answer}", doc["test"], f"check({doc['entry_point']})"]
+    """The function; then what its tests need of the prompt, such as ``poly``, the tests, the call."""
+    helpers = [
+        one for one in _statements(f"{doc['prompt']}\n    pass") if getattr(one, "name", "") != doc["entry_point"]
+    ]
+    return [f"{doc['prompt']}{answer}", _source(helpers), doc["test"], f"check({doc['entry_point']})"]
 
 
 def mbpp_program(doc: Doc, code: str) -> list[str]:
-    """The code, what the tests need, the tests."""
-    return [code, doc.get("test_setup_code") or "", *doc["test_list"]]
+    """The code; then what the tests need, such as ``sys``, which the problem's own solution imports, and the tests."""
+    imports = [one for one in _statements(doc.get("code") or "") if isinstance(one, ast.Import | ast.ImportFrom)]
+    return [code, _source(imports), doc.get("test_setup_code") or "", *doc["test_list"]]
 
 
 def tested_names(doc: Doc) -> list[str]:
     """What the tests of a problem call: what its own solution defines, also under the name of a builtin (``sum``)."""
     if "entry_point" in doc:
         return [doc["entry_point"]]
+    defined = _statements(doc.get("code") or "")
+    return [one.name for one in defined if isinstance(one, ast.FunctionDef | ast.ClassDef)]
+
+
+def _statements(source: str) -> list[ast.stmt]:
     try:
-        solution = ast.parse(doc.get("code") or "")
+        return ast.parse(source).body
     except (SyntaxError, ValueError):
         return []
-    return [node.name for node in solution.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+def _source(statements: Sequence[ast.stmt]) -> str:
+    return ast.unparse(ast.Module([*statements], []))
 
 
 # Task -> (doc, filtered answer) -> source parts that run one after the other.
@@ -62,13 +74,14 @@ PROGRAMS: dict[str, Callable[[Doc, str], list[str]]] = {
 
 
 def first_code_block(responses: list[list[str]], docs: list[Doc]) -> list[list[str]]:
-    """The first code block of each answer (the prompt has opened it); empty where it is never closed."""
+    """The first code block of each answer: the prompt has opened it, some answers do so again, some do not close it."""
     return [[_code(response) for response in many] for many in responses]
 
 
 def _code(response: str) -> str:
-    found = CODE_BLOCK.search(f"```{response}")
-    return found[1] if found else ""
+    found = CODE_BLOCK.match(response)
+    assert found
+    return found[1]
 
 
 def hellaswag_questions(dataset: Any) -> Any:

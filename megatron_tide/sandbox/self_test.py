@@ -9,27 +9,38 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_tide.cli import say
-from megatron_tide.sandbox.run import LIMITS, THREADS, TIMED_OUT, Limits, Outcome, run_programs
+from megatron_tide.sandbox.run import LIBRARIES, LIMITS, TIMED_OUT, Limits, Outcome, run_programs
 
 
 def _refused(attempt: str, error: str = "OSError") -> str:
     return f"try:\n    {attempt}\nexcept {error}:\n    pass\nelse:\n    raise SystemExit('it was allowed')\n"
 
 
-KNOWN = ("PYTHONHASHSEED", "PYTHONUTF8", "LD_LIBRARY_PATH", "LC_CTYPE", *(f"{name}_NUM_THREADS" for name in THREADS))
+KNOWN = (
+    "PYTHONHASHSEED",
+    "PYTHONUTF8",
+    "LD_LIBRARY_PATH",
+    "LC_CTYPE",
+    "MALLOC_ARENA_MAX",
+    *(f"{n}_NUM_THREADS" for n in LIBRARIES),
+)
 # What a program must not be able to do. VICTIM: a file outside its folder; MEMORY: more bytes than it may have.
 SELF_TESTS = {
     "ordinary programs run": "import math, re, itertools, collections, hashlib\nassert math.sqrt(4) == 2",
     "no process": _refused("import os; os.fork() or os._exit(0)"),
     "no other program": _refused("import os; os.execv('/bin/true', ['true'])"),
-    "no thread": _refused("import threading; threading.Thread(target=print).start()", "RuntimeError"),
+    "bounded threads": _refused(
+        "import threading as t, time; t.stack_size(32768)\n"
+        "    for _ in range(200): t.Thread(target=time.sleep, args=[9]).start()",
+        "RuntimeError",
+    ),
     "no network": _refused("import socket; socket.socket()"),
     "no writing": _refused("open('VICTIM', 'a')"),
     "no new file": _refused("open('new', 'w')"),
     "no removing": _refused("import os; os.unlink('VICTIM')"),
     "no reading of other files": _refused("open('VICTIM')"),
     "no signals to others": _refused("import os; os.kill(os.getppid(), 0)"),
-    "no raising of limits": _refused("import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))"),
+    "no raising of limits": _refused("import resource as r; r.setrlimit(r.RLIMIT_CPU, (99, 99))", "ValueError"),
     "no environment": f"import os\nassert set(os.environ) <= {set(KNOWN)}",
     "bounded memory": _refused("bytearray(MEMORY)", "MemoryError"),
 }

@@ -16,9 +16,11 @@ from megatron_tide.evaluate.benchmark_presets import PAPER, BenchmarkPreset, pre
 from megatron_tide.evaluate.generators import open_generator
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, run_benchmark, user_secret
 from megatron_tide.evaluate.response_cache import Store
-from megatron_tide.evaluate.task_functions import first_code_block
+from megatron_tide.evaluate.task_functions import first_code_block, mbpp_program
+from megatron_tide.evaluate.task_functions import tested_names as names_tested
 from megatron_tide.evaluate.task_index import task_manager
 from megatron_tide.evaluate.thoughts import STILL_THINKING
+from megatron_tide.sandbox import run_programs
 from tests.support.answering import Scripted, write_autoregressive
 from tests.support.lab import Lab
 from tests.support.lm_data import LOCAL, Row, write_task
@@ -356,11 +358,23 @@ def test_errors_of_our_own_code_keep_their_type(lab: Lab, tmp_path: Path, monkey
         ("def f(n):\n    return n\n```", "def f(n):\n    return n"),
         ("python\nx = 1```", "x = 1"),
         ("\nx = 1\n```\n```python\ny = 2\n```", "x = 1"),
-        ("\ndef f(n):\n    return", ""),
+        ("\ndef f(n):\n    return n", "def f(n):\n    return n"),
+        ("\n```python\ndef f(n):\n    return n\n```\nThere.", "def f(n):\n    return n"),
+        ("", ""),
     ],
 )
 def test_the_code_of_an_answer_begun_in_a_block(answer: str, code: str) -> None:
     assert first_code_block([[answer]], [{}]) == [[code]]
+
+
+def test_mbpp_s_tests_have_the_imports_of_the_problems_own_solution() -> None:
+    doc = {
+        "code": "import sys\ndef f(x): return sys.getsizeof(x)",
+        "test_list": ["assert f('a') == sys.getsizeof('a')"],
+    }
+    fake = "class sys: getsizeof = staticmethod(lambda x: 0)\ndef f(x): return 0"
+    programs = [mbpp_program(doc, code) for code in (doc["code"], fake)]
+    assert [one.passed for one in run_programs(programs, tested=[names_tested(doc)] * 2)] == [True, False]
 
 
 def test_unfinished_thoughts_are_wrong_answers_and_counted(lab: Lab, tmp_path: Path) -> None:

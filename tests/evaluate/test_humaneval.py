@@ -16,7 +16,7 @@ from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset, changed_pr
 from megatron_tide.evaluate.benchmark_table import benchmark_table
 from megatron_tide.evaluate.harness import EvalContext, MetricScore, pass_at_k, run_benchmark
 from megatron_tide.evaluate.task_functions import humaneval_problems, humaneval_program
-from megatron_tide.sandbox import run_program
+from megatron_tide.sandbox import Outcome, run_program
 from tests.support.answering import Scripted
 from tests.support.lab import Lab
 
@@ -78,7 +78,9 @@ def test_programs_run_again_where_other_packages_are_installed(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, run, ran = knows(lab), harness.run_programs, []
-    monkeypatch.setattr(harness, "run_programs", lambda programs, *a, **k: ran.extend(programs) or run(programs))
+    monkeypatch.setattr(
+        harness, "run_programs", lambda programs, *a, **k: ran.extend(programs) or run(programs, *a, **k)
+    )
     for installed in ([], [], ["numpy"]):
         found = [SimpleNamespace(name=name, version="2.0") for name in installed]
         monkeypatch.setattr("importlib.metadata.distributions", lambda found=found: found)
@@ -101,7 +103,9 @@ def test_judging_stopped_in_the_middle_continues(lab: Lab, tmp_path: Path, monke
     monkeypatch.setattr(harness, "run_programs", stops)
     with pytest.raises(KeyboardInterrupt):
         humaneval(knows(lab), tmp_path, limit=7)
-    monkeypatch.setattr(harness, "run_programs", lambda programs, *a, **k: ran.extend(programs) or run(programs))
+    monkeypatch.setattr(
+        harness, "run_programs", lambda programs, *a, **k: ran.extend(programs) or run(programs, *a, **k)
+    )
     (score,) = humaneval(knows(lab), tmp_path, limit=7)
     assert (score.n, score.estimate.value, len(ran)) == (7, 1.0, 7)
 
@@ -142,13 +146,20 @@ def test_a_solution_may_import_what_is_installed(lab: Lab, tmp_path: Path) -> No
     assert result.notes[0] in benchmark_table([result])
 
 
+def run(problem: dict[str, str], answer: str) -> Outcome:
+    return run_program(humaneval_program(problem, answer), tested=[problem["entry_point"]])
+
+
 def test_wrong_programs_fail() -> None:
     problem = PROBLEMS[0]
     solution = problem["canonical_solution"]
     assert humaneval_program(problem, solution)[0] == problem["prompt"] + solution
-    assert run_program(humaneval_program(problem, solution)).passed
-    assert run_program(humaneval_program(problem, "    return True\n")).reason.startswith("AssertionError")
-    assert not run_program(humaneval_program(problem, "    return True\ndef check(candidate): pass\n")).passed
+    assert run(problem, solution).passed
+    assert run(problem, "    return True\n").reason.startswith("AssertionError")
+    assert not run(problem, "    return True\ndef check(candidate): pass\n").passed
+    poly = PROBLEMS[32]  # its tests use poly, of its prompt
+    assert run(poly, poly["canonical_solution"]).passed
+    assert not run(poly, "    return 0\ndef poly(xs, x): return 0\n").passed
 
 
 def test_without_a_template_the_bare_prompt_is_asked(lab: Lab, tmp_path: Path) -> None:
