@@ -33,9 +33,9 @@ def run(args: DistillArgs) -> int:
         return dry_run(args.run)
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    from megatron_tide.train.distributed import group_for_a_run
+    from megatron_tide.train.watchdog import group_for_a_run
 
-    with group_for_a_run() as world:
+    with group_for_a_run(args.run.save.hang_timeout) as world:
         return train(args.run, world)
 
 
@@ -61,7 +61,6 @@ def train(config: DistillConfig, world: Any) -> int:
     from megatron_tide.train import build
     from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.loop import Loop, StopRequest
-    from megatron_tide.train.watchdog import HangWatchdog
 
     stop = StopRequest()
     stop.install()  # a signal while models load ends the run before its first step
@@ -69,7 +68,7 @@ def train(config: DistillConfig, world: Any) -> int:
     if inputs.note:
         world.print_rank0(inputs.note)
     out = Path(config.paths.out)
-    with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
+    with locked(out, world):
         world.on_main(lambda: build.refuse_other_folder(out))
         context, loader = build.build(config, inputs, world)
         build.record_models(config, inputs, world)

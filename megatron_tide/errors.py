@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 
 from megatron_tide.screen import printable, traceback_of, words_of
 
@@ -44,6 +45,13 @@ def tell(error: BaseException) -> int:
     status = known[_TOLD]
     assert isinstance(status, int)
     return status
+
+
+def end_within(seconds: float, status: int) -> None:
+    """End the process with ``status`` after ``seconds`` at the latest, whatever it waits for until then."""
+    last = threading.Timer(seconds, os._exit, (status,))
+    last.daemon = True
+    last.start()
 
 
 def _told(error: BaseException) -> tuple[int, str]:

@@ -43,12 +43,13 @@ def run(args: Args) -> int:
         raise ValueError("--teacher-hosting cached: there is no teacher to ask; leave it out, or use another hosting")
     if args.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-    from megatron_tide.train.distributed import group_for_a_run, launched_ranks
+    from megatron_tide.train.distributed import launched_ranks
+    from megatron_tide.train.watchdog import group_for_a_run
 
     if args.dry_run:
         predict(config, args, launched_ranks())
         return 0
-    with group_for_a_run() as world:
+    with group_for_a_run(config.save.hang_timeout) as world:
         return ask(config, args, world)
 
 
@@ -83,7 +84,6 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
     from megatron_tide.train.fill_cache import fill_cache
     from megatron_tide.train.inputs import read_run_inputs
     from megatron_tide.train.loop import StopRequest
-    from megatron_tide.train.watchdog import HangWatchdog
 
     stop = StopRequest()
     stop.install()
@@ -91,7 +91,7 @@ def ask(config: DistillConfig, args: Args, world: Any) -> int:
     inputs, out = read_run_inputs(config, world.size), Path(config.paths.out)
     loader = make_loader(config, inputs, world)
     seeds = _seeds(config, args)
-    with locked(out, world), HangWatchdog(world, config.save.hang_timeout):
+    with locked(out, world):
         manifest = fill_cache(
             config, inputs, loader, world, expected, seeds=seeds, steps_per_forward=args.steps_per_forward, stop=stop
         )

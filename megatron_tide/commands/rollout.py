@@ -66,7 +66,7 @@ def run(args: Args) -> int:
         own = round(args.share * args.samples)
         say(f"dry run: {args.samples} of {len(mixture)} rows, {own} of them to be answered: OK")
         return 0
-    from megatron_tide.train.distributed import group_for_a_run
+    from megatron_tide.train.watchdog import group_for_a_run
 
     with group_for_a_run() as world:
         return _answer(args, mixture, world)

@@ -11,9 +11,7 @@ import io
 import logging
 import os
 import socket
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,7 +21,6 @@ import torch.distributed as dist
 
 from megatron_tide.cli import say
 from megatron_tide.ds_config import use_own_ninja
-from megatron_tide.errors import tell
 from megatron_tide.gpus import refuse_idle_gpu
 from megatron_tide.ranks import again, on_main, stated
 from megatron_tide.screen import words_of
@@ -32,7 +29,6 @@ from megatron_tide.train.trace import Trace
 
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-ENDING_SECONDS = 20  # for what is registered for the end of a process, after an error
 
 
 @dataclass(frozen=True)
@@ -214,35 +210,6 @@ def _refuse_shared_gpus(world: DistContext) -> None:
     if found.count(mine) > 1:
         ranks = [rank for rank, place in enumerate(found) if place == mine]
         raise ValueError(f"ranks {ranks} share one GPU ({mine}): start one rank per GPU (NPROC, --nproc-per-node)")
-
-
-@contextlib.contextmanager
-def group_for_a_run() -> Iterator[DistContext]:
-    """:func:`init_distributed`, and :func:`destroy_distributed` after success only.
-
-    A rank that fails prints its error and ends its process: the others may be in a collective, and leaving a group of
-    NCCL waits for them.
-    """
-    world = init_distributed()
-    try:
-        yield world
-    except BaseException as error:
-        if world.size > 1:
-            _end_process(tell(error))
-        destroy_distributed()
-        raise
-    destroy_distributed()
-
-
-def _end_process(status: int) -> None:
-    """End without waiting for another rank, after what is registered for the end (as of the teacher's disk)."""
-    last = threading.Timer(ENDING_SECONDS, os._exit, (status,))
-    last.daemon = True
-    last.start()
-    for end in (sys.stdout.flush, sys.stderr.flush, atexit._run_exitfuncs):
-        with contextlib.suppress(Exception):  # such as a full disk: the process ends all the same
-            end()
-    os._exit(status)
 
 
 def destroy_distributed() -> None:

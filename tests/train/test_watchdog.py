@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from megatron_tide import distill
-from megatron_tide.train import loop
+from megatron_tide.train import loop, watchdog
+from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.watchdog import EXIT_LOST, HangWatchdog
 from tests.support.launch import ranks, steps_logged, wait_until
 from tests.test_screen import Panic
@@ -38,17 +40,25 @@ def ended_within(process, seconds):
     assert process.exitcode is not None, f"a rank still hangs after {seconds} s"
 
 
-@pytest.mark.parametrize(("sent", "said"), [(signal.SIGKILL, "has died"), (signal.SIGSTOP, "has not responded for")])
-def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, sent, said):
-    out = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("lost", "sent", "said"),
+    [
+        (1, signal.SIGKILL, r"rank 1 \(.*\) has died"),
+        (1, signal.SIGSTOP, r"rank 1 \(.*\) has not responded for"),
+        (0, signal.SIGKILL, r"rank 0 (\(.*\) has died|has exited)"),  # and the store with it
+        (0, signal.SIGSTOP, r"rank 0 \(.*\) has not responded for"),
+    ],
+)
+def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, lost, sent, said):
+    out, other = tmp_path / "run", 1 - lost
     with ranks(distill.main, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
-        wait_until(lambda: steps_logged(out) >= 2, processes)
-        os.kill(processes[1].pid, sent)
-        ended_within(processes[0], 40)
-        assert processes[0].exitcode == EXIT_LOST
-    printed = (tmp_path / "rank0").read_text()
+        wait_until(lambda: steps_logged(out) >= 20, processes)
+        os.kill(processes[lost].pid, sent)
+        ended_within(processes[other], 40)
+        assert processes[other].exitcode == EXIT_LOST
+    printed = (tmp_path / f"rank{other}").read_text()
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert re.match(r"error: rank 1 \(step \d+, (in|last collective) [a-z_]+\) " + said, line)
+    assert re.match("error: " + said, line)
     assert "--resume auto" in line
 
 
@@ -58,7 +68,7 @@ def test_a_rank_that_stands_still(chain, tmp_path):
     with ranks(stands_still, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
         wait_until(lambda: steps_logged(out) >= 2, processes)
         ended_within(processes[0], 40)
-        ended_within(processes[1], 120)  # the store that ranks tell each other through went with rank 0
+        ended_within(processes[1], 30)  # the store that ranks tell each other through went with rank 0
         assert [process.exitcode for process in processes] == [EXIT_LOST] * 2
     (line,) = [line for line in (tmp_path / "rank0").read_text().splitlines() if line.startswith("error: ")]
     assert re.match(r"error: rank 1 \(step 3, last collective [a-z_]+\) has made no progress for \d+ s", line)
@@ -97,11 +107,20 @@ def test_an_error_of_one_rank_reaches_the_user(chain, tmp_path):
     assert own.count("Traceback (most recent call last)") == own.count("Panic: out of memory") == 1
 
 
-def test_rank_0s_own_death_is_told_by_another(chain, tmp_path):
-    out = tmp_path / "run"
-    with ranks(distill.main, chain.flags(out, **BASE_FLAGS), 2, tmp_path) as processes:
-        wait_until(lambda: steps_logged(out) >= 2, processes)
-        processes[0].kill()
-        ended_within(processes[1], 40)
-        assert processes[1].exitcode == EXIT_LOST
-    assert "error: " in (tmp_path / "rank1").read_text()
+def leaves_unread(argv):
+    """A rank that tells of a lost one where nobody reads: its standard error is a full pipe."""
+    _, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, b" " * 4096):
+            pass
+    os.set_blocking(writing, True)
+    os.dup2(writing, 2)
+    watchdog.PATIENCE = 1
+    HangWatchdog(DistContext(0, 2, torch.device("cpu"), None), 6)._leave(1, "rank 1 has died")
+
+
+def test_a_rank_ends_also_where_nobody_reads_what_it_says(tmp_path):
+    with ranks(leaves_unread, [], 1, tmp_path) as (process,):
+        ended_within(process, 30)
+        assert process.exitcode == EXIT_LOST
