@@ -58,7 +58,7 @@ def free_flag(default: Any, help: str, **more: Any) -> Any:
 class PathsConfig:
     """Files."""
 
-    student: str = flag("", "Model to train: folder in hub format, or hub name", metavar="DIR")
+    student: str = free_flag("", "Model to train: folder in hub format, or hub name", metavar="DIR")
     teacher: str = free_flag(
         "", "Frozen teacher: folder in hub format, or hub name; only for strategies that distil", metavar="DIR"
     )

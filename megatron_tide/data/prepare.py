@@ -9,6 +9,7 @@ ends with the same bytes as an uninterrupted one. No process group, no accelerat
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,7 @@ student and, in data for distillation, of the teacher, with the chunk that each 
 `datasets.load_dataset` reads this folder. `megatron_tide/data/shard.py` describes the columns; `manifest.json` contains
 tokenizers, counts and hashes.
 """
-_CALLED = ("student.name", "teacher.name", ".path")  # names and paths, which do not affect the content
+_CALLED = re.compile(r"(student|teacher)\.name|sources\[\d+\]\.path")  # names and paths do not affect the content
 
 
 def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, fresh: bool = False) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _difference(before: Any, now: Any, name: str) -> tuple[str, Any, Any] | None
     """The first setting that differs, by name: (name, before, now)."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = {key: f"{name}.{key}" if name else str(key) for key in sorted(before.keys() | now.keys())}
-        found = [_difference(before.get(k), now.get(k), n) for k, n in keys.items() if not n.endswith(_CALLED)]
+        found = [_difference(before.get(k), now.get(k), n) for k, n in keys.items() if not _CALLED.fullmatch(n)]
     elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         found = [_difference(b, n, f"{name}[{number}]") for number, (b, n) in enumerate(zip(before, now))]
     else:

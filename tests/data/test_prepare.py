@@ -171,6 +171,18 @@ def test_other_settings_are_refused_by_name(
     assert content_of(out) == before
 
 
+def test_another_filter_of_a_column_called_path_is_another_setting(pair: Pair, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "x + y"}]
+    rows = [{"path": path, "messages": talk} for path in ("a.py", "b.py")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in ("a.py", "b.py"):
+        source = {"path": "rows.jsonl", "filter": {"path": path}}
+        (tmp_path / f"{path}.json").write_text(json.dumps({"sources": [source]}))
+    prepared(pair, tmp_path / "a.py.json", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"with sources\[0\]\.filter\.path = a\.py, now it is b\.py"):
+        main(flags_of(pair, tmp_path / "b.py.json", tmp_path / "out"))
+
+
 def test_other_data_are_refused_and_fresh_starts_over(pair: Pair, chats: Chats, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepared(pair, chats(40), out)

@@ -172,6 +172,7 @@ def test_a_run_in_two_parts_is_that_run_and_the_second_may_have_other_data(chain
     for changed, error in (
         (elsewhere, "another data"),
         ({**run, "continued": None}, "began elsewhere"),
+        ({**run, "student_fingerprint": "other"}, "another student"),
         ({**run, "affects_loss": {**run["affects_loss"], "lr": 1e-4}}, "lr = 0.003"),
     ):
         with pytest.raises(ValueError, match=error):

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from megatron_tide.config import DistillConfig
+from megatron_tide.config import DistillConfig, from_flat
 from megatron_tide.train import build, checkpoint
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.metrics import MetricLogger
@@ -83,6 +83,17 @@ def test_files_of_the_user_are_not_replaced_by_a_run(tmp_path):
             build.refuse_other_folder(tmp_path)
     (tmp_path / "run.json").write_text('{"config": {}}')
     build.refuse_other_folder(tmp_path)
+
+
+def test_a_run_is_known_by_what_its_student_is_and_not_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_gathered", lambda engine, world: ())
+    run = {**RUN, "student_fingerprint": "a", "teacher_fingerprint": None}
+    before = {**run, "affects_loss": {**DistillConfig().loss_flags(), "student": "/old/place"}}
+    saved = checkpoint.save(tmp_path, None, TrainState(step=1, total_steps=2), before, WORLD, keep=1)
+    moved = {**run, "affects_loss": from_flat({"student": "/new/place"}).loss_flags()}
+    build.refuse_other_run(saved, moved)
+    with pytest.raises(ValueError, match="was trained with another student: use another --out"):
+        build.refuse_other_run(saved, {**moved, "student_fingerprint": "b"})
 
 
 def test_a_flag_that_a_checkpoint_does_not_know_had_its_default(tmp_path, monkeypatch):
