@@ -68,7 +68,7 @@ def prepare(job: PrepareJob, *, workers: int = 1, coverage_floor: float = 0.0, f
         path = job.out / MANIFEST
         if not (job.out / CARD).exists():  # it may have notes of the user
             atomic_write(job.out / CARD, _CARD.encode())
-        if missing or not path.exists() or read_json(path, "").get("fingerprint") != manifest["fingerprint"]:
+        if missing or not path.exists() or not _is_of(read_json(path), manifest):
             write_json(path, manifest)
     return manifest
 
@@ -139,6 +139,7 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
     tokens: Counter[str] = Counter()
     shards: list[dict[str, Any]] = []
     unreadable: list[int] = []
+    digests: list[str] = []
     example = None
     for number in range(job.shards):
         shard = read_shard(job.path(number))
@@ -147,6 +148,7 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
         tokens.update({side: len(shard.arrays[f"{side}_ids"]) for side in SIDES})
         example = example or shard.record["example"]
         unreadable += shard.record["unreadable"]
+        digests.append(shard.digest)
         shards.append({"file": job.path(number).name, "rows": len(shard), "sha256": sha256_file(job.path(number))})
     kept = sum(entry["rows"] for entry in shards)
     coverage = counts["covered_bytes"] / counts["total_bytes"] if counts["total_bytes"] else 0.0
@@ -158,7 +160,16 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
         "unreadable": unreadable[:_LISTED],  # positions of the mixture
         "shards": shards,
     }
+    sides = {side: {k: v for k, v in (manifest[side] or {}).items() if k != "name"} for side in SIDES}
+    read = {name: manifest.get(name) for name in ("format", "bridge", "own", "ordered")}
+    manifest["content"] = fingerprint({**read, **sides, "shards": digests})
     return manifest | {"fingerprint": fingerprint(manifest)}
+
+
+def _is_of(kept: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether a finished folder has this manifest, which in earlier versions did not say its content."""
+    before = {name: value for name, value in manifest.items() if name not in ("content", "fingerprint")}
+    return kept.get("fingerprint") in (manifest["fingerprint"], fingerprint(before))
 
 
 def _check_outcome(job: PrepareJob, manifest: dict[str, Any], coverage_floor: float) -> None:

@@ -47,6 +47,7 @@ SIDE = {  # of a manifest
 TEACHER_SIDE = {**SIDE, "mask_id": (None, _IDS)}  # an autoregressive teacher needs no mask
 _FORM = {
     "fingerprint": str,
+    "content?": str,
     "student": TEACHER_SIDE,  # alone, to be scored, it may be autoregressive too
     "teacher": (None, TEACHER_SIDE),
     "bridge": (None, str),
@@ -127,8 +128,10 @@ class PreparedData:
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of the manifest, and through it of every shard."""
-        return str(self.manifest["fingerprint"])
+        """A sha256 of what training reads: both sides, and the content of every shard. Folders of earlier versions have
+        that of their manifest alone, which also says what files were called.
+        """
+        return str(self.manifest.get("content", self.manifest["fingerprint"]))
 
     def sample(self, index: int) -> Sample:
         """Sample ``index`` in 0..len-1; IndexError outside. Its arrays are views of the file: read-only."""

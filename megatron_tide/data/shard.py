@@ -155,7 +155,7 @@ def _head(schema: pa.Schema, record: dict[str, Any], content: bytes | memoryview
 
 @dataclass(frozen=True)
 class Shard:
-    """A memory-mapped shard; ``record`` as it was written.
+    """A memory-mapped shard; ``record`` and ``digest``, the sha256 of its content, as they were written.
 
     ``arrays``: the values of each column; of a list column those of all samples in a row. Where each sample starts in
     them is in ``student_offsets`` and ``teacher_offsets``, int32 [samples + 1]; in other tables in ``NAME_offsets`` of
@@ -164,6 +164,7 @@ class Shard:
 
     schema: pa.Schema
     record: dict[str, Any]
+    digest: str
     arrays: dict[str, Array]
     head: memoryview
     content: memoryview
@@ -222,8 +223,9 @@ def _parse(mapped: mmap.mmap, schemas: Sequence[pa.Schema]) -> Shard:
     batch.validate()
     if source.tell() + len(_END) != len(mapped):
         raise ValueError(f"{len(mapped)} bytes, but its messages have {source.tell() + len(_END)}")
-    record = dict(json.loads(schema.metadata[_NOTE])["record"])
-    return Shard(expected, record, _arrays(batch), memoryview(mapped)[:start], memoryview(mapped)[start:])
+    note = json.loads(schema.metadata[_NOTE])
+    places = memoryview(mapped)[:start], memoryview(mapped)[start:]
+    return Shard(expected, dict(note["record"]), str(note["sha256"]), _arrays(batch), *places)
 
 
 def _arrays(batch: pa.RecordBatch) -> dict[str, Array]:

@@ -13,6 +13,7 @@ import pytest
 from megatron_tide.data import PreparedData
 from megatron_tide.data.encode import Encoded
 from megatron_tide.data.shard import shard_name
+from megatron_tide.files import fingerprint, write_json
 from tests.data.conftest import Pair, conversation, encode, write_jsonl
 from tests.data.preparing import LENGTHS, RUN, Chats, content_of, flags_of, main, prepared
 
@@ -147,6 +148,29 @@ def test_the_same_files_under_other_names_are_the_same_data(pair: Pair, chats: C
     shutil.copytree(pair.student_path, tmp_path / "copy")
     moved = path.rename(tmp_path / "moved.jsonl")
     assert main([*flags_of(pair, moved, out), "--student", str(tmp_path / "copy")]) == 0
+    assert content_of(out) == before
+
+
+def test_data_are_known_by_what_training_reads_of_them(pair: Pair, chats: Chats, tmp_path: Path) -> None:
+    path, out = chats(20), tmp_path / "out"
+    before = prepared(pair, path, out)
+    shutil.copytree(pair.student_path, tmp_path / "copy")
+    shutil.copyfile(path, tmp_path / "copy.jsonl")
+    again = prepared(pair, tmp_path / "copy.jsonl", tmp_path / "again", "--student", str(tmp_path / "copy"))
+    assert again.manifest["fingerprint"] != before.manifest["fingerprint"], "it says what its sources were called"
+    assert again.fingerprint == before.fingerprint
+    for number, more in enumerate((["--student-length", "56"], ["--limit", "19"], ["--student-block", "4"])):
+        assert prepared(pair, path, tmp_path / f"other-{number}", *more).fingerprint != before.fingerprint
+
+
+def test_a_finished_folder_of_an_earlier_version_keeps_its_key(pair: Pair, chats: Chats, tmp_path: Path) -> None:
+    path, out = chats(20), tmp_path / "out"
+    prepared(pair, path, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["content"], manifest["fingerprint"]
+    write_json(out / "manifest.json", {**manifest, "fingerprint": fingerprint(manifest)})
+    before = content_of(out)
+    assert prepared(pair, path, out).fingerprint == fingerprint(manifest)
     assert content_of(out) == before
 
 

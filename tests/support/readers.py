@@ -128,7 +128,7 @@ def data(seal: bool, shard: bool = False) -> Read:
             sealed(path, right)
         try:
             found = PreparedData.open(world.root / "data")
-            assert seal or found.fingerprint == fingerprint(
+            assert seal or found.manifest["fingerprint"] == fingerprint(
                 {key: value for key, value in found.manifest.items() if key != "fingerprint"}
             )
             for number in range(len(found)):
