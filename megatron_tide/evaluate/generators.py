@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from lm_eval.api.model import LM, hash_args
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import has_bos_prefix
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
@@ -212,7 +211,7 @@ class AutoregressiveGenerator(Generator, HFLM):
         return {**super().settings(preset), **({"batch_size": self.batch_size} if preset.temperature else {})}
 
     def encode(self, prompt: str, settings: dict[str, Any]) -> np.ndarray:
-        return np.array([*self._before(prompt), *super().encode(prompt, settings).tolist()], dtype=np.int64)
+        return np.array(self._with_before(super().encode(prompt, settings).tolist()), dtype=np.int64)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **more: Any
@@ -222,8 +221,8 @@ class AutoregressiveGenerator(Generator, HFLM):
         if not (string.content if isinstance(string, Rendered) else self.text_tokenizer.reads_like_control(string)):
             return super().tok_encode(string, add_special_tokens, left_truncate_len, **more)
         encode = self.text_tokenizer.encode_prompt if rendered else self.text_tokenizer.encode
-        before = [] if add_special_tokens is False else self._before(string)
-        return [*before, *encode(string).tolist()][-(left_truncate_len or 0) :]
+        ids = encode(string).tolist()
+        return (ids if add_special_tokens is False else self._with_before(ids))[-(left_truncate_len or 0) :]
 
     def tok_batch_encode(
         self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **more: Any
@@ -232,9 +231,13 @@ class AutoregressiveGenerator(Generator, HFLM):
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
 
-    def _before(self, prompt: str) -> list[int]:
-        """What the tokenizer writes before a text, such as the token of its beginning."""
-        return [] if has_bos_prefix(prompt, self.tokenizer.bos_token) else self.tokenizer("")["input_ids"]
+    def _with_before(self, ids: list[int]) -> list[int]:
+        """``ids`` behind what the tokenizer writes before a text, such as the token of its beginning, if the chat
+        template has not written that. What it writes behind one is no part of a prompt.
+        """
+        alone, whole = (self.tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
+        before = whole[: next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)]
+        return ids if ids[: len(before)] == before else [*before, *ids]
 
     def room(self, settings: dict[str, Any]) -> float:
         return self.max_length - settings["max_new_tokens"]

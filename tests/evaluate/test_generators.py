@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_tide.bridge import load_tokenizer
+from megatron_tide.bridge.chat import Rendered
 from megatron_tide.evaluate.generators import (
     AutoregressiveGenerator,
     BlockDiffusionGenerator,
@@ -321,3 +322,20 @@ def test_copies_of_a_baseline_write_what_one_writes(baseline: Path, temperature:
     shared._complete = lambda model, *asked: used.add(id(model)) or complete(model, *asked)
     assert answers(shared, PROMPTS, preset, **drawn) == answers(opened(baseline, 1), PROMPTS, preset, **drawn)
     assert used == {id(shared.model), id(shared.copies[0])}
+
+
+def test_a_prompt_begins_as_its_tokenizer_begins_texts_once(baseline: Path, tmp_path: Path) -> None:
+    """Not with the end that some write behind a text, and not twice where the chat template writes it, too."""
+    from tokenizers import processors
+
+    generator: Any = opened(baseline)
+    ids = {
+        token: generator.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|mask|>", "<|im_end|>")
+    }
+    around = processors.TemplateProcessing(single="<|mask|> <|im_start|> $A <|im_end|>", special_tokens=[*ids.items()])
+    generator.tokenizer.backend_tokenizer.post_processor = around
+    text, encode = "a text", generator.text_tokenizer.encode
+    before = [ids["<|mask|>"], ids["<|im_start|>"]]
+    assert generator.encode(text, {"chat_template": False}).tolist() == [*before, *encode(text)]
+    rendered = Rendered(f"<|mask|><|im_start|>{text}")
+    assert generator.encode(rendered, {"chat_template": True}).tolist() == [*before, *encode(text)]
