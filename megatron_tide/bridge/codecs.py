@@ -26,7 +26,7 @@ from megatron_tide.bridge.edges import Edges
 
 # <|im_end|>, <|mask|> and their full-width cousins: markers of a chat format even where the vocabulary file does not
 # call them special. Text that contains one must not open a turn or become a mask.
-_MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
+MARKER = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 _IMPOSSIBLE_SCORE = -1e9
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 
@@ -40,6 +40,8 @@ class Codec(Protocol):
     """[V] bytes of each id; None for special, unknown and missing ids."""
     added: dict[str, int]
     """Tokens added to the model's own vocabulary, special or not."""
+    beside: set[int]
+    """Ids of those that its own vocabulary does not have as well, as some have their runs of spaces."""
     flags: dict[str, list[str]]
     """Of added tokens: how a text around them changes what they are found in (lstrip, ...), where it does."""
     special: dict[str, int]
@@ -90,10 +92,11 @@ class FastCodec:
         for token, index in vocabulary.items():
             self.strings[index] = token
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        self.beside = {*self.added.values()} - {*tokenizer.get_vocab(with_added_tokens=False).values()}
         flags = {token["content"]: [flag for flag in _FLAGS if token.get(flag)] for token in spec["added_tokens"]}
         self.flags = {token: found for token, found in flags.items() if found}
         marked = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        marked |= {token for token in self.added if _MARKER.fullmatch(token)} | set(named)
+        marked |= {token for token in self.added if MARKER.fullmatch(token)} | set(named)
         self.special = {token: vocabulary[token] for token in marked if token in vocabulary}
         unknown = spec["model"].get("unk_token")
         if unknown is None and spec["model"].get("unk_id") is not None:
@@ -108,7 +111,8 @@ class FastCodec:
         read = ["normalizer", "pre_tokenizer", "model"]
         if "ByteLevel" in {*_kinds(spec.get("decoder"))} - {*_kinds(spec.get("pre_tokenizer"))}:
             read.append("decoder")  # it alone says which bytes a token has
-        self.core = _digest({key: spec[key] for key in read})
+        respelled = sorted(n for token, n in self.added.items() if self.token_bytes[n] not in (None, token.encode()))
+        self.core = _digest({key: spec[key] for key in read} | ({"respelled": respelled} if respelled else {}))
 
     def encode(self, text: str) -> list[int]:
         return _encode(self._text, text).ids
@@ -185,7 +189,8 @@ class FastCodec:
         silent = {*self.special.values(), self.unknown}
         token_bytes = [None if token is None else scheme(token) for token in self.strings]
         for token, index in self.added.items():
-            token_bytes[index] = token.encode("utf-8")
+            if index in self.beside or token_bytes[index] is None:
+                token_bytes[index] = token.encode("utf-8")
         return [None if index in silent else piece for index, piece in enumerate(token_bytes)]
 
 
@@ -213,7 +218,7 @@ class SentencePieceCodec:
         ids = {token: index for index, token in enumerate(self.strings) if token is not None}
         silent = {index for index in range(size) if processor.is_control(index) or processor.is_unused(index)}
         silent |= {ids[token] for token in named if token in ids} | {unknown, *added.values()}
-        self.added = dict(added)
+        self.added, self.beside = dict(added), {*added.values()}
         self.flags: dict[str, list[str]] = {}
         self.special = {token: index for token, index in ids.items() if index in silent}
         self.token_bytes = [

@@ -14,7 +14,7 @@ from typing import Any
 import sentencepiece
 
 from megatron_tide.bounds import TEMPLATE
-from megatron_tide.bridge.codecs import FastCodec, SentencePieceCodec, sentencepiece_roles
+from megatron_tide.bridge.codecs import MARKER, FastCodec, SentencePieceCodec, sentencepiece_roles
 from megatron_tide.bridge.template import tokens_of_turns
 from megatron_tide.bridge.tiktoken import read_tiktoken
 from megatron_tide.bridge.tokenizer import TextTokenizer, TokenizerSource
@@ -210,7 +210,6 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     if files[1:]:
         check_files(model.parent)
     config = read_json(model.parent / CONFIG, "restore the file") if model.parent / CONFIG in files else {}
-    added = {token["content"]: int(index) for index, token in (config.get("added_tokens_decoder") or {}).items()}
     roles = {
         key.removesuffix("_token"): value if isinstance(value, str) else value["content"]
         for key, value in config.items()
@@ -221,6 +220,11 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
         raise ValueError(f"{model}: empty; restore the file")
     with _reading(request.name):
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+    added = {
+        token["content"]: int(index)
+        for index, token in (config.get("added_tokens_decoder") or {}).items()
+        if not _is_plain_piece(processor, int(index), token)
+    }
     # The model's own roles apply if the configuration does not define them.
     roles = sentencepiece_roles(processor) | roles
     pieces = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
@@ -244,6 +248,13 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
         again=request.again,
     )
     return TextTokenizer(codec, source)
+
+
+def _is_plain_piece(processor: sentencepiece.SentencePieceProcessor, index: int, token: Mapping[str, Any]) -> bool:
+    """Whether an added token only repeats a piece that ordinary text becomes, as Gemma's line ends and spaces are."""
+    said, size = token["content"], processor.get_piece_size()
+    plain = token.get("special") is False and not MARKER.fullmatch(said)
+    return plain and index < size and processor.id_to_piece(index) == said
 
 
 def _default_template(request: _LoadRequest, template: Any) -> str | None:

@@ -243,9 +243,9 @@ class TextTokenizer:
         return self._codec.strings[token] if 0 <= token < self.vocab_size else None
 
     def is_ordinary(self) -> np.ndarray:
-        """Bool [V]: ids of the model's own vocabulary that have bytes (no added, special, unknown or missing ones)."""
+        """Bool [V]: ids of the model's own vocabulary that have bytes (no special, unknown or missing ones)."""
         ordinary = self._table.known.copy()
-        ordinary[list(self._codec.added.values())] = False
+        ordinary[list(self._codec.beside)] = False
         return ordinary
 
     def encode_with_bytes(self, text: str) -> Encoding:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,3 +184,45 @@ def test_a_cut_keeps_all_that_fits(variant: Variant, tokenizers: Mapping[str, Te
         used = [len(row.sample.student.ids), len(row.sample.teacher.ids)]
         assert max(used) <= length
         assert max(used) >= length - 8  # a chunk ends where a word does
+
+
+def gemma_like(folder: Path) -> Path:
+    """Runs of spaces are pieces of the model, and listed as added tokens too; in both forms that Gemma comes in."""
+    names = ["<unk>", "<s>", "</s>", "\u2581", "\u2581\u2581", "\n\n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: n for n, name in enumerate([*names, *"abcdefghijklmnopqrstuvwxyz:()\n"])}
+    raw = hf.Tokenizer(hf.models.BPE(vocabulary, [("\u2581", "\u2581"), ("\n", "\n")], byte_fallback=True))
+    raw.normalizer = normalizers.Replace(" ", "\u2581")
+    raw.decoder = hf.decoders.Sequence([hf.decoders.Replace("\u2581", " "), hf.decoders.ByteFallback()])
+    raw.add_tokens([hf.AddedToken(one, normalized=False) for one in ("\u2581\u2581", "\n\n", "beside")])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    wrapped.save_pretrained(folder / "fast")
+    own, made = folder / "own", io.BytesIO()
+    rules = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=made, vocab_size=350, byte_fallback=True, minloglevel=2,
+        user_defined_symbols=["\u2581\u2581", "\n\n"], control_symbols=["<|end|>"], **rules,
+    )  # fmt: skip
+    own.mkdir()
+    (own / "tokenizer.model").write_bytes(made.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=made.getvalue())
+    added = {pieces.piece_to_id(one): {"content": one, "special": False} for one in ("\u2581\u2581", "\n\n", "<|end|>")}
+    (own / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    return folder
+
+
+def test_added_tokens_that_repeat_pieces_are_the_text_of_the_pieces(
+    tmp_path: Path, tokenizers: Mapping[str, TextTokenizer]
+) -> None:
+    text = "def f():\n    return (x)\n\n\n  beside"
+    for name in ("fast", "own"):
+        found = load_tokenizer(gemma_like(tmp_path / name) / name)
+        strings = [found.id_to_token(one) for one in found.encode(text)]
+        assert strings.count("\u2581\u2581") == 3
+        assert strings.count("\n\n") == 1
+        assert found.decode(found.encode(text)) == text
+        assert found.encode_with_bytes(text).data == text.encode()
+        for pair in ((found, tokenizers["student"]), (tokenizers["student"], found)):
+            assert align_text(*pair, text).covered_bytes == len(text)
+        ordinary = {found.id_to_token(one) for one in np.flatnonzero(found.is_ordinary())}
+        assert {"\u2581\u2581", "\n\n"} <= ordinary
+        assert not {"beside", "<|end|>"} & ordinary
