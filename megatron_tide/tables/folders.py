@@ -111,7 +111,8 @@ def open_hub(path: str, name: str | None, split: str, revision: str | None) -> A
 def _is_text(builder: Any) -> bool:
     """Whether a data set is JSON or CSV as everyone writes it: its own description says nothing else."""
     config = builder.config
-    if builder.name not in ("csv", "json") or len(getattr(config, "sep", ",")) != 1:
+    sep = str(getattr(config, "sep", ","))
+    if builder.name not in ("csv", "json") or len(sep) != 1 or not sep.isascii() or sep in '"\r\n':
         return False
     return all(getattr(config, one.name) == one.default for one in fields(config) if one.name not in _CHOSEN)
 

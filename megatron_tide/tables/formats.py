@@ -10,10 +10,10 @@ import csv
 import json
 import mmap
 import re
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,10 @@ _LONGEST = 1 << 30  # bytes of a row: there, too, a file is not read further
 _HEAD = 100  # rows that tell JSON Lines from another text
 _BOM = b"\xef\xbb\xbf"
 _LINES_NAMED = (".jsonl", ".ndjson")
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)  # of JSON, what tells where an item ends
+_NEXT, _NEXT_OR_COMMA = (  # of JSON, the next bracket outside of texts, or a quote that is never closed
+    re.compile(rb'(?:[^"\[\]{}%b]++|"(?:[^"\\]++|\\.)*+")*+["\[\]{}%b]' % (also, also), re.DOTALL)
+    for also in (b"", b",")
+)
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 
 Row = tuple[int, int, bytes]
@@ -62,7 +65,7 @@ class RowFile:
 
 def parse_object(raw: bytes, where: str) -> dict[str, Any]:
     """A JSON object of UTF-8; ValueError, one line naming ``where``, for anything else."""
-    text = _text(raw, where)
+    text = _text(raw.removeprefix(_BOM), where)  # also where files with one were joined
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -77,15 +80,16 @@ def _text(raw: bytes, where: str) -> str:
         raise ValueError(f"{where}: a row of more than {ROW_BYTES:,} bytes; cut or remove it")
     try:
         # Half surrogate pairs pass here; the tokenizer accepts or rejects them.
-        return raw.removeprefix(_BOM).decode("utf-8", "surrogatepass")
+        return raw.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8 (at byte {error.start}); fix or remove the line") from None
 
 
 def _lines(path: Path, name: str) -> Iterator[Row]:
-    """Every line, with its line feed; of one that is too long, its start."""
-    number = position = 0
+    """Every line, with its line feed, without the file's byte-order mark; of one that is too long, its start."""
+    number = 0
     with open_regular(path) as file:
+        position = file.seek(len(_BOM) if file.read(len(_BOM)) == _BOM else 0)
         while line := file.readline(ROW_BYTES + 1):
             number += 1
             yield number, position, line
@@ -115,11 +119,14 @@ class JsonList:
 
     def split(self, path: Path, name: str) -> Iterator[Row]:
         with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            depth, line, counted, start = 0, 1, 0, 0
-            for found in _TOKEN.finditer(content):
-                place, token = found.start(), content[found.start()]
+            depth, line, counted, start, place = 0, 1, 0, 0, -1
+            while found := (_NEXT_OR_COMMA if depth == 1 else _NEXT).match(content, place + 1):
+                place = found.end() - 1
+                token = content[place]
                 if depth == 1 and token in b",]":
                     begin = _after_space(content, start)
+                    if place - start > _LONGEST:
+                        raise ValueError(f"{name}:{line}: an item of more than {_LONGEST:,} bytes; fix or remove it")
                     raw = content[begin : min(place, begin + ROW_BYTES + 1)].rstrip()
                     line, counted = line + content[counted:begin].count(b"\n"), begin
                     if raw or token == ord(","):
@@ -128,8 +135,8 @@ class JsonList:
                     depth += 1
                 elif token == ord("]") or (token == ord("}") and depth > 1):  # one too many is a fault of its row
                     depth -= 1
-                elif token == ord('"') and found.end() == place + 1:
-                    break  # a text without end
+                elif token == ord('"'):
+                    break
                 if depth == 1 and token in b"[,":
                     start = place + 1
                 if not depth:
@@ -145,24 +152,6 @@ class JsonList:
 def _after_space(content: mmap.mmap, place: int) -> int:
     found = _SPACE.match(content, place)
     return found.end() if found else place
-
-
-class _Feed:
-    """Lines for a reader of CSV, some of them again; ``taken``: those of the record being read."""
-
-    def __init__(self, lines: Iterator[Row]) -> None:
-        self.lines, self.again = lines, deque[Row]()
-        self.taken: list[Row] = []
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self.again.popleft() if self.again else next(self.lines)
-        self.taken.append(line)
-        if line[1] + len(line[2]) - self.taken[0][1] > ROW_BYTES:
-            raise csv.Error("a row without end")
-        return line[2].decode("latin-1")  # as long as its bytes; of them, only ASCII has a meaning here
 
 
 @dataclass(frozen=True)
@@ -200,20 +189,36 @@ class Csv:
         return dict(zip(self.columns, fields))
 
     def _records(self, path: Path, name: str) -> Iterator[Row]:
-        feed = _Feed(_lines(path, name))
-        reader = csv.reader(feed, strict=True, delimiter=self.separator)
-        while True:
-            feed.taken = []
-            try:
-                fields = next(reader, None)
-            except csv.Error:
-                feed.again.extendleft(reversed(feed.taken[1:]))
-                fields, feed.taken = [""], feed.taken[:1]
-            if fields is None:
-                return
-            if fields:
-                number, start, _ = feed.taken[0]
-                yield number, start, b"".join(line for _, _, line in feed.taken)
+        """Lines, joined where a quote is open at their end. ``state``: of a text that is open in front of a line which
+        ``ahead`` has read already, behind the last one of those, where ``known`` is; so each is read twice at most.
+        """
+        ahead, known, state, behind = _lines(path, name), 0, "bad", 0
+        with open_regular(path) as file:
+            for number, start, raw in _lines(path, name):
+                end = start + len(raw)
+                if start < behind or not raw.strip(b"\r\n"):
+                    continue
+                if len(raw) <= ROW_BYTES and self._state(raw, False) == "open":
+                    if known <= end:
+                        known, state = end, "open"
+                    while state == "open" and known - start <= ROW_BYTES:
+                        line = next(ahead, None)
+                        if line is None:
+                            state = "bad"
+                        elif line[1] >= known:
+                            known = line[1] + len(line[2])
+                            state = "bad" if len(line[2]) > ROW_BYTES else self._state(line[2], True)
+                    if state == "closed" and known - start <= ROW_BYTES:
+                        file.seek(start)
+                        raw, behind = file.read(known - start), known
+                yield number, start, raw
+
+    def _state(self, line: bytes, is_open: bool) -> str:
+        """What a line is, at whose start a quote is open or not: "closed" (ends its row), "open" at its end, "bad"."""
+        if b'"' not in line:
+            return "open" if is_open else "closed"
+        found = _line_of_csv(self.separator).fullmatch(b'"' + line if is_open else line)
+        return "bad" if found is None else "open" if found["open"] is not None else "closed"
 
     def _fields(self, raw: bytes, where: str) -> list[str]:
         lines = _text(raw, where).removesuffix("\n").split("\n")
@@ -223,19 +228,28 @@ class Csv:
             raise ValueError(f"{where}: not valid CSV ({error}); fix or remove the line") from None
 
 
+@cache
+def _line_of_csv(separator: str) -> re.Pattern[bytes]:
+    """Fields up to a line's end, in the last of which a quote may be open."""
+    quoted, between = rb'"(?:[^"]++|"")*+', re.escape(separator.encode())
+    field = rb'(?:%b"|(?!")[^%b\r\n]*+)' % (quoted, between)
+    return re.compile(rb"(?:%b%b)*+(?:(?P<open>%b)|%b[\r\n]*+)" % (field, between, quoted, field))
+
+
 csv.field_size_limit(ROW_BYTES)  # of all readers in the process
 
 
 def json_format(path: Path, name: str) -> RowFormat | None:
     """How a JSON file, called ``name``, holds its rows; some of them may be broken. None: it is no file of rows."""
-    head = list(islice(JsonLines().split(path, name), _HEAD))
-    if not head:
+    rows = JsonLines().split(path, name)
+    first = next(rows, None)
+    if first is None:
         return JsonLines() if not path.stat().st_size else None
-    if head[0][2].removeprefix(_BOM).lstrip().startswith(b"["):
-        return JsonLines() if len(head) > 1 and _is_json(head[0][2]) else JsonList()
+    if first[2].lstrip().startswith(b"["):
+        return JsonLines() if _is_json(first[2]) and next(rows, None) else JsonList()
     if any(suffix in _LINES_NAMED for suffix in Path(name).suffixes):
         return JsonLines()
-    for _, _, line in head:
+    for _, _, line in islice(chain([first], rows), _HEAD):
         with contextlib.suppress(ValueError):
             parse_object(line, "")
             return JsonLines()
@@ -244,7 +258,7 @@ def json_format(path: Path, name: str) -> RowFormat | None:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line.removeprefix(_BOM))
+        json.loads(line)
     except (ValueError, RecursionError):
         return False
     return True

@@ -43,11 +43,11 @@ def read_rows(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, d
     """
     none_yet = True
     file = RowFile(path, str(path), JsonLines())
-    for number, _, line in file.split():
+    for count, (number, _, line) in enumerate(file.split()):
         try:
             row = file.parse(number, line)
         except ValueError as error:
-            if bad is None or (none_yet and number > HOPELESS):
+            if bad is None or (none_yet and count >= HOPELESS):
                 raise
             _leave_out(bad, str(error))
             continue
@@ -115,12 +115,12 @@ class TextTable:
                     columns |= dict.fromkeys(file.parse(number, raw))
                     readable += 1
                 except ValueError:
-                    if not columns and number > HOPELESS:
+                    if not columns and len(starts) >= HOPELESS:
                         raise
             starts.append(start)
             sizes.append(len(raw))
             lines.append(number)
-        first, size, line = (np.array(values, np.int64) for values in (starts, sizes, lines))
+        first, size, line = (np.asarray(values, np.int64) for values in (starts, sizes, lines))
         table = cls(file, sha256_file(file.path), first, size, line, list(columns), state)
         table._check_state(file.path.stat())
         return table

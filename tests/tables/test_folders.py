@@ -8,9 +8,14 @@ import io
 import json
 import lzma
 import os
+import re
+import sys
 import tarfile
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -20,6 +25,7 @@ from pyarrow import parquet
 from megatron_tide.bridge.samples import read_samples
 from megatron_tide.data.sources import DataSource, SourceSpec
 from megatron_tide.tables import ArrowTable, Table, arrow, folders, open_table, unpack
+from megatron_tide.tables.table import JoinedTable
 
 ROW = {"messages": [{"role": "user", "content": "x"}]}
 LINE = (json.dumps(ROW) + "\n").encode()
@@ -29,10 +35,10 @@ def opened(path: Path, split: str = "train") -> Table:
     return open_table(str(path), path.parent, name=None, split=split, revision=None)
 
 
-def zipped(content: bytes) -> bytes:
+def zipped(content: bytes, name: str = "rows.jsonl") -> bytes:
     raw = io.BytesIO()
     with zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("rows.jsonl", content)
+        archive.writestr(name, content)
     return raw.getvalue()
 
 
@@ -51,6 +57,85 @@ def test_a_compressed_file_is_read_unless_it_grows_beyond_measure(
     for _ in range(2):  # nothing that was unpacked halfway is taken for the whole
         with pytest.raises(ValueError, match=rf"rows\.jsonl{suffix}: expands to more than 64 times its size"):
             opened(path.parent)
+
+
+def test_a_tar_is_known_by_its_first_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's own test reads what a header says of its size, unpacked."""
+    monkeypatch.setattr(unpack, "_PART", 1 << 12)
+    member = tarfile.TarInfo("x")
+    member.type, member.size = tarfile.XHDTYPE, 1 << 30
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(member.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 24))[:-10])
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: an archive; unpack it"):  # not: cut off
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["./a.jsonl", "/b.jsonl", "../c.jsonl", "../c.jsonl", ".d.jsonl", "__e/f.jsonl", "g/.h/i.jsonl"], 4),
+        (["a.jsonl", "README.txt"], "an archive of files of several kinds (.jsonl, .txt); unpack it"),
+        ([".a.jsonl"], "an archive of 0 files; unpack it"),
+    ],
+)
+def test_members_of_an_archive_are_read_or_it_is_refused(tmp_path: Path, names: list[str], wanted: int | str) -> None:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(tmp_path / "train.jsonl.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, LINE)
+    if isinstance(wanted, int):
+        assert [opened(tmp_path).get(number) for number in range(len(opened(tmp_path)))] == [ROW] * wanted
+    else:
+        with pytest.raises(ValueError, match=re.escape(wanted)):
+            opened(tmp_path)
+
+
+def test_the_name_of_an_archives_member_stays_on_its_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl.zip").write_bytes(zipped(LINE, "a\n\x1bb.jsonl"))
+    assert opened(tmp_path).where(0) == f"{tmp_path}/train.jsonl.zip/a b.jsonl:1"
+
+
+def test_what_was_unpacked_is_unpacked_again_where_it_was_changed(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(LINE * 3))
+    table = opened(tmp_path)
+    assert isinstance(table, JoinedTable)
+    kept = table.parts[0].file.path
+    kept.write_bytes(LINE)
+    assert len(opened(tmp_path)) == 3
+    kept.with_name("0.sha256").write_bytes(b"\xff")
+    assert len(opened(tmp_path)) == 3
+
+
+class Zstandard:
+    """Frames as zlib makes them behind the magic of Zstandard, with the methods of ``zstandard``."""
+
+    MAGIC = b"\x28\xb5\x2f\xfd"
+    unused_data, eof = b"", False
+
+    def decompressobj(self) -> Zstandard:
+        self.seen, self.inner = b"", zlib.decompressobj()
+        return self
+
+    def decompress(self, part: bytes) -> bytes:
+        before, self.seen = max(4 - len(self.seen), 0), self.seen + part[:4]
+        made = self.inner.decompress(part[before:])
+        self.unused_data, self.eof = self.inner.unused_data, self.inner.eof
+        return made
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_all_frames_of_a_zstandard_file_are_read_and_none_that_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool
+) -> None:
+    if real:
+        frame = pytest.importorskip("zstandard").ZstdCompressor().compress(LINE * 3)
+    else:
+        monkeypatch.setitem(sys.modules, "zstandard", SimpleNamespace(ZstdDecompressor=Zstandard))
+        frame = Zstandard.MAGIC + zlib.compress(LINE * 3)
+    (tmp_path / "train.jsonl.zst").write_bytes(frame * 2)
+    assert len(opened(tmp_path)) == 6
+    (tmp_path / "train.jsonl.zst").write_bytes((frame * 2)[:-3])
+    with pytest.raises(ValueError, match=r"train\.jsonl\.zst: cut off; restore it"):
+        opened(tmp_path)
 
 
 def test_archives_and_what_is_no_text_are_refused(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tide.data.sources import DataSource, SourceSpec, open_mixture
-from megatron_tide.tables import Table, formats, open_table
-from megatron_tide.tables.formats import JsonLines, JsonList, json_format
+from megatron_tide.tables import Table, formats, open_table, read_rows, table
+from megatron_tide.tables.formats import Csv, JsonLines, JsonList, json_format
 
 TALK = {"messages": [{"role": "user", "content": "Hé"}, {"role": "assistant", "content": "x"}]}
 COLUMNS = ["prompt", "response"]
@@ -116,10 +116,10 @@ def test_a_quote_that_is_never_closed_costs_its_row(tmp_path: Path, monkeypatch:
 
 def test_a_row_of_csv_that_is_too_long_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "ROW_BYTES", 100)
-    (tmp_path / "train.csv").write_text(f"prompt,response\na,{'x' * 300}\nb,y\n")
+    (tmp_path / "train.csv").write_text(f'prompt,response\na,{"x" * 300}\nb,"y\nz"\n')
     bad, good = rows_of(opened(tmp_path))
     assert "train.csv:2: a row of more than 100 bytes" in bad
-    assert good == {"prompt": "b", "response": "y"}
+    assert good == {"prompt": "b", "response": "y\nz"}
 
 
 @pytest.mark.parametrize(
@@ -277,3 +277,73 @@ def test_a_file_of_bad_rows_among_others_is_counted_not_the_end(tmp_path: Path) 
         (tmp_path / f"train-{number}.jsonl").write_text("{broken\n")
     with pytest.raises(ValueError, match=r"train-0\.jsonl:1: not valid JSON"):
         open_mixture([str(tmp_path)])
+
+
+def naive_records(lines: list[str]) -> list[str]:
+    """Each row that Python's reader finds at a line; where it finds none, that line."""
+    found, place = list[str](), 0
+    while place < len(lines):
+        feed = iter(lines[place:])
+        try:
+            next(csv.reader(feed, strict=True))
+            count = len(lines) - place - len(list(feed))
+        except csv.Error:
+            count = 1
+        found.append("".join(lines[place : place + count]))
+        place += count
+    return [one for one in found if one.strip("\r\n")]
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=st.text(st.sampled_from('a",\n\n""\r'), max_size=30))
+def test_rows_of_csv_are_those_that_python_finds(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.mktemp("rows") / "f"
+    path.write_bytes(text.encode())
+    found = list(Csv(())._records(path, "f"))
+    assert [raw.decode() for _, _, raw in found] == naive_records(
+        [line + "\n" for line in text.split("\n")[:-1]] + [line for line in text.split("\n")[-1:] if line]
+    )
+    assert all(text.encode()[start : start + len(raw)] == raw for _, start, raw in found)
+
+
+@pytest.mark.parametrize("limit", [formats.ROW_BYTES, 100])
+def test_quotes_that_stay_open_are_read_in_linear_time(tmp_path: Path, monkeypatch, limit: int) -> None:
+    monkeypatch.setattr(formats, "ROW_BYTES", limit)
+    (tmp_path / "f").write_text('x","\n' * 300)  # opens a quote, and leaves one open
+    read, state = [], Csv._state
+    monkeypatch.setattr(Csv, "_state", lambda *given: read.append(given) or state(*given))
+    assert len(list(Csv(())._records(tmp_path / "f", "f"))) == 300
+    assert len(read) <= 600
+
+
+def test_a_byte_order_mark_is_none_of_the_first_name_and_stays_in_a_cell(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text('\ufeff"a\nb",c\n\ufeffx,y\n', encoding="utf-8")
+    assert rows_of(opened(tmp_path)) == [{"a\nb": "\ufeffx", "c": "y"}]
+
+
+def test_a_separator_of_several_bytes_is_left_to_the_library(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text('a\u00e9b\n"x\u00e9"\u00e9"y\nz"\n', encoding="utf-8")
+    about = "configs:\n- config_name: default\n  data_files: train.csv\n  sep: \u00e9\n"
+    (tmp_path / "README.md").write_text(f"---\n{about}---\n", encoding="utf-8")
+    assert rows_of(opened(tmp_path)) == [{"a": "x\u00e9", "b": "y\nz"}]
+
+
+def test_a_file_without_rows_is_given_up_after_rows_not_lines(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(table, "HOPELESS", 3)
+    (tmp_path / "train.jsonl").write_text("\n" * 9 + "{broken\n" + '{"a": 1}\n' * 200)
+    assert len(opened(tmp_path)) == 201
+    assert len(list(read_rows(tmp_path / "train.jsonl", []))) == 200
+    (tmp_path / "train.jsonl").unlink()
+    (tmp_path / "train.json").write_text('[0,0,0,0,{"a": 1}]')
+    with pytest.raises(ValueError, match="not an object"):
+        opened(tmp_path)
+
+
+def test_a_list_longer_than_a_row_of_lines_may_be_is_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(formats, "ROW_BYTES", 100)
+    monkeypatch.setattr(formats, "_LONGEST", 200)
+    (tmp_path / "train.json").write_text(json.dumps([{"a": 1}] * 100))
+    assert rows_of(opened(tmp_path)) == [{"a": 1}] * 100
+    (tmp_path / "train.json").write_text(json.dumps([{"a": "x" * 300}]))
+    with pytest.raises(ValueError, match=r"train\.json:1: an item of more than 200 bytes"):
+        opened(tmp_path)
