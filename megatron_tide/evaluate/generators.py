@@ -135,12 +135,15 @@ class Generator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of the model's identity, what stands before a prompt and how long it may be, and the code from
+        """sha256 hex of the model's identity, what stands before a text and how long it may be, and the code from
         prompt to answer.
         """
-        before = self.encode("", {"chat_template": False}).tolist()  # what stands before a prompt
         found = identity(self.model, self.folder, self.text_tokenizer)
-        return fingerprint([*found, before, self.room({"max_new_tokens": 0}), code(_CODE, ("lm_eval",))])
+        return fingerprint([*found, *self._beside(), self.room({"max_new_tokens": 0}), code(_CODE, ("lm_eval",))])
+
+    def _beside(self) -> list[Any]:
+        """What stands before a text."""
+        return [self.encode("", {"chat_template": False}).tolist()]
 
 
 class BlockDiffusionGenerator(Generator, LM):
@@ -238,6 +241,10 @@ class AutoregressiveGenerator(Generator, HFLM):
         alone, whole = (self.tokenizer("x", add_special_tokens=special)["input_ids"] for special in (False, True))
         before = whole[: next((n for n in range(len(whole)) if whole[n : n + len(alone)] == alone), 0)]
         return ids if ids[: len(before)] == before else [*before, *ids]
+
+    def _beside(self) -> list[Any]:
+        # A prompt that begins with its token of the beginning gets no other; likelihoods begin behind the prefix.
+        return [*super()._beside(), self.tokenizer.bos_token, self.prefix_token_id]
 
     def room(self, settings: dict[str, Any]) -> float:
         return self.max_length - settings["max_new_tokens"]

@@ -17,10 +17,13 @@ PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece")
 
 
 def identity(model: Any, folder: Path, tokenizer: TextTokenizer) -> list[Any]:
-    """Class and weights (as in memory) of a model, its config files, its tokenizer with ids by role, its template."""
+    """Class, weights and block size (as in memory) of a model, its config files, its tokenizer with ids by role, its
+    template; of a GGUF file, which has all in one, its bytes and the version of what runs it.
+    """
     files = [folder / name for name in ("config.json", "generation_config.json")]
     configs: list[Any] = [read_json(file) if file.is_file() else None for file in files]
-    configs += [sha256_file(folder)] if folder.is_file() else []  # GGUF, which has all in one
+    configs += [sha256_file(folder), model.llama.version] if folder.is_file() else []
+    configs.append(getattr(model.config, "block_size", None))  # of a checkpoint, that of its data
     roles = {name: value for name, value in tokenizer.describe().items() if name != "name"}
     return [type(model).__name__, configs, roles, tokenizer.template_fingerprint, weights_sha256(model)]
 

@@ -42,6 +42,7 @@ class Llama:
         import llama_cpp
 
         self._cpp: Any = llama_cpp
+        self.version = str(getattr(llama_cpp, "__version__", ""))
         llama_cpp.llama_log_set(_keep_errors(llama_cpp), ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         how = llama_cpp.llama_model_default_params()

@@ -192,6 +192,12 @@ def test_fingerprints_tell_models_apart(lab: Lab, baseline: Path, tmp_path: Path
     settings = json.loads((ends / "tokenizer_config.json").read_text())
     (ends / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": settings["pad_token"]}))
     assert opened(ends).fingerprint not in found
+    blocks = opened(lab.student)
+    blocks.model.config.block_size = 3  # as of a checkpoint, whose data say it
+    assert blocks.fingerprint not in found
+    begins: Any = opened(baseline)
+    begins.tokenizer.bos_token = begins.tokenizer.pad_token  # before a text of which the likelihood is asked
+    assert begins.fingerprint not in found
     shorter = opened(baseline)
     shorter._max_length = 7  # type: ignore[attr-defined] # of which some configurations say nothing, and tokenizers do
     assert shorter.fingerprint not in found
