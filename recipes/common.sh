@@ -75,9 +75,9 @@ switch CACHE "1 asks the teacher before the training, in a stage of its own, 0 d
 setup_environment() {
   [[ $DRY_RUN == 1 ]] && return 0
   if [[ $PYTHON == "$REPO/.venv/bin/python" ]]; then
-    local files=("$@") stamp=$REPO/.venv/installed wanted file arguments=()
-    wanted=$(cat "${files[@]}" | cksum)
-    if ! grep -qsxF "$wanted" "$stamp"; then
+    local files=("$@") stamp=$REPO/.venv/installed wanted others file arguments=()
+    wanted=$(cksum "${files[@]}") # a line for each, of what it was when it was last installed
+    if grep -qvxFf <(cat "$stamp" 2>/dev/null) <<<"$wanted"; then
       command -v python3 >/dev/null || fail "python3 not found: install Python 3.11 or newer"
       python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "python3 is $(python3 --version 2>&1): put Python 3.11 or newer first on PATH"
@@ -93,7 +93,8 @@ setup_environment() {
         "$PYTHON" -m compileall -q -j 0 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
           >/dev/null 2>&1 || true # some packages ship files of other Pythons
       fi
-      printf '%s\n' "$wanted" >>"$stamp"
+      others=$(awk 'NR == FNR { mine[$3]; next } !($3 in mine)' <(printf '%s\n' "$wanted") "$stamp" 2>/dev/null || true)
+      printf '%s\n' ${others:+"$others"} "$wanted" >"$stamp"
     fi
   fi
   local ops=(${BUILD_OPS[@]+"${BUILD_OPS[@]}"})

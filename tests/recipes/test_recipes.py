@@ -160,6 +160,28 @@ def test_one_rank_per_gpu_as_many_as_divide_the_batch(tmp_path):
     assert "note: 4 of 6 GPUs" in run(large[0], DRY_RUN="1", **here).stderr
 
 
+def test_requirements_that_are_as_they_were_last_installed_are_not_installed_again(tmp_path):
+    python, log = tmp_path / ".venv/bin/python", tmp_path / "log"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$*" in *"-r "*) echo "$*" >>{log};; esac\n')
+    python.chmod(0o755)
+    (tmp_path / "more.txt").write_text("ruff==1\n")
+
+    def installs(version, *files):
+        (tmp_path / "requirements.txt").write_text(f"torch=={version}\n")
+        line = (
+            f'source recipes/common.sh; cd {tmp_path}; REPO=$PWD; PYTHON=$REPO/.venv/bin/python; setup_environment "$@"'
+        )
+        log.write_text("")
+        subprocess.run(["bash", "-c", line, "bash", "requirements.txt", *files], cwd=REPOSITORY, check=True, timeout=60)
+        return len(log.read_text().splitlines())
+
+    assert [installs(1), installs(1)] == [1, 0]
+    assert [installs(1, "more.txt"), installs(1, "more.txt"), installs(1)] == [1, 0, 0]
+    assert [installs(2), installs(2, "more.txt")] == [1, 0]
+    assert installs(1) == 1, "another one was installed since"
+
+
 def test_only_leaves_the_other_stages_out():
     shown = run("distill_16b_to_0.6b.sh", DRY_RUN="1", ONLY="bridge train").stdout.splitlines()
     kept = [line.removeprefix("# ") for line in shown if line.startswith("# ") and "skipped" not in line]
