@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -31,12 +32,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 WORKER = Path(__file__).with_name("worker")
 START = "import sys\nsys.path[0] = sys.argv.pop()\nimport worker\ndel sys.path[0]\nworker.main()"
 RESULT_BYTES = 4096  # at most this much is read from the result pipe
 PASSED = b"passed"
+THREADS_IN_ALL = 5000  # a program that starts more takes the evaluation's time; it waits until its own is up
 TIMED_OUT = "timed out"
 LIBRARIES = ("MKL", "OMP", "OPENBLAS")  # libraries of packages that would start a thread for each core
 _RECEIVE, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1  # of seccomp's notifications
@@ -77,24 +79,18 @@ def run_program(
     ``strict``: refuse to run where a protection is missing; the reason then begins with "sandbox:".
     """
     started = time.monotonic()
-    deadline = started + limits.wall_seconds
-    common = {"packages": _packages(), "limits": asdict(limits), "strict": strict, "parent": os.getpid()}
+    order = {"packages": _packages(), "limits": asdict(limits), "strict": strict, "parent": os.getpid()}
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="program-"))
-        control, theirs = map(stack.enter_context, socket.socketpair())
-        of_program, of_checks = map(stack.enter_context, socket.socketpair())
-        result, writing = map(stack.enter_context, socket.socketpair())
-        order = {"program": parts[0], "channel": of_program.fileno(), "control": theirs.fileno()}
-        program = stack.enter_context(_worker(common | order, folder))
-        order = {"checks": parts[1:], "tested": tested, "channel": of_checks.fileno(), "result": writing.fileno()}
-        checks = stack.enter_context(_worker(common | order, folder))
-        for end in (theirs, of_program, of_checks, writing):
-            end.close()
-        said, late = _listen(result.fileno(), control, program.pid, limits, deadline)
-        if not (said or late):  # the program's exit status says why, or that of the checks
-            late = _wait(checks, deadline) or _wait(program, deadline)
-    seconds = time.monotonic() - started
-    return Outcome(said == PASSED, _why(said, late, checks.returncode or program.returncode), seconds)
+        enter = stack.enter_context
+        folder = enter(tempfile.TemporaryDirectory(prefix="program-"))
+        (control, theirs), (result, writing) = (map(enter, socket.socketpair()) for _ in range(2))
+        checks = enter(_sent({"checks": parts[1:], "tested": tested}))
+        ends = {"control": theirs.fileno(), "result": writing.fileno(), "checks": checks.fileno()}
+        worker = enter(_worker(order | ends | {"program": parts[0]}, folder, [*ends.values()]))
+        theirs.close()
+        writing.close()
+        said, late = _listen(result.fileno(), control, limits, started + limits.wall_seconds)
+    return Outcome(said == PASSED, _why(said, late, worker.returncode), time.monotonic() - started)
 
 
 def run_programs(
@@ -113,14 +109,12 @@ def run_programs(
 
 
 @contextlib.contextmanager
-def _worker(order: dict[str, Any], folder: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A sandbox worker; it is always killed at the end."""
+def _worker(order: dict[str, Any], folder: str, descriptors: list[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """A sandbox worker; it is always killed at the end, and its program with it."""
     # Shared libraries may be found only through this variable; a fixed hash seed gives sets of strings one order.
     kept = {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
     alone = {f"{name}_NUM_THREADS": "1" for name in LIBRARIES} | {"MALLOC_ARENA_MAX": "1"}  # address space is limited
-    with tempfile.TemporaryFile() as sent:
-        sent.write(json.dumps(order).encode())
-        sent.seek(0)
+    with _sent(order) as sent:
         process = subprocess.Popen(
             [sys.executable, "-s", "-S", "-B", "-c", START, str(WORKER.parent)],
             stdin=sent,
@@ -128,14 +122,22 @@ def _worker(order: dict[str, Any], folder: str) -> Iterator[subprocess.Popen[byt
             stderr=subprocess.DEVNULL,
             env={**kept, **alone, "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"},
             cwd=folder,
-            pass_fds=[order[name] for name in ("channel", "control", "result") if name in order],
+            pass_fds=descriptors,
             start_new_session=True,
         )
     try:
         yield process
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextlib.contextmanager
+def _sent(order: dict[str, Any]) -> Iterator[IO[bytes]]:
+    with tempfile.TemporaryFile() as file:
+        file.write(json.dumps(order).encode())
+        file.seek(0)
+        yield file
 
 
 def _packages() -> list[str]:
@@ -143,11 +145,11 @@ def _packages() -> list[str]:
     return [folder for folder in sys.path if Path(folder).name in ("site-packages", "dist-packages")]
 
 
-def _listen(result: int, control: socket.socket, program: int, limits: Limits, deadline: float) -> tuple[bytes, bool]:
+def _listen(result: int, control: socket.socket, limits: Limits, deadline: float) -> tuple[bytes, bool]:
     """Read what the checks say until they close the pipe or time is up, and meanwhile grant the program its threads;
     returns (bytes, whether time was up).
     """
-    said, waiting = b"", select.poll()
+    said, granted, waiting = b"", 0, select.poll()
     waiting.register(result, select.POLLIN)
     waiting.register(control, select.POLLIN)
     with contextlib.ExitStack() as stack:
@@ -166,35 +168,32 @@ def _listen(result: int, control: socket.socket, program: int, limits: Limits, d
                     for listener in socket.recv_fds(control, 16, 1)[1]:
                         stack.callback(os.close, listener)
                         waiting.register(listener, select.POLLIN)
-                elif event & select.POLLIN:
-                    _grant_thread(place, program, limits.threads)
-                else:  # the program has ended
+                elif event & select.POLLIN and granted < THREADS_IN_ALL:
+                    granted += 1
+                    _grant_thread(place, limits.threads)
+                else:  # the program has ended, or asks without end: it waits until it is killed
                     waiting.unregister(place)
     return said, False
 
 
-def _grant_thread(listener: int, program: int, most: int) -> None:
+def _grant_thread(listener: int, most: int) -> None:
     """Answer a program that waits to start a thread."""
     request = bytearray(80)
     with contextlib.suppress(OSError):  # it has ended
         fcntl.ioctl(listener, _RECEIVE, request)
-        refused = len([*Path(f"/proc/{program}/task").iterdir()]) >= most
+        asking = struct.unpack_from("=I", request, 8)[0]
+        refused = len([*Path(f"/proc/{asking}/task").iterdir()]) >= most
         number, flag = (-errno.EAGAIN, 0) if refused else (0, _CONTINUE)
         fcntl.ioctl(listener, _SEND, struct.pack("=8sqiI", request[:8], 0, number, flag))
 
 
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    try:
-        process.wait(max(deadline - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-def _why(said: bytes, late: bool, status: int) -> str:
+def _why(said: bytes, late: bool, status: int | None) -> str:
     if late:
         return TIMED_OUT
-    if said:
-        return said.decode("utf-8", "replace").removeprefix("passed").removeprefix("failed: ")
+    how, _, text = said.decode("utf-8", "replace").partition(" ")
+    if how == "ended":
+        status = int(text)
+    elif how:
+        return text
     # RLIMIT_CPU ends a process with SIGKILL or SIGXCPU; nothing else kills it before its time is up.
     return TIMED_OUT if status in (-9, -24) else f"ended early (status {status})"

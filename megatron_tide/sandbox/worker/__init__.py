@@ -1,4 +1,4 @@
-"""The sandbox worker: an interpreter that gives up its rights, then runs a program, or the checks of one. See ``run``.
+"""The sandbox worker: two processes that give up their rights, then run a program and its checks. See ``run``.
 
 It starts with a JSON order on standard input, and imports nothing but the standard library and what lies here.
 """
@@ -9,10 +9,11 @@ import builtins
 import functools
 import json
 import os
+import socket
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from .messages import Channel, Failed, Function, decode, encode
 from .rights import confine
@@ -31,14 +32,27 @@ class Refused(Exception):
 
 
 def main() -> None:
-    """Read the order, give up the rights, serve as the program or run its checks."""
+    """Read the order; a process of its own serves as the program, and this one then reads the checks and runs them."""
     order = json.loads(b"".join(iter(lambda: os.read(0, 1 << 20), b"")))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    channel = Channel(order["channel"])
-    (_serve if "program" in order else _judge)(order, channel)
+    order["missing"] = confine(order, shared=True)
+    judge, program, checks = os.getpid(), *socket.socketpair()
+    number = os.fork()
+    if not number:
+        for one in (checks.detach(), order["checks"], order["result"]):
+            os.close(one)
+        _serve(order | {"parent": judge}, Channel(program.detach()))
+    for one in (program.detach(), order.pop("control")):
+        os.close(one)
+    channel = Channel(checks.detach())
+    with os.fdopen(order["checks"]) as file, channel.reading:
+        said = _judge(order | json.load(file), channel)
+    if not said:  # the program's exit status says why
+        said = f"ended {os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])}"
+    os.write(order["result"], said.encode("utf-8", "replace"))
 
 
-def _serve(order: dict[str, Any], channel: Channel) -> None:
+def _serve(order: dict[str, Any], channel: Channel) -> NoReturn:
     """Run the program, then do what the checks ask of it; each answer is [value] or what went wrong."""
     module = types.ModuleType("program")
     namespace, held = module.__dict__, list[Any]()
@@ -72,8 +86,8 @@ def _do(what: str, *messages: Any, found: Callable[[str | int], Any]) -> Any:
     return ASKED[what](*(decode(message, found) for message in messages))
 
 
-def _judge(order: dict[str, Any], channel: Channel) -> None:
-    """Run the checks, and say on the result pipe how it went; nothing is said where the program's end says it."""
+def _judge(order: dict[str, Any], channel: Channel) -> str:
+    """Run the checks; how it went, "" where the program ended."""
     try:
         _confine_or_refuse(order)
         sys.path.extend(order["packages"])
@@ -82,17 +96,16 @@ def _judge(order: dict[str, Any], channel: Channel) -> None:
         names |= {"__builtins__": builtins, "__name__": "checks"}
         for number, check in enumerate(order["checks"]):
             exec(compile(check, f"<check {number}>", "exec"), names)
-        said = "passed"
     except Refused as error:
-        said = f"failed: sandbox: {error}"
+        return f"failed: sandbox: {error}"
     except Failed as error:
-        said = f"failed: {error}" if str(error) else ""
+        return f"failed: {error}" if str(error) else ""
     except BaseException as error:
-        said = f"failed: {type(error).__name__}: {str(error)[:200]}"
-    os.write(order["result"], said.encode("utf-8", "replace"))
+        return f"failed: {type(error).__name__}: {str(error)[:200]}"
+    return "passed"
 
 
 def _confine_or_refuse(order: dict[str, Any]) -> None:
-    missing = confine(order)
+    missing = order["missing"] + confine(order, shared=False)
     if missing and order["strict"]:
         raise Refused("; ".join(missing))

@@ -32,7 +32,14 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     **{"pread64": (17, 67), "readv": (19, 65), "writev": (20, 66), "access": (21, None), "pipe": (22, None)},
     **{"select": (23, None), "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23)},
     **{"dup2": (33, None), "nanosleep": (35, 101), "getitimer": (36, 102), "alarm": (37, None)},
-    **{"setitimer": (38, 103), "getpid": (39, 172), "exit": (60, 93), "uname": (63, 160), "getcwd": (79, 17)},
+    **{
+        "setitimer": (38, 103),
+        "getpid": (39, 172),
+        "exit": (60, 93),
+        "wait4": (61, 260),
+        "uname": (63, 160),
+        "getcwd": (79, 17),
+    },
     **{"readlink": (89, None), "umask": (95, 166), "gettimeofday": (96, 169), "getrlimit": (97, 163)},
     **{"getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174), "getgid": (104, 176)},
     **{"geteuid": (107, 175), "getegid": (108, 177), "getppid": (110, 173), "getpgrp": (111, None)},
@@ -79,10 +86,15 @@ _CAPABILITIES_V3 = 0x20080522
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def confine(order: dict[str, Any]) -> list[str]:
-    """Give up every right that a computation does not need; returns what could not be given up, in words."""
+def confine(order: dict[str, Any], *, shared: bool) -> list[str]:
+    """Give up every right that a computation does not need; returns what could not be given up, in words.
+
+    ``shared``: what the program and its checks give up together, before they part. (With Landlock of its own, either
+    could not be killed by the end of the other.)
+    """
     missing: list[str] = []
-    for step in (_die_with_parent, _limit, _drop_capabilities, _hide_files, _count_threads, _filter_calls):
+    own = (_die_with_parent, _count_threads, _filter_calls)
+    for step in (_die_with_parent, _limit, _drop_capabilities, _hide_files) if shared else own:
         try:
             step(order)
         except (OSError, ValueError, AttributeError) as error:
