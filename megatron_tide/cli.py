@@ -33,7 +33,7 @@ from dataclasses import MISSING, Field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.errors import is_of_users, shows_traceback, tell
+from megatron_tide.errors import end_on_signals, is_of_users, shows_traceback, tell
 from megatron_tide.files import is_replaceable
 from megatron_tide.hub import check_hub_name
 from megatron_tide.screen import clean_output, printable
@@ -204,9 +204,11 @@ def run(main: Callable[[list[str]], int | None], argv: list[str] | None = None) 
     """Call ``main(argv)`` and exit with its status; an error that its user can mend becomes one line and status 2.
 
     Such are ValueError, OSError and too little memory; anything else is a bug and keeps its traceback.
-    ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those as well.
+    ``MEGATRON_TIDE_TRACEBACK=1`` shows the traceback of those as well. A signal ends it with one line and 128 + its
+    number.
     """
     clean_output()
+    end_on_signals()
     try:
         status = main(sys.argv[1:] if argv is None else argv)
     except (KeyboardInterrupt, Exception) as error:

@@ -1,20 +1,47 @@
-"""How an error ends a process: its status, and the words for its user."""
+"""How an error or a signal ends a process: its status, and the words for its user."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
+import signal
 import sys
 import threading
+from types import FrameType
 
 from megatron_tide.screen import printable, traceback_of, words_of
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+ENDING_SECONDS = 20
+"""Within which a process ends that has been told to, or that failed while others wait for it."""
 _TOLD = "told by megatron_tide"  # no name that an error of a library has
 _OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # what libraries in Rust write in place of an OSError
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # of torch's errors, which are RuntimeErrors
+
+
+class Ended(KeyboardInterrupt):
+    """A signal that ends this process has come: on its way out it removes what is temporary."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def end_on_signals() -> None:
+    """From now on SIGTERM and SIGHUP raise :class:`Ended`, where they would end the process at once."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    for one in (signal.SIGTERM, signal.SIGHUP):  # once: `timeout` sends it to the process and to its group
+        signal.signal(one, lambda *_: None)
+    ended = Ended(number)
+    end_within(ENDING_SECONDS, ended.status)
+    raise ended
 
 
 def is_of_users(error: BaseException) -> bool:
@@ -60,6 +87,8 @@ def _told(error: BaseException) -> tuple[int, str]:
         if isinstance(error.code, int):
             return error.code & 255 or int(error.code != 0), ""
         return int(error.code is not None), "" if error.code is None else words_of(error)
+    if isinstance(error, Ended):
+        return error.status, f"ended by {words_of(error)}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
     if shows_traceback() or not is_of_users(error):

@@ -19,6 +19,7 @@ ORDER = [
     "tables",
     "screen",
     "errors",
+    "workers",
     "ranks",
     "scheduler",
     "lock",

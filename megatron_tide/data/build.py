@@ -6,13 +6,10 @@ exits when its parent is killed; the parent reports a lost worker.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +20,9 @@ from megatron_tide.data.encode import Dropped, Encoder
 from megatron_tide.data.progress import Progress
 from megatron_tide.data.shard import MOST_TOKENS, Sample, read_shard, shard_name, write_shard
 from megatron_tide.data.sources import Mixture
-from megatron_tide.files import fingerprint
-from megatron_tide.screen import clean_output
+from megatron_tide.files import fingerprint, remove_drafts
 from megatron_tide.tables import Message
+from megatron_tide.workers import workers
 
 TOO_LONG = "more characters than max_chars"
 UNREADABLE = "cannot be read"
@@ -108,8 +105,8 @@ def _conversation(job: PrepareJob, position: int) -> list[Message] | str:
     return TOO_LONG if spec.is_too_long(messages) else messages
 
 
-def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None:
-    """Build the shards ``missing`` with ``workers`` processes and show progress.
+def build_missing(job: PrepareJob, missing: Sequence[int], count: int) -> None:
+    """Build the shards ``missing`` with ``count`` processes and show progress.
 
     After any error, finished shards stay; OSError (full disk, killed worker) gives their number.
     """
@@ -118,7 +115,7 @@ def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None
     done = len(job.mixture) - sum(len(job.rows(number)) for number in missing)
     progress = Progress(len(job.mixture), "preparing rows", done)
     try:
-        for number in _build(job, missing) if workers == 1 else _build_in_parallel(job, missing, workers):
+        for number in _build(job, missing) if count == 1 else _build_in_parallel(job, missing, count):
             done += len(job.rows(number))
             progress.update(done)
     except (OSError, BrokenProcessPool) as error:
@@ -129,6 +126,7 @@ def build_missing(job: PrepareJob, missing: Sequence[int], workers: int) -> None
         ) from error
     finally:
         progress.close()
+        remove_drafts(job.out)  # of a worker that was killed
 
 
 def _build(job: PrepareJob, missing: Sequence[int]) -> Iterator[int]:
@@ -138,15 +136,11 @@ def _build(job: PrepareJob, missing: Sequence[int]) -> Iterator[int]:
         yield number
 
 
-def _build_in_parallel(job: PrepareJob, missing: Sequence[int], workers: int) -> Iterator[int]:
+def _build_in_parallel(job: PrepareJob, missing: Sequence[int], count: int) -> Iterator[int]:
     """Build shards in processes; yield their numbers as they are finished."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (job,)) as pool:
-        try:
-            for future in as_completed([pool.submit(_work, number) for number in missing]):
-                yield future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with workers(count, _start_worker, job) as pool:
+        for future in as_completed([pool.submit(_work, number) for number in missing]):
+            yield future.result()
 
 
 _job: PrepareJob | None = None  # of a worker process, set once when it starts
@@ -155,17 +149,7 @@ _job: PrepareJob | None = None  # of a worker process, set once when it starts
 def _start_worker(job: PrepareJob) -> None:
     global _job
     _job = job
-    clean_output()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption means
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _work(number: int) -> int:

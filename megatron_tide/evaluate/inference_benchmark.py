@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from megatron_tide.files import read_json, write_json
 from megatron_tide.machine import machine, reset_peak, rss_bytes, versions
-from megatron_tide.screen import clean_output
+from megatron_tide.workers import workers
 
 MODELS = ("student", "teacher")
 
@@ -206,7 +204,7 @@ def measure_apart(path: str, settings: Mapping[str, Any], mask: str | None) -> M
     Raises:
         ValueError: as ``measure``, or that process died.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), clean_output) as fresh:
+    with workers(1) as fresh:
         try:
             return fresh.submit(measure, path, **settings, mask=mask).result()
         except BrokenProcessPool:

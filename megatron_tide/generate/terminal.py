@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 from megatron_tide.bridge import TextTokenizer
 from megatron_tide.bridge.changes import first_change
 from megatron_tide.choices import BLOCK_LAYOUTS
+from megatron_tide.errors import Ended
 from megatron_tide.generate.complete import BLOCKS, Moment, prompt_ids
 from megatron_tide.screen import plain, printable
 
@@ -100,10 +100,14 @@ def chat(
             out.write(printable(told))
         said.append({"role": "user", "content": message})
         live, started, answer, moment = LiveText(tokenizer, out), time.perf_counter(), "", None
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             for moment in stream(model, tokenizer, prompt, seed=seed + turn, **options):
                 answer += moment.new_text
                 live.show(moment)
+        except Ended:
+            raise
+        except KeyboardInterrupt:  # ends the answer only
+            pass
         live.close()
         seconds += time.perf_counter() - started
         tokens += len(moment.ids) if moment else 0

@@ -102,10 +102,12 @@ def run_programs(
     tested: Sequence[Sequence[str]] = (),
 ) -> list[Outcome]:
     """``run_program`` of each, ``workers`` at a time (0: one per core); ``tested``: of each, or of none."""
-    each = zip(programs, tested or [()] * len(programs), strict=True)
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        running = [pool.submit(run_program, one, limits, strict=strict, tested=names) for one, names in each]
-        return [future.result() for future in running]
+
+    def run(one: Sequence[str], names: Sequence[str]) -> Outcome:
+        return run_program(one, limits, strict=strict, tested=names)
+
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:  # ``map`` begins no other after an error
+        return list(pool.map(run, programs, tested or [()] * len(programs)))
 
 
 @contextlib.contextmanager

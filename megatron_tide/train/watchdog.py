@@ -30,7 +30,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_tide.cli import say
-from megatron_tide.errors import end_within, tell
+from megatron_tide.errors import ENDING_SECONDS, end_within, tell
 from megatron_tide.ranks import stated
 from megatron_tide.screen import words_of
 from megatron_tide.train.distributed import DistContext, destroy_distributed, init_distributed
@@ -39,7 +39,6 @@ EXIT_LOST = 3
 BEAT = 1.0
 SILENCE = 900.0  # seconds without a sign of a rank's process, also where a rank may work for longer between collectives
 PATIENCE = 10.0  # seconds to find the cause of a failed collective, or to tell it
-ENDING_SECONDS = 20  # for what is registered for the end of a process, after an error
 GRACE = 5.0  # seconds for an error that all ranks have to end each of them
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from megatron_tide.bridge import TEXTS_AT_ONCE
-from megatron_tide.data import build
 from megatron_tide.data.build import TOO_LONG, UNREADABLE, PrepareJob, build_shard
 from megatron_tide.data.encode import REFUSED
 from megatron_tide.data.shard import read_shard
@@ -52,31 +49,3 @@ def test_a_shard_that_32_bit_offsets_cannot_hold_is_refused_before_the_work(pair
     PrepareJob(mixture=mixture, encoder=pair.encoder(), shard_rows=most, out=tmp_path, settings={})
     with pytest.raises(ValueError, match=f"--shard-rows {most + 1}: .* holds at most {most}"):
         PrepareJob(mixture=mixture, encoder=pair.encoder(), shard_rows=most + 1, out=tmp_path, settings={})
-
-
-def test_what_a_worker_prints_is_clean(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Libraries warn there too, with words of the files that they read."""
-    for name in ("stdout", "stderr"):  # put back at the end
-        monkeypatch.setattr(sys, name, getattr(sys, name))
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(build, "_job", None)
-    monkeypatch.setattr(build.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(build.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    job = PrepareJob(
-        mixture=open_mixture([str(_rows(tmp_path))]),
-        encoder=pair.student_only(),
-        shard_rows=1,
-        out=tmp_path,
-        settings={},
-    )
-    build._start_worker(job)
-    print("\x1b]0;title\x07", file=sys.stderr)
-    assert capsys.readouterr().err == "\\x1b]0;title\\x07\n"
-
-
-def _rows(folder: Path) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text(json.dumps({"messages": conversation(0)}) + "\n")
-    return path

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.data import PreparedData
+from megatron_tide.errors import Ended
 from megatron_tide.generate import chat, complete, from_prepared, from_text, read_prompts, stream, with_holes
 from megatron_tide.generate.complete import Completion, Moment
 from megatron_tide.generate.prompts import Prompt, from_messages, print_answer
@@ -124,6 +127,20 @@ def test_a_chat_remembers_and_shows_masks(model: Any, tokenizer: TextTokenizer, 
     if not is_terminal:
         body = screen.getvalue().split("\n", 1)[1]
         assert body == printable(f"{first.text}\n{second.text}\n{first.text}\n", LAYOUT)
+
+
+@pytest.mark.parametrize("asked", [KeyboardInterrupt(), Ended(signal.SIGTERM)])
+def test_ctrl_c_ends_an_answer_and_a_signal_the_chat(
+    model: Any, tokenizer: TextTokenizer, asked: BaseException
+) -> None:
+    def interrupted(*_: Any, **options: Any) -> Iterator[Moment]:
+        yield Moment([65], [True], "A")
+        raise asked
+
+    lines = iter(["hello", "/exit"])
+    with pytest.raises(Ended) if isinstance(asked, Ended) else nullcontext():
+        assert chat(interrupted, model, tokenizer, ask=lambda _: next(lines), out=Screen(False))[0] == 1
+    assert [*lines] == (["/exit"] if isinstance(asked, Ended) else [])
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
