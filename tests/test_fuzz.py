@@ -25,7 +25,7 @@ from tests.support.readable import World, make_world
 
 ROUNDS, SEED = (int(os.environ.get(*name)) for name in (("TIDE_FUZZ", "25"), ("TIDE_FUZZ_SEED", "20261126")))
 CASES = readers.CASES | run_readers.CASES
-MORE_PLACES = {"run.json as --config": ["--"], "mixture": ["corpus.jsonl"]}  # what their values name
+MORE_PLACES = {"run.json as --config": ["--"], "mixture": ["corpus.jsonl", "kinds.jsonl"]}  # what their values name
 SECONDS, MEMORY = 30, 2 << 30  # of one read: far above what a valid file takes
 
 

@@ -45,11 +45,10 @@ def _texts(path: Path, limit: int | None) -> list[str]:
 
 
 def _of_row(row: dict[str, Any], where: str) -> list[str]:
-    messages = row.get("messages")
-    if messages is None and isinstance(row.get("text"), str):
+    if row.get("messages") is None and isinstance(row.get("text"), str):
         texts = [row["text"]]
     else:
-        turns = parse_messages([] if messages is None else messages, where)
+        turns = parse_messages(row.get("messages"), where)
         texts = [turn["content"] for turn in turns if turn["role"] == ASSISTANT and turn["content"]]
     return checked_texts(texts, where)
 

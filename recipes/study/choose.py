@@ -23,14 +23,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("rounds", nargs="+", type=Path, help="JSON of the evaluate command")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     arguments = parser.parse_args(argv)
-    trials = [model for path in arguments.rounds for model in read_scores(path)["models"]]
-    bits = {model["name"]: model["bits_per_byte"]["value"] for model in trials}
-    best = min(trials, key=lambda model: bits[model["name"]])
+    trials = [(path, model) for path in arguments.rounds for model in read_scores(path)["models"]]
+    bits = {model["name"]: model["bits_per_byte"]["value"] for _, model in trials}
+    scores, best = min(trials, key=lambda trial: bits[trial[1]["name"]])
     run = Path(best["path"]) / "run.json"
     try:
         flags = read_config_file(str(run))
     except ValueError as error:
-        raise ValueError(f"{run}: {error}") from None
+        raise ValueError(f"{run}, which {scores} names: {error}") from None
     if missing := [name for name in TUNED if name not in flags]:
         raise ValueError(f"{run}: no {missing[0]}; run the recipe again")
     settings = {name: flags[name] for name in TUNED}

@@ -140,6 +140,8 @@ BROKEN_DATA = {
     '{"messages": [{"role": "assistant"}]}\n': "no assistant turn",
     '{"messages": [{"role": "assistant", "content": ["x"]}]}\n': ":1: message 0: role and content must be text",
     '{"messages": 3}\n': ":1: messages must be a list",
+    '{"messages": null}\n': ":1: messages must be a list",
+    '{"text": 3}\n': ":1: messages must be a list",
 }
 
 

@@ -226,3 +226,6 @@ def test_the_best_trial_of_all_rounds_is_chosen(tmp_path: Path) -> None:
     assert (found["best"], len(found["trials"])) == ("b", 3)
     rest = ["--student", "s", "--teacher", "t", "--bridge", "b", "--data", "d", "--out", "o"]
     assert cli.parse(distill, ["--config", str(out), *rest]).run.train.lr == 0.0023
+    (tmp_path / "b/run.json").unlink()
+    with pytest.raises(ValueError, match=r"b/run\.json, which .*round-0\.json names: .*no such file"):
+        choose.main([*map(str, rounds), "--out", str(out)])

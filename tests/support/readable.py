@@ -112,7 +112,8 @@ def make_world(chain: Chain, folder: Path) -> World:
     write(root / "tiny/run.json", json.loads((root / STEP / "trainer.json").read_text())["run"])
     talks = [json.loads(line) for line in (root / "corpus.jsonl").read_text().splitlines()]
     parquet.write_table(pa.Table.from_pylist(talks), root / "corpus.parquet")
-    sources = [{"path": "corpus.jsonl", "weight": 0.5, "filter": {"messages": {"contains": "x"}}}]
+    (root / "kinds.jsonl").write_text("".join(json.dumps({**talk, "kind": "ax"}) + "\n" for talk in talks))
+    sources = [{"path": "kinds.jsonl", "weight": 0.5, "filter": {"kind": {"contains": "x"}}}]
     sources.append({"path": "corpus.jsonl", "max_chars": 1000, "split": "train"})
     write(root / "mixture.json", {"sources": sources})
     _own(world, talks[:16])
