@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tide.errors import end_on_signals, is_of_users, shows_traceback, tell
-from megatron_tide.files import is_replaceable
+from megatron_tide.files import is_replaceable, refuse_unlike
 from megatron_tide.hub import check_hub_name
 from megatron_tide.screen import clean_output, printable
 
@@ -63,8 +63,8 @@ def flag(
 
     Numbers must be in [``low``, ``high``]. ``shown`` replaces the default in the help. ``kind``: "flag";
     "positional"; "repeated" (a tuple, one value each time the flag is given); "hidden". ``more``: further metadata;
-    ``reads`` ("folder", "file", "any" of both, "model", "model or GGUF") or ``writes`` ("file"): what a path names
-    (``check_paths``).
+    ``reads`` ("folder", "file", "any" of both, "model", "model or GGUF") or ``writes`` ("file"; of JSON that is written
+    anew also ``keys``, of which each has one): what a path names (``check_paths``).
     """
     about = {"help": help, "choices": choices, "low": low, "high": high, "metavar": metavar, "shown": shown}
     return dataclasses.field(default=MISSING if default is ... else default, metadata={**about, "kind": kind, **more})
@@ -382,3 +382,5 @@ def _check_path(about: Mapping[str, Any], name: str, path: Path) -> None:
             raise ValueError(f"{name} {path}: {'is a folder' if path.is_dir() else f'no such folder {path.parent}'}")
         if not (is_replaceable(path) and os.access(path.parent, os.W_OK)):  # it is made beside what it replaces
             raise ValueError(f"{name} {path}: cannot be written; use another file")
+        if "keys" in about:
+            refuse_unlike(path, about["keys"])

@@ -227,6 +227,23 @@ def refuse_other(path: Path, key: str, what: str) -> None:
         raise ValueError(f"{path}: not of {what}, so it is not replaced; use another --out")
 
 
+def refuse_unlike(path: Path, keys: Iterable[str]) -> None:
+    """ValueError where a file that would be replaced holds anything but a JSON object with one of ``keys``."""
+    if path.is_file() and path.stat().st_size:
+        with contextlib.suppress(ValueError):
+            if not read_json(path).keys().isdisjoint(keys):
+                return
+        raise ValueError(f"{path}: exists, and this command has not written it; remove it, or use another file")
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """``atomic_write``; ValueError where ``path`` exists with other content."""
+    if path.exists() and read_whole(path) != content:
+        raise ValueError(f"{path}: exists with other content; remove it, or use another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, content)
+
+
 def remove_drafts(folder: Path, start: str = "") -> None:
     """Remove what killed processes left in ``folder``: temporary files, and drafts of folders ``start...``."""
     for path in folder.glob(f"{TEMPORARY}{start}*"):

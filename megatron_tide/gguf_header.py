@@ -19,6 +19,7 @@ from typing import Any
 from megatron_tide.bounds import MERGED_BYTES
 from megatron_tide.files import open_regular
 
+MAGIC = b"GGUF"
 MOST_KEYS, MOST_TENSORS, LONGEST_KEY = 1 << 12, 1 << 16, 1 << 10
 LONGEST_VALUE = 1 << 28  # bytes: a file with holes has no need of the disk to be as long as it says
 MOST_ITEMS = 1 << 22  # of all lists together (of the largest public vocabulary, 2^20)
@@ -164,7 +165,7 @@ def _read(path: Path, reader: _Reader) -> GgufHeader:
 
 def _keys(reader: _Reader) -> tuple[int, dict[str, Any]]:
     """The number of tensors, and the values."""
-    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
+    if reader.take(4) != MAGIC or reader.number("I") not in (2, 3):
         raise _DamagedError("it does not begin as one of version 2 or 3")
     tensors, keys = reader.count("tensors", MOST_TENSORS), reader.count("keys", MOST_KEYS)
     values: dict[str, Any] = {}

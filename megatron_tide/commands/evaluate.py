@@ -143,7 +143,13 @@ class Args:
     out: Path | None = flag(
         None, "Folder for cached answers and samples", metavar="DIR", shown="MODEL-evaluation, beside MODEL"
     )
-    json: Path | None = flag(None, "Also write all results to this file, as JSON", metavar="FILE", writes="file")
+    json: Path | None = flag(
+        None,
+        "Also write all results to this file, as JSON",
+        metavar="FILE",
+        writes="file",
+        keys=("models", "benchmarks"),
+    )
     card: bool = flag(False, "Also write the scores of each release into its model card")
     seed: int = flag(0, "Random seed for masks, sampling and bootstrap", low=0)
     block_layout: str | None = flag(

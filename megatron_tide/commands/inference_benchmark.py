@@ -26,7 +26,11 @@ class Args:
     )
     teacher: str = flag(..., "Teacher, in the same forms", metavar="MODEL", reads="model")
     out: Path = flag(
-        ..., "JSON file to write; the report looks for RUN/inference_benchmark.json", metavar="FILE", writes="file"
+        ...,
+        "JSON file to write; the report looks for RUN/inference_benchmark.json",
+        metavar="FILE",
+        writes="file",
+        keys=("student",),
     )
     student_mask: str | None = mask_flag("student")
     teacher_mask: str | None = mask_flag("teacher")

@@ -57,7 +57,9 @@ class Args:
     tokens: float = flag(
         1.0, "Length of the run in billions of student tokens, to estimate its hours", metavar="BILLIONS", low=0
     )
-    json: str = flag("", "Also write all numbers to FILE, as JSON", metavar="FILE")
+    json: Path | None = flag(
+        None, "Also write all numbers to FILE, as JSON", metavar="FILE", writes="file", keys=("plans",)
+    )
     machine: MachineArgs = field(default_factory=MachineArgs)
     rates: Rates = field(default_factory=Rates)
     config: DistillConfig = field(default_factory=DistillConfig)
@@ -86,7 +88,7 @@ def run(args: Args) -> int:
     if args.json:
         more = [{"hosting": item.hosting.name, "fits": item.fits, "lacks": item.lacks} for item in found]
         content: dict[str, Any] = {"plans": [asdict(item) | extra for item, extra in zip(found, more)]}
-        write_json(Path(args.json), content | {"clusters": [asdict(item) for item in times]})
+        write_json(args.json, content | {"clusters": [asdict(item) for item in times]})
     return 0 if found[0].fits else EXIT_NOTHING_FITS
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tide.bounds import LONGEST_NAME, MOST_IDS, shown
-from megatron_tide.files import atomic_write, check_form, fingerprint, read_json, read_whole
+from megatron_tide.files import check_form, fingerprint, read_json, write_once
 from megatron_tide.hub import one_line
 from megatron_tide.tables import (
     AS_WRITTEN,
@@ -291,10 +291,7 @@ def write_sample(data: Sequence[str], out: Path, limit: int) -> tuple[int, list[
     kept = sorted(set(range(len(mixture))) - set(unreadable))
     rows = [{"id": int(mixture.key[n]), "messages": mixture.conversation(n)[1]} for n in kept]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if out.exists() and read_whole(out) != content:
-        raise ValueError(f"{out}: exists with other content; remove it, or use another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, content)
+    write_once(out, content)
     return len(rows), [mixture.error(position) for position in unreadable]
 
 

@@ -20,7 +20,8 @@ from megatron_tide.bridge import TextTokenizer, load_tokenizer
 from megatron_tide.bridge.loading import GGUF_ROLES, GGUF_TEMPLATE, GGUF_TOKENIZER
 from megatron_tide.bridge.tiktoken import QWEN_PATTERN
 from megatron_tide.bridge.tokenizer_files import ROLES, check_own
-from megatron_tide.files import TEMPORARY, read_json, remove, replacing
+from megatron_tide.files import TEMPORARY, read_json, read_regular, remove, replacing
+from megatron_tide.gguf_header import MAGIC
 from megatron_tide.hub import one_line
 from megatron_tide.lock import lock_beside
 from megatron_tide.models import read_config
@@ -76,6 +77,8 @@ def convert_to_gguf(release: str | Path, out: str | Path, kind: str, *, overwrit
         raise ValueError(f"{out}: exists and is not a file; choose another name")
     if out.exists() and not overwrite:
         raise ValueError(f"{out}: already exists; choose another name, or pass --overwrite to replace it")
+    if out.exists() and read_regular(out, 4) not in (MAGIC, b""):
+        raise ValueError(f"{out}: no GGUF file, so --overwrite does not replace it; choose another name")
     values, tokenizer = _settings(release), load_tokenizer(release)
     for file in release.glob("*.j*"):  # all of the tokenizer goes out
         check_own(file)

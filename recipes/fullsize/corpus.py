@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from megatron_tide import cli
-from megatron_tide.files import atomic_write
+from megatron_tide.files import write_once
 
 MODULES, CHARACTERS = 64, 12_000
 
@@ -26,8 +26,7 @@ def main(argv: list[str]) -> None:
         if len(text) >= CHARACTERS and len(rows) < MODULES:
             question = {"role": "user", "content": f"Write the module {path.stem}."}
             rows.append({"messages": [question, {"role": "assistant", "content": text[:CHARACTERS]}]})
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(arguments.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_once(arguments.out, "".join(json.dumps(row) + "\n" for row in rows).encode())
     print(f"{arguments.out}: {len(rows)} conversations")
 
 

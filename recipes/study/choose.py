@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_tide import cli
 from megatron_tide.config import read_config_file
 from megatron_tide.evaluate.score_table import read_scores
-from megatron_tide.files import write_json
+from megatron_tide.files import refuse_unlike, write_json
 
 TUNED = ("lr", "max_steps", "temperature", "distill_weight")
 
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("rounds", nargs="+", type=Path, help="JSON of the evaluate command")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     arguments = parser.parse_args(argv)
+    refuse_unlike(arguments.out, ("trials",))
     trials = [(path, model) for path in arguments.rounds for model in read_scores(path)["models"]]
     bits = {model["name"]: model["bits_per_byte"]["value"] for _, model in trials}
     scores, best = min(trials, key=lambda trial: bits[trial[1]["name"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,28 @@ def test_a_number_that_cannot_be_is_refused_and_its_flag_named(name: str, flag: 
         with pytest.raises(ValueError, match=rf"^{flag}\b") as error:
             checked(name, flag, word)
         assert len(str(error.value)) < 300, word
+
+
+REPLACES = {
+    f"{name} {cli.flag_name(info)}": info.metadata
+    for name in COMMANDS
+    for _, info, _ in cli.flags_of(command(name).Args)
+    if info.metadata.get("writes") == "file"
+}
+READ_FIRST = {"convert-gguf OUT", "generate --json"}  # by the command, which replaces no other kind of file
+
+
+@pytest.mark.parametrize("flag", sorted(REPLACES.keys() - READ_FIRST))
+def test_a_file_is_replaced_only_by_the_command_that_wrote_it(flag: str, tmp_path: Path) -> None:
+    path, about = tmp_path / "file", REPLACES[flag]
+    for content in ("my notes", "[1, 2]", '{"mine": 1}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=f"^{path}: exists, and this command has not written it; "):
+            cli._check_path(about, flag, path)
+    for content in ("", *(json.dumps({key: 1}) for key in about["keys"])):
+        path.write_text(content)
+        cli._check_path(about, flag, path)
+    assert len(REPLACES) - len(READ_FIRST) == 3
 
 
 def test_without_a_command_all_of_them_are_listed() -> None:

@@ -113,6 +113,9 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(release: Path, 
     out.write_text("mine")
     with pytest.raises(ValueError, match=r"model.gguf: already exists; .*--overwrite"):
         convert([str(release), str(out)])
+    with pytest.raises(ValueError, match=r"model.gguf: no GGUF file, so --overwrite does not replace it"):
+        convert([str(release), str(out), "--overwrite"])
+    out.write_text("GGUF of before")
 
     def full(*_: object) -> None:
         raise OSError(28, "full")
@@ -121,7 +124,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_is_left_half(release: Path, 
         broken.setattr(gguf.GGUFWriter, "write_tensor_data", full)
         with pytest.raises(OSError, match="full"):
             convert([str(release), str(out), "--overwrite"])
-    assert out.read_text() == "mine"
+    assert out.read_text() == "GGUF of before"
     (tmp_path / ".tide-tmp-1-model.gguf").write_text("left by a process that was killed")
     other = tmp_path / ".tide-tmp-2-small-model.gguf"  # which another process writes
     other.touch()
