@@ -38,7 +38,7 @@ WORKER = Path(__file__).with_name("worker")
 START = "import sys\nsys.path[0] = sys.argv.pop()\nimport worker\ndel sys.path[0]\nworker.main()"
 RESULT_BYTES = 4096  # at most this much is read from the result pipe
 PASSED = b"passed"
-THREADS_IN_ALL = 5000  # a program that starts more takes the evaluation's time; it waits until its own is up
+THREADS_IN_ALL = 5000  # each takes the evaluation's time; a program that starts more waits until its own is up
 TIMED_OUT = "timed out"
 LIBRARIES = ("MKL", "OMP", "OPENBLAS")  # libraries of packages that would start a thread for each core
 _RECEIVE, _SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1  # of seccomp's notifications
@@ -53,8 +53,10 @@ class Limits:
     MBPP's own solution of problem 123."""
     wall_seconds: float = 30.0
     memory_bytes: int = 1 << 30
+    """Address space; its checks have as much."""
     descriptors: int = 32
     threads: int = 32
+    """At a time."""
 
 
 LIMITS = Limits()

@@ -175,6 +175,8 @@ def test_values_arrive_as_they_are() -> None:
     check = "for one in same:\n    back = f(one)\n    assert type(back) is type(one) and repr(back) == repr(one), one"
     outcome = run_program(["def f(x): return x", values + check], tested=["f"])
     assert outcome.passed, outcome.reason
+    long = run_program(["def f(x): return 'x' * (x << 20)", "f(16)"], tested=["f"])
+    assert re.match("ValueError: an answer of 16,777,22[0-9] bytes is too long", long.reason)
     assert run_program(["def f(x): return x", "f(print)"], tested=["f"]).reason.startswith(
         "TypeError: a program cannot"
     )
@@ -215,6 +217,14 @@ def test_a_killed_evaluation_leaves_no_program_behind(world: Surroundings) -> No
         wait_until(lambda: sum("Seccomp:\t2" in one for one in left_behind()) == 2, [process])  # it, and its checks
         process.kill()
     assert len(left_behind_at_last(1)) == 1  # the folder: nobody was left to remove it
+
+
+def test_a_program_that_starts_threads_without_end_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "THREADS_IN_ALL", 3)
+    starts = "import threading\nfor _ in range(COUNT):\n    t = threading.Thread()\n    t.start()\n    t.join()"
+    limits = replace(LIMITS, wall_seconds=5)
+    outcomes = run_programs([[starts.replace("COUNT", count)] for count in "34"], limits)
+    assert [one.reason for one in outcomes] == ["", TIMED_OUT]
 
 
 def test_many_are_told_apart() -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Set
 from typing import Any
 
-MESSAGE_BYTES = 1 << 26  # the longest message
+MESSAGE_BYTES = 1 << 24  # the longest message
 NUMPY_KINDS = "biufcSU"  # numbers and texts
 
 
@@ -26,7 +26,10 @@ class Channel:
 
     def send(self, message: Any) -> None:
         """Write ``message``."""
-        self.writing.write(json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        if len(line) > MESSAGE_BYTES:
+            raise ValueError(f"an answer of {len(line):,} bytes is too long for its checks")
+        self.writing.write(line)
         self.writing.flush()
 
     def receive(self) -> Any:
@@ -107,17 +110,17 @@ def encode(value: Any, other: Callable[[Any], list[Any]]) -> Any:
             return value
         case int():
             return int(value) if abs(value) < 1 << 63 else ["int", hex(value)]
+        case dict():
+            return ["dict", [[encode(key, other), encode(one, other)] for key, one in value.items()]]
+        case list() | tuple() | frozenset() | Set():
+            kind = next((kind for kind in (list, tuple, frozenset) if isinstance(value, kind)), set)
+            return [kind.__name__, [encode(one, other) for one in value]]
         case complex():
             return ["complex", value.real, value.imag]
         case bytes() | bytearray():
             return ["bytes", value.hex()]
-        case dict():
-            return ["dict", [[encode(key, other), encode(one, other)] for key, one in value.items()]]
         case type(__name__=name) if vars(builtins).get(name) is value:
             return ["type", name]
-        case list() | tuple() | frozenset() | Set():
-            kind = next((kind for kind in (list, tuple, frozenset) if isinstance(value, kind)), set)
-            return [kind.__name__, [encode(one, other) for one in value]]
     if numpy and isinstance(value, (numpy.generic, numpy.ndarray)) and value.dtype.kind in NUMPY_KINDS:
         shape = list(value.shape) if isinstance(value, numpy.ndarray) else None
         return ["numpy", value.dtype.str, shape, value.tobytes().hex()]
@@ -130,6 +133,8 @@ def encode(value: Any, other: Callable[[Any], list[Any]]) -> Any:
 
 def decode(message: Any, found: Callable[[Any], Any]) -> Any:
     """What ``encode`` sent; ``found`` gives its other objects."""
+    if message is None or isinstance(message, bool | int | float | str):
+        return message
     match message:
         case ["int", str(text)]:
             return int(text, 16)
@@ -158,6 +163,4 @@ def decode(message: Any, found: Callable[[Any], Any]) -> Any:
             return Decimal(text)
         case ["object", reference]:
             return found(reference)
-        case list() | dict():
-            raise TypeError("not a value that a program may send")
-    return message
+    raise TypeError("not a value that a program may send")
