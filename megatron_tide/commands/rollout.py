@@ -75,6 +75,7 @@ def run(args: Args) -> int:
 def _answer(args: Args, mixture: Any, world: Any) -> int:
     from megatron_tide.bridge import load_tokenizer
     from megatron_tide.generate.identity import code, identity
+    from megatron_tide.generate.prompts import tell_changes
     from megatron_tide.generate.rollouts import Rollouts, draw_round
     from megatron_tide.lock import locked
     from megatron_tide.models import DTYPES
@@ -100,6 +101,8 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
         share=args.share,
         longest=args.student_length - block,
     )
+    if world.is_main:
+        tell_changes(drawn.prompts)
     layout = args.rule.block_layout or stated_layout(opened.folder) or "sequence"
     options = {**dataclasses.asdict(args.rule), "block_layout": layout, "block_size": block}
     decides = [identity(opened.model, opened.folder, tokenizer), code(), dtype, options, args.student_length]
@@ -118,11 +121,12 @@ def _answer(args: Args, mixture: Any, world: Any) -> int:
 
 def _summary(out: Path) -> str:
     from megatron_tide.files import read_json
-    from megatron_tide.generate.rollouts import SUMMARY
+    from megatron_tide.generate.rollouts import SUMMARY, counted
 
     found = read_json(out / SUMMARY)
     rate = found["now"]["tokens"] / max(found["now"]["seconds"], 1e-9)
     return (
         f"finished: {found['own']} answers of {found['tokens']:,} tokens ({found['finished']} ended, "
-        f"{found['empty']} empty), {found['corpus']} rows of the corpus; {rate:,.0f} tokens/s ({out})"
+        f"{found['empty']} empty), {found['corpus']} rows of the corpus; {counted(found['passed'])}; {rate:,.0f} "
+        f"tokens/s ({out})"
     )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from megatron_tide.bridge import TextTokenizer, load_tokenizer
+from megatron_tide.bridge.changes import first_change
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.cli import say
 from megatron_tide.evaluate.benchmark_presets import BenchmarkPreset
@@ -39,6 +40,7 @@ from megatron_tide.training_checkpoint import generation_of, open_model
 _CODE = ("evaluate/generators.py", "evaluate/thoughts.py")
 Written = tuple[Sequence[int], int]
 """The ids of an answer, and the forward passes that it took."""
+CHANGED = "had a prompt with text that the tokenizer changes before the model reads it"
 LOST = "had a prompt that exceeds the model's context: its beginning was left out"
 
 
@@ -62,6 +64,12 @@ class Generator:
         return {"max_new_tokens": preset.new_tokens, "temperature": preset.temperature}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        found = self._rendered(chat_history, add_generation_prompt)
+        if any(self._changes(message["content"]) for message in chat_history):
+            self._changed.add(found)
+        return found
+
+    def _rendered(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
         """The conversation as the model was trained on it, up to its answer or through the start of its answer.
 
         A start stands behind the thoughts: where the template opens some, they are left empty.
@@ -96,10 +104,20 @@ class Generator:
                     stops = settings["until"]
                     text = cut(text_of(self.text_tokenizer, found, stops), stops, prompt)
                     lost = (LOST,) if len(ids[n]) > self.room(settings) else ()
-                    texts[n] = Answer(text, (*text.notes, *lost), len(found), passes)
+                    seen = prompt in self._changed if settings["chat_template"] else self._changes(prompt)
+                    changed = (CHANGED,) if seen else ()
+                    texts[n] = Answer(text, (*text.notes, *lost, *changed), len(found), passes)
                     self.cache_hook.add_partial("generate_until", requests[n].args, texts[n])
                 bar.update(len(batch))
         return [texts[number] for number in range(len(requests))]
+
+    @cached_property
+    def _changed(self) -> set[str]:
+        """Rendered conversations with text that the tokenizer changes."""
+        return set()
+
+    def _changes(self, text: str) -> bool:
+        return bool(first_change(self.text_tokenizer, [text]))
 
     def encode(self, prompt: str, settings: dict[str, Any]) -> np.ndarray:
         """Special tokens are recognised in what a chat template rendered, and not in plain text."""

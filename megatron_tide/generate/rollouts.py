@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tide.bridge import TemplateLimit, TextTokenizer
-from megatron_tide.data.encode import split_response
+import numpy as np
+
+from megatron_tide.bridge import LeftOut, TemplateLimit, TextTokenizer
+from megatron_tide.bridge.changes import first_change
+from megatron_tide.data.build import TOO_LONG, UNREADABLE
+from megatron_tide.data.encode import NOT_WRITTEN, REFUSED, split_response
 from megatron_tide.data.sampler import permutation
 from megatron_tide.data.sources import WRITTEN, Mixture
 from megatron_tide.files import atomic_write, fingerprint, refuse_foreign, write_json
@@ -29,19 +34,22 @@ from megatron_tide.screen import clock_text
 from megatron_tide.tables import ASSISTANT, Message
 
 ANSWERS, OWN, CORPUS, MIXTURE, SUMMARY = "answers.jsonl", "own.jsonl", "corpus.jsonl", "mixture.json", "rollouts.json"
+NO_ANSWER_FITS = "a prompt that leaves no room for an answer"
 _STREAM = b"prompts"
 
 
 @dataclass(frozen=True)
 class Round:
     """The rows of a round: ``asked`` conversations up to the answer that the student is to write, with their
-    ``prompts`` and ``seeds``; and ``kept`` conversations with the answer of the corpus.
+    ``prompts`` and ``seeds``; and ``kept`` conversations with the answer of the corpus. ``passed``: how many rows were
+    passed over for them, by reason.
     """
 
     asked: list[list[Message]]
     prompts: list[Prompt]
     seeds: list[int]
     kept: list[list[Message]]
+    passed: Counter[str]
 
 
 def draw_round(
@@ -59,34 +67,56 @@ def draw_round(
     if written is not None:
         raise ValueError(f"{written}: the student wrote its responses; draw a round from the corpus itself")
     own = round(share * samples)
-    drawn = Round([], [], [], [])
+    drawn = Round([], [], [], [], Counter())
     for position in permutation(len(mixture), seed, number, _STREAM).tolist():
         if len(drawn.asked) + len(drawn.kept) == samples:
             break
-        try:
-            spec, messages = mixture.conversation(position)
-            split = split_response(messages)
-            if isinstance(split, str) or spec.is_too_long(messages):
-                continue
-            ids = prompt_ids(tokenizer, split[0])
-        except TemplateLimit:  # of the template, not of the row
-            raise
-        except (ValueError, RecursionError):
+        row = _row(mixture, tokenizer, position, longest)
+        if isinstance(row, str):
+            drawn.passed[row] += 1
             continue
-        if len(ids) > longest:
-            continue
+        messages, asked, ids = row
         if len(drawn.asked) == own:
             drawn.kept.append(messages)
             continue
-        drawn.asked.append(split[0])
-        drawn.prompts.append(Prompt(ids, str(split[0][-1]["content"])))
+        drawn.asked.append(asked)
+        changed = first_change(tokenizer, (one["content"] for one in asked))
+        drawn.prompts.append(Prompt(ids, str(asked[-1]["content"]), changed=changed))
         drawn.seeds.append(int(fingerprint([seed, number, int(mixture.key[position])])[:15], 16))
     found = len(drawn.asked) + len(drawn.kept)
     if found < samples:
         raise ValueError(
-            f"--samples {samples}: the data have {found} rows with a prompt that fits and a response; use fewer"
+            f"--samples {samples}: the data have {found} rows with a prompt that fits and a response "
+            f"({counted(drawn.passed)}); use fewer"
         )
     return drawn
+
+
+def counted(passed: Mapping[str, int]) -> str:
+    """In words, how many rows were passed over, and why."""
+    return f"passed over: {', '.join(f'{count} {reason}' for reason, count in sorted(passed.items())) or 'none'}"
+
+
+def _row(
+    mixture: Mixture, tokenizer: TextTokenizer, position: int, longest: int
+) -> tuple[list[Message], list[Message], np.ndarray] | str:
+    """A conversation, what comes before its response, and the ids of that; or why it is passed over."""
+    try:
+        spec, messages = mixture.conversation(position)
+    except (ValueError, RecursionError):
+        return UNREADABLE
+    split = TOO_LONG if spec.is_too_long(messages) else split_response(messages)
+    if isinstance(split, str):
+        return split
+    try:
+        ids = prompt_ids(tokenizer, split[0])
+    except TemplateLimit:  # of the template, not of the row
+        raise
+    except LeftOut:
+        return NOT_WRITTEN
+    except (ValueError, RecursionError):
+        return REFUSED
+    return (messages, split[0], ids) if len(ids) <= longest else NO_ANSWER_FITS
 
 
 @dataclass(frozen=True)
@@ -181,6 +211,7 @@ class Rollouts:
             "finished": sum(bool(row["finished"]) for row in rows),
             "tokens": sum(row["tokens"] for row in rows),
             "as_written": same,
+            "passed": dict(round_.passed),
             "now": {"tokens": int(tokens), "seconds": round(seconds, 3)},
         }
         write_json(self.folder / SUMMARY, summary)

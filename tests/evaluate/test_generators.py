@@ -14,6 +14,7 @@ import torch
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.bridge.chat import Rendered
 from megatron_tide.evaluate.generators import (
+    CHANGED,
     AutoregressiveGenerator,
     BlockDiffusionGenerator,
     Generator,
@@ -176,6 +177,19 @@ def test_draws_follow_the_softmax(baseline: Path) -> None:
     expected = float(probability[same].sum())
     share = sum(answer == text for answer in found) / count
     assert abs(share - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_text_that_the_tokenizer_changes_is_told_with_the_answers(lab: Lab, tmp_path: Path) -> None:
+    folder = shutil.copytree(lab.student, tmp_path / "lower")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": {"type": "Lowercase"}}))
+    texts = ["add two", "add Two"]
+    for path, expected in ((folder, [False, True]), (lab.student, [False, False])):
+        generator = opened(path)
+        talks = [generator.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
+        for prompts, chat in ((texts, False), (talks, True)):
+            found: list[Any] = answers(generator, prompts, replace(PRESET, chat_template=chat))
+            assert [CHANGED in one.notes for one in found] == expected
 
 
 def test_fingerprints_tell_models_apart(lab: Lab, baseline: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def test_rows_of_a_mixture_are_those_that_prepare_takes(chain: Chain, tmp_path: 
         of(max_chars=1)
     with pytest.raises(ValueError, match=r"the student wrote its responses; draw a round from the corpus itself"):
         of(own=True)
+
+
+def test_rows_that_are_passed_over_are_counted_and_changed_text_is_told(chain: Chain, tmp_path: Path) -> None:
+    folder = shutil.copytree(chain.root / "student", tmp_path / "student")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": {"type": "Lowercase"}}))
+    ask, say = {"role": "user", "content": "add Two"}, {"role": "assistant", "content": "x"}
+    odd = [ask, {**ask, "name": "Bob"}, say], [ask], [{**ask, "content": "word " * 100}, say]
+    lines = [json.dumps({"messages": messages}) for messages in ([ask, say], *odd)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, "{", ""]))
+    source = {"path": "rows.jsonl", "max_chars": 1000}
+    (tmp_path / "mixture.json").write_text(json.dumps({"sources": [source]}))
+    mixture, tokenizer = open_mixture([str(tmp_path / "mixture.json")]), load_tokenizer(folder)
+    how: dict[str, Any] = {"number": 1, "seed": 3, "share": 1.0, "longest": 40}
+    said = "1 a message that .*, 1 a prompt that leaves no room for an answer, 1 cannot be read, 1 no assistant turn"
+    with pytest.raises(ValueError, match=rf"the data have 1 rows .*passed over: {said}\); use fewer"):
+        draw_round(mixture, tokenizer, samples=2, **how)
+    seeds = (draw_round(mixture, tokenizer, samples=1, **how | {"seed": seed}) for seed in range(20))
+    found = next(one for one in seeds if one.passed)
+    assert found.prompts[0].changed == "'Two' is read as 'two'"
 
 
 class Ranks:
@@ -156,6 +177,7 @@ def test_answers_are_those_of_the_decoder_up_to_the_length(chain: Chain, model: 
     kept = [json.loads(line)["messages"] for line in (made.folder / "corpus.jsonl").read_text().splitlines()]
     assert kept == made.round.kept
     summary = json.loads((made.folder / "rollouts.json").read_text())
+    assert summary["passed"] == made.round.passed == {}
     assert (summary["own"], summary["corpus"], summary["tokens"]) == (9, 3, sum(row["tokens"] for row in rows))
 
 
