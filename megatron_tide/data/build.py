@@ -91,6 +91,7 @@ def build_shard(job: PrepareJob, number: int) -> None:
             totals["truncated"] += row.truncated
             totals["covered_bytes"] += row.covered_bytes
             totals["total_bytes"] += row.total_bytes
+            totals.update(f"{side}_changed" for side in row.changed)
     totals["read"] = len(rows)
     record = {"settings": fingerprint(job.settings), "number": number, "totals": totals, "dropped": dropped}
     write_shard(job.path(number), samples, record | {"example": example, "unreadable": unreadable}, job.mixture.ordered)

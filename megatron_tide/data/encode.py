@@ -71,12 +71,15 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample, whether its response was cut, and how many of the complete response's bytes chunks cover."""
+    """A sample, whether its response was cut, how many of the complete response's bytes chunks cover, and the sides
+    whose tokens stand for another text than the response.
+    """
 
     sample: Sample
     truncated: bool
     covered_bytes: int
     total_bytes: int
+    changed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,8 @@ class Encoder:
             chunks=chunks,
             response_bytes=response_bytes,
         )
-        return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes)
+        changed = tuple(name for name in settings if getattr(row.response, name).data != response.encode())
+        return Encoded(sample, not complete, aligned.covered_bytes, aligned.total_bytes, changed)
 
 
 def split_response(messages: list[Message]) -> tuple[list[Message], str] | str:
@@ -223,7 +227,8 @@ def _kept(chunk: Ids, chunks: int, room: int) -> int:
 
 
 def _student_only(key: int, side: TokenizerSettings, prompt: Ids, response: str) -> Encoded | Dropped:
-    ids = side.tokenizer.encode(response)
+    found = side.tokenizer.encode_with_bytes(response)
+    ids, changed = found.ids, found.data != response.encode()
     chunk = np.full(len(ids), UNALIGNED, np.int32)
     room = side.length - len(prompt)
     total = len(response.encode())
@@ -234,7 +239,7 @@ def _student_only(key: int, side: TokenizerSettings, prompt: Ids, response: str)
     else:
         student, response_bytes = _cut(prompt, ids[:room], chunk[:room]), _bytes(side, ids, room)
     sample = Sample(key=key, student=student, teacher=None, chunks=0, response_bytes=response_bytes)
-    return Encoded(sample, len(ids) >= room, 0, total)
+    return Encoded(sample, len(ids) >= room, 0, total, ("student",) if changed else ())
 
 
 def _prompt(side: TokenizerSettings, rendered: Rendered | ValueError) -> Ids:

@@ -152,8 +152,10 @@ def _manifest(job: PrepareJob) -> dict[str, Any]:
         shards.append({"file": job.path(number).name, "rows": len(shard), "sha256": sha256_file(job.path(number))})
     kept = sum(entry["rows"] for entry in shards)
     coverage = counts["covered_bytes"] / counts["total_bytes"] if counts["total_bytes"] else 0.0
+    changed = {side: counts[f"{side}_changed"] for side in SIDES if counts[f"{side}_changed"]}
+    about = {"read": counts["read"], "kept": kept, "truncated": counts["truncated"], "dropped": dropped}
     manifest = job.settings | {
-        "counts": {"read": counts["read"], "kept": kept, "truncated": counts["truncated"], "dropped": dropped},
+        "counts": about | ({"changed": changed} if changed else {}),
         "tokens": tokens,
         "coverage": coverage if job.encoder.bridge else None,
         "refused_example": example,
@@ -198,5 +200,9 @@ def summary(job: PrepareJob, manifest: dict[str, Any]) -> str:
         f"prepared {counts['kept']:,} of {counts['read']:,} rows in {job.out} ({counts['truncated']:,} cut{coverage}; "
         f"dropped: {dropped})"
     ]
+    for side, count in counts.get("changed", {}).items():
+        lines.append(
+            f"note: the {side}'s tokenizer changes the text of {count:,} rows (the inspect command shows where)"
+        )
     lines += [f"skipped: {job.mixture.error(position)}" for position in manifest["unreadable"][:_SHOWN]]
     return "\n".join(lines)

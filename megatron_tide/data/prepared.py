@@ -48,6 +48,7 @@ TEACHER_SIDE = {**SIDE, "mask_id": (None, _IDS)}  # an autoregressive teacher ne
 _FORM = {
     "fingerprint": str,
     "content?": str,
+    "counts?": {"changed?": {str: range(1 << 53)}},
     "student": TEACHER_SIDE,  # alone, to be scored, it may be autoregressive too
     "teacher": (None, TEACHER_SIDE),
     "bridge": (None, str),
@@ -147,6 +148,10 @@ class PreparedData:
             chunks=int(arrays["chunks"][row]),
             response_bytes=int(arrays["response_bytes"][row]),
         )
+
+    def changed(self, side: str) -> int:
+        """The number of rows whose text the tokenizer of ``side`` changed; 0 in folders of earlier versions."""
+        return int(self.manifest.get("counts", {}).get("changed", {}).get(side, 0))
 
     def own(self, keys: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Whether the student wrote the response of each sample; None where it wrote none of the data's."""

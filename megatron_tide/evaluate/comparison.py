@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 
 from megatron_tide.bridge import load_tokenizer
 from megatron_tide.choices import ATTENTION_LAYOUTS, BLOCK_LAYOUTS, LIKELIHOOD_NOISE
+from megatron_tide.cli import say
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
@@ -93,6 +95,9 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     if role not in fitting:
         raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
     how.data.check_size(role, path, opened.model.config.vocab_size)
+    if changed := how.data.changed(role):
+        many = f"{changed:,} of {len(how.data):,} responses in {how.data.folder}"
+        say(f"note: {name}'s tokenizer changes the text of {many}: its bits are of another text", file=sys.stderr)
     started = time.perf_counter()
     copies = [open_model(path, how.dtype, device).model for device in how.copies]
     report = evaluate_likelihood(

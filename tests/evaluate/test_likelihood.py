@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron_tide.evaluate.likelihood_noise import PER_BLOCK, PER_SAMPLE, SCHED
 from megatron_tide.models import load_model
 from tests.reference.likelihood import likelihood as plain
 from tests.reference.likelihood import likelihood_by_block
+from tests.support.commands import command
 from tests.support.lab import Lab
 
 
@@ -164,6 +167,24 @@ def test_student_only_data_scores_all_of_the_response(lab: Lab, models: dict[str
     assert report.bits_per_byte.value == pytest.approx(expected["bits_per_byte"], rel=1e-5)
     with pytest.raises(ValueError, match="without a teacher"):
         scoring_inputs(alone, "teacher")
+
+
+def test_text_that_the_tokenizer_changed_is_told_with_the_scores(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = shutil.copytree(lab.student, tmp_path / "lower"), tmp_path / "data"
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**spec, "normalizer": {"type": "Lowercase"}}))
+    talks = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": said}] for said in ("two", "Two", "b")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    for student, changed in ((folder, 1), (lab.student, 0)):
+        flags = ["--data", str(tmp_path / "rows.jsonl"), "--student", str(student), "--workers", "1"]
+        command("prepare")([*flags, "--student-length", "64", "--student-block", "8", "--out", str(out)])
+        assert PreparedData.open(out).changed("student") == changed
+        assert ("the student's tokenizer changes the text of 1 rows" in capsys.readouterr().err) == bool(changed)
+        command("evaluate")(["--data", str(out), "--student", f"a={student}", "--mc-samples", "1"])
+        assert ("note: a's tokenizer changes the text of 1 of 3" in capsys.readouterr().err) == bool(changed)
+        shutil.rmtree(out)
 
 
 def test_both_sides_guess_the_same_chunks(data: PreparedData) -> None:
