@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Scripted(Generator, LM):
     def __init__(self, folder: Path, script: Callable[[str], str]) -> None:
         super().__init__()
         self.model, self.folder = torch.nn.Linear(1, 1), folder
+        self.model.config = SimpleNamespace()
         torch.nn.init.ones_(self.model.weight)
         torch.nn.init.zeros_(self.model.bias)
         self.text_tokenizer, self.script = load_tokenizer(folder), script
