@@ -197,7 +197,7 @@ def _wrap_hugging_face(path: Path, files: tuple[Path, ...], raw: Any, request: _
         template, (one.content for one in added if not one.special), {f"{role}_token": roles[role] for role in roles}
     )
     with _reading(request.name):
-        codec = FastCodec(raw.backend_tokenizer, turns.union(roles.values()))
+        codec = FastCodec(raw.backend_tokenizer, turns.union(_strings(roles)))
     source = TokenizerSource(
         name=request.name, path=path, files=files, roles=roles, chat_template=template, again=request.again, raw=raw
     )
@@ -238,7 +238,7 @@ def _load_sentencepiece(model: Path, request: _LoadRequest) -> TextTokenizer:
     template = _default_template(request, template)
     turns = tokens_of_turns(template, pieces | added.keys(), {f"{role}_token": roles[role] for role in roles})
     with _reading(request.name):
-        codec = SentencePieceCodec(processor, added, turns.union(roles.values()))
+        codec = SentencePieceCodec(processor, added, turns.union(_strings(roles)))
     source = TokenizerSource(
         name=request.name,
         path=model if model.name != _SENTENCEPIECE else model.parent,
@@ -267,6 +267,11 @@ def _default_template(request: _LoadRequest, template: Any) -> str | None:
     if len(template or "") > TEMPLATE:
         raise ValueError(f"{request.name}: its chat template has more than {TEMPLATE} characters; restore the file")
     return template
+
+
+def _strings(roles: Mapping[str, str]) -> set[str]:
+    """The tokens with a role. Digits are the id of a mask: a token of the same digits is text."""
+    return {token for role, token in roles.items() if role != "mask" or not token.isdecimal()}
 
 
 def _name_mask(request: _LoadRequest, roles: dict[str, str], vocabulary: Container[str]) -> None:

@@ -171,13 +171,19 @@ class PreparedData:
                     f"{_short(value)}; prepare again into another folder, or use the {what} of the data"
                 )
 
-    def check_size(self, side: str, model: str, vocab_size: int) -> None:
-        """ValueError where the tokenizer of ``side`` has tokens that a model of ``vocab_size`` tokens does not have."""
-        tokens = (self.manifest[side] or {"vocab_size": 0})["vocab_size"]
-        if tokens > vocab_size:
+    def check_model(self, side: str, model: str, config: Any) -> None:
+        """ValueError where a model of this config has not all tokens of ``side``, or was trained with another mask."""
+        of_side = self.manifest[side] or {"vocab_size": 0, "mask_id": None}
+        if of_side["vocab_size"] > config.vocab_size:
             raise ValueError(
-                f"{model}: config.json has vocab_size {vocab_size}, the tokenizer of {self.folder} {tokens} tokens; "
-                "use the tokenizer made for this model"
+                f"{model}: config.json has vocab_size {config.vocab_size}, the tokenizer of {self.folder} "
+                f"{of_side['vocab_size']} tokens; use the tokenizer made for this model"
+            )
+        stated, mask = getattr(config, "mask_token_id", None), of_side["mask_id"]
+        if stated is not None and mask not in (None, stated):
+            raise ValueError(
+                f"{model}: config.json has mask_token_id {stated}, {self.folder} was prepared with {mask}; prepare "
+                f"again with --{side}-mask {stated}, or restore the model's own"
             )
 
     def check_template(self, side: str, template: str | None) -> None:

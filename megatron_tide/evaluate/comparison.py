@@ -94,7 +94,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     scoring = scoring_inputs(how.data, role, context, at_answer=at_answer)
     if role not in fitting:
         raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
-    how.data.check_size(role, path, opened.model.config.vocab_size)
+    how.data.check_model(role, path, opened.model.config)
     if changed := how.data.changed(role):
         many = f"{changed:,} of {len(how.data):,} responses in {how.data.folder}"
         say(f"note: {name}'s tokenizer changes the text of {many}: its bits are of another text", file=sys.stderr)

@@ -176,6 +176,12 @@ def _rule(model: Any, tokenizer: TextTokenizer, options: dict[str, Any]) -> Deco
         )
     ids = {"mask_token_id": tokenizer.mask_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     check_tokens(model, "the tokenizer", list(ids.values()))
+    stated = getattr(model.config, "mask_token_id", None)
+    if stated not in (None, tokenizer.mask_id):
+        raise ValueError(
+            f"generate: the model's config.json has mask_token_id {stated}, its tokenizer's mask is "
+            f"{tokenizer.mask_id}; name that token as mask_token in tokenizer_config.json"
+        )
     return decoding_rule(model, None, ids | options)
 
 

@@ -82,12 +82,12 @@ def build(
 
 
 def check_models(config: DistillConfig, inputs: RunInputs) -> None:
-    """ValueError for a folder whose config.json describes no model, or one of fewer tokens than the data have."""
+    """ValueError for a folder whose config.json describes no model, or one without the data's tokens and mask."""
     named = {"student": config.paths.student, "teacher": config.paths.teacher if inputs.strategy.needs_teacher else ""}
     for side, path in named.items():
         if path:
             described = read_config(model_config(path), as_student=side == "student")[1]
-            inputs.data.check_size(side, path, described.vocab_size)
+            inputs.data.check_model(side, path, described)
 
 
 def make_loader(config: DistillConfig, inputs: RunInputs, world: DistContext) -> MicrobatchLoader:

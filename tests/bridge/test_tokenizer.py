@@ -221,6 +221,13 @@ def test_mask_token_is_named_or_missed(tmp_path: Path, folders: Mapping[str, Pat
         _ = unmasked.mask_id
 
 
+def test_a_mask_by_its_id_is_no_token_of_the_same_digits(tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, [*TEXTS, *["0 1 2 3 4 5 6 7 8 9"] * 8], 400)
+    tokenizer = load_tokenizer(tmp_path, mask_token="3")
+    assert tokenizer.mask_id == 3
+    assert tokenizer.decode(tokenizer.encode("1 3 3")) == "1 3 3"
+
+
 def test_half_a_surrogate_pair_is_refused(tokenizers: Mapping[str, TextTokenizer]) -> None:
     for kind in KINDS:
         with pytest.raises(ValueError, match="surrogate pair at character 1"):

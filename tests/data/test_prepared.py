@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -158,9 +159,13 @@ def test_fingerprints_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="this run has none"):
         data.check(student=right["student"])
     tokens = data.manifest["student"]["vocab_size"]
-    data.check_size("student", "model", tokens)
+    data.check_model("student", "model", SimpleNamespace(vocab_size=tokens))
     with pytest.raises(ValueError, match=f"model: config.json has vocab_size {tokens - 1}, .* {tokens} tokens"):
-        data.check_size("student", "model", tokens - 1)
+        data.check_model("student", "model", SimpleNamespace(vocab_size=tokens - 1))
+    mask = data.manifest["student"]["mask_id"]
+    data.check_model("student", "model", SimpleNamespace(vocab_size=tokens, mask_token_id=mask))
+    with pytest.raises(ValueError, match=f"mask_token_id {mask + 1}, .* was prepared with {mask}; .* --student-mask"):
+        data.check_model("student", "model", SimpleNamespace(vocab_size=tokens, mask_token_id=mask + 1))
 
 
 def _flip(path: Path, position: int) -> None:

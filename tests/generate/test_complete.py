@@ -63,6 +63,12 @@ def test_a_token_that_the_model_does_not_have_is_one_line(lab: Lab, tokenizer: T
         complete(small, tokenizer, [prompt])
 
 
+def test_another_mask_than_the_models_is_one_line(lab: Lab) -> None:
+    other = load_tokenizer(lab.student, mask_token="<|endoftext|>")
+    with pytest.raises(ValueError, match=r"config\.json has mask_token_id 319, its tokenizer's mask is 316; name that"):
+        complete(load_model(lab.student), other, [[1, 2]], max_new_tokens=2)
+
+
 def test_the_teacher_answers_too(lab: Lab) -> None:
     teacher, tokenizer = load_model(lab.teacher), load_tokenizer(lab.teacher)
     prompts = [from_text(tokenizer, text).ids for text in ("hi", "a longer question, and why?")]
