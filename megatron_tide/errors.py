@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 ENDING_SECONDS = 20
 """Within which a process ends that has been told to, or that failed while others wait for it."""
 _TOLD = "told by megatron_tide"  # no name that an error of a library has
-_OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # what libraries in Rust write in place of an OSError
+_OF_THE_SYSTEM = re.compile(r"\(os error \d+\)|^Symlink loop from ")  # in place of an OSError: in Rust; of a Path
 _NO_MEMORY = ("can't allocate memory", "out of memory")  # of torch's errors, which are RuntimeErrors
 
 
@@ -46,8 +46,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def is_of_users(error: BaseException) -> bool:
     """Whether a user can mend what an error says: a wrong input, a file, a full disk, too little memory."""
-    of_rust = isinstance(error, Exception) and _OF_THE_SYSTEM.search(words_of(error)) is not None
-    return of_rust or isinstance(error, (ValueError, OSError)) or _lacks_memory(error)
+    of_system = isinstance(error, Exception) and _OF_THE_SYSTEM.search(words_of(error)) is not None
+    return of_system or isinstance(error, (ValueError, OSError)) or _lacks_memory(error)
 
 
 def shows_traceback() -> bool:

@@ -46,6 +46,12 @@ ERRORS = [
     (Panic("at the disk"), 1, "Panic: at the disk\n", "Panic: at the disk"),
     (MemoryError(), 2, "error: out of memory (MemoryError)\n", "MemoryError"),
     (Exception("no space (os error 28)"), 2, "error: no space (os error 28)\n", "Exception: no space (os error 28)"),
+    (
+        RuntimeError("Symlink loop from '/x'"),
+        2,
+        "error: Symlink loop from '/x'\n",
+        "RuntimeError: Symlink loop from '/x'",
+    ),
     (RuntimeError("can't allocate memory"), 2, "(can't allocate memory)\n", "RuntimeError: can't allocate memory"),
     (SystemExit("no disk"), 1, "no disk\n", "SystemExit: no disk"),
     (SystemExit(256), 1, "", "SystemExit: 256"),
