@@ -253,6 +253,8 @@ def json_format(path: Path, name: str) -> RowFormat | None:
         with contextlib.suppress(ValueError):
             parse_object(line, "")
             return JsonLines()
+    if len(first[2]) <= ROW_BYTES:
+        _text(first[2], f"{name}:{first[0]}")
     return None
 
 

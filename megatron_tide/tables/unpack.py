@@ -44,8 +44,8 @@ def check_size(path: Path) -> None:
         with open_regular(path) as raw, parquet.ParquetFile(raw) as table:
             for batch in table.iter_batches(batch_size=ROWS):
                 check(sum(map(decoded_bytes, batch)))
-    for _, parts in _packed(path, str(path)) or ():
-        for part in parts():
+    for member, parts in _packed(path, str(path)) or ():
+        for part in _told(member, parts()):
             check(len(part))
 
 
@@ -64,7 +64,7 @@ def unpacked(path: Path, name: str, kept: Path) -> list[tuple[Path, str]]:
         if not (digest.exists() and plain.exists() and read_whole(digest) == sha256_file(plain).encode()):
             kept.mkdir(parents=True, exist_ok=True)
             with replacing(plain) as (_, descriptor), open(descriptor, "wb", closefd=False) as file:
-                for part in parts():
+                for part in _told(member, parts()):
                     check(len(part))
                     file.write(part)
             atomic_write(digest, sha256_file(plain).encode())
@@ -101,10 +101,10 @@ def _packed(path: Path, name: str) -> list[tuple[str, Parts]] | None:
                 f"{len(members):,} files" if len(kinds) < 2 else f"files of several kinds ({', '.join(sorted(kinds))})"
             )
             raise ValueError(f"{name}: an archive of {has}; unpack it")
-        return [(f"{name}/{one_line(one.filename)}", partial(_parts, name, archive.open, one)) for one in members]
+        return [(f"{name}/{one_line(one.filename)}", partial(_parts, archive.open, one)) for one in members]
     for start, opened in _COMPRESSED.items():
         if head.startswith(start):
-            return [(name, partial(_parts, name, opened, path, "rb"))]
+            return [(name, partial(_parts, opened, path, "rb"))]
     for start, package in _MORE.items():
         if head.startswith(start):
             try:
@@ -112,7 +112,7 @@ def _packed(path: Path, name: str) -> list[tuple[str, Parts]] | None:
             except ImportError:
                 raise ValueError(f"{name}: pip install {package.partition('.')[0]} to read it, or unpack it") from None
             zstd = package == "zstandard"
-            return [(name, partial(_frames, name, path, module) if zstd else partial(_parts, name, module.open, path))]
+            return [(name, partial(_frames, path, module) if zstd else partial(_parts, module.open, path))]
     return None
 
 
@@ -124,16 +124,26 @@ def _refuse_tar(start: bytes, name: str) -> None:
         raise ValueError(f"{name}: an archive; unpack it")
 
 
-def _parts(name: str, opened: Callable[..., Any], *what: Any) -> Iterator[bytes]:
-    with opened(*what) as file:
-        part = file.read(_PART)
-        _refuse_tar(part, name)
-        while part:
+def _told(name: str, parts: Iterator[bytes]) -> Iterator[bytes]:
+    """``parts``; ValueError where they are an archive, or cannot be read."""
+    try:
+        for number, part in enumerate(parts):
+            if not number:
+                _refuse_tar(part, name)
             yield part
-            part = file.read(_PART)
+    except ValueError:
+        raise
+    except Exception as error:  # of any library
+        raise ValueError(f"{name}: cannot be unpacked ({error}); restore it") from None
 
 
-def _frames(name: str, path: Path, zstandard: Any) -> Iterator[bytes]:
+def _parts(opened: Callable[..., Any], *what: Any) -> Iterator[bytes]:
+    with opened(*what) as file:
+        while part := file.read(_PART):
+            yield part
+
+
+def _frames(path: Path, zstandard: Any) -> Iterator[bytes]:
     """``_parts`` of all frames of a Zstandard file, whose own readers take one that is cut off for a whole one."""
     with open_regular(path) as file:
         frame = None
@@ -143,4 +153,4 @@ def _frames(name: str, path: Path, zstandard: Any) -> Iterator[bytes]:
                 yield frame.decompress(part)
                 part, frame = frame.unused_data, None if frame.eof else frame
     if frame:
-        raise ValueError(f"{name}: cut off; restore it")
+        raise EOFError("cut off")

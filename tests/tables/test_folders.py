@@ -89,6 +89,13 @@ def test_members_of_an_archive_are_read_or_it_is_refused(tmp_path: Path, names: 
             opened(tmp_path)
 
 
+@pytest.mark.parametrize("content", [gzip.compress(LINE) + b"x", gzip.compress(LINE)[:-8] + bytes(8)])
+def test_a_corrupt_compressed_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/train\.jsonl\.gz: cannot be unpacked \(.*\); restore it"):
+        opened(tmp_path)
+
+
 def test_the_name_of_an_archives_member_stays_on_its_line(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl.zip").write_bytes(zipped(LINE, "a\n\x1bb.jsonl"))
     assert opened(tmp_path).where(0) == f"{tmp_path}/train.jsonl.zip/a b.jsonl:1"
@@ -134,7 +141,7 @@ def test_all_frames_of_a_zstandard_file_are_read_and_none_that_is_cut_off(
     (tmp_path / "train.jsonl.zst").write_bytes(frame * 2)
     assert len(opened(tmp_path)) == 6
     (tmp_path / "train.jsonl.zst").write_bytes((frame * 2)[:-3])
-    with pytest.raises(ValueError, match=r"train\.jsonl\.zst: cut off; restore it"):
+    with pytest.raises(ValueError, match=r"train\.jsonl\.zst: cannot be unpacked \(cut off\); restore it"):
         opened(tmp_path)
 
 

@@ -347,3 +347,10 @@ def test_a_list_longer_than_a_row_of_lines_may_be_is_read(tmp_path: Path, monkey
     (tmp_path / "train.json").write_text(json.dumps([{"a": "x" * 300}]))
     with pytest.raises(ValueError, match=r"train\.json:1: an item of more than 200 bytes"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_a_json_file_of_another_encoding_is_told(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "train.json").write_text('{"a": "h\u00e9"}\n' * 200, encoding=encoding)
+    with pytest.raises(ValueError, match=r"train\.json:1: not UTF-8"):
+        opened(tmp_path)
