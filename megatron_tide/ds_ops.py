@@ -38,6 +38,17 @@ torch.cuda.synchronize()
 """
 
 
+def ops_folder() -> Path:
+    """Where ops are compiled."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+
+
+def clear_locks() -> None:
+    """Remove the locks of processes that were killed while they compiled or loaded an op."""
+    for lock in ops_folder().glob("**/lock"):
+        clear(lock)
+
+
 def clear(lock: Path) -> None:
     """Remove the lock that a killed build left; wait for one that is held.
 
@@ -122,8 +133,7 @@ def refuse_missing_disk_tools() -> None:
     """
     import torch
 
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    if not any(folder.glob("**/async_io/*.so")) and not _compiles("#include <libaio.h>"):
+    if not any(ops_folder().glob("**/async_io/*.so")) and not _compiles("#include <libaio.h>"):
         raise ValueError("a teacher on disk needs the headers of libaio: apt-get install libaio-dev")
     if torch.cuda.is_available():
         from torch.utils.cpp_extension import CUDA_HOME
@@ -161,12 +171,10 @@ def build_ops(*, offload: bool, disk: bool) -> None:
     use_own_ninja()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    default = Path.home() / ".cache" / "torch_extensions"
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder())))
     folder.mkdir(parents=True, exist_ok=True)
     with RunLock(folder, "build.lock", wait=True):
-        for lock in folder.glob("*/lock"):
-            clear(lock)
+        clear_locks()
         for title in wanted:
             build(title, BUILDERS[title], folder)
         if cuda:

@@ -11,6 +11,8 @@ import io
 import logging
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,6 +23,7 @@ import torch.distributed as dist
 
 from megatron_tide.cli import say
 from megatron_tide.ds_config import use_own_ninja
+from megatron_tide.ds_ops import clear_locks
 from megatron_tide.gpus import refuse_idle_gpu
 from megatron_tide.ranks import again, on_main, stated
 from megatron_tide.screen import words_of
@@ -29,6 +32,7 @@ from megatron_tide.train.trace import Trace
 
 LAUNCH = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # what a launcher sets
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+NOTICE = 60.0  # seconds until a rank says that it waits for the others
 
 
 @dataclass(frozen=True)
@@ -169,23 +173,33 @@ def init_distributed() -> DistContext:
 def _form_group(backend: str) -> None:
     """Join the process group of the environment. OSError, one line, where the ranks do not find each other."""
     name_interface()
+    clear_locks()  # of ops that DeepSpeed loads here
     here = loopback_store()
+    rank, size, address, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    place = f"at {address}, port {port}"
+    most = f"{COLLECTIVE_TIMEOUT.seconds // 60} minutes at most"
+    waits = f"rank {rank} of {size} waits for the others {place}, {most}: see whether all have started"
+    notice = threading.Timer(NOTICE, say, (waits,), {"file": sys.stderr, "flush": True})
+    notice.daemon = True
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if backend == "nccl":
         _take_gpu()
     try:
+        if size != "1":
+            notice.start()
         if not dist.is_initialized():
             settings = {"timeout": COLLECTIVE_TIMEOUT, "verbose": False, "auto_mpi_discovery": False}
             with contextlib.redirect_stdout(io.StringIO()):  # it announces the op it loaded, on every rank
                 deepspeed.init_distributed(dist_backend=backend, **settings)
     except dist.DistError as error:
-        rank, size, address, port = map(os.environ.get, ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         raise OSError(
-            f"rank {rank} of {size}: the ranks do not find each other at {address}, port {port} "
+            f"rank {rank} of {size}: the ranks do not find each other {place} "
             f"({words_of(error).splitlines()[0]}); see what the others say, or whether they started"
         ) from None
+    finally:
+        notice.cancel()
     del here  # the group's own store, of the same server, lives on
 
 

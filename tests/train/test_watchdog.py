@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from megatron_tide import distill
-from megatron_tide.train import loop, watchdog
+from megatron_tide.ds_ops import ops_folder
+from megatron_tide.train import distributed, loop, watchdog
 from megatron_tide.train.distributed import DistContext
 from megatron_tide.train.watchdog import EXIT_LOST, HangWatchdog
-from tests.support.launch import ranks, steps_logged, wait_until
+from tests.support.launch import ranks, run_command, steps_logged, wait_until
 from tests.test_screen import Panic
 
 pytestmark = pytest.mark.ranks
@@ -105,6 +107,32 @@ def test_an_error_of_one_rank_reaches_the_user(chain, tmp_path):
     assert re.match(r"error: rank 1 \(step 3, .*\) failed: Panic: out of memory on this card; ", line)
     own = (tmp_path / "rank1").read_text()
     assert own.count("Traceback (most recent call last)") == own.count("Panic: out of memory") == 1
+
+
+def joins(argv):
+    """A group that rank 1 never joins; ``argv``: the folder of DeepSpeed's ops."""
+    distributed.NOTICE = 1
+    os.environ["TORCH_EXTENSIONS_DIR"] = argv[0]
+    if os.environ["RANK"] == "1":
+        time.sleep(600)
+    distributed.init_distributed()
+    return 0
+
+
+def test_a_rank_says_that_others_do_not_come(tmp_path):
+    said = "rank 0 of 2 waits for the others at 127.0.0.1, port "
+    with ranks(joins, [str(ops_folder())], 2, tmp_path) as processes:
+        wait_until(lambda: (tmp_path / "rank0").exists() and said in (tmp_path / "rank0").read_text(), processes)
+
+
+@pytest.mark.skipif(not [*ops_folder().glob("deepspeed_shm_comm/*.so")], reason="set-up has compiled no ops")
+def test_a_lock_that_a_killed_process_left_does_not_stop_all_later_ones(tmp_path):
+    """DeepSpeed takes one while it loads an op, as every group does on a CPU."""
+    ops = shutil.copytree(ops_folder(), tmp_path / "ops")
+    lock = ops / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    assert run_command(joins, [ops], tmp_path).status == 0
 
 
 def leaves_unread(argv):
