@@ -17,8 +17,9 @@ from megatron_tide.cli import say
 from megatron_tide.data import PreparedData
 from megatron_tide.evaluate.completions import Completions, completions
 from megatron_tide.evaluate.likelihood import LikelihoodReport, evaluate_likelihood, scoring_inputs
+from megatron_tide.hub import stated_block_size
 from megatron_tide.models import read_config, resolve_folder
-from megatron_tide.training_checkpoint import generation_of, open_model
+from megatron_tide.training_checkpoint import folder_and_block, generation_of, open_model
 
 
 def check_has_bound(path: str | Path, role: str | None) -> None:
@@ -95,9 +96,7 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
     if role not in fitting:
         raise ValueError(f"{path}: {how.data.folder} was prepared for a {role} with another tokenizer")
     how.data.check_model(role, path, opened.model.config)
-    if changed := how.data.changed(role):
-        many = f"{changed:,} of {len(how.data):,} responses in {how.data.folder}"
-        say(f"note: {name}'s tokenizer changes the text of {many}: its bits are of another text", file=sys.stderr)
+    _tell_differences(name, path, role, how.data)
     started = time.perf_counter()
     copies = [open_model(path, how.dtype, device).model for device in how.copies]
     report = evaluate_likelihood(
@@ -122,6 +121,20 @@ def measure_model(name: str, path: str, role: str | None, how: LikelihoodSetting
         }
         answers = completions(opened.model, tokenizer, how.data, role, label=name, **how_many, **how.decoding)
     return Row(name, path, report, answers, time.perf_counter() - started)
+
+
+def _tell_differences(name: str, path: str, role: str, data: PreparedData) -> None:
+    """Tell of what makes the numbers those of another text, or of other blocks, than the model's own."""
+    if changed := data.changed(role):
+        many = f"{changed:,} of {len(data):,} responses in {data.folder}"
+        say(f"note: {name}'s tokenizer changes the text of {many}: its bits are of another text", file=sys.stderr)
+    (folder, trained), block = folder_and_block(path), data.manifest[role]["block"]
+    own = trained or stated_block_size(str(folder))
+    if own not in (None, block):
+        say(
+            f"note: {name} is scored in blocks of {block} tokens, as {data.folder} has; its own are {own}",
+            file=sys.stderr,
+        )
 
 
 def baselines_of(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:

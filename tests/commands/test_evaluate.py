@@ -51,7 +51,10 @@ def test_table_and_json(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["moved"]["minus"]["start"]["value"] != 0.0
     assert found["start"]["per_sample"]["nats"] == start.nats.round(4).tolist()
     assert found["start"]["per_sample"]["bytes"] == found["teacher"]["per_sample"]["bytes"] == start.bytes.tolist()
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert f"start is scored in blocks of 8 tokens, as {lab.data} has; its own are 4" in printed.err
+    assert "moved is scored in blocks" not in printed.err  # it was trained in those of the data
+    lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines] == ["model", "-" * len(lines[1]), "start", "moved", "teacher"]
     assert f"{start.bits_per_byte}" in lines[2]
     assert f"{teacher.minus(start):+}" in lines[4]
