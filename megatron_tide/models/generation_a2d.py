@@ -69,6 +69,7 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         Raises:
             ValueError: a setting that block decoding does not have, or a value out of range.
         """
+        _refuse_adapter(self)
         ids_BP = _prompt_ids(input_ids if input_ids is not None else inputs)
         settings = _settings(getattr(self, "generation_config", None), generation_config, options)
         call = {name: settings.pop(name, None) for name in _CALL}
@@ -107,6 +108,18 @@ class BlockGenerationMixin(GenerationMixin):  # type: ignore[misc]
         if own.max_new_tokens is None:
             own.max_new_tokens = getattr(generation_config, "max_new_tokens", None)
         return own, own.update(**changes)
+
+
+def _refuse_adapter(model: Any) -> None:
+    """ValueError where PEFT wants to prepare the inputs of each pass, to put an adapter's own tokens before the prompt:
+    block decoding prepares them itself, and would leave those out.
+    """
+    prepare = vars(model).get("prepare_inputs_for_generation")
+    if getattr(prepare, "__self__", model) is not model:
+        raise ValueError(
+            "generate: the adapter has tokens before the prompt (prompt or prefix tuning), which block decoding does "
+            "not read; use one that changes weights, such as LoRA or IA3"
+        )
 
 
 def _prompt_ids(given: Any) -> torch.Tensor:

@@ -54,6 +54,25 @@ def test_a_field_of_a_generation_config_means_what_the_keyword_means(model: Any)
         model.generation_config = own
 
 
+def test_an_adapter_with_tokens_before_the_prompt_is_not_ignored(model: Any) -> None:
+    class PeftModel:
+        """As PEFT does it, while it generates with prompt or prefix tuning."""
+
+        def prepare_inputs_for_generation(self, *_: Any) -> None: ...
+
+    own, greedy = model.prepare_inputs_for_generation, answer(model)
+    try:
+        model.prepare_inputs_for_generation = PeftModel().prepare_inputs_for_generation
+        with pytest.raises(
+            ValueError, match=r"generate: the adapter has tokens before the prompt .* such as LoRA or IA3"
+        ):
+            answer(model)
+        model.prepare_inputs_for_generation = own  # what it leaves
+        assert answer(model) == greedy
+    finally:
+        del model.prepare_inputs_for_generation
+
+
 @pytest.mark.parametrize(
     "fields",
     [
