@@ -224,7 +224,7 @@ class HangWatchdog:
         """End this process; the lowest remaining rank prints why, the others wait for it."""
         end_within(PATIENCE, EXIT_LOST)  # nobody may read what it prints
         if self._world.rank == (1 if lost == 0 else 0):
-            hint = "run the same command again: --resume auto continues from the newest complete checkpoint"
+            hint = "run the same command again: it continues from what is complete"
             with contextlib.suppress(OSError, ValueError):  # nothing more can be said: the status is left
                 say(f"error: {' '.join(what.split())}; {hint}", file=sys.stderr, flush=True)
         else:

@@ -61,7 +61,7 @@ def test_a_rank_that_is_killed_or_frozen(chain, tmp_path, lost, sent, said):
     printed = (tmp_path / f"rank{other}").read_text()
     (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert re.match("error: " + said, line)
-    assert "--resume auto" in line
+    assert "run the same command again" in line
 
 
 def test_a_rank_that_stands_still(chain, tmp_path):
