@@ -173,7 +173,10 @@ def run_benchmark(benchmark: str, preset: BenchmarkPreset, context: EvalContext)
     settings = context.settings(preset)
     if len({*presets.values()}) > 1:
         settings["max_new_tokens"] = {name: one.new_tokens for name, one in presets.items()}
-    _write_samples(rows, settings, context.folder / f"{preset.task}-{fingerprint(settings)[:12]}.jsonl")
+    # A look at a few samples does not take the place of the file of all.
+    part = [context.limit, context.samples_per_problem]
+    asked = fingerprint(settings if part == [0, 1] else [settings, *part])
+    _write_samples(rows, settings, context.folder / f"{preset.task}-{asked[:12]}.jsonl")
     seconds = time.perf_counter() - started
     return BenchmarkResult(
         model=context.name,

@@ -203,6 +203,10 @@ def test_a_samples_file_says_what_it_holds(lab: Lab, tmp_path: Path) -> None:
     mine = [sample for sample in samples if sample["filter"] == "flexible-extract"]
     assert [sample["key"] for sample in mine] == [f"gsm8k_cot/{number}" for number in range(8)]
     assert [sample["prompt"] for sample in mine] == generator.asked
+    whole = file.read_bytes()
+    run_benchmark("gsm8k", PAPER["gsm8k"], context(generator, tmp_path / "out", tmp_path / "tasks", limit=1))
+    assert file.read_bytes() == whole, "a look at the first sample has a file of its own"
+    assert len(list((tmp_path / "out").glob("*.jsonl"))) == 2
     assert [sample["answers"] for sample in mine] == [[generator.script(prompt)] for prompt in generator.asked]
     assert [sample["scores"] for sample in mine] == [{"exact_match": float(number % 2 == 0)} for number in range(8)]
 
