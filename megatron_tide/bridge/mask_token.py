@@ -37,7 +37,7 @@ def choose_mask(tokenizer: TextTokenizer, wanted: str | None, *, known: int | No
                 f"{tokenizer.name}: the mask token {token[:70]!r} must be 1 to 64 characters without spaces"
             )
         return token, index
-    if tokenizer.is_ordinary()[index]:
+    if not tokenizer.may_be_mask(index):
         raise ValueError(f"{what} is text, so it cannot be the mask; choose an unused token, or a new one")
     if index in (tokenizer.eos_id, tokenizer.pad_id):
         raise ValueError(f"{what} ends responses or pads them, so it cannot be the mask; choose another")

@@ -129,9 +129,7 @@ class TextTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 hex of everything that affects ids: vocabulary, merges or scores, normalizer, splitting, added
-        tokens.
-        """
+        """sha256 hex of everything that affects ids: vocabulary, merges or scores, splitting, added tokens and more."""
         if self._fingerprint is None:
             content = {
                 "core": self._codec.core,
@@ -247,6 +245,10 @@ class TextTokenizer:
         ordinary = self._table.known.copy()
         ordinary[list(self._codec.beside)] = False
         return ordinary
+
+    def may_be_mask(self, index: int) -> bool:
+        """Whether an id is no text: of vocabularies' own tokens only those that are added too, as unused ones are."""
+        return not self.is_ordinary()[index] or index in self._codec.added.values()
 
     def encode_with_bytes(self, text: str) -> Encoding:
         """Encode ordinary text; the tokens' bytes equal the text's unless the tokenizer normalised it."""
@@ -375,7 +377,7 @@ class TextTokenizer:
 
     def _unused(self, index: int) -> int:
         check_id(self.name, "of the mask", index)
-        if index < len(self._table) and self.is_ordinary()[index]:
+        if index < len(self._table) and not self.may_be_mask(index):
             raise ValueError(
                 f"{self.name}: id {index} is a text token, so it cannot be the mask; give another id or a token"
             )

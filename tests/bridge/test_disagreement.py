@@ -226,3 +226,6 @@ def test_added_tokens_that_repeat_pieces_are_the_text_of_the_pieces(
         ordinary = {found.id_to_token(one) for one in np.flatnonzero(found.is_ordinary())}
         assert {"\u2581\u2581", "\n\n"} <= ordinary
         assert not {"beside", "<|end|>"} & ordinary
+    fast = load_tokenizer(tmp_path / "fast" / "fast")
+    numbers = {fast.id_to_token(one): one for one in range(fast.vocab_size)}
+    assert [fast.may_be_mask(numbers[one]) for one in ("a", "\n\n", "beside", "</s>")] == [False, True, True, True]
