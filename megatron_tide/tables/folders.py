@@ -9,7 +9,7 @@ import contextlib
 import os
 import resource
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,17 @@ def open_folder(folder: Path, name: str | None, split: str) -> tuple[Any | list[
         return read_saved([folder / one["filename"] for one in named]), content
     for path in folder.rglob("*.arrow"):
         check_stream(path)
-    builder = _builder(str(folder), kept_by(content), name=name, inside=_places(folder))
-    _check_formats(folder, builder)
-    files = _files(builder, split)
-    rows: Any = _row_files(builder, [(file, str(file)) for file in files], Path(kept_by(content)) / "unpacked")
-    if rows is None:
-        rows = files if _differ(builder.name, files) else _rows(builder, split)
+
+    def read(kept: str) -> Any:
+        builder = _builder(str(folder), kept, name=name, inside=_places(folder))
+        _check_formats(folder, builder)
+        files = _files(builder, split)
+        rows = _row_files(builder, [(file, str(file)) for file in files], Path(kept) / "unpacked")
+        if rows is None:
+            return files if _differ(builder.name, files) else _rows(builder, split)
+        return rows
+
+    rows = _with_kept(content, read)
     _check_unchanged(place, before, content)
     return rows, content
 
@@ -68,10 +73,22 @@ def open_parquet(path: Path) -> tuple[Any, str]:
         if file.read(4) != b"PAR1":
             raise ValueError("not a Parquet file")
     before, content = _states(path), sha256_file(path)
-    builder = _builder("parquet", kept_by(content), data_files=str(path), inside=[path.resolve()])
-    rows = _rows(builder, "train")
+    inside = [path.resolve()]
+    rows = _with_kept(
+        content, lambda kept: _rows(_builder("parquet", kept, data_files=str(path), inside=inside), "train")
+    )
     _check_unchanged(path, before, content)
     return rows, content
+
+
+def _with_kept(content: str, read: Callable[[str], Any]) -> Any:
+    """What ``read`` makes of files of this content, and keeps in a folder; once more where what is there is broken."""
+    kept = kept_by(content)
+    if Path(kept).exists():
+        with contextlib.suppress(Exception):  # of any library
+            return read(kept)
+        shutil.rmtree(kept, ignore_errors=True)
+    return read(kept)
 
 
 def _states(place: Path) -> list[tuple[Path, int, int]]:

@@ -101,6 +101,19 @@ def test_the_name_of_an_archives_member_stays_on_its_line(tmp_path: Path) -> Non
     assert opened(tmp_path).where(0) == f"{tmp_path}/train.jsonl.zip/a b.jsonl:1"
 
 
+@pytest.mark.parametrize("name", ["*.arrow", "dataset_info.json"])
+def test_what_the_library_kept_is_made_again_where_it_is_broken(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.table({"text": [str(tmp_path)]}), path)
+    for place in (tmp_path, path):
+        table = opened(place)
+        assert isinstance(table, ArrowTable)
+        made = Path(table.table.cache_files[0]["filename"])
+        (broken,) = made.parent.glob(name)
+        broken.write_bytes(broken.read_bytes()[:99])
+        assert opened(place).get(0) == {"text": str(tmp_path)}
+
+
 def test_what_was_unpacked_is_unpacked_again_where_it_was_changed(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(LINE * 3))
     table = opened(tmp_path)
