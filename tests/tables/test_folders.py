@@ -89,7 +89,9 @@ def test_members_of_an_archive_are_read_or_it_is_refused(tmp_path: Path, names: 
             opened(tmp_path)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(LINE) + b"x", gzip.compress(LINE)[:-8] + bytes(8)])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(LINE) + b"x", gzip.compress(LINE)[:-8] + bytes(8)], ids=["more behind it", "wrong sum"]
+)
 def test_a_corrupt_compressed_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "train.jsonl.gz").write_bytes(content)
     with pytest.raises(ValueError, match=rf"{tmp_path}/train\.jsonl\.gz: cannot be unpacked \(.*\); restore it"):
