@@ -130,9 +130,8 @@ def replacing(path: Path) -> Iterator[tuple[Path, int]]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if (
-            isinstance(error, OSError) and error.errno and error.filename is None
-        ):  # the error of a failed write has no file name
+        # The error of a failed write has no file name.
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:

@@ -53,7 +53,7 @@ def unpacked(path: Path, name: str, kept: Path) -> list[tuple[Path, str]]:
     """The plain files that a file stands for, and their names in messages; what was compressed is under ``kept``.
 
     Raises:
-        ValueError: an archive, or it grows beyond measure; libraries' errors for a corrupt one are any.
+        ValueError: an archive, corrupt, or it grows beyond measure; ``zipfile``'s for what is no archive of its own.
     """
     members = _packed(path, name)
     if members is None:
